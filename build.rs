@@ -1,0 +1,90 @@
+//! Vendors the pinned wheels' shared objects into OUT_DIR and tells the library about them. The work is in `build/`;
+//! here is only what a cargo build script knows: features, target, folders.
+
+#[path = "build/mod.rs"]
+mod vendoring;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use vendoring::emit;
+use vendoring::env::{self, Env};
+use vendoring::error::Result;
+use vendoring::local;
+use vendoring::lock::Lock;
+use vendoring::source::Ladder;
+use vendoring::vendor::vendor;
+
+fn main() -> ExitCode {
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            // cargo shows a failed build script's stderr; a Debug print or a panic would bury the one paragraph.
+            eprintln!("\nflashinfer-rs: {fault}\n");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build() -> Result<()> {
+    let manifest = cargo_path("CARGO_MANIFEST_DIR");
+    let out_dir = cargo_path("OUT_DIR");
+    let lock_file = manifest.join("artifacts.lock");
+    let own = [manifest.join("build.rs"), manifest.join("build"), lock_file.clone()];
+    emit::rerun(&own.each_ref().map(PathBuf::as_path), &[]);
+
+    // Only CARGO_CFG_*: `cfg!` here would speak of the machine that builds.
+    let target = format!("{}-{}", cargo_text("CARGO_CFG_TARGET_ARCH"), cargo_text("CARGO_CFG_TARGET_OS"));
+    let env = Env::process();
+    let lock = Lock::read(&lock_file)?;
+    let without = if env.flag(env::SKIP_VENDOR) {
+        Some(format!("{} was set when the crate was built", env::SKIP_VENDOR))
+    } else if env.flag("DOCS_RS") {
+        Some("the crate was built by docs.rs, which has no network".to_owned())
+    } else if lock.for_target(&target).next().is_none() || cargo_text("CARGO_CFG_TARGET_ENV") == "musl" {
+        Some(format!(
+            "there are no wheels for {target} with this C library; supported are x86_64 and aarch64 Linux with glibc"
+        ))
+    } else {
+        None
+    };
+    if let Some(reason) = without {
+        emit::rerun(&[], &env.names_read());
+        return emit::table(&out_dir, &[], &[reason]);
+    }
+
+    let lib_dir = out_dir.join("lib");
+    let has_feature = |name: &str| {
+        std::env::var_os(format!("CARGO_FEATURE_{}", name.to_ascii_uppercase().replace('-', "_"))).is_some()
+    };
+    let checkout = local::is_checkout(&manifest).then(|| manifest.clone());
+    let record = checkout.as_ref().map(|checkout| checkout.join(local::RECORD)).filter(|record| record.exists());
+    let mut silent = |_, _| {};
+    let mut ladder = Ladder { env: &env, workspace: workspace(&out_dir), checkout, progress: &mut silent };
+    let result = vendor(&lock, &target, &has_feature, &mut ladder, &lib_dir);
+    emit::rerun(&[], &env.names_read());
+    let outcome = result?;
+    let watched: Vec<&Path> = outcome.watch.iter().chain(&record).map(PathBuf::as_path).collect();
+    emit::rerun(&watched, &[]);
+    outcome.warnings.iter().for_each(|text| emit::warn(text));
+    emit::prune(&lib_dir, &outcome.rows)?;
+    emit::table(&out_dir, &outcome.rows, &outcome.missing)?;
+    emit::metadata(&lib_dir);
+    Ok(())
+}
+
+/// The folder that holds the target directory that OUT_DIR lies in: most often the user's workspace. cargo tells a
+/// build script nothing better.
+fn workspace(out_dir: &Path) -> Option<PathBuf> {
+    let target = out_dir.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file())?;
+    target.parent().map(Path::to_owned)
+}
+
+fn cargo_path(name: &str) -> PathBuf {
+    PathBuf::from(cargo_text(name))
+}
+
+/// cargo always sets these; outside cargo they are empty and the build fails with a path that says so.
+fn cargo_text(name: &str) -> String {
+    std::env::var(name).unwrap_or_default()
+}

@@ -1,0 +1,85 @@
+//! What a build leaves behind: `vendored.rs`, a table that the library compiles in, and cargo's instructions.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use super::digest::Digest;
+use super::error::{Error, Result};
+use super::lock::Wheel;
+use super::source::Source;
+use super::store::publish_bytes;
+use super::wheel::Extracted;
+
+/// One row of the table.
+pub struct Row<'a> {
+    pub wheel: &'a Wheel,
+    pub wheel_sha256: Digest,
+    pub source: Source,
+    pub soname: &'a str,
+    pub extracted: Extracted,
+}
+
+/// Writes the table. `missing` says why nothing, or not everything, was vendored.
+pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String]) -> Result<()> {
+    let mut text = String::from("// Written by build.rs: what was vendored.\n\n");
+    let _ = writeln!(text, "pub(crate) static LIBRARIES: &[Vendored] = &[");
+    for row in rows {
+        let source = match row.source {
+            Source::Override => "Override",
+            Source::Directory => "Directory",
+            Source::Cache => "Cache",
+            Source::Local => "Local",
+            Source::Network => "Network",
+        };
+        let _ = writeln!(
+            text,
+            "    Vendored {{ name: {:?}, distribution: {:?}, version: {:?}, wheel_sha256: Digest({:?}), sha256: Digest({:?}), size: {}, source: Source::{source}, built_at: {:?} }},",
+            row.soname,
+            row.wheel.distribution,
+            row.wheel.version,
+            row.wheel_sha256.0,
+            row.extracted.sha256.0,
+            row.extracted.size,
+            row.extracted.path.display().to_string(),
+        );
+    }
+    let _ =
+        writeln!(text, "];\n\n/// Why something was not vendored.\npub(crate) static MISSING: &[&str] = &{missing:?};");
+    let path = out_dir.join("vendored.rs");
+    // Untouched when the same, so that the library is not compiled again for nothing.
+    if std::fs::read_to_string(&path).is_ok_and(|old| old == text) {
+        return Ok(());
+    }
+    publish_bytes(&path, text.as_bytes())
+}
+
+/// Rerun lines: what this build depended on, and nothing else.
+pub fn rerun(files: &[&Path], variables: &[String]) {
+    for file in files {
+        println!("cargo::rerun-if-changed={}", file.display());
+    }
+    for name in variables {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+}
+
+/// A warning is one line to cargo.
+pub fn warn(text: &str) {
+    println!("cargo::warning={}", text.replace('\n', " "));
+}
+
+/// For dependents' build scripts: `DEP_FLASHINFER_RS_LIB_DIR`.
+pub fn metadata(lib_dir: &Path) {
+    println!("cargo::metadata=lib_dir={}", lib_dir.display());
+}
+
+/// Removes libraries of an earlier build that this one did not vendor.
+pub fn prune(lib_dir: &Path, rows: &[Row<'_>]) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(lib_dir) else { return Ok(()) };
+    for entry in entries.flatten() {
+        if !rows.iter().any(|row| entry.file_name() == row.soname) {
+            std::fs::remove_file(entry.path()).map_err(|e| Error::io("removing", &entry.path(), &e))?;
+        }
+    }
+    Ok(())
+}

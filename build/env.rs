@@ -1,0 +1,93 @@
+//! Every environment variable that a build looks at, by name, in one place. Reading one tells cargo to run the build
+//! script again when it changes.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+pub const JIT_CACHE_WHEEL: &str = "FLASHINFER_RS_JIT_CACHE_WHEEL";
+pub const TVMFFI_WHEEL: &str = "FLASHINFER_RS_TVMFFI_WHEEL";
+pub const CUDART_WHEEL: &str = "FLASHINFER_RS_CUDART_WHEEL";
+pub const WHEEL_DIR: &str = "FLASHINFER_RS_WHEEL_DIR";
+pub const CACHE_DIR: &str = "FLASHINFER_RS_CACHE_DIR";
+pub const OFFLINE: &str = "FLASHINFER_RS_OFFLINE";
+pub const CARGO_OFFLINE: &str = "CARGO_NET_OFFLINE";
+pub const STRICT: &str = "FLASHINFER_RS_STRICT";
+pub const ALLOW_VERSION: &str = "FLASHINFER_RS_ALLOW_VERSION";
+pub const MIRROR: &str = "FLASHINFER_RS_MIRROR";
+pub const SKIP_VENDOR: &str = "FLASHINFER_RS_SKIP_VENDOR";
+
+/// The variable that names a wheel of this distribution directly.
+pub fn wheel_override(distribution: &str) -> Option<&'static str> {
+    match distribution {
+        "flashinfer_jit_cache" => Some(JIT_CACHE_WHEEL),
+        "apache_tvm_ffi" => Some(TVMFFI_WHEEL),
+        "nvidia_cuda_runtime" => Some(CUDART_WHEEL),
+        _ => None,
+    }
+}
+
+/// The environment of a build: the process's own, or a test's.
+pub struct Env {
+    fixed: Option<BTreeMap<String, OsString>>,
+    read: RefCell<Vec<String>>,
+}
+
+impl Env {
+    /// The process's environment.
+    pub fn process() -> Self {
+        Self { fixed: None, read: RefCell::default() }
+    }
+
+    /// Just these variables.
+    pub fn fixed<K: Into<String>, V: Into<OsString>>(pairs: impl IntoIterator<Item = (K, V)>) -> Self {
+        let fixed = pairs.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        Self { fixed: Some(fixed), read: RefCell::default() }
+    }
+
+    /// A variable's value; one that is set to nothing counts as not set.
+    pub fn os(&self, name: &str) -> Option<OsString> {
+        let mut read = self.read.borrow_mut();
+        if !read.iter().any(|seen| seen == name) {
+            read.push(name.to_owned());
+        }
+        let value = match &self.fixed {
+            Some(fixed) => fixed.get(name).cloned(),
+            None => std::env::var_os(name),
+        };
+        value.filter(|value| !value.is_empty())
+    }
+
+    pub fn path(&self, name: &str) -> Option<PathBuf> {
+        self.os(name).map(PathBuf::from)
+    }
+
+    pub fn text(&self, name: &str) -> Option<String> {
+        self.os(name).map(|value| value.to_string_lossy().into_owned())
+    }
+
+    /// Whether a switch is on: set, and neither `0`, `false`, `no` nor `off`.
+    pub fn flag(&self, name: &str) -> bool {
+        let value = self.text(name).map(|value| value.to_ascii_lowercase());
+        value.is_some_and(|value| !matches!(value.as_str(), "0" | "false" | "no" | "off"))
+    }
+
+    /// The variables that were read so far.
+    pub fn names_read(&self) -> Vec<String> {
+        self.read.borrow().clone()
+    }
+
+    /// `FLASHINFER_RS_OFFLINE` or `CARGO_NET_OFFLINE`: the name of the one that forbids the network.
+    pub fn offline(&self) -> Option<&'static str> {
+        [OFFLINE, CARGO_OFFLINE].into_iter().find(|name| self.flag(name))
+    }
+
+    /// Where verified wheels are kept: `FLASHINFER_RS_CACHE_DIR`, else `flashinfer-rs` in the XDG cache folder.
+    pub fn cache_dir(&self) -> Option<PathBuf> {
+        self.path(CACHE_DIR).or_else(|| {
+            let xdg = self.path("XDG_CACHE_HOME").filter(|path| path.is_absolute());
+            Some(xdg.or_else(|| Some(self.path("HOME")?.join(".cache")))?.join("flashinfer-rs"))
+        })
+    }
+}

@@ -1,0 +1,62 @@
+//! The local build: in a checkout of this repository only, a jit-cache wheel that `cargo xtask wheel` made from source,
+//! recorded with its digest in an ignored file, so that bare `cargo build`, `test`, `clippy` and `doc` find it.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::digest::Digest;
+use super::error::{Error, Result, refuse};
+use super::store::publish_bytes;
+
+/// Relative to the checkout.
+pub const RECORD: &str = ".local/wheel.json";
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    pub distribution: String,
+    pub target: String,
+    pub path: PathBuf,
+    sha256: String,
+}
+
+impl Record {
+    pub fn new(distribution: &str, target: &str, path: &Path, sha256: Digest) -> Self {
+        Self {
+            distribution: distribution.to_owned(),
+            target: target.to_owned(),
+            path: path.to_owned(),
+            sha256: sha256.to_string(),
+        }
+    }
+
+    /// The record of a checkout, where there is one.
+    pub fn read(checkout: &Path) -> Result<Option<Self>> {
+        let path = checkout.join(RECORD);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("reading", &path, &e)),
+        };
+        match serde_json::from_str(&text) {
+            Ok(record) => Ok(Some(record)),
+            Err(e) => refuse!("{} is malformed: {e}; delete it, or run `cargo xtask wheel` again", path.display()),
+        }
+    }
+
+    pub fn write(&self, checkout: &Path) -> Result<()> {
+        let path = checkout.join(RECORD);
+        let text = serde_json::to_string_pretty(self).map_err(|e| Error::Refused(e.to_string()))?;
+        publish_bytes(&path, format!("{text}\n").as_bytes())
+    }
+
+    pub fn sha256(&self) -> Result<Digest> {
+        self.sha256.parse().map_err(Error::Refused)
+    }
+}
+
+/// Whether a manifest folder is a checkout of this repository: packages do not contain xtask.
+pub fn is_checkout(manifest: &Path) -> bool {
+    manifest.join("xtask/Cargo.toml").is_file()
+}

@@ -1,0 +1,141 @@
+//! `artifacts.lock`: what is pinned. Strict: an unknown key or a malformed value is an error, never ignored.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::digest::Digest;
+use super::error::{Error, Result, refuse};
+
+/// The only format there is so far.
+const VERSION: u32 = 1;
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lock {
+    pub version: u32,
+    #[serde(rename = "wheel")]
+    pub wheels: Vec<Wheel>,
+}
+
+/// One wheel for one target.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wheel {
+    pub distribution: String,
+    pub version: String,
+    /// `<arch>-<os>`, as in `CARGO_CFG_TARGET_ARCH` and `CARGO_CFG_TARGET_OS`.
+    pub target: String,
+    pub file: String,
+    #[serde(deserialize_with = "digest")]
+    pub sha256: Digest,
+    pub size: Option<u64>,
+    /// Where it may be fetched from, in turn.
+    pub sources: Vec<Source>,
+    /// A build goes on without this wheel, with a warning, where it cannot be had.
+    #[serde(default)]
+    pub optional: bool,
+    #[serde(rename = "member")]
+    pub members: Vec<Member>,
+}
+
+/// One place a wheel may be fetched from.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "lowercase")]
+pub enum Source {
+    /// The file itself.
+    Url(String),
+    /// An index page that links to the file.
+    Index(String),
+    /// A package URL: fetched from wherever this machine is configured to get packages of that type.
+    Purl(String),
+}
+
+/// One shared object inside a wheel.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    pub path: String,
+    pub soname: String,
+    /// The Cargo feature that wants it; always wanted without one.
+    pub feature: Option<String>,
+    pub size: Option<u64>,
+    #[serde(default, deserialize_with = "optional_digest")]
+    pub sha256: Option<Digest>,
+}
+
+fn digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Digest, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+}
+
+fn optional_digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Digest>, D::Error> {
+    digest(deserializer).map(Some)
+}
+
+impl Lock {
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io("reading", path, &e))?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Parses and checks; `name` stands in the messages.
+    pub fn parse(text: &str, name: &str) -> Result<Self> {
+        let remedy = "restore the file from the crate's release";
+        let lock: Self = match toml::from_str(text) {
+            Ok(lock) => lock,
+            Err(e) => refuse!("{name} is malformed: {}; {remedy}", e.to_string().trim().replace('\n', " ")),
+        };
+        if lock.version != VERSION {
+            refuse!("{name} has version {}, this crate reads version {VERSION}; {remedy}", lock.version);
+        }
+        for (i, wheel) in lock.wheels.iter().enumerate() {
+            if let Err(fault) = wheel.check() {
+                refuse!("{name}: wheel {} for {}: {fault}; {remedy}", wheel.file, wheel.target);
+            }
+            let twin = |other: &Wheel| other.distribution == wheel.distribution && other.target == wheel.target;
+            if lock.wheels[..i].iter().any(twin) {
+                refuse!("{name} pins {} twice for {}; {remedy}", wheel.distribution, wheel.target);
+            }
+        }
+        Ok(lock)
+    }
+
+    pub fn for_target<'a>(&'a self, target: &'a str) -> impl Iterator<Item = &'a Wheel> {
+        self.wheels.iter().filter(move |wheel| wheel.target == target)
+    }
+}
+
+impl Wheel {
+    /// Members that a set of features wants.
+    pub fn wanted<'a>(&'a self, has_feature: &dyn Fn(&str) -> bool) -> Vec<&'a Member> {
+        let wanted = |member: &&Member| member.feature.as_deref().is_none_or(has_feature);
+        self.members.iter().filter(wanted).collect()
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        plain_name(&self.file)?;
+        let prefix = format!("{}-{}-", self.distribution, self.version);
+        if !self.file.starts_with(&prefix) || !self.file.ends_with(".whl") {
+            return Err(format!("the file name does not start with `{prefix}` and end with `.whl`"));
+        }
+        if self.sources.is_empty() {
+            return Err("no source".to_owned());
+        }
+        if self.members.is_empty() {
+            return Err("no member".to_owned());
+        }
+        for (i, member) in self.members.iter().enumerate() {
+            plain_name(&member.soname)?;
+            if self.members[..i].iter().any(|other| other.soname == member.soname) {
+                return Err(format!("two members with the soname {}", member.soname));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A file name and nothing else: it becomes part of a path.
+fn plain_name(name: &str) -> std::result::Result<(), String> {
+    let fine = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0', '\n', '\r', '"']);
+    if fine { Ok(()) } else { Err(format!("`{}` is not a plain file name", name.escape_debug())) }
+}

@@ -1,0 +1,17 @@
+//! Vendoring: from `artifacts.lock` to verified shared objects in a folder. build.rs is its main user; xtask and the
+//! tests compile the same files by `#[path]`.
+#![forbid(unsafe_code)]
+#![allow(dead_code, reason = "each of build.rs, xtask and the tests uses its own part")]
+
+pub mod digest;
+pub mod emit;
+pub mod env;
+pub mod error;
+pub mod fetch;
+pub mod index;
+pub mod local;
+pub mod lock;
+pub mod source;
+pub mod store;
+pub mod vendor;
+pub mod wheel;

@@ -1,0 +1,320 @@
+//! The ladder: where a wheel may come from. First hit wins; each rung is one function that says why it outranks the
+//! next.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::digest::{Digest, hash_reader};
+use super::env::{self, Env};
+use super::error::{Error, Result, refuse};
+use super::fetch::{Client, Expected, Progress, redacted, summary};
+use super::index;
+use super::local::{self, Record};
+use super::lock::{self, Wheel};
+use super::store::Store;
+use super::wheel::{Identity, Wheel as Archive};
+
+/// Where a wheel came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    Override,
+    Directory,
+    Cache,
+    Local,
+    Network,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Override => "override",
+            Self::Directory => "directory",
+            Self::Cache => "cache",
+            Self::Local => "local build",
+            Self::Network => "network",
+        })
+    }
+}
+
+/// A wheel that passed its checks, open.
+#[derive(Debug)]
+pub struct Found {
+    pub file: File,
+    pub path: PathBuf,
+    pub source: Source,
+    pub sha256: Digest,
+    /// What a user should be told.
+    pub notes: Vec<String>,
+}
+
+impl Found {
+    /// Whether these are the pinned bytes; an override or a local build need not be.
+    pub fn is_pinned(&self, wheel: &Wheel) -> bool {
+        self.sha256 == wheel.sha256
+    }
+}
+
+/// All that the ladder looks at.
+pub struct Ladder<'a> {
+    pub env: &'a Env,
+    /// The folder that holds the target directory, if known.
+    pub workspace: Option<PathBuf>,
+    /// The checkout of this repository, if this is one.
+    pub checkout: Option<PathBuf>,
+    pub progress: Progress<'a>,
+}
+
+impl Ladder<'_> {
+    /// Finds a wheel, or says everywhere it looked and what to do.
+    pub fn find(&mut self, wheel: &Wheel) -> Result<Found> {
+        let mut looked = Vec::new();
+        // The user named this very file: nothing outranks that.
+        if let Some(found) = self.by_override(wheel, &mut looked)? {
+            return Ok(found);
+        }
+        // A folder of wheels is as deliberate, but not about one wheel.
+        if let Some(found) = self.in_directories(wheel, &mut looked)? {
+            return Ok(found);
+        }
+        // Fetched and checked before, by any project of this user.
+        if let Some(found) = self.in_cache(wheel, &mut looked) {
+            return Ok(found);
+        }
+        // What a contributor built here stands in only where the pinned wheel is not at hand.
+        if let Some(found) = self.in_checkout(wheel, &mut looked)? {
+            return Ok(found);
+        }
+        // The only rung that costs time and needs others.
+        if let Some(found) = self.on_network(wheel, &mut looked)? {
+            return Ok(found);
+        }
+        Err(nowhere(wheel, &looked))
+    }
+
+    fn by_override(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
+        let Some(name) = env::wheel_override(&wheel.distribution) else { return Ok(None) };
+        let Some(path) = self.env.path(name) else {
+            looked.push(format!("{name} (not set)"));
+            return Ok(None);
+        };
+        let (file, sha256) = open(&path, &format!("the wheel that {name} names"))?;
+        let identity = Archive::open(&file, path.display().to_string())?.identity()?;
+        let mut notes = self.check_identity(name, &path, &identity, wheel)?;
+        if sha256 != wheel.sha256 {
+            if self.env.flag(env::STRICT) {
+                refuse!(
+                    "{name}={} has sha256 {sha256}, expected {} ({}), and {} is set; give the pinned wheel or unset one of the two",
+                    path.display(),
+                    wheel.sha256,
+                    wheel.file,
+                    env::STRICT
+                );
+            }
+            notes.push(format!(
+                "{name}={} is not the pinned wheel {}; it is used as it is",
+                path.display(),
+                wheel.file
+            ));
+        }
+        Ok(Some(Found { file, path, source: Source::Override, sha256, notes }))
+    }
+
+    fn check_identity(&self, name: &str, path: &Path, found: &Identity, wheel: &Wheel) -> Result<Vec<String>> {
+        let path = path.display();
+        if found.distribution != wheel.distribution {
+            refuse!(
+                "{name}={path} is a wheel of {}, expected {}; name the right file",
+                found.distribution,
+                wheel.distribution
+            );
+        }
+        let arch = wheel.target.split('-').next().unwrap_or_default();
+        let fits = |tag: &String| {
+            tag.rsplit('-').next().is_some_and(|platforms| {
+                platforms
+                    .split('.')
+                    .any(|p| p.starts_with("manylinux") && p.ends_with(arch) || p == format!("linux_{arch}"))
+            })
+        };
+        if !found.tags.iter().any(fits) {
+            refuse!(
+                "{name}={path} is for {}, the target is {}; name the wheel of that platform",
+                found.tags.join(", "),
+                wheel.target
+            );
+        }
+        if found.version == wheel.version {
+            return Ok(Vec::new());
+        }
+        if !self.env.flag(env::ALLOW_VERSION) {
+            refuse!(
+                "{name}={path} has version {}, expected {}; name a wheel of that version, or set {}=1 to use this one",
+                found.version,
+                wheel.version,
+                env::ALLOW_VERSION
+            );
+        }
+        Ok(vec![format!("{name}={path} has version {}, this crate was written for {}", found.version, wheel.version)])
+    }
+
+    fn in_directories(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
+        let given = self.env.path(env::WHEEL_DIR);
+        if given.is_none() {
+            looked.push(format!("{} (not set)", env::WHEEL_DIR));
+        }
+        for folder in [given, self.workspace.clone()].into_iter().flatten() {
+            let path = folder.join(&wheel.file);
+            if !path.exists() {
+                looked.push(format!("the folder {}", folder.display()));
+                continue;
+            }
+            let (file, sha256) = open(&path, "the wheel")?;
+            if sha256 != wheel.sha256 {
+                let remedy = format!(
+                    "replace it, or name it by {} if you mean it",
+                    env::wheel_override(&wheel.distribution).unwrap_or_default()
+                );
+                refuse!("{} has sha256 {sha256}, expected {}; {remedy}", path.display(), wheel.sha256);
+            }
+            return Ok(Some(Found { file, path, source: Source::Directory, sha256, notes: Vec::new() }));
+        }
+        Ok(None)
+    }
+
+    fn in_cache(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Option<Found> {
+        let Some(store) = self.store() else {
+            looked.push(format!("the cache (no folder: neither {} nor HOME is set)", env::CACHE_DIR));
+            return None;
+        };
+        let Some((path, file)) = store.lookup(&wheel.sha256, &wheel.file) else {
+            looked.push(format!("the cache {}", store.root().display()));
+            return None;
+        };
+        Some(Found { file, path, source: Source::Cache, sha256: wheel.sha256, notes: Vec::new() })
+    }
+
+    fn in_checkout(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
+        let Some(checkout) = &self.checkout else { return Ok(None) };
+        let record = Record::read(checkout)?;
+        let Some(record) = record.filter(|r| r.distribution == wheel.distribution && r.target == wheel.target) else {
+            looked.push(format!("the local build of this checkout ({}, made by `cargo xtask wheel`)", local::RECORD));
+            return Ok(None);
+        };
+        if !record.path.exists() {
+            looked.push(format!("the local build {} (gone)", record.path.display()));
+            return Ok(None);
+        }
+        let (file, sha256) = open(&record.path, "the local build")?;
+        if sha256 != record.sha256()? {
+            refuse!("{} has changed since it was built; run `cargo xtask wheel` again", record.path.display());
+        }
+        let notes = vec![format!("{} comes from the local build {}", wheel.distribution, record.path.display())];
+        Ok(Some(Found { file, path: record.path, source: Source::Local, sha256, notes }))
+    }
+
+    fn on_network(&mut self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
+        if let Some(name) = self.env.offline() {
+            looked.push(format!("not the network, since {name} is set"));
+            return Ok(None);
+        }
+        let Some(store) = self.store() else { return Ok(None) };
+        let client = Client::new();
+        for source in self.network_sources(wheel) {
+            let started = Instant::now();
+            let mut size = 0;
+            let result = self.address(&client, &source, wheel).and_then(|url| {
+                let expected = Expected { sha256: wheel.sha256, size: wheel.size };
+                store.fill(&wheel.sha256, &wheel.file, |file| {
+                    size = client.download(&url, &expected, file, self.progress)?;
+                    Ok(())
+                })
+            });
+            match result {
+                Ok((path, file)) => {
+                    let notes = vec![format!(
+                        "{} fetched ({}), kept in {}",
+                        wheel.file,
+                        summary(size, started),
+                        path.display()
+                    )];
+                    return Ok(Some(Found { file, path, source: Source::Network, sha256: wheel.sha256, notes }));
+                }
+                Err(Error::Unavailable(fault)) => looked.push(fault),
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The lock's sources; with a mirror, that alone for what comes from a release host.
+    fn network_sources(&self, wheel: &Wheel) -> Vec<lock::Source> {
+        let Some(mirror) = self.env.text(env::MIRROR) else { return wheel.sources.clone() };
+        let mirrored = wheel.sources.iter().find_map(|source| match source {
+            lock::Source::Url(url) => {
+                let path = url::Url::parse(url).map(|url| url.path().to_owned()).unwrap_or_default();
+                Some(vec![lock::Source::Url(format!("{}{path}", mirror.trim_end_matches('/')))])
+            }
+            _ => None,
+        });
+        mirrored.unwrap_or_else(|| wheel.sources.clone())
+    }
+
+    fn address(&self, client: &Client, source: &lock::Source, wheel: &Wheel) -> Result<String> {
+        match source {
+            lock::Source::Url(url) => Ok(url.clone()),
+            lock::Source::Index(page) => index::find(client, page, &wheel.file, &wheel.sha256),
+            lock::Source::Purl(purl) => {
+                let (page, from) = index::project_page(purl, self.env)?;
+                let named = |fault: Error| match fault {
+                    Error::Unavailable(fault) => Error::Unavailable(format!("{purl} at {from}: {fault}")),
+                    refused => refused,
+                };
+                index::find(client, &page, &wheel.file, &wheel.sha256).map_err(named)
+            }
+        }
+    }
+
+    fn store(&self) -> Option<Store> {
+        self.env.cache_dir().map(Store::new)
+    }
+}
+
+/// Opens and hashes; the descriptor is read again later, so what is extracted is what was hashed.
+fn open(path: &Path, what: &str) -> Result<(File, Digest)> {
+    let failed = |e: &std::io::Error| Error::io(&format!("reading {what},"), path, e);
+    let mut file = File::open(path).map_err(|e| failed(&e))?;
+    if !file.metadata().map_err(|e| failed(&e))?.is_file() {
+        refuse!("{what}, {}, is not a file; name the .whl file itself", path.display());
+    }
+    let (sha256, _) = hash_reader(&file).map_err(|e| failed(&e))?;
+    file.seek(SeekFrom::Start(0)).map_err(|e| failed(&e))?;
+    Ok((file, sha256))
+}
+
+fn nowhere(wheel: &Wheel, looked: &[String]) -> Error {
+    let size = wheel.size.map(|size| format!(", {size} bytes")).unwrap_or_default();
+    let places: Vec<String> = wheel
+        .sources
+        .iter()
+        .map(|source| match source {
+            lock::Source::Url(url) => redacted(url),
+            lock::Source::Index(page) => redacted(page),
+            lock::Source::Purl(purl) => purl.clone(),
+        })
+        .collect();
+    let variable = env::wheel_override(&wheel.distribution).unwrap_or(env::WHEEL_DIR);
+    Error::Unavailable(format!(
+        "the wheel {} (sha256 {}{size}) was found nowhere. Looked at: {}. Remedy: get it from {} and set {variable} to its \
+         path, or put it into the folder that {} names or beside your workspace's Cargo.toml; {}=1 builds without any \
+         kernel",
+        wheel.file,
+        wheel.sha256,
+        looked.join("; "),
+        places.join(" or "),
+        env::WHEEL_DIR,
+        env::SKIP_VENDOR
+    ))
+}

@@ -1,0 +1,183 @@
+//! What can go wrong at run time.
+
+use std::ffi::c_int;
+use std::path::PathBuf;
+
+/// This crate's results.
+pub type Result<T, E = FlashInferError> = std::result::Result<T, E>;
+
+/// An error of this crate: each says what was asked, what was found, what was expected and what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FlashInferError {
+    /// A library is not there: not vendored, or not where it was put.
+    #[error("{library} was not found; looked at: {}; {remedy}", .searched.join(", "))]
+    ArtifactMissing {
+        /// The library's soname.
+        library: String,
+        /// The places that were searched, in order.
+        searched: Vec<String>,
+        /// What to do.
+        remedy: String,
+    },
+
+    /// A library is not the one that was vendored.
+    #[error(
+        "{} is not the {library} that this program was built with: sha256 {found}, expected {expected}; restore it, or \
+         build again",
+        .path.display()
+    )]
+    DigestMismatch {
+        /// The library's soname.
+        library: String,
+        /// The file.
+        path: PathBuf,
+        /// Its digest, in hexadecimal.
+        found: String,
+        /// The vendored digest, in hexadecimal.
+        expected: String,
+    },
+
+    /// A file could not be read.
+    #[error("{doing} {} failed; check that the file is there and readable", .path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+
+    /// The dynamic linker refused a library.
+    #[error("loading {library} from {} failed: {reason}; {remedy}", .path.display())]
+    LoadFailed {
+        /// The library's soname.
+        library: String,
+        /// The file.
+        path: PathBuf,
+        /// The dynamic linker's own words.
+        reason: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+
+    /// A library lacks a function.
+    #[error("{library} has no symbol {symbol} ({reason}); use the release that this crate pins")]
+    SymbolMissing {
+        /// The library's soname.
+        library: String,
+        /// The symbol.
+        symbol: String,
+        /// The dynamic linker's own words.
+        reason: String,
+    },
+
+    /// A library is of another release than this crate was written for.
+    #[error("{library} is version {found}, expected {expected}; {remedy}")]
+    VersionMismatch {
+        /// The library's soname.
+        library: String,
+        /// Its version.
+        found: String,
+        /// The version this crate works with.
+        expected: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+
+    /// Another libtvm_ffi.so is visible to every library of this process: kernels would use its streams, not ours.
+    #[error(
+        "another libtvm_ffi.so is already loaded globally, from {other}; kernels would bind to it instead of to the one \
+         this crate loaded; initialize this crate first, or do not load the other with RTLD_GLOBAL"
+    )]
+    ForeignTvmFfi {
+        /// The file it was loaded from.
+        other: String,
+    },
+
+    /// There is no NVIDIA driver.
+    #[error("there is no NVIDIA driver: {reason}; looked for libcuda.so.1; install a driver for CUDA 13 or newer")]
+    DriverMissing {
+        /// The dynamic linker's or CUDA's own words.
+        reason: String,
+    },
+
+    /// The NVIDIA driver is too old for CUDA 13.
+    #[error("the NVIDIA driver supports CUDA {found}, needed is CUDA {needed} or newer; update the driver")]
+    DriverTooOld {
+        /// The CUDA version that the driver supports.
+        found: String,
+        /// The CUDA version that is needed.
+        needed: String,
+    },
+
+    /// There is no CUDA runtime library.
+    #[error(
+        "libcudart.so.13 was not found; looked at: {}; build with the feature `cudart`, or install CUDA 13's runtime",
+        .searched.join(", ")
+    )]
+    CudartMissing {
+        /// The places that were searched, with the dynamic linker's reason.
+        searched: Vec<String>,
+    },
+
+    /// A call of the CUDA runtime failed.
+    #[error("{call} failed with CUDA error {code}: {message}")]
+    Cuda {
+        /// The function.
+        call: &'static str,
+        /// `cudaError_t`.
+        code: c_int,
+        /// CUDA's own words.
+        message: String,
+    },
+
+    /// There is no such GPU.
+    #[error("there is no CUDA device {device}: this process sees {count}; use a device from 0 to one below that")]
+    DeviceOutOfRange {
+        /// The device that was asked for.
+        device: i64,
+        /// How many devices there are.
+        count: i32,
+    },
+
+    /// An argument breaks a kernel's contract. Nothing was launched.
+    #[error("{function}: {argument} is {found}, expected {expected}")]
+    InvalidArgument {
+        /// The kernel.
+        function: &'static str,
+        /// The argument.
+        argument: &'static str,
+        /// What it is.
+        found: String,
+        /// What it must be.
+        expected: String,
+    },
+
+    /// A kernel raised an error through TVM-FFI.
+    #[error("{function} raised {kind}: {message}")]
+    TvmFfiCall {
+        /// The function that was called.
+        function: String,
+        /// The error's kind, `TypeError` for example.
+        kind: String,
+        /// The error's message.
+        message: String,
+        /// Where it was raised, as TVM-FFI recorded it; may be empty.
+        backtrace: String,
+    },
+
+    /// The runtime was initialized before, with another configuration.
+    #[error("the runtime is already initialized with {current}, and was now asked for {requested}; initialize it once")]
+    AlreadyInitialized {
+        /// The configuration in force.
+        current: String,
+        /// The configuration asked for.
+        requested: String,
+    },
+
+    /// The runtime was not initialized.
+    #[error("the runtime is not initialized; call FlashInferRuntime::initialize first")]
+    NotInitialized,
+}

@@ -1,0 +1,57 @@
+//! The layouts of `dlpack.h`.
+
+use std::ffi::c_void;
+use std::mem::{offset_of, size_of};
+
+/// `kDLCPU` and `kDLCUDA`.
+pub(crate) const CPU: i32 = 1;
+pub(crate) const CUDA: i32 = 2;
+
+/// `DLDevice`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DLDevice {
+    pub(crate) device_type: i32,
+    pub(crate) device_id: i32,
+}
+
+/// `DLDataType`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DLDataType {
+    pub(crate) code: u8,
+    pub(crate) bits: u8,
+    pub(crate) lanes: u16,
+}
+
+/// `DLTensor`: a tensor that somebody else owns. Strides count elements.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DLTensor {
+    pub(crate) data: *mut c_void,
+    pub(crate) device: DLDevice,
+    pub(crate) ndim: i32,
+    pub(crate) dtype: DLDataType,
+    pub(crate) shape: *const i64,
+    pub(crate) strides: *const i64,
+    /// Kept 0: FlashInfer's wrappers read `data` alone.
+    pub(crate) byte_offset: u64,
+}
+
+const _: () = {
+    assert!(size_of::<DLDevice>() == 8);
+    assert!(offset_of!(DLDevice, device_type) == 0);
+    assert!(offset_of!(DLDevice, device_id) == 4);
+    assert!(size_of::<DLDataType>() == 4);
+    assert!(offset_of!(DLDataType, code) == 0);
+    assert!(offset_of!(DLDataType, bits) == 1);
+    assert!(offset_of!(DLDataType, lanes) == 2);
+    assert!(size_of::<DLTensor>() == 48);
+    assert!(offset_of!(DLTensor, data) == 0);
+    assert!(offset_of!(DLTensor, device) == 8);
+    assert!(offset_of!(DLTensor, ndim) == 16);
+    assert!(offset_of!(DLTensor, dtype) == 20);
+    assert!(offset_of!(DLTensor, shape) == 24);
+    assert!(offset_of!(DLTensor, strides) == 32);
+    assert!(offset_of!(DLTensor, byte_offset) == 40);
+};

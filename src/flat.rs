@@ -1,0 +1,234 @@
+//! The flat functions and structs: raw device pointers in, one call, thin over `kernels`.
+
+use std::ffi::c_void;
+
+use crate::error::{FlashInferError, Result};
+use crate::kernels::gdn::{self, GdnPrefill};
+use crate::kernels::norm::{self, NormOptions};
+use crate::runtime::Stream;
+use crate::tensor::{DType, Device, TensorMut, TensorRef};
+
+macro_rules! descriptor {
+    ($(#[$doc:meta])* $name:ident { $($size:ident),* ; $($stride:ident),* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy)]
+        pub struct $name {
+            /// Device memory.
+            pub ptr: *const c_void,
+            $(
+                #[doc = concat!("The size of the dimension `", stringify!($size), "`.")]
+                pub $size: i64,
+            )*
+            $(
+                #[doc = concat!("`", stringify!($stride), "`, in elements.")]
+                pub $stride: i64,
+            )*
+            /// The element type.
+            pub dtype: DType,
+            /// CUDA's number for the GPU.
+            pub device_id: i32,
+        }
+
+        impl $name {
+            /// # Safety
+            /// As for [`TensorRef::from_raw`].
+            unsafe fn read<'a>(&self) -> Result<TensorRef<'a>> {
+                let device = device(self.device_id)?;
+                // SAFETY: the caller's promise.
+                unsafe { TensorRef::from_raw(self.ptr, device, self.dtype, &[$(self.$size),*], Some(&[$(self.$stride),*])) }
+            }
+
+            /// # Safety
+            /// As for [`TensorMut::from_raw`].
+            #[allow(dead_code, reason = "some shapes are only read")]
+            unsafe fn write<'a>(&self) -> Result<TensorMut<'a>> {
+                let device = device(self.device_id)?;
+                let shape = [$(self.$size),*];
+                // SAFETY: the caller's promise.
+                unsafe { TensorMut::from_raw(self.ptr.cast_mut(), device, self.dtype, &shape, Some(&[$(self.$stride),*])) }
+            }
+        }
+    };
+}
+
+descriptor! {
+    /// A vector in device memory.
+    Tensor1DDesc { len; stride }
+}
+descriptor! {
+    /// A matrix in device memory.
+    Tensor2DDesc { rows, cols; stride_row, stride_col }
+}
+descriptor! {
+    /// A `[tokens, heads, head size]` tensor in device memory.
+    Tensor3DDesc { dim0, dim1, dim2; stride0, stride1, stride2 }
+}
+descriptor! {
+    /// A `[sequences, heads, value dimension, key dimension]` tensor in device memory.
+    Tensor4DDesc { dim0, dim1, dim2, dim3; stride0, stride1, stride2, stride3 }
+}
+
+fn device(id: i32) -> Result<Device> {
+    match u32::try_from(id) {
+        Ok(id) => Ok(Device::Cuda(id)),
+        // TVM-FFI 0.1.3 would write past its table of streams, and say nothing.
+        Err(_) => {
+            let count = crate::FlashInferRuntime::global()?.device_count()?;
+            Err(FlashInferError::DeviceOutOfRange { device: id.into(), count })
+        }
+    }
+}
+
+/// The arguments of [`gemma_rmsnorm`].
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct GemmaRmsNormParams {
+    /// `[rows, columns]`, F16 or BF16.
+    pub input: Tensor2DDesc,
+    /// `[columns]`, as the input.
+    pub weight: Tensor1DDesc,
+    /// As the input; may be the input.
+    pub out: Tensor2DDesc,
+    /// Added to the mean square; finite and positive.
+    pub eps: f64,
+    /// The CUDA stream (`cudaStream_t`), null for the null stream.
+    pub stream: *mut c_void,
+    /// Programmatic dependent launch.
+    pub enable_pdl: bool,
+}
+
+impl GemmaRmsNormParams {
+    /// All arguments; programmatic dependent launch is off.
+    pub fn new(input: Tensor2DDesc, weight: Tensor1DDesc, out: Tensor2DDesc, eps: f64, stream: *mut c_void) -> Self {
+        Self { input, weight, out, eps, stream, enable_pdl: false }
+    }
+
+    /// With programmatic dependent launch on or off.
+    #[must_use]
+    pub fn with_enable_pdl(mut self, enable_pdl: bool) -> Self {
+        self.enable_pdl = enable_pdl;
+        self
+    }
+}
+
+/// [Gemma's RMSNorm](norm::gemma_rmsnorm) on raw device pointers, asynchronous on the given stream.
+///
+/// # Errors
+/// As for [`norm::gemma_rmsnorm`].
+///
+/// # Safety
+/// Each descriptor must describe device memory of its type that stays valid, and that nobody else writes, until the
+/// kernel has run; `out` may be the input itself, and otherwise overlaps nothing. The stream must be null or a live
+/// stream of the descriptors' device.
+pub unsafe fn gemma_rmsnorm(params: &GemmaRmsNormParams) -> Result<()> {
+    // SAFETY: the caller's promise, for the memory and for the stream.
+    let (mut out, input, weight, stream) =
+        unsafe { (params.out.write()?, params.input.read()?, params.weight.read()?, Stream::from_raw(params.stream)) };
+    let options = NormOptions::default().with_eps(params.eps).with_pdl(params.enable_pdl);
+    norm::gemma_rmsnorm(&mut out, &input, &weight, &options, stream)
+}
+
+/// The arguments of [`gdn_prefill_sm90`]; shapes and types as in [`GdnPrefill`].
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct GdnPrefillSm90Params {
+    /// `[T, H, 128]`.
+    pub output: Tensor3DDesc,
+    /// `[N, H, 128, 128]` F32.
+    pub output_state: Tensor4DDesc,
+    /// `[T, query heads, 128]`.
+    pub q: Tensor3DDesc,
+    /// `[T, key heads, 128]`.
+    pub k: Tensor3DDesc,
+    /// `[T, value heads, 128]`.
+    pub v: Tensor3DDesc,
+    /// `[N + 1]` I64.
+    pub cu_seqlens: Tensor1DDesc,
+    /// `[N, H, 128, 128]` F32.
+    pub input_state: Option<Tensor4DDesc>,
+    /// `[T, H]` F32, linear.
+    pub alpha: Option<Tensor2DDesc>,
+    /// `[T, H]` F32.
+    pub beta: Option<Tensor2DDesc>,
+    /// 0.0 for 1/√128.
+    pub scale: f64,
+    /// U8.
+    pub workspace: Tensor1DDesc,
+    /// The CUDA stream (`cudaStream_t`), null for the null stream.
+    pub stream: *mut c_void,
+}
+
+impl GdnPrefillSm90Params {
+    /// What is required; no initial state, no alpha, no beta, the default scale.
+    #[allow(clippy::too_many_arguments, reason = "the kernel has that many, and each is required")]
+    pub fn new(
+        output: Tensor3DDesc,
+        output_state: Tensor4DDesc,
+        q: Tensor3DDesc,
+        k: Tensor3DDesc,
+        v: Tensor3DDesc,
+        cu_seqlens: Tensor1DDesc,
+        workspace: Tensor1DDesc,
+        stream: *mut c_void,
+    ) -> Self {
+        let (input_state, alpha, beta, scale) = (None, None, None, 0.0);
+        Self { output, output_state, q, k, v, cu_seqlens, input_state, alpha, beta, scale, workspace, stream }
+    }
+
+    /// With states before the first tokens.
+    #[must_use]
+    pub fn with_input_state(mut self, input_state: Tensor4DDesc) -> Self {
+        self.input_state = Some(input_state);
+        self
+    }
+
+    /// With a decay, linear.
+    #[must_use]
+    pub fn with_alpha(mut self, alpha: Tensor2DDesc) -> Self {
+        self.alpha = Some(alpha);
+        self
+    }
+
+    /// With a writing rate.
+    #[must_use]
+    pub fn with_beta(mut self, beta: Tensor2DDesc) -> Self {
+        self.beta = Some(beta);
+        self
+    }
+
+    /// With a scale of the output.
+    #[must_use]
+    pub fn with_scale(mut self, scale: f64) -> Self {
+        self.scale = scale;
+        self
+    }
+}
+
+/// [Prefill of the gated delta rule](gdn::gdn_prefill) on raw device pointers, asynchronous on the given stream.
+///
+/// # Errors
+/// As for [`gdn::gdn_prefill`].
+///
+/// # Safety
+/// Each descriptor must describe device memory of its type that stays valid, and that nobody else writes, until the
+/// kernel has run; outputs and workspace overlap nothing. The stream must be null or a live stream of the descriptors'
+/// device. And all that [`gdn::gdn_prefill`] asks of `cu_seqlens` and the workspace.
+pub unsafe fn gdn_prefill_sm90(params: &GdnPrefillSm90Params) -> Result<()> {
+    // SAFETY: the caller's promise, for the memory, for the contents of cu_seqlens and for the stream.
+    unsafe {
+        let args = GdnPrefill {
+            output: params.output.write()?,
+            output_state: params.output_state.write()?,
+            q: params.q.read()?,
+            k: params.k.read()?,
+            v: params.v.read()?,
+            cu_seqlens: params.cu_seqlens.read()?,
+            input_state: params.input_state.as_ref().map(|state| state.read()).transpose()?,
+            alpha: params.alpha.as_ref().map(|alpha| alpha.read()).transpose()?,
+            beta: params.beta.as_ref().map(|beta| beta.read()).transpose()?,
+            scale: params.scale,
+            workspace: params.workspace.write()?,
+        };
+        gdn::gdn_prefill(args, Stream::from_raw(params.stream))
+    }
+}

@@ -1,0 +1,191 @@
+//! `gdn_prefill_sm90.so`: prefill of the gated delta rule, for Hopper GPUs. Contract: `csrc/gdn_prefill_launcher.cu` and
+//! `include/flashinfer/flat/` of FlashInfer 0.6.3.
+
+use super::Kernel;
+use crate::error::Result;
+use crate::module::Arg;
+use crate::runtime::{FlashInferRuntime, Stream};
+use crate::tensor::{DType, Device, Raw, TensorMut, TensorRef};
+
+const LIBRARY: &str = "gdn_prefill_sm90.so";
+
+static GDN_PREFILL: Kernel = Kernel::new(LIBRARY, "gdn_prefill");
+
+pub(super) static KERNELS: &[&Kernel] = &[&GDN_PREFILL];
+
+/// The one head size that release 0.6.3 computes right: with 64 and 96 the final state is wrong, 256 is refused.
+pub const HEAD_SIZE: i64 = 128;
+
+/// A TMA descriptor for every multiprocessor, which the kernel edits on partial tiles.
+const WORKSPACE_PER_MULTIPROCESSOR: i64 = 128;
+
+/// The arguments of [`gdn_prefill`], with `T` tokens of `N` sequences one after the other, `D` = [`HEAD_SIZE`], and
+/// `H = max(query heads, value heads)`.
+#[derive(Debug)]
+pub struct GdnPrefill<'a> {
+    /// `[T, H, D]`, as `q`.
+    pub output: TensorMut<'a>,
+    /// `[N, H, D, D]` F32, value dimension before key dimension: the states after the last token.
+    pub output_state: TensorMut<'a>,
+    /// `[T, query heads, D]` F16 or BF16.
+    pub q: TensorRef<'a>,
+    /// `[T, key heads, D]`, as `q`.
+    pub k: TensorRef<'a>,
+    /// `[T, value heads, D]`, as `q`.
+    pub v: TensorRef<'a>,
+    /// `[N + 1]` I64: where each sequence starts, and `T`. Strictly increasing from 0.
+    pub cu_seqlens: TensorRef<'a>,
+    /// As `output_state`: the states before the first token; zeros without.
+    pub input_state: Option<TensorRef<'a>>,
+    /// `[T, H]` F32: the decay, linear (not its logarithm); 1 without.
+    pub alpha: Option<TensorRef<'a>>,
+    /// `[T, H]` F32: how much of the correction is written; 1 without.
+    pub beta: Option<TensorRef<'a>>,
+    /// Multiplies the output; 0.0 means 1/√D.
+    pub scale: f64,
+    /// U8, at least 128 bytes for every multiprocessor of the GPU; no other stream may use it at the same time.
+    pub workspace: TensorMut<'a>,
+}
+
+/// Prefill of the gated delta rule. For every sequence and head, token by token:
+/// `S ← α S`, `S ← S + β (v − S k) kᵀ`, `o = scale · S q`.
+///
+/// Heads: either key heads equal value heads and query heads are a multiple of them (GQA), or query heads equal key
+/// heads and value heads are a multiple of them (GVA). All tensors are contiguous; `q`, `k`, `v` and `output` aligned
+/// to 16 bytes, `workspace` to 64.
+///
+/// On a GPU the call is asynchronous on `stream` and needs compute capability 9.0; tensors on the host are computed by
+/// the [reference](super::reference), at once. Release 0.6.3 works on one GPU per process only: on a second one it
+/// raises `run failed`.
+///
+/// # Errors
+/// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for whatever breaks the contract above and can be seen
+/// without reading device memory; [`DeviceOutOfRange`](crate::FlashInferError::DeviceOutOfRange); what loading
+/// `gdn_prefill_sm90.so` answers; and [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what the kernel raised, on
+/// an unsupported GPU for example.
+///
+/// # Safety
+/// `cu_seqlens`, if it is on a GPU, must start with 0, increase strictly, and end with `T`, when the kernel runs: its
+/// contents steer the kernel's addressing, and a sequence without tokens hangs the GPU. The workspace must not be in
+/// use by another stream.
+pub unsafe fn gdn_prefill(mut args: GdnPrefill<'_>, stream: Stream) -> Result<()> {
+    let kernel = &GDN_PREFILL;
+    check(kernel, &args)?;
+    let runtime = FlashInferRuntime::global()?;
+    let device = args.q.device();
+    let _current = match device {
+        Device::Cuda(_) => {
+            let id = runtime.checked_device(device)?;
+            let needed = i64::from(runtime.multiprocessors(id)?) * WORKSPACE_PER_MULTIPROCESSOR;
+            let found = args.workspace.raw().numel();
+            if found < needed {
+                return Err(kernel.invalid(
+                    "workspace",
+                    format_args!("{found} bytes"),
+                    format!("{needed} bytes or more"),
+                ));
+            }
+            // Upstream asks the thread's current device, not the tensors'.
+            Some(runtime.cudart()?.set_current(id)?)
+        }
+        Device::Cpu => None,
+    };
+    let function = kernel.on(device)?;
+    let _stream = runtime.set_stream(device, stream)?;
+    let (output, output_state, workspace) = (args.output.pack(), args.output_state.pack(), args.workspace.pack());
+    let (q, k, v, cu_seqlens) = (args.q.pack(), args.k.pack(), args.v.pack(), args.cu_seqlens.pack());
+    let input_state = args.input_state.as_ref().map(TensorRef::pack);
+    let alpha = args.alpha.as_ref().map(TensorRef::pack);
+    let beta = args.beta.as_ref().map(TensorRef::pack);
+    let optional = |tensor| Option::map_or(tensor, Arg::NONE, Arg::tensor);
+    let packed = [
+        Arg::tensor(&output),
+        Arg::tensor(&output_state),
+        Arg::tensor(&q),
+        Arg::tensor(&k),
+        Arg::tensor(&v),
+        Arg::tensor(&cu_seqlens),
+        optional(input_state.as_ref()),
+        optional(alpha.as_ref()),
+        optional(beta.as_ref()),
+        Arg::float(args.scale),
+        Arg::tensor(&workspace),
+    ];
+    // SAFETY: shapes, types, devices and sizes keep the kernel's contract, checked above; the contents of cu_seqlens
+    // are the caller's promise, the tensors' memory and the stream were vouched for by whoever made them.
+    unsafe { function.call(&packed) }?;
+    Ok(())
+}
+
+/// All of the contract that can be seen without reading device memory.
+fn check(kernel: &Kernel, args: &GdnPrefill<'_>) -> Result<()> {
+    let (q, k, v) = (args.q.raw(), args.k.raw(), args.v.raw());
+    let dtype = kernel.half("q", q)?;
+    kernel.rank("q", q, 3)?;
+    kernel.rank("k", k, 3)?;
+    kernel.rank("v", v, 3)?;
+    kernel.rank("cu_seqlens", args.cu_seqlens.raw(), 1)?;
+    let (tokens, size) = (q.shape()[0], q.shape()[2]);
+    if size != HEAD_SIZE {
+        let expected = format!("{HEAD_SIZE}, the only one that release 0.6.3 computes right");
+        return Err(kernel.invalid("head_size", size, expected));
+    }
+    let (q_heads, k_heads, v_heads) = (q.shape()[1], k.shape()[1], v.shape()[1]);
+    let grouped_queries = q_heads >= v_heads && k_heads == v_heads && k_heads > 0 && q_heads % k_heads == 0;
+    let grouped_values = q_heads < v_heads && q_heads == k_heads && q_heads > 0 && v_heads % q_heads == 0;
+    if !(grouped_queries || grouped_values) {
+        let found = format_args!("{q_heads} query, {k_heads} key and {v_heads} value");
+        let expected = "key heads = value heads and query heads a multiple of them (GQA), or query heads = key heads and \
+                        value heads a multiple of them (GVA)";
+        return Err(kernel.invalid("the number of heads", found, expected));
+    }
+    let heads = q_heads.max(v_heads);
+    let sequences = args.cu_seqlens.shape()[0] - 1;
+    kernel.in_bounds("the number of sequences, the length of cu_seqlens less one,", sequences, 1, i32::MAX.into())?;
+    // Each sequence has a token: an empty one hangs the GPU.
+    kernel.in_bounds("the number of tokens", tokens, sequences, i32::MAX.into())?;
+
+    let per_token = [tokens, heads];
+    let states = [sequences, heads, size, size];
+    let optional = [
+        ("alpha", &args.alpha, &per_token[..]),
+        ("beta", &args.beta, &per_token),
+        ("input_state", &args.input_state, &states),
+    ];
+    let required = [
+        ("q", q, &[tokens, q_heads, size][..], dtype),
+        ("k", k, &[tokens, k_heads, size], dtype),
+        ("v", v, &[tokens, v_heads, size], dtype),
+        ("output", args.output.raw(), &[tokens, heads, size], dtype),
+        ("output_state", args.output_state.raw(), &states, DType::F32),
+        ("cu_seqlens", args.cu_seqlens.raw(), &[sequences + 1], DType::I64),
+    ];
+    let optional =
+        optional.iter().filter_map(|(name, tensor, shape)| Some((*name, tensor.as_ref()?.raw(), *shape, DType::F32)));
+    for (name, tensor, shape, dtype) in required.into_iter().chain(optional) {
+        kernel.dtype(name, tensor, dtype)?;
+        kernel.shape(name, tensor, shape)?;
+        memory(kernel, name, tensor, q.device())?;
+    }
+    let workspace = args.workspace.raw();
+    kernel.rank("workspace", workspace, 1)?;
+    kernel.dtype("workspace", workspace, DType::U8)?;
+    memory(kernel, "workspace", workspace, q.device())?;
+    // A failed TMA descriptor prints to stderr and goes on.
+    for (name, tensor) in [("q", q), ("k", k), ("v", v), ("output", args.output.raw())] {
+        kernel.aligned(name, tensor, 16)?;
+    }
+    kernel.aligned("workspace", workspace, 64)?;
+    if !(args.scale.is_finite() && args.scale >= 0.0) {
+        return Err(kernel.invalid("scale", args.scale, "a finite number, 0.0 for 1/√(head size)"));
+    }
+    Ok(())
+}
+
+fn memory(kernel: &Kernel, name: &'static str, tensor: &Raw, device: Device) -> Result<()> {
+    kernel.device(name, tensor, device)?;
+    kernel.contiguous(name, tensor)?;
+    kernel.aligned(name, tensor, tensor.dtype().size())?;
+    // Offsets and strides are 32-bit.
+    kernel.in_bounds(name, tensor.numel(), 0, i32::MAX.into())
+}

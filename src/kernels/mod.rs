@@ -1,0 +1,130 @@
+//! The kernels. A family is one file: its contract, its checks, its calls.
+
+pub mod gdn;
+pub mod norm;
+pub mod reference;
+
+use std::fmt::{Debug, Display};
+use std::sync::OnceLock;
+
+use crate::error::{FlashInferError, Result};
+use crate::module::Function;
+use crate::runtime::FlashInferRuntime;
+use crate::tensor::{DType, Device, Raw};
+
+/// Every kernel, for warming up.
+pub(crate) fn all() -> impl Iterator<Item = &'static Kernel> {
+    norm::KERNELS.iter().chain(gdn::KERNELS).copied()
+}
+
+/// A function of a vendored library, looked up once.
+pub(crate) struct Kernel {
+    library: &'static str,
+    name: &'static str,
+    on_gpu: OnceLock<Function>,
+    on_host: OnceLock<Function>,
+}
+
+impl Kernel {
+    const fn new(library: &'static str, name: &'static str) -> Self {
+        Self { library, name, on_gpu: OnceLock::new(), on_host: OnceLock::new() }
+    }
+
+    pub(crate) fn library(&self) -> &'static str {
+        self.library
+    }
+
+    /// The library's function.
+    pub(crate) fn function(&self) -> Result<&Function> {
+        once(&self.on_gpu, || FlashInferRuntime::global()?.module(self.library)?.function(self.name))
+    }
+
+    /// The function that serves tensors on `device`: the library's, or the reference on the host.
+    fn on(&self, device: Device) -> Result<&Function> {
+        match device {
+            Device::Cpu => once(&self.on_host, || reference::module()?.function(self.name)),
+            Device::Cuda(_) => self.function(),
+        }
+    }
+
+    /// An argument that breaks the kernel's contract.
+    #[cold]
+    fn invalid(&self, argument: &'static str, found: impl Display, expected: impl Into<String>) -> FlashInferError {
+        FlashInferError::InvalidArgument {
+            function: self.name,
+            argument,
+            found: found.to_string(),
+            expected: expected.into(),
+        }
+    }
+
+    fn shape(&self, argument: &'static str, tensor: &Raw, expected: &[i64]) -> Result<()> {
+        if tensor.shape() == expected {
+            return Ok(());
+        }
+        Err(self.invalid(argument, format_args!("of shape {:?}", tensor.shape()), format!("shape {expected:?}")))
+    }
+
+    fn dtype(&self, argument: &'static str, tensor: &Raw, expected: DType) -> Result<()> {
+        if tensor.dtype() == expected {
+            return Ok(());
+        }
+        Err(self.invalid(argument, tensor.dtype(), expected.to_string()))
+    }
+
+    /// f16 and bf16 are all that these kernels compute with.
+    fn half(&self, argument: &'static str, tensor: &Raw) -> Result<DType> {
+        match tensor.dtype() {
+            dtype @ (DType::F16 | DType::BF16) => Ok(dtype),
+            other => Err(self.invalid(argument, other, "F16 or BF16")),
+        }
+    }
+
+    fn device(&self, argument: &'static str, tensor: &Raw, expected: Device) -> Result<()> {
+        if tensor.device() == expected {
+            return Ok(());
+        }
+        Err(self.invalid(argument, format_args!("on {}", tensor.device()), format!("memory of {expected}")))
+    }
+
+    fn rank(&self, argument: &'static str, tensor: &Raw, expected: usize) -> Result<()> {
+        if tensor.shape().len() == expected {
+            return Ok(());
+        }
+        let found = format_args!("of shape {:?}", tensor.shape());
+        Err(self.invalid(argument, found, format!("{expected} dimensions")))
+    }
+
+    fn contiguous(&self, argument: &'static str, tensor: &Raw) -> Result<()> {
+        if tensor.is_contiguous() {
+            return Ok(());
+        }
+        let found = format_args!("strided {:?} with shape {:?}", tensor.strides(), tensor.shape());
+        Err(self.invalid(argument, found, "contiguous row-major memory"))
+    }
+
+    fn aligned(&self, argument: &'static str, tensor: &Raw, bytes: usize) -> Result<()> {
+        if tensor.data().addr().is_multiple_of(bytes) {
+            return Ok(());
+        }
+        Err(self.invalid(argument, format_args!("at {:p}", tensor.data()), format!("memory aligned to {bytes} bytes")))
+    }
+
+    fn in_bounds<T: PartialOrd + Debug>(&self, argument: &'static str, value: T, low: T, high: T) -> Result<()> {
+        if value >= low && value <= high {
+            return Ok(());
+        }
+        Err(self.invalid(argument, format_args!("{value:?}"), format!("{low:?} to {high:?}")))
+    }
+}
+
+/// `get_or_try_init`, which the standard library has not yet.
+fn once(cell: &OnceLock<Function>, make: impl FnOnce() -> Result<Function>) -> Result<&Function> {
+    match cell.get() {
+        Some(function) => Ok(function),
+        None => {
+            let function = make()?;
+            Ok(cell.get_or_init(|| function))
+        }
+    }
+}

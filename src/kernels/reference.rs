@@ -1,0 +1,369 @@
+//! The same functions on host tensors, in f64: what runs where there is no GPU, and what GPU results are compared with.
+//!
+//! They are TVM-FFI functions like a kernel library's, called through the same [`Function`] and raising the same kinds
+//! of errors. Tensors on the host reach them through the ordinary wrappers, [`gemma_rmsnorm`](super::norm::gemma_rmsnorm)
+//! and [`gdn_prefill`](super::gdn::gdn_prefill).
+//!
+//! [`Function`]: crate::Function
+
+use std::ffi::{CString, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::slice;
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+
+use crate::error::Result;
+use crate::ffi::abi::{Any, SafeCall, type_index};
+use crate::ffi::dlpack::{self, DLTensor};
+use crate::module::Module;
+use crate::runtime::FlashInferRuntime;
+use crate::tensor::DType;
+
+static FUNCTIONS: &[(&str, SafeCall)] = &[("gemma_rmsnorm", gemma_rmsnorm), ("gdn_prefill", gdn_prefill)];
+
+/// The reference functions as a module, by the names of the kernels that they are for.
+///
+/// # Errors
+/// [`NotInitialized`](crate::FlashInferError::NotInitialized): errors are raised through libtvm_ffi.so.
+pub fn module() -> Result<&'static Module> {
+    static MODULE: OnceLock<Module> = OnceLock::new();
+    let runtime = FlashInferRuntime::global()?;
+    Ok(MODULE.get_or_init(|| Module::here("reference", FUNCTIONS, runtime.api())))
+}
+
+/// What a function raises: TVM-FFI's kind, and the message.
+type Raised = (&'static str, String);
+
+unsafe extern "C" fn gemma_rmsnorm(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
+    // SAFETY: TVM-FFI's calling convention, which our caller follows.
+    unsafe {
+        serve("gemma_rmsnorm", args, count, result, |args| {
+            let [out, input, weight, eps, _pdl] = args.exactly()?;
+            let (out, input, weight) = (args.tensor(out)?, args.tensor(input)?, args.tensor(weight)?);
+            let eps = args.float(eps)?;
+            let (rows, columns) = (input.size(0)?, input.size(1)?);
+            out.expect_shape(&[rows, columns])?;
+            weight.expect_shape(&[columns])?;
+            for row in 0..rows {
+                let squares = (0..columns)
+                    .map(|column| input.at(&[row, column]).map(|x| x * x))
+                    .sum::<std::result::Result<f64, Raised>>()?;
+                let scale = 1.0 / (squares / columns as f64 + eps).sqrt();
+                for column in 0..columns {
+                    let value = input.at(&[row, column])? * scale * (1.0 + weight.at(&[column])?);
+                    out.set(&[row, column], value)?;
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+unsafe extern "C" fn gdn_prefill(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
+    // SAFETY: TVM-FFI's calling convention, which our caller follows.
+    unsafe {
+        serve("gdn_prefill", args, count, result, |args| {
+            let [output, output_state, q, k, v, cu_seqlens, input_state, alpha, beta, scale, _workspace] =
+                args.exactly()?;
+            let (output, output_state) = (args.tensor(output)?, args.tensor(output_state)?);
+            let (q, k, v, cu_seqlens) = (args.tensor(q)?, args.tensor(k)?, args.tensor(v)?, args.tensor(cu_seqlens)?);
+            let (input_state, alpha, beta) = (args.optional(input_state)?, args.optional(alpha)?, args.optional(beta)?);
+            let scale = args.float(scale)?;
+            let (tokens, size) = (q.size(0)?, q.size(2)?);
+            let (q_heads, k_heads, v_heads) = (q.size(1)?, k.size(1)?, v.size(1)?);
+            let heads = q_heads.max(v_heads);
+            let sequences = cu_seqlens.size(0)?.saturating_sub(1);
+            k.expect_shape(&[tokens, k_heads, size])?;
+            v.expect_shape(&[tokens, v_heads, size])?;
+            output.expect_shape(&[tokens, heads, size])?;
+            output_state.expect_shape(&[sequences, heads, size, size])?;
+            for (tensor, shape) in [
+                (&input_state, &[sequences, heads, size, size][..]),
+                (&alpha, &[tokens, heads]),
+                (&beta, &[tokens, heads]),
+            ] {
+                tensor.as_ref().map_or(Ok(()), |tensor| tensor.expect_shape(shape))?;
+            }
+            if k_heads == 0 || q_heads % k_heads != 0 || v_heads == 0 || v_heads % k_heads != 0 {
+                return Err((
+                    "ValueError",
+                    format!("{q_heads} query, {k_heads} key and {v_heads} value heads do not group"),
+                ));
+            }
+            let scale = if scale == 0.0 { 1.0 / (size as f64).sqrt() } else { scale };
+            let offsets = cu_seqlens.offsets(tokens)?;
+            for (sequence, span) in offsets.windows(2).enumerate() {
+                for head in 0..heads {
+                    let (q_head, k_head, v_head) =
+                        (head * q_heads / heads, head * k_heads / heads, head * v_heads / heads);
+                    let mut state = vec![0.0; size * size];
+                    if let Some(input_state) = &input_state {
+                        input_state.read(&[sequence, head], &mut state)?;
+                    }
+                    let (mut query, mut key, mut value) = (vec![0.0; size], vec![0.0; size], vec![0.0; size]);
+                    for token in span[0]..span[1] {
+                        q.read(&[token, q_head], &mut query)?;
+                        k.read(&[token, k_head], &mut key)?;
+                        v.read(&[token, v_head], &mut value)?;
+                        let decay = alpha.as_ref().map_or(Ok(1.0), |alpha| alpha.at(&[token, head]))?;
+                        let rate = beta.as_ref().map_or(Ok(1.0), |beta| beta.at(&[token, head]))?;
+                        for (i, row) in state.chunks_exact_mut(size).enumerate() {
+                            row.iter_mut().for_each(|s| *s *= decay);
+                            let correction = rate * (value[i] - dot(row, &key));
+                            row.iter_mut().zip(&key).for_each(|(s, k)| *s += correction * k);
+                            output.set(&[token, head, i], scale * dot(row, &query))?;
+                        }
+                    }
+                    output_state.write(&[sequence, head], &state)?;
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// Runs a function's body under TVM-FFI's convention: an error is raised and answered by -1, and so is a panic.
+///
+/// # Safety
+/// `args` must point to `count` arguments, valid during the call, and `result` to a result.
+unsafe fn serve(
+    name: &'static str,
+    args: *const Any,
+    count: i32,
+    result: *mut Any,
+    body: impl FnOnce(&Args<'_>) -> std::result::Result<(), Raised>,
+) -> c_int {
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let args = match usize::try_from(count) {
+            // SAFETY: the caller's promise.
+            Ok(count) if count > 0 => unsafe { slice::from_raw_parts(args, count) },
+            _ => &[],
+        };
+        body(&Args { name, args })
+    }));
+    let (kind, message) = match outcome {
+        Ok(Ok(())) => {
+            // SAFETY: the caller's promise.
+            unsafe { *result = Any::NONE };
+            return 0;
+        }
+        Ok(Err(raised)) => raised,
+        Err(_) => ("InternalError", format!("{name} panicked")),
+    };
+    if let Ok(runtime) = FlashInferRuntime::global() {
+        // A zero byte cannot occur in these messages; without one nothing is lost here.
+        runtime.raise(&CString::new(kind).unwrap_or_default(), &CString::new(message).unwrap_or_default());
+    }
+    -1
+}
+
+struct Args<'a> {
+    name: &'static str,
+    args: &'a [Any],
+}
+
+impl<'a> Args<'a> {
+    /// The positions of exactly `N` arguments.
+    fn exactly<const N: usize>(&self) -> std::result::Result<[usize; N], Raised> {
+        if self.args.len() == N {
+            return Ok(std::array::from_fn(|i| i));
+        }
+        let found = self.args.len();
+        Err((
+            "TypeError",
+            format!("Mismatched number of arguments when calling {}: expected {N}, found {found}", self.name),
+        ))
+    }
+
+    fn mismatch(&self, position: usize, expected: &str) -> Raised {
+        let found = self.args[position].type_index;
+        let name = self.name;
+        (
+            "TypeError",
+            format!(
+                "Mismatched type on argument #{position} when calling {name}: expected {expected}, found type index {found}"
+            ),
+        )
+    }
+
+    fn tensor(&self, position: usize) -> std::result::Result<HostTensor<'a>, Raised> {
+        let arg = &self.args[position];
+        if arg.type_index != type_index::DL_TENSOR_PTR {
+            return Err(self.mismatch(position, "DLTensor*"));
+        }
+        // SAFETY: the index says that the payload points to a tensor, which is valid during the call.
+        HostTensor::new(position, unsafe { &*arg.payload.tensor })
+    }
+
+    fn optional(&self, position: usize) -> std::result::Result<Option<HostTensor<'a>>, Raised> {
+        if self.args[position].type_index == type_index::NONE { Ok(None) } else { self.tensor(position).map(Some) }
+    }
+
+    fn float(&self, position: usize) -> std::result::Result<f64, Raised> {
+        let arg = &self.args[position];
+        // SAFETY: each index says which payload is there.
+        unsafe {
+            match arg.type_index {
+                type_index::FLOAT => Ok(arg.payload.float),
+                type_index::INT | type_index::BOOL => Ok(arg.payload.int as f64),
+                _ => Err(self.mismatch(position, "float")),
+            }
+        }
+    }
+}
+
+/// A tensor whose elements can be read and written as f64.
+struct HostTensor<'a> {
+    position: usize,
+    data: *mut c_void,
+    dtype: DType,
+    shape: &'a [i64],
+    strides: &'a [i64],
+}
+
+impl<'a> HostTensor<'a> {
+    fn new(position: usize, tensor: &'a DLTensor) -> std::result::Result<Self, Raised> {
+        if tensor.device.device_type != dlpack::CPU {
+            return Err((
+                "ValueError",
+                format!("argument #{position} must be on the host, found device type {}", tensor.device.device_type),
+            ));
+        }
+        let Some(dtype) = DType::from_dl(tensor.dtype) else {
+            return Err((
+                "TypeError",
+                format!("argument #{position} has an element type that is not supported: {:?}", tensor.dtype),
+            ));
+        };
+        let dimensions = |pointer: *const i64| -> &'a [i64] {
+            match usize::try_from(tensor.ndim) {
+                // SAFETY: a tensor has `ndim` sizes and strides, valid as long as it is.
+                Ok(ndim) if ndim > 0 && !pointer.is_null() => unsafe { slice::from_raw_parts(pointer, ndim) },
+                _ => &[],
+            }
+        };
+        let (shape, strides) = (dimensions(tensor.shape), dimensions(tensor.strides));
+        if shape.len() != strides.len() {
+            return Err(("ValueError", format!("argument #{position} has no strides")));
+        }
+        Ok(Self { position, data: tensor.data, dtype, shape, strides })
+    }
+
+    fn size(&self, dimension: usize) -> std::result::Result<usize, Raised> {
+        let size = self.shape.get(dimension).and_then(|&size| usize::try_from(size).ok());
+        size.ok_or_else(|| {
+            ("ValueError", format!("argument #{} has shape {:?}, expected more dimensions", self.position, self.shape))
+        })
+    }
+
+    fn expect_shape(&self, expected: &[usize]) -> std::result::Result<(), Raised> {
+        if self.shape.iter().map(|&n| n as usize).eq(expected.iter().copied()) {
+            return Ok(());
+        }
+        Err(("ValueError", format!("argument #{} has shape {:?}, expected {expected:?}", self.position, self.shape)))
+    }
+
+    /// The offset of an element in elements, once its index is known to be inside.
+    fn offset(&self, index: &[usize]) -> std::result::Result<isize, Raised> {
+        let inside = index.len() == self.shape.len() && index.iter().zip(self.shape).all(|(&i, &n)| (i as i64) < n);
+        if !inside {
+            return Err((
+                "IndexError",
+                format!("argument #{} has shape {:?}, no element {index:?}", self.position, self.shape),
+            ));
+        }
+        Ok(index.iter().zip(self.strides).map(|(&i, &stride)| i as isize * stride as isize).sum())
+    }
+
+    fn at(&self, index: &[usize]) -> std::result::Result<f64, Raised> {
+        let offset = self.offset(index)?;
+        // SAFETY: the element is inside the tensor, whose memory and element type its maker vouched for; reads do not
+        // rely on alignment.
+        unsafe {
+            match self.dtype {
+                DType::F16 => Ok(self.data.cast::<f16>().offset(offset).read_unaligned().to_f64()),
+                DType::BF16 => Ok(self.data.cast::<bf16>().offset(offset).read_unaligned().to_f64()),
+                DType::F32 => Ok(self.data.cast::<f32>().offset(offset).read_unaligned().into()),
+                other => Err(self.not_a_float(other)),
+            }
+        }
+    }
+
+    fn set(&self, index: &[usize], value: f64) -> std::result::Result<(), Raised> {
+        let offset = self.offset(index)?;
+        // SAFETY: as for `at`; that the tensor may be written is its maker's word too.
+        unsafe {
+            match self.dtype {
+                DType::F16 => self.data.cast::<f16>().offset(offset).write_unaligned(f16::from_f64(value)),
+                DType::BF16 => self.data.cast::<bf16>().offset(offset).write_unaligned(bf16::from_f64(value)),
+                DType::F32 => self.data.cast::<f32>().offset(offset).write_unaligned(value as f32),
+                other => return Err(self.not_a_float(other)),
+            }
+        }
+        Ok(())
+    }
+
+    fn not_a_float(&self, found: DType) -> Raised {
+        ("TypeError", format!("argument #{} holds {found}, expected F16, BF16 or F32", self.position))
+    }
+
+    /// Reads all that lies below a leading index, row-major.
+    fn read(&self, index: &[usize], values: &mut [f64]) -> std::result::Result<(), Raised> {
+        self.below(index, values.len(), |index, i| self.at(index).map(|value| values[i] = value))
+    }
+
+    fn write(&self, index: &[usize], values: &[f64]) -> std::result::Result<(), Raised> {
+        self.below(index, values.len(), |index, i| self.set(index, values[i]))
+    }
+
+    fn below(
+        &self,
+        leading: &[usize],
+        count: usize,
+        mut visit: impl FnMut(&[usize], usize) -> std::result::Result<(), Raised>,
+    ) -> std::result::Result<(), Raised> {
+        let mut index = vec![0; self.shape.len()];
+        index[..leading.len()].copy_from_slice(leading);
+        for i in 0..count {
+            visit(&index, i)?;
+            for dimension in (leading.len()..index.len()).rev() {
+                index[dimension] += 1;
+                if (index[dimension] as i64) < self.shape[dimension] {
+                    break;
+                }
+                index[dimension] = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// The contents of `cu_seqlens`, checked.
+    fn offsets(&self, tokens: usize) -> std::result::Result<Vec<usize>, Raised> {
+        if self.dtype != DType::I64 {
+            return Err(("TypeError", format!("argument #{} holds {}, expected I64", self.position, self.dtype)));
+        }
+        let mut offsets = Vec::with_capacity(self.size(0)?);
+        for i in 0..self.size(0)? {
+            let offset = self.offset(&[i])?;
+            // SAFETY: the element is inside the tensor, whose memory and element type its maker vouched for.
+            let value = unsafe { self.data.cast::<i64>().offset(offset).read_unaligned() };
+            offsets.push(
+                usize::try_from(value)
+                    .map_err(|_| ("ValueError", format!("cu_seqlens[{i}] is {value}, expected no negative number")))?,
+            );
+        }
+        let increasing = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
+        if !increasing || offsets.first() != Some(&0) || offsets.last() != Some(&tokens) {
+            return Err((
+                "ValueError",
+                format!("cu_seqlens is {offsets:?}, expected offsets from 0 to {tokens} that do not decrease"),
+            ));
+        }
+        Ok(offsets)
+    }
+}

@@ -1,0 +1,147 @@
+//! Shared objects: opened, hashed and loaded through one descriptor, never closed.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::IntoRawFd;
+use std::path::{Path, PathBuf};
+
+use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
+
+use crate::digest::{Digest, hash_reader};
+use crate::error::{FlashInferError, Result};
+
+/// glibc's value; libloading does not export it.
+const RTLD_NOLOAD: i32 = 4;
+
+/// Whether later libraries may bind to a library's symbols without naming it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Scope {
+    Global,
+    Local,
+}
+
+impl Scope {
+    fn flags(self) -> i32 {
+        RTLD_NOW | if self == Self::Global { RTLD_GLOBAL } else { RTLD_LOCAL }
+    }
+}
+
+/// A loaded library. Kernels leave threads' state and static initializers behind, so it is never unloaded.
+#[derive(Debug)]
+pub(crate) struct Library {
+    name: String,
+    path: PathBuf,
+    handle: &'static Handle,
+}
+
+impl Library {
+    /// Loads a file. With a digest, the file is hashed through the descriptor that is then loaded, so that a swap of
+    /// the name in between changes nothing.
+    ///
+    /// # Safety
+    /// Loading runs the library's initializers: they must be sound to run here. A matching digest of a vendored library
+    /// is such a promise.
+    pub(crate) unsafe fn open(name: &str, path: &Path, expected: Option<&Digest>, scope: Scope) -> Result<Self> {
+        let failed = |doing| move |source| FlashInferError::Io { doing, path: path.to_owned(), source };
+        let file = File::open(path).map_err(failed("opening"))?;
+        if let Some(expected) = expected {
+            let (found, _) = hash_reader(&file).map_err(failed("reading"))?;
+            if found != *expected {
+                return Err(FlashInferError::DigestMismatch {
+                    library: name.to_owned(),
+                    path: path.to_owned(),
+                    found: found.to_string(),
+                    expected: expected.to_string(),
+                });
+            }
+        }
+        // The descriptor stays open for good: glibc knows a library by the name it was opened with, and a closed
+        // number comes back for another file.
+        let by_descriptor = format!("/proc/self/fd/{}", file.into_raw_fd());
+        // SAFETY: the caller's promise about the initializers.
+        match unsafe { Handle::open(Some(&by_descriptor), scope.flags()) } {
+            Ok(handle) => {
+                Ok(Self { name: name.to_owned(), path: path.to_owned(), handle: Box::leak(Box::new(handle)) })
+            }
+            Err(error) => Err(load_failed(name, path, reason(&error))),
+        }
+    }
+
+    /// A library that the dynamic linker finds by name; with `only_loaded`, only if the process has it already.
+    ///
+    /// # Safety
+    /// As for [`open`](Self::open), unless `only_loaded`.
+    pub(crate) unsafe fn by_name(name: &str, only_loaded: bool) -> std::result::Result<Self, String> {
+        let flags = Scope::Local.flags() | if only_loaded { RTLD_NOLOAD } else { 0 };
+        // SAFETY: the caller's promise; nothing is initialized where the library is loaded already.
+        match unsafe { Handle::open(Some(name), flags) } {
+            Ok(handle) => {
+                Ok(Self { name: name.to_owned(), path: PathBuf::from(name), handle: Box::leak(Box::new(handle)) })
+            }
+            Err(error) => Err(reason(&error)),
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A function of the library.
+    ///
+    /// # Safety
+    /// `T` must be a function pointer type that fits the symbol.
+    pub(crate) unsafe fn symbol<T: Copy>(&self, symbol: &CStr) -> Result<T> {
+        // SAFETY: the caller's promise. The pointer may outlive the `Symbol`, since libraries are never closed.
+        match unsafe { self.handle.get::<T>(symbol.to_bytes_with_nul()) } {
+            Ok(found) => Ok(*found),
+            Err(error) => Err(FlashInferError::SymbolMissing {
+                library: self.name.clone(),
+                symbol: symbol.to_string_lossy().into_owned(),
+                reason: reason(&error),
+            }),
+        }
+    }
+}
+
+/// The address that a library loaded from now on would bind `symbol` to, if any library offers it globally.
+pub(crate) fn global_address(symbol: &CStr) -> Option<usize> {
+    // SAFETY: the symbol's address is read and never called or dereferenced.
+    let found = unsafe { Handle::this().get::<*const ()>(symbol.to_bytes_with_nul()) };
+    found.ok().map(|symbol| symbol.as_raw_ptr() as usize)
+}
+
+/// The file that is mapped at an address, for messages.
+pub(crate) fn mapped_file(address: usize) -> String {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let holds = |line: &&str| {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let bounds = range.and_then(|(low, high)| {
+            Some((usize::from_str_radix(low, 16).ok()?, usize::from_str_radix(high, 16).ok()?))
+        });
+        bounds.is_some_and(|(low, high)| (low..high).contains(&address))
+    };
+    let line = maps.lines().find(holds).and_then(|line| line.split_whitespace().nth(5));
+    line.unwrap_or("an unknown file").to_owned()
+}
+
+/// libloading's message says only which call failed; the dynamic linker's own is its source.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+fn load_failed(name: &str, path: &Path, reason: String) -> FlashInferError {
+    // Kernel modules need the driver, unless their linker dropped it.
+    if reason.contains("libcuda.so.1") {
+        return FlashInferError::DriverMissing { reason };
+    }
+    let remedy = if reason.contains("GLIBC") {
+        "use a system with the C and C++ libraries that the reason asks for, or newer ones"
+    } else if reason.contains("/proc/self/fd") && !Path::new("/proc/self/fd").exists() {
+        "mount /proc: libraries are loaded through the descriptor they were checked through"
+    } else if reason.contains("libcudart") {
+        "build with the feature `cudart`, or install CUDA 13's runtime"
+    } else {
+        "mend what the reason names"
+    };
+    FlashInferError::LoadFailed { library: name.to_owned(), path: path.to_owned(), reason, remedy }
+}

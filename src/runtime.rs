@@ -1,0 +1,318 @@
+//! The runtime: one per process, holding the loaded libraries.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, c_void};
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use crate::artifact;
+use crate::cuda::Cudart;
+use crate::error::{FlashInferError, Result};
+use crate::ffi::api::{self, Api, StreamGuard};
+use crate::kernels;
+use crate::loader::{self, Library, Scope};
+use crate::module::Module;
+use crate::tensor::Device;
+
+const TVM_FFI: &str = "libtvm_ffi.so";
+const CUDART: &str = "libcudart.so.13";
+
+/// The ABI of libtvm_ffi.so that `ffi/abi.rs` describes, major and minor.
+const TVM_FFI_VERSION: (u32, u32) = (0, 1);
+
+static RUNTIME: OnceLock<FlashInferRuntime> = OnceLock::new();
+/// Held while the runtime is made, so that libraries are loaded once.
+static INITIALIZING: Mutex<()> = Mutex::new(());
+
+/// How the runtime is set up. The wheel variables of the build have no effect here.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RuntimeConfig {
+    lib_dir: Option<PathBuf>,
+    unverified: bool,
+    warm_up: bool,
+}
+
+impl RuntimeConfig {
+    /// The same as [`default`](Default::default): libraries are looked for in `FLASHINFER_RS_LIB_DIR`, then in
+    /// `lib/flashinfer-rs` beside the executable, then where the build put them; each is checked against its vendored
+    /// digest; kernels are loaded on first use.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Looks for libraries in this folder first.
+    #[must_use]
+    pub fn lib_dir(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.lib_dir = Some(folder.into());
+        self
+    }
+
+    /// Loads every vendored kernel at once, as [`FlashInferRuntime::warm_up`] does.
+    #[must_use]
+    pub fn warm_up(mut self) -> Self {
+        self.warm_up = true;
+        self
+    }
+
+    /// Loads libraries as they are found, without checking them against what was vendored.
+    ///
+    /// # Safety
+    /// The folders that are searched must hold libraries that fit this crate: whatever is there is run.
+    #[must_use]
+    pub unsafe fn without_verification(mut self) -> Self {
+        self.unverified = true;
+        self
+    }
+}
+
+/// The process's one runtime: TVM-FFI, CUDA's runtime and the kernel modules, loaded and checked.
+pub struct FlashInferRuntime {
+    config: RuntimeConfig,
+    api: Api,
+    /// Where it could not be found: what was looked at.
+    cudart: std::result::Result<Cudart, Vec<String>>,
+    /// Per GPU, the number of its multiprocessors once that was asked for.
+    devices: OnceLock<Box<[OnceLock<i32>]>>,
+    modules: Mutex<HashMap<String, &'static Module>>,
+}
+
+impl std::fmt::Debug for FlashInferRuntime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FlashInferRuntime").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl FlashInferRuntime {
+    /// Loads libcudart.so.13 where there is one, then libtvm_ffi.so, and checks both. Kernel modules are loaded on
+    /// first use or by [`warm_up`](Self::warm_up).
+    ///
+    /// A second call with the same configuration answers the same runtime.
+    ///
+    /// # Errors
+    /// [`ArtifactMissing`](FlashInferError::ArtifactMissing), [`DigestMismatch`](FlashInferError::DigestMismatch),
+    /// [`LoadFailed`](FlashInferError::LoadFailed), [`VersionMismatch`](FlashInferError::VersionMismatch),
+    /// [`ForeignTvmFfi`](FlashInferError::ForeignTvmFfi), or
+    /// [`AlreadyInitialized`](FlashInferError::AlreadyInitialized) with another configuration. That there is no GPU is
+    /// no error here.
+    pub fn initialize(config: RuntimeConfig) -> Result<&'static Self> {
+        let _one_at_a_time = INITIALIZING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(runtime) = RUNTIME.get() {
+            if runtime.config != config {
+                return Err(FlashInferError::AlreadyInitialized {
+                    current: format!("{:?}", runtime.config),
+                    requested: format!("{config:?}"),
+                });
+            }
+            return Ok(runtime);
+        }
+        let warm_up = config.warm_up;
+        let runtime = Self::load(config)?;
+        let runtime = RUNTIME.get_or_init(|| runtime);
+        if warm_up {
+            runtime.warm_up()?;
+        }
+        Ok(runtime)
+    }
+
+    /// The runtime that was initialized before.
+    ///
+    /// # Errors
+    /// [`NotInitialized`](FlashInferError::NotInitialized).
+    pub fn global() -> Result<&'static Self> {
+        RUNTIME.get().ok_or(FlashInferError::NotInitialized)
+    }
+
+    fn load(config: RuntimeConfig) -> Result<Self> {
+        let cudart = load_cudart(&config)?;
+        let tvm_ffi = open(TVM_FFI, &config, Scope::Global)?;
+        // SAFETY: the library was checked against the vendored TVM-FFI, or the caller vouched for it.
+        let api = unsafe { Api::resolve(&tvm_ffi) }?;
+        let version = api.version();
+        if (version.major, version.minor) != TVM_FFI_VERSION {
+            return Err(FlashInferError::VersionMismatch {
+                library: TVM_FFI.to_owned(),
+                found: format!("{}.{}.{}", version.major, version.minor, version.patch),
+                expected: format!("{}.{}.x", TVM_FFI_VERSION.0, TVM_FFI_VERSION.1),
+                remedy: "build with the pinned apache_tvm_ffi wheel",
+            });
+        }
+        if let Some(address) = loader::global_address(api::LANDMARK).filter(|&address| address != api.landmark()) {
+            return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
+        }
+        Ok(Self { config, api, cudart, devices: OnceLock::new(), modules: Mutex::default() })
+    }
+
+    /// Loads every vendored kernel module and resolves every function this crate knows in it, so that no later call
+    /// does. Modules that were not vendored are left out.
+    ///
+    /// # Errors
+    /// As for a kernel's first call.
+    pub fn warm_up(&'static self) -> Result<()> {
+        for kernel in kernels::all() {
+            if artifact::vendored(kernel.library()).is_some() {
+                kernel.function()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many GPUs this process sees.
+    ///
+    /// # Errors
+    /// [`CudartMissing`](FlashInferError::CudartMissing), [`DriverMissing`](FlashInferError::DriverMissing),
+    /// [`DriverTooOld`](FlashInferError::DriverTooOld), or [`Cuda`](FlashInferError::Cuda).
+    pub fn device_count(&self) -> Result<i32> {
+        Ok(self.devices()?.len() as i32)
+    }
+
+    fn devices(&self) -> Result<&[OnceLock<i32>]> {
+        if let Some(devices) = self.devices.get() {
+            return Ok(devices);
+        }
+        let count = self.cudart()?.device_count()?;
+        Ok(self.devices.get_or_init(|| (0..count).map(|_| OnceLock::new()).collect()))
+    }
+
+    /// The number of multiprocessors of a device that exists.
+    pub(crate) fn multiprocessors(&self, device: i32) -> Result<i32> {
+        let cell = &self.devices()?[device as usize];
+        if let Some(count) = cell.get() {
+            return Ok(*count);
+        }
+        let count = self.cudart()?.multiprocessors(device)?;
+        Ok(*cell.get_or_init(|| count))
+    }
+
+    /// A vendored module by its soname, `norm.so` for example, to call functions that this crate has no wrapper for.
+    ///
+    /// # Errors
+    /// [`ArtifactMissing`](FlashInferError::ArtifactMissing), [`DigestMismatch`](FlashInferError::DigestMismatch),
+    /// [`DriverMissing`](FlashInferError::DriverMissing), or [`LoadFailed`](FlashInferError::LoadFailed).
+    pub fn module(&'static self, soname: &str) -> Result<&'static Module> {
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules.get(soname) {
+            return Ok(module);
+        }
+        let library = open(soname, &self.config, Scope::Local)?;
+        let module: &'static Module = Box::leak(Box::new(Module::loaded(soname, library, &self.api)));
+        modules.insert(soname.to_owned(), module);
+        Ok(module)
+    }
+
+    /// Loads any TVM-FFI module from a file, unchecked.
+    ///
+    /// # Safety
+    /// Loading runs the file's initializers: they must be sound to run in this process.
+    ///
+    /// # Errors
+    /// [`Io`](FlashInferError::Io) or [`LoadFailed`](FlashInferError::LoadFailed).
+    pub unsafe fn load_module(&'static self, path: impl Into<PathBuf>) -> Result<Module> {
+        let path = path.into();
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        // SAFETY: the caller's promise.
+        let library = unsafe { Library::open(&name, &path, None, Scope::Local) }?;
+        Ok(Module::loaded(&name, library, &self.api))
+    }
+
+    /// Runs `f` with `stream` as this thread's stream for kernels on `device`, and restores the stream after it, also
+    /// when `f` panics. On [`Device::Cpu`] there is no stream and `f` is just run.
+    ///
+    /// # Errors
+    /// [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange), or why there is no GPU.
+    pub fn with_stream<T>(&'static self, device: Device, stream: Stream, f: impl FnOnce() -> T) -> Result<T> {
+        let _stream = self.set_stream(device, stream)?;
+        Ok(f())
+    }
+
+    pub(crate) fn set_stream(&'static self, device: Device, stream: Stream) -> Result<Option<StreamGuard>> {
+        let Device::Cuda(_) = device else { return Ok(None) };
+        let device = self.checked_device(device)?;
+        // SAFETY: the device was just found to be one of those that exist.
+        unsafe { self.api.set_stream(device, stream.0) }.map(Some)
+    }
+
+    /// A CUDA device's number, once it is known to exist.
+    pub(crate) fn checked_device(&self, device: Device) -> Result<i32> {
+        let Device::Cuda(id) = device else { return Ok(0) };
+        let count = self.device_count()?;
+        match i32::try_from(id) {
+            Ok(id) if id < count => Ok(id),
+            _ => Err(FlashInferError::DeviceOutOfRange { device: id.into(), count }),
+        }
+    }
+
+    pub(crate) fn cudart(&self) -> Result<&Cudart> {
+        self.cudart.as_ref().map_err(|searched| FlashInferError::CudartMissing { searched: searched.clone() })
+    }
+
+    pub(crate) fn api(&'static self) -> &'static Api {
+        &self.api
+    }
+
+    /// Raises a TVM-FFI error on this thread, for functions implemented here.
+    pub(crate) fn raise(&self, kind: &CStr, message: &CStr) {
+        self.api.raise(kind, message);
+    }
+}
+
+/// A CUDA stream, for kernels to be queued on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stream(*mut c_void);
+
+impl Stream {
+    /// The null stream, which orders itself with every other blocking stream of the device.
+    pub const NULL: Self = Self(std::ptr::null_mut());
+
+    /// A stream of one's own.
+    ///
+    /// # Safety
+    /// `stream` must be null or a live `cudaStream_t` (`CUstream`) of the device whose kernels it is used for, and stay
+    /// so for as long as it is used.
+    pub const unsafe fn from_raw(stream: *mut c_void) -> Self {
+        Self(stream)
+    }
+}
+
+fn open(soname: &str, config: &RuntimeConfig, scope: Scope) -> Result<Library> {
+    let path = artifact::locate(soname, config.lib_dir.as_deref())?;
+    let row = artifact::vendored(soname);
+    if config.unverified {
+        // SAFETY: whoever made the configuration vouched for the folders.
+        return unsafe { Library::open(soname, &path, None, scope) };
+    }
+    let Some(row) = row else {
+        return Err(FlashInferError::ArtifactMissing {
+            library: soname.to_owned(),
+            searched: vec![path.display().to_string()],
+            remedy: "the file is there, but none was vendored to check it against: build with the Cargo feature that \
+                     vendors it, or use RuntimeConfig::without_verification"
+                .to_owned(),
+        });
+    };
+    // SAFETY: the digest is that of the vendored library, whose initializers are known to do no harm.
+    unsafe { Library::open(soname, &path, Some(&row.sha256), scope) }
+}
+
+/// One that is in the process already, else ours, else the system's.
+fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Cudart, Vec<String>>> {
+    // SAFETY: nothing new is loaded.
+    if let Ok(library) = unsafe { Library::by_name(CUDART, true) } {
+        // SAFETY: its soname says that it is CUDA 13's runtime.
+        return unsafe { Cudart::resolve(&library) }.map(Ok);
+    }
+    let mut searched = match open(CUDART, config, Scope::Local) {
+        // SAFETY: it is the vendored libcudart.
+        Ok(library) => return unsafe { Cudart::resolve(&library) }.map(Ok),
+        Err(FlashInferError::ArtifactMissing { searched, .. }) => searched,
+        Err(error) => return Err(error),
+    };
+    // SAFETY: the system's own CUDA runtime, as any CUDA program would load it.
+    match unsafe { Library::by_name(CUDART, false) } {
+        // SAFETY: its soname says that it is CUDA 13's runtime.
+        Ok(library) => unsafe { Cudart::resolve(&library) }.map(Ok),
+        Err(reason) => {
+            searched.push(format!("the dynamic linker's own places ({reason})"));
+            Ok(Err(searched))
+        }
+    }
+}
