@@ -68,9 +68,8 @@ macro_rules! write {
     ($function:expr, $name:literal, $buffer:expr, $stream:expr, $dtype:expr, $shape:expr => $tensor:ident, $guard:ident) => {
         check($function, $name, $buffer, $stream, $shape)?;
         let (pointer, $guard) = $buffer.device_ptr_mut($stream);
-        #[allow(unused_mut, reason = "some are moved into an argument struct")]
         // SAFETY: as for `read!`; the buffer is borrowed mutably, so nothing else refers to it.
-        let mut $tensor =
+        let $tensor =
             unsafe { TensorMut::from_raw(pointer as *mut c_void, device($stream), $dtype, $shape, None) }?;
     };
 }
@@ -148,7 +147,7 @@ pub fn gemma_rmsnorm_cudarc<T: Half16>(
     read!(NAME, "input", input, stream, dtype, &[rows, cols] => input, _input_guard);
     read!(NAME, "weight", weight, stream, dtype, &[cols] => weight, _weight_guard);
     write!(NAME, "out", out, stream, dtype, &[rows, cols] => out, _out_guard);
-    let options = NormOptions::default().with_eps(eps);
+    let (mut out, options) = (out, NormOptions::default().with_eps(eps));
     // SAFETY: a live stream of its context, by cudarc; the context is the buffers' too.
     let stream = unsafe { Stream::from_raw(stream.cu_stream().cast()) };
     norm::gemma_rmsnorm(&mut out, &input, &weight, &options, stream)
