@@ -56,10 +56,11 @@ macro_rules! read {
     ($function:expr, $name:literal, $buffer:expr, $stream:expr, $dtype:expr, $shape:expr => $tensor:ident, $guard:ident) => {
         check($function, $name, $buffer, $stream, $shape)?;
         let (pointer, $guard) = $buffer.device_ptr($stream);
+        let pointer = pointer as *const c_void;
         // SAFETY: cudarc owns the memory, which is on its context's device and holds the elements that `check` counted,
         // each of a Rust type that fits the element type. The guard, held until the kernel is queued, orders it before
         // any later write on another stream.
-        let $tensor = unsafe { TensorRef::from_raw(pointer as *const c_void, device($stream), $dtype, $shape, None) }?;
+        let $tensor = unsafe { TensorRef::from_raw(pointer, device($stream), $dtype, $shape, None) }?;
     };
 }
 
@@ -68,9 +69,9 @@ macro_rules! write {
     ($function:expr, $name:literal, $buffer:expr, $stream:expr, $dtype:expr, $shape:expr => $tensor:ident, $guard:ident) => {
         check($function, $name, $buffer, $stream, $shape)?;
         let (pointer, $guard) = $buffer.device_ptr_mut($stream);
+        let pointer = pointer as *mut c_void;
         // SAFETY: as for `read!`; the buffer is borrowed mutably, so nothing else refers to it.
-        let $tensor =
-            unsafe { TensorMut::from_raw(pointer as *mut c_void, device($stream), $dtype, $shape, None) }?;
+        let $tensor = unsafe { TensorMut::from_raw(pointer, device($stream), $dtype, $shape, None) }?;
     };
 }
 
