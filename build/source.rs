@@ -72,9 +72,18 @@ impl Ladder<'_> {
     pub fn find(&mut self, wheel: &Wheel) -> Result<Found> {
         let mut looked = Vec::new();
         // The user named this very file: nothing outranks that.
-        if let Some(found) = self.by_override(wheel, &mut looked)? {
-            return Ok(found);
+        match self.by_override(wheel, &mut looked)? {
+            Some(found) => Ok(found),
+            None => self.below_override(wheel, looked),
         }
+    }
+
+    /// As [`find`](Self::find), but only the pinned bytes will do: nobody's override is looked at.
+    pub fn find_pinned(&mut self, wheel: &Wheel) -> Result<Found> {
+        self.below_override(wheel, Vec::new())
+    }
+
+    fn below_override(&mut self, wheel: &Wheel, mut looked: Vec<String>) -> Result<Found> {
         // A folder of wheels is as deliberate, but not about one wheel.
         if let Some(found) = self.in_directories(wheel, &mut looked)? {
             return Ok(found);
@@ -211,8 +220,7 @@ impl Ladder<'_> {
         if sha256 != record.sha256()? {
             refuse!("{} has changed since it was built; run `cargo xtask wheel` again", record.path.display());
         }
-        let notes = vec![format!("{} comes from the local build {}", wheel.distribution, record.path.display())];
-        Ok(Some(Found { file, path: record.path, source: Source::Local, sha256, notes }))
+        Ok(Some(Found { file, path: record.path, source: Source::Local, sha256, notes: Vec::new() }))
     }
 
     fn on_network(&mut self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {

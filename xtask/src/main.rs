@@ -1,1 +1,75 @@
-fn main() {}
+//! Everything a contributor runs: `cargo xtask --help`.
+
+mod bundle;
+mod compile;
+mod compiler;
+mod jit_cache;
+mod provision;
+mod shell;
+#[path = "../../build/mod.rs"]
+mod vendoring;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use jit_cache::Family;
+use vendoring::error::Result;
+
+#[derive(Parser)]
+#[command(about = "What contributors to flashinfer-rs run", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Find or build the wheels, then build and run examples/quickstart.rs
+    Demo,
+    /// Find or build the wheels, then run every test
+    Test {
+        /// Passed on to the tests, after `--`
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Build a jit-cache wheel from FlashInfer's source package
+    Wheel {
+        /// The kernel families to build
+        #[arg(long, value_delimiter = ',', default_values_t = [Family::Norm, Family::GdnPrefill])]
+        kernels: Vec<Family>,
+        /// GPU architectures, `9.0a` for example; default: FLASHINFER_CUDA_ARCH_LIST, else 9.0a. GDN prefill is always
+        /// for 9.0a
+        #[arg(long, num_args = 1..)]
+        arch: Vec<String>,
+        /// Copy the wheel into this folder
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Pack the GPU tests, the quick start and the libraries into a folder for a GPU machine without Rust
+    GpuBundle {
+        /// The folder; `run` in it is the program to start
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            eprintln!("\nxtask: {fault}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Demo => provision::demo(),
+        Command::Test { args } => provision::test(&args),
+        Command::Wheel { kernels, arch, out } => jit_cache::command(&kernels, &arch, out.as_deref()),
+        Command::GpuBundle { out } => bundle::command(&out),
+    }
+}
