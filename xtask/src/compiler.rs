@@ -74,6 +74,9 @@ struct PinnedMember {
     sha256: String,
 }
 
+/// Stand-in headers, relative to the tree; to be searched last, so that a real one wins.
+pub const STUBS: &str = "stubs";
+
 /// A folder to compile in.
 pub struct Toolchain {
     /// Where commands run: include paths are relative to it, so that objects do not depend on where it is.
@@ -98,6 +101,7 @@ pub fn prepare(env: &Env) -> Result<Toolchain> {
     let wheels: Vec<&Pinned> = lock.wheels.iter().filter(role).collect();
     let mut hasher = Hasher::new();
     wheels.iter().for_each(|wheel| hasher.update(wheel.sha256.as_bytes()));
+    hasher.update(STUBS.as_bytes());
     let sources = hasher.finish().to_string();
     let tree = shell::cache(env)?.join(format!("tree-{}", &sources[..16]));
     if !tree.is_dir() {
@@ -184,8 +188,10 @@ fn unpack_all(wheels: &[&Pinned], env: &Env, tree: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What makes the compiler's wheels work as a CUDA folder.
+/// What makes the compiler's wheels work as a CUDA folder, and headers that are included for nothing: norm.cu's
+/// reduceKernelUtils.cuh names curand_kernel.h, uses none of it, and NVIDIA ships it in a wheel of 60 MB.
 fn finish(tree: &Path) -> Result<()> {
+    publish_bytes(&tree.join(STUBS).join("curand_kernel.h"), b"// Nothing of cuRAND is used.\n")?;
     for folder in ["cuda/bin", "cuda/nvvm/bin"] {
         for entry in fs::read_dir(tree.join(folder)).into_iter().flatten().flatten() {
             let path = entry.path();

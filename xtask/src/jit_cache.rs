@@ -153,6 +153,7 @@ fn common_flags(env: &Env, toolchain: &Toolchain) -> Result<Vec<String>> {
         "flashinfer/cutlass/include",
         "flashinfer/cutlass/tools/util/include",
         "flashinfer/spdlog/include",
+        compiler::STUBS,
     ];
     flags.extend(includes.iter().flat_map(|folder| ["-isystem".to_owned(), (*folder).to_owned()]));
     let threads = env.text(NVCC_THREADS).unwrap_or_else(|| "1".to_owned());
