@@ -13,7 +13,12 @@ const TEMPORARY: &str = ".tmp-";
 pub fn publish<T>(path: &Path, write: impl FnOnce(&mut File) -> Result<T>) -> Result<T> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(|e| Error::io("creating the folder", folder, &e))?;
-    let temporary = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder);
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(TEMPORARY);
+    // As any other program would make it, within the umask; a private file would serve one user only.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let temporary = builder.tempfile_in(folder);
     let mut temporary = temporary.map_err(|e| Error::io("writing to the folder", folder, &e))?;
     let value = write(temporary.as_file_mut())?;
     temporary.as_file().sync_all().map_err(|e| Error::io("writing", path, &e))?;

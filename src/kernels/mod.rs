@@ -72,11 +72,11 @@ impl Kernel {
         Err(self.invalid(argument, tensor.dtype(), expected.to_string()))
     }
 
-    /// f16 and bf16 are all that these kernels compute with.
+    /// f16 and bf16 are all that these kernels compute with; the reference also does f32.
     fn half(&self, argument: &'static str, tensor: &Raw) -> Result<DType> {
-        match tensor.dtype() {
-            dtype @ (DType::F16 | DType::BF16) => Ok(dtype),
-            other => Err(self.invalid(argument, other, "F16 or BF16")),
+        match (tensor.dtype(), tensor.device()) {
+            (dtype @ (DType::F16 | DType::BF16), _) | (dtype @ DType::F32, Device::Cpu) => Ok(dtype),
+            (other, _) => Err(self.invalid(argument, other, "F16 or BF16 (on the host also F32)")),
         }
     }
 
@@ -103,8 +103,10 @@ impl Kernel {
         Err(self.invalid(argument, found, "contiguous row-major memory"))
     }
 
+    /// On a GPU only: the reference reads and writes wherever elements are.
     fn aligned(&self, argument: &'static str, tensor: &Raw, bytes: usize) -> Result<()> {
-        if tensor.data().addr().is_multiple_of(bytes) {
+        let matters = tensor.device() != Device::Cpu && tensor.numel() > 0;
+        if !matters || tensor.data().addr().is_multiple_of(bytes) {
             return Ok(());
         }
         Err(self.invalid(argument, format_args!("at {:p}", tensor.data()), format!("memory aligned to {bytes} bytes")))

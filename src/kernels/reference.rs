@@ -2,7 +2,8 @@
 //!
 //! They are TVM-FFI functions like a kernel library's, called through the same [`Function`] and raising the same kinds
 //! of errors. Tensors on the host reach them through the ordinary wrappers, [`gemma_rmsnorm`](super::norm::gemma_rmsnorm)
-//! and [`gdn_prefill`](super::gdn::gdn_prefill).
+//! and [`gdn_prefill`](super::gdn::gdn_prefill). Beside F16 and BF16 they take F32, which a result can be compared with
+//! before it was rounded.
 //!
 //! [`Function`]: crate::Function
 

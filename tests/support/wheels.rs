@@ -154,9 +154,10 @@ impl Pin {
 
     pub fn toml(&self) -> String {
         let mut text = format!(
-            "[[wheel]]\ndistribution = {:?}\nversion = {:?}\ntarget = {:?}\nfile = {:?}\nsha256 = {:?}\noptional = {}\n",
-            self.distribution, self.version, self.target, self.file, self.sha256, self.optional
+            "[[wheel]]\ndistribution = {:?}\nversion = {:?}\ntarget = {:?}\nfile = {:?}\nsha256 = {:?}\n",
+            self.distribution, self.version, self.target, self.file, self.sha256
         );
+        let _ = writeln!(text, "optional = {}", self.optional);
         if let Some(size) = self.size {
             let _ = writeln!(text, "size = {size}");
         }

@@ -13,8 +13,14 @@ use crate::shell::{self, say};
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::store::publish_bytes;
 
-/// The programs that go in, and how long each may take: kernels can hang a GPU.
-const PROGRAMS: [(&str, u32); 3] = [("quickstart", 60), ("gemma_rmsnorm_gpu", 120), ("gdn_prefill_gpu", 240)];
+const QUICKSTART: &str = "quickstart";
+/// The tests that go in, and how many seconds each may take: kernels can hang a GPU.
+const GPU_TESTS: [(&str, u32); 2] = [("gemma_rmsnorm_gpu", 120), ("gdn_prefill_gpu", 240)];
+
+/// Every program that goes in.
+fn programs() -> impl Iterator<Item = (&'static str, u32)> {
+    std::iter::once((QUICKSTART, 60)).chain(GPU_TESTS)
+}
 
 /// The part of cargo's messages that is of use here.
 #[derive(Deserialize)]
@@ -33,16 +39,12 @@ struct Target {
 /// Fills `out`, which must be new, empty or an earlier bundle.
 pub fn command(out: &Path) -> Result<()> {
     provision::kernels(&[Family::Norm, Family::GdnPrefill])?;
-    let mut build = shell::cargo();
-    build.args(["test", "--release", "--no-run", "--features", "cudarc", "--message-format=json-render-diagnostics"]);
-    build.args(["--example", "quickstart"]);
-    PROGRAMS.iter().filter(|(name, _)| *name != "quickstart").for_each(|(name, _)| {
-        build.args(["--test", name]);
-    });
     say("building in release mode");
-    let (executables, libraries) = collect(&shell::output(&mut build)?);
+    let messages =
+        build("build", "--example", &[QUICKSTART])? + &build("test", "--test", &GPU_TESTS.map(|(name, _)| name))?;
+    let (executables, libraries) = collect(&messages);
     let script = script();
-    for (name, _) in PROGRAMS {
+    for (name, _) in programs() {
         let Some(executable) = executables.get(name) else { refuse!("cargo built no {name}") };
         shell::copy(executable, &out.join("bin").join(name))?;
         executable_mode(&out.join("bin").join(name))?;
@@ -58,6 +60,17 @@ pub fn command(out: &Path) -> Result<()> {
     executable_mode(&out.join("run"))?;
     say(format!("packed; on the GPU machine run {}/run", out.display()));
     Ok(())
+}
+
+/// Builds without running, and answers cargo's messages.
+fn build(command: &str, kind: &str, names: &[&str]) -> Result<String> {
+    let mut cargo = shell::cargo();
+    cargo.args([command, "--release", "--features", "cudarc", "--message-format=json-render-diagnostics"]);
+    cargo.args(names.iter().flat_map(|name| [kind, name]));
+    if command == "test" {
+        cargo.arg("--no-run");
+    }
+    shell::output(&mut cargo)
 }
 
 fn collect(messages: &str) -> (BTreeMap<String, PathBuf>, Option<PathBuf>) {
@@ -82,7 +95,7 @@ fn script() -> String {
          here=$(cd \"$(dirname \"$0\")\" && pwd) || exit 1\nexport FLASHINFER_RS_LIB_DIR=\"$here/lib\" \
          FLASHINFER_RS_RUN_GPU_TESTS=1\nfailed=0\n",
     );
-    for (name, seconds) in PROGRAMS {
+    for (name, seconds) in programs() {
         text +=
             &format!("timeout -k 5 {seconds} \"$here/bin/{name}\" || {{ echo \"{name}: FAILED ($?)\"; failed=1; }}\n");
     }
