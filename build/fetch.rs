@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ureq::tls::{RootCerts, TlsConfig};
@@ -16,6 +17,8 @@ const CONNECT: Duration = Duration::from_secs(30);
 const STALL: Duration = Duration::from_secs(60);
 /// The pauses before the second and the third try.
 const BACK_OFF: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(2)];
+/// What a file of unknown size may have at the most: twice the largest wheel known.
+const UNKNOWN_SIZE: u64 = 4 << 30;
 /// What one range request fetches at the least; a central directory's entries lie close together.
 const BLOCK: u64 = 1 << 16;
 
@@ -59,7 +62,15 @@ impl Client {
     }
 
     /// Downloads into `out` while hashing; what arrives is checked against `expected` before this answers Ok.
-    pub fn download(&self, url: &str, expected: &Expected, out: &mut dyn Write, progress: Progress<'_>) -> Result<u64> {
+    /// `out_name` stands in the messages.
+    pub fn download(
+        &self,
+        url: &str,
+        expected: &Expected,
+        out: &mut dyn Write,
+        out_name: &Path,
+        progress: Progress<'_>,
+    ) -> Result<u64> {
         let shown = redacted(url);
         let mut answer = self.get(url, None, None)?;
         if let (Some(want), Some(found)) = (expected.size, answer.length)
@@ -78,11 +89,12 @@ impl Client {
                 Err(e) => return Err(Error::Unavailable(format!("{shown} broke off after {done} bytes: {e}"))),
             };
             done += n as u64;
-            if total.is_some_and(|total| done > total) {
-                refuse!("{shown} goes on after its {} bytes: it is not the pinned file", total.unwrap_or(0));
+            let limit = total.unwrap_or(UNKNOWN_SIZE);
+            if done > limit {
+                refuse!("{shown} goes on after {limit} bytes: it is not the pinned file");
             }
             hasher.update(&buffer[..n]);
-            out.write_all(&buffer[..n]).map_err(|e| Error::io("writing", "the download".as_ref(), &e))?;
+            out.write_all(&buffer[..n]).map_err(|e| Error::io("writing", out_name, &e))?;
             progress(done, total);
         }
         if let Some(total) = total.filter(|&total| total != done) {
@@ -241,13 +253,14 @@ impl Seek for RemoteFile<'_> {
 /// An address for messages: without user, password and query, any of which may be a secret.
 pub fn redacted(url: &str) -> String {
     match Url::parse(url) {
-        Ok(mut url) => {
+        // Any other scheme may be a user name that lost its `https://`.
+        Ok(mut url) if matches!(url.scheme(), "http" | "https") => {
             let _ = url.set_username("");
             let _ = url.set_password(None);
             url.set_query(None);
             url.to_string()
         }
-        Err(_) => "(an address that cannot be parsed)".to_owned(),
+        _ => "(an address that is not http or https)".to_owned(),
     }
 }
 

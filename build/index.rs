@@ -70,6 +70,10 @@ fn configured_index(env: &Env) -> Option<(String, String)> {
 
 /// pip's configuration files, strongest first.
 fn pip_configuration_files(env: &Env) -> Vec<PathBuf> {
+    // pip's way to say: no configuration file at all.
+    if env.text("PIP_CONFIG_FILE").as_deref() == Some("/dev/null") {
+        return Vec::new();
+    }
     let home = env.path("HOME");
     let xdg = env.path("XDG_CONFIG_HOME").or_else(|| Some(home.as_ref()?.join(".config")));
     let candidates = [

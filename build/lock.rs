@@ -18,6 +18,11 @@ pub struct Lock {
     pub wheels: Vec<Wheel>,
 }
 
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
 /// One wheel for one target.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,13 +86,16 @@ impl Lock {
     /// Parses and checks; `name` stands in the messages.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
         let remedy = "restore the file from the crate's release";
-        let lock: Self = match toml::from_str(text) {
-            Ok(lock) => lock,
-            Err(e) => refuse!("{name} is malformed: {}; {remedy}", e.to_string().trim().replace('\n', " ")),
+        let malformed = |e: toml::de::Error| {
+            let fault = e.to_string().trim().replace('\n', " ");
+            Error::Refused(format!("{name} is malformed: {fault}; {remedy}"))
         };
-        if lock.version != VERSION {
-            refuse!("{name} has version {}, this crate reads version {VERSION}; {remedy}", lock.version);
+        // First, since a later version may have keys that the strict parser would call faults.
+        let Versioned { version } = toml::from_str(text).map_err(malformed)?;
+        if version != VERSION {
+            refuse!("{name} has version {version}, this crate reads version {VERSION}; {remedy}");
         }
+        let lock: Self = toml::from_str(text).map_err(malformed)?;
         for (i, wheel) in lock.wheels.iter().enumerate() {
             if let Err(fault) = wheel.check() {
                 refuse!("{name}: wheel {} for {}: {fault}; {remedy}", wheel.file, wheel.target);

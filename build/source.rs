@@ -72,18 +72,9 @@ impl Ladder<'_> {
     pub fn find(&mut self, wheel: &Wheel) -> Result<Found> {
         let mut looked = Vec::new();
         // The user named this very file: nothing outranks that.
-        match self.by_override(wheel, &mut looked)? {
-            Some(found) => Ok(found),
-            None => self.below_override(wheel, looked),
+        if let Some(found) = self.by_override(wheel, &mut looked)? {
+            return Ok(found);
         }
-    }
-
-    /// As [`find`](Self::find), but only the pinned bytes will do: nobody's override is looked at.
-    pub fn find_pinned(&mut self, wheel: &Wheel) -> Result<Found> {
-        self.below_override(wheel, Vec::new())
-    }
-
-    fn below_override(&mut self, wheel: &Wheel, mut looked: Vec<String>) -> Result<Found> {
         // A folder of wheels is as deliberate, but not about one wheel.
         if let Some(found) = self.in_directories(wheel, &mut looked)? {
             return Ok(found);
@@ -100,7 +91,21 @@ impl Ladder<'_> {
         if let Some(found) = self.on_network(wheel, &mut looked)? {
             return Ok(found);
         }
-        Err(nowhere(wheel, &looked))
+        Err(nowhere(wheel, &looked, env::wheel_override(&wheel.distribution)))
+    }
+
+    /// As [`find`](Self::find), but only the pinned bytes will do: neither an override nor a local build is looked at.
+    pub fn find_pinned(&mut self, wheel: &Wheel) -> Result<Found> {
+        let mut looked = Vec::new();
+        let at_hand = match self.in_directories(wheel, &mut looked)? {
+            Some(found) => Some(found),
+            None => self.in_cache(wheel, &mut looked),
+        };
+        let found = match at_hand {
+            Some(found) => Some(found),
+            None => self.on_network(wheel, &mut looked)?,
+        };
+        found.ok_or_else(|| nowhere(wheel, &looked, None))
     }
 
     fn by_override(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
@@ -182,10 +187,10 @@ impl Ladder<'_> {
             }
             let (file, sha256) = open(&path, "the wheel")?;
             if sha256 != wheel.sha256 {
-                let remedy = format!(
-                    "replace it, or name it by {} if you mean it",
-                    env::wheel_override(&wheel.distribution).unwrap_or_default()
-                );
+                let remedy = match env::wheel_override(&wheel.distribution) {
+                    Some(name) => format!("replace it, or name it by {name} if you mean it"),
+                    None => "replace it".to_owned(),
+                };
                 refuse!("{} has sha256 {sha256}, expected {}; {remedy}", path.display(), wheel.sha256);
             }
             return Ok(Some(Found { file, path, source: Source::Directory, sha256, notes: Vec::new() }));
@@ -230,17 +235,23 @@ impl Ladder<'_> {
         }
         let Some(store) = self.store() else { return Ok(None) };
         let client = Client::new();
-        for source in self.network_sources(wheel) {
+        for source in self.network_sources(wheel)? {
             let started = Instant::now();
             let mut size = 0;
             let result = self.address(&client, &source, wheel).and_then(|url| {
                 let expected = Expected { sha256: wheel.sha256, size: wheel.size };
+                let name = store.path(&wheel.sha256, &wheel.file);
                 store.fill(&wheel.sha256, &wheel.file, |file| {
-                    size = client.download(&url, &expected, file, self.progress)?;
+                    size = client.download(&url, &expected, file, &name, self.progress)?;
                     Ok(())
                 })
             });
             match result {
+                // Somebody else fetched it while this process waited for the lock.
+                Ok((path, file)) if size == 0 => {
+                    let source = Source::Cache;
+                    return Ok(Some(Found { file, path, source, sha256: wheel.sha256, notes: Vec::new() }));
+                }
                 Ok((path, file)) => {
                     let notes = vec![format!(
                         "{} fetched ({}), kept in {}",
@@ -257,17 +268,21 @@ impl Ladder<'_> {
         Ok(None)
     }
 
-    /// The lock's sources; with a mirror, that alone for what comes from a release host.
-    fn network_sources(&self, wheel: &Wheel) -> Vec<lock::Source> {
-        let Some(mirror) = self.env.text(env::MIRROR) else { return wheel.sources.clone() };
-        let mirrored = wheel.sources.iter().find_map(|source| match source {
+    /// The lock's sources. A mirror replaces the release host, and fails closed: that host's index is not tried either.
+    fn network_sources(&self, wheel: &Wheel) -> Result<Vec<lock::Source>> {
+        let Some(mirror) = self.env.text(env::MIRROR) else { return Ok(wheel.sources.clone()) };
+        if !mirror.starts_with("https://") && !mirror.starts_with("http://") {
+            refuse!("{} is not an http or https address; correct or unset it", env::MIRROR);
+        }
+        let mirrored = |source: &lock::Source| match source {
             lock::Source::Url(url) => {
                 let path = url::Url::parse(url).map(|url| url.path().to_owned()).unwrap_or_default();
-                Some(vec![lock::Source::Url(format!("{}{path}", mirror.trim_end_matches('/')))])
+                Some(lock::Source::Url(format!("{}{path}", mirror.trim_end_matches('/'))))
             }
-            _ => None,
-        });
-        mirrored.unwrap_or_else(|| wheel.sources.clone())
+            lock::Source::Index(_) => None,
+            lock::Source::Purl(_) => Some(source.clone()),
+        };
+        Ok(wheel.sources.iter().filter_map(mirrored).collect())
     }
 
     fn address(&self, client: &Client, source: &lock::Source, wheel: &Wheel) -> Result<String> {
@@ -302,7 +317,7 @@ fn open(path: &Path, what: &str) -> Result<(File, Digest)> {
     Ok((file, sha256))
 }
 
-fn nowhere(wheel: &Wheel, looked: &[String]) -> Error {
+fn nowhere(wheel: &Wheel, looked: &[String], variable: Option<&str>) -> Error {
     let size = wheel.size.map(|size| format!(", {size} bytes")).unwrap_or_default();
     let places: Vec<String> = wheel
         .sources
@@ -313,11 +328,10 @@ fn nowhere(wheel: &Wheel, looked: &[String]) -> Error {
             lock::Source::Purl(purl) => purl.clone(),
         })
         .collect();
-    let variable = env::wheel_override(&wheel.distribution).unwrap_or(env::WHEEL_DIR);
+    let named = variable.map(|name| format!("set {name} to its path, or ")).unwrap_or_default();
     Error::Unavailable(format!(
-        "the wheel {} (sha256 {}{size}) was found nowhere. Looked at: {}. Remedy: get it from {} and set {variable} to its \
-         path, or put it into the folder that {} names or beside your workspace's Cargo.toml; {}=1 builds without any \
-         kernel",
+        "the wheel {} (sha256 {}{size}) was found nowhere. Looked at: {}. Remedy: get it from {} and {named}put it into the \
+         folder that {} names or beside your workspace's Cargo.toml; {}=1 builds without any kernel",
         wheel.file,
         wheel.sha256,
         looked.join("; "),

@@ -123,6 +123,11 @@ impl FlashInferRuntime {
     }
 
     fn load(config: RuntimeConfig) -> Result<Self> {
+        // Before ours is loaded: the initializers of a second one bind to the first and throw, which nothing here can
+        // catch.
+        if let Some(address) = loader::global_address(api::LANDMARK) {
+            return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
+        }
         let cudart = load_cudart(&config)?;
         let tvm_ffi = open(TVM_FFI, &config, Scope::Global)?;
         // SAFETY: the library was checked against the vendored TVM-FFI, or the caller vouched for it.
@@ -136,6 +141,7 @@ impl FlashInferRuntime {
                 remedy: "build with the pinned apache_tvm_ffi wheel",
             });
         }
+        // After it too: kernels will bind to what is seen now.
         if let Some(address) = loader::global_address(api::LANDMARK).filter(|&address| address != api.landmark()) {
             return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
         }

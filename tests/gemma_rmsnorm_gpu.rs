@@ -13,8 +13,8 @@ use cudarc::driver::{CudaSlice, DevicePtr};
 use data::{Number, Random, assert_close, widened};
 use flashinfer_rs::kernels::norm::{self, NormOptions};
 use flashinfer_rs::{
-    Element, FlashInferError, GemmaRmsNormParams, Stream, Tensor1DDesc, Tensor2DDesc, TensorMut, TensorRef,
-    gemma_rmsnorm, gemma_rmsnorm_cudarc,
+    Arg, DType, Device, Element, FlashInferError, FlashInferRuntime, GemmaRmsNormParams, Stream, Tensor1DDesc,
+    Tensor2DDesc, TensorMut, TensorRef, gemma_rmsnorm, gemma_rmsnorm_cudarc,
 };
 use gpu::Gpu;
 use half::{bf16, f16};
@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         ("the_call_is_asynchronous", asynchronous),
         ("a_device_that_does_not_exist_is_an_error", no_such_device),
         ("no_rows_launch_nothing", no_rows),
+        ("an_element_type_that_no_kernel_has_is_raised_by_the_kernel", wrong_dtype),
     ])
 }
 
@@ -81,7 +82,7 @@ fn u16_buffers(gpu: &Gpu) {
     let stream = &gpu.stream;
     let (input, weight) = (stream.clone_htod(&bits(&input)).unwrap(), stream.clone_htod(&bits(&weight)).unwrap());
     let mut out = stream.alloc_zeros::<u16>(rows * columns).unwrap();
-    let dtype = flashinfer_rs::DType::BF16;
+    let dtype = DType::BF16;
     gemma_rmsnorm_cudarc(stream, &input, &weight, &mut out, rows, columns, dtype, 1e-6).unwrap();
     assert_eq!(stream.clone_dtoh(&out).unwrap(), bits(&typed));
 }
@@ -220,4 +221,22 @@ fn no_rows(gpu: &Gpu) {
     gemma_rmsnorm_cudarc(stream, &input, &input, &mut out, 0, 64, bf16::DTYPE, 1e-6).unwrap();
     let out = stream.clone_dtoh(&out).unwrap();
     assert!(out.iter().all(|value| value.to_bits() == bf16::POISON.to_bits()));
+}
+
+fn wrong_dtype(gpu: &Gpu) {
+    let buffer = gpu.stream.alloc_zeros::<f32>(64).unwrap();
+    let (pointer, _) = buffer.device_ptr(&gpu.stream);
+    let tensor = |shape: &[i64]| {
+        // SAFETY: the buffer lives until the end of this test, and the call fails before it reads it.
+        unsafe { TensorRef::from_raw(pointer as *const c_void, Device::Cuda(0), DType::F32, shape, None) }.unwrap()
+    };
+    let (matrix, weight) = (tensor(&[1, 64]), tensor(&[64]));
+    let (matrix, weight) = (matrix.pack(), weight.pack());
+    let args = [Arg::tensor(&matrix), Arg::tensor(&matrix), Arg::tensor(&weight), Arg::float(1e-6), Arg::bool(false)];
+    // Around our own checks, which would find it first.
+    let function = FlashInferRuntime::global().unwrap().module("norm.so").unwrap().function("gemma_rmsnorm").unwrap();
+    // SAFETY: norm.so refuses f32 before it launches anything.
+    let error = unsafe { function.call(&args) }.unwrap_err();
+    let FlashInferError::TvmFfiCall { message, .. } = &error else { panic!("{error}") };
+    assert!(message.contains("failed to dispatch data type"), "{message}");
 }

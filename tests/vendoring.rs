@@ -1395,9 +1395,10 @@ mod extraction {
         let (server, pin) = released(&Wheel::jit_cache());
         let expected = Expected { sha256: pin.parsed().sha256, size: None };
         let url = server.url(&release(&Wheel::jit_cache()));
-        let fault = Client::new().download(&url, &expected, &mut Full, &mut |_, _| {}).expect_err("a full disk");
+        let name = Path::new("/cache/a.whl");
+        let fault = Client::new().download(&url, &expected, &mut Full, name, &mut |_, _| {}).expect_err("a full disk");
         assert!(!fault.is_unavailable(), "another source would not help");
-        assert_says(fault.to_string(), &["writing", "free some space"]);
+        assert_says(fault.to_string(), &["writing /cache/a.whl", "free some space"]);
     }
 }
 

@@ -1,0 +1,269 @@
+//! Finding, checking and loading libraries. A process has one runtime, so each test runs in one of its own.
+
+#[path = "support/native.rs"]
+mod native;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use flashinfer_rs::{Device, FlashInferError, FlashInferRuntime, RuntimeConfig, Stream};
+
+const TVM_FFI: &str = "libtvm_ffi.so";
+
+/// A folder with copies of the vendored libraries.
+fn copies() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(native::vendored_libraries()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    folder
+}
+
+fn initialize(folder: &Path) -> flashinfer_rs::Result<&'static FlashInferRuntime> {
+    FlashInferRuntime::initialize(RuntimeConfig::default().lib_dir(folder))
+}
+
+/// Changes the last byte of a file.
+fn tamper(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn nothing_works_before_initialize() {
+    native::isolated("nothing_works_before_initialize", || {
+        let error = FlashInferRuntime::global().unwrap_err();
+        assert!(matches!(error, FlashInferError::NotInitialized), "{error}");
+        assert!(error.to_string().contains("initialize"));
+        assert!(flashinfer_rs::kernels::reference::module().is_err());
+    });
+}
+
+#[test]
+fn a_second_initialize_gives_the_same_runtime_or_says_why_not() {
+    native::isolated("a_second_initialize_gives_the_same_runtime_or_says_why_not", || {
+        let first = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+        let second = FlashInferRuntime::initialize(RuntimeConfig::new()).unwrap();
+        assert!(std::ptr::eq(first, second) && std::ptr::eq(first, FlashInferRuntime::global().unwrap()));
+        let error = initialize(Path::new("/somewhere/else")).unwrap_err();
+        assert!(matches!(error, FlashInferError::AlreadyInitialized { .. }), "{error}");
+        assert!(error.to_string().contains("/somewhere/else"), "{error}");
+    });
+}
+
+#[test]
+fn many_threads_initialize_one_runtime() {
+    native::isolated("many_threads_initialize_one_runtime", || {
+        let address = || std::ptr::from_ref(FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap()) as usize;
+        let threads: Vec<_> = (0..16).map(|_| std::thread::spawn(address)).collect();
+        let addresses: Vec<usize> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+        assert!(addresses.iter().all(|found| *found == addresses[0]));
+    });
+}
+
+#[test]
+fn a_swapped_library_is_refused_by_its_digest() {
+    native::isolated("a_swapped_library_is_refused_by_its_digest", || {
+        let folder = copies();
+        let library = folder.path().join(TVM_FFI);
+        tamper(&library);
+        let error = initialize(folder.path()).unwrap_err();
+        let FlashInferError::DigestMismatch { path, found, expected, .. } = &error else { panic!("{error}") };
+        assert_eq!(*path, library);
+        assert!(found.len() == 64 && expected.len() == 64 && found != expected);
+        let text = error.to_string();
+        assert!([found.as_str(), expected, "restore it"].iter().all(|part| text.contains(part)), "{text}");
+        // What was refused left nothing behind that a right configuration would trip over.
+        FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+    });
+}
+
+#[test]
+fn a_swapped_kernel_library_is_refused_when_it_is_first_used() {
+    native::isolated("a_swapped_kernel_library_is_refused_when_it_is_first_used", || {
+        let folder = copies();
+        tamper(&folder.path().join("norm.so"));
+        let runtime = initialize(folder.path()).unwrap();
+        let error = runtime.module("norm.so").unwrap_err();
+        assert!(matches!(error, FlashInferError::DigestMismatch { .. }), "{error}");
+        assert!(matches!(runtime.warm_up().unwrap_err(), FlashInferError::DigestMismatch { .. }));
+    });
+}
+
+#[test]
+fn the_folder_of_the_variable_is_searched_too() {
+    let folder = copies();
+    tamper(&folder.path().join(TVM_FFI));
+    native::isolated_with(
+        "the_folder_of_the_variable_is_searched_too",
+        &[("FLASHINFER_RS_LIB_DIR", folder.path())],
+        || {
+            let folder = PathBuf::from(std::env::var_os("FLASHINFER_RS_LIB_DIR").unwrap());
+            let error = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap_err();
+            let FlashInferError::DigestMismatch { path, .. } = &error else { panic!("{error}") };
+            assert_eq!(*path, folder.join(TVM_FFI));
+        },
+    );
+}
+
+#[test]
+fn the_configured_folder_comes_before_the_variables() {
+    let folder = copies();
+    tamper(&folder.path().join(TVM_FFI));
+    let variables = [("FLASHINFER_RS_LIB_DIR", folder.path())];
+    native::isolated_with("the_configured_folder_comes_before_the_variables", &variables, || {
+        let whole = copies();
+        initialize(whole.path()).unwrap();
+    });
+}
+
+#[test]
+fn a_library_that_is_in_no_folder_names_all_of_them() {
+    native::isolated("a_library_that_is_in_no_folder_names_all_of_them", || {
+        let folder = copies();
+        let runtime = initialize(folder.path()).unwrap();
+        let error = runtime.module("nothing.so").unwrap_err();
+        let FlashInferError::ArtifactMissing { searched, .. } = &error else { panic!("{error}") };
+        assert!(searched.contains(&folder.path().join("nothing.so").display().to_string()), "{searched:?}");
+        assert!(searched.iter().any(|place| place.ends_with("lib/flashinfer-rs/nothing.so")), "{searched:?}");
+        assert!(error.to_string().contains("was not vendored"), "{error}");
+    });
+}
+
+#[test]
+fn a_file_that_was_not_vendored_is_not_loaded_unchecked() {
+    native::isolated("a_file_that_was_not_vendored_is_not_loaded_unchecked", || {
+        let folder = copies();
+        fs::copy(folder.path().join("norm.so"), folder.path().join("other.so")).unwrap();
+        let error = initialize(folder.path()).unwrap().module("other.so").unwrap_err();
+        assert!(matches!(error, FlashInferError::ArtifactMissing { .. }), "{error}");
+        assert!(error.to_string().contains("without_verification"), "{error}");
+    });
+}
+
+/// A configuration that loads whatever lies in the folder.
+fn unverified(folder: &Path) -> RuntimeConfig {
+    // SAFETY: the test's own libraries, whose initializers do nothing.
+    unsafe { RuntimeConfig::default().lib_dir(folder).without_verification() }
+}
+
+#[test]
+fn what_the_dynamic_linker_says_is_in_the_error() {
+    native::isolated("what_the_dynamic_linker_says_is_in_the_error", || {
+        let folder = copies();
+        fs::write(folder.path().join(TVM_FFI), b"this is no library").unwrap();
+        let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
+        let FlashInferError::LoadFailed { reason, .. } = &error else { panic!("{error}") };
+        assert!(reason.contains("too short") || reason.contains("ELF"), "{reason}");
+        assert!(error.to_string().contains(reason.as_str()));
+    });
+}
+
+#[test]
+fn another_release_of_tvm_ffi_is_refused() {
+    native::isolated("another_release_of_tvm_ffi_is_refused", || {
+        let folder = tempfile::tempdir().unwrap();
+        native::compile("tvm_ffi.c", TVM_FFI, &["-DWHOLE"], folder.path());
+        let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
+        let FlashInferError::VersionMismatch { found, expected, .. } = &error else { panic!("{error}") };
+        assert_eq!((found.as_str(), expected.as_str()), ("0.9.7", "0.1.x"));
+    });
+}
+
+#[test]
+fn a_library_without_a_symbol_is_refused() {
+    native::isolated("a_library_without_a_symbol_is_refused", || {
+        let folder = tempfile::tempdir().unwrap();
+        native::compile("tvm_ffi.c", TVM_FFI, &[], folder.path());
+        let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
+        let FlashInferError::SymbolMissing { library, symbol, reason } = &error else { panic!("{error}") };
+        assert_eq!((library.as_str(), symbol.as_str()), (TVM_FFI, "TVMFFIObjectIncRef"));
+        assert!(reason.contains("undefined symbol"), "{reason}");
+    });
+}
+
+#[test]
+fn another_tvm_ffi_that_everybody_sees_is_refused_by_its_path() {
+    native::isolated("another_tvm_ffi_that_everybody_sees_is_refused_by_its_path", || {
+        let folder = copies();
+        let other = folder.path().join(TVM_FFI);
+        native::load(&other, true);
+        let error = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap_err();
+        let FlashInferError::ForeignTvmFfi { other: found } = &error else { panic!("{error}") };
+        assert_eq!(Path::new(found), other);
+    });
+}
+
+#[test]
+fn another_tvm_ffi_that_nobody_sees_does_not_matter() {
+    native::isolated("another_tvm_ffi_that_nobody_sees_does_not_matter", || {
+        let folder = copies();
+        native::load(&folder.path().join(TVM_FFI), false);
+        FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+    });
+}
+
+#[test]
+fn kernels_without_a_driver_say_so() {
+    native::isolated("kernels_without_a_driver_say_so", || {
+        // SAFETY: only asked whether it is there.
+        if unsafe { libloading::os::unix::Library::new("libcuda.so.1") }.is_ok() {
+            // With a driver the same call succeeds.
+            FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap().module("norm.so").unwrap();
+            return;
+        }
+        let runtime = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+        for error in [runtime.module("norm.so").unwrap_err(), runtime.device_count().unwrap_err()] {
+            assert!(matches!(error, FlashInferError::DriverMissing { .. }), "{error}");
+            assert!(error.to_string().contains("libcuda.so.1"), "{error}");
+        }
+        let error = runtime.module("norm.so").unwrap_err();
+        assert!(error.to_string().contains("cannot open shared object file"), "{error}");
+    });
+}
+
+/// A process whose libcudart.so.13 is the stand-in.
+fn with_fake_cudart(name: &str, variables: &[(&str, &str)], body: impl FnOnce(&'static FlashInferRuntime)) {
+    let variables: Vec<(&str, &Path)> = variables.iter().map(|(name, value)| (*name, Path::new(*value))).collect();
+    native::isolated_with(name, &variables, || {
+        let folder = tempfile::tempdir().unwrap();
+        native::load(&native::compile("cudart.c", "libcudart.so.13", &[], folder.path()), false);
+        body(FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap());
+    });
+}
+
+#[test]
+fn a_cuda_runtime_that_is_in_the_process_is_used() {
+    with_fake_cudart("a_cuda_runtime_that_is_in_the_process_is_used", &[("FAKE_GPUS", "3")], |runtime| {
+        assert_eq!(runtime.device_count().unwrap(), 3);
+    });
+}
+
+#[test]
+fn a_driver_that_is_too_old_is_named_with_what_is_needed() {
+    with_fake_cudart("a_driver_that_is_too_old_is_named_with_what_is_needed", &[("FAKE_DRIVER", "12080")], |runtime| {
+        let error = runtime.device_count().unwrap_err();
+        let FlashInferError::DriverTooOld { found, needed } = &error else { panic!("{error}") };
+        assert_eq!((found.as_str(), needed.as_str()), ("12.8", "13.0"));
+    });
+}
+
+#[test]
+fn a_driver_without_a_gpu_counts_none() {
+    with_fake_cudart("a_driver_without_a_gpu_counts_none", &[("FAKE_ERROR", "100")], |runtime| {
+        assert_eq!(runtime.device_count().unwrap(), 0);
+        let error = runtime.with_stream(Device::Cuda(0), Stream::NULL, || ()).unwrap_err();
+        assert!(matches!(error, FlashInferError::DeviceOutOfRange { device: 0, count: 0 }), "{error}");
+    });
+}
+
+#[test]
+fn what_the_cuda_runtime_says_is_in_the_error() {
+    with_fake_cudart("what_the_cuda_runtime_says_is_in_the_error", &[("FAKE_ERROR", "999")], |runtime| {
+        let error = runtime.device_count().unwrap_err();
+        let FlashInferError::Cuda { call, code, message } = &error else { panic!("{error}") };
+        assert_eq!((*call, *code, message.as_str()), ("cudaGetDeviceCount", 999, "a made-up error"));
+    });
+}

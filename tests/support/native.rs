@@ -1,0 +1,54 @@
+//! Small C libraries for tests, and tests in a process of their own.
+#![allow(dead_code, reason = "each test uses its own part")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
+
+/// Compiles a fixture as a shared library of this soname, into `folder`.
+pub fn compile(fixture: &str, soname: &str, flags: &[&str], folder: &Path) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(fixture);
+    let library = folder.join(soname);
+    let mut cc = Command::new(std::env::var_os("CC").unwrap_or("cc".into()));
+    cc.args(["-shared", "-fPIC", "-O1", &format!("-Wl,-soname,{soname}"), "-o"]).arg(&library).arg(&source).args(flags);
+    let output = cc.output().expect("these tests need a C compiler");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    library
+}
+
+/// Loads a library for good. With `global`, later libraries bind to its symbols.
+pub fn load(path: &Path, global: bool) {
+    let flags = RTLD_NOW | if global { RTLD_GLOBAL } else { RTLD_LOCAL };
+    // SAFETY: the test's own library, whose initializers do nothing, or one that the crate vendored.
+    let library = unsafe { Library::open(Some(path), flags) }.expect("a library that loads");
+    std::mem::forget(library);
+}
+
+/// Runs a test's body in a process of its own, since a process has one runtime. `name` is the test's.
+pub fn isolated(name: &str, body: impl FnOnce()) {
+    isolated_with(name, &[], body);
+}
+
+/// As [`isolated`], with environment variables.
+pub fn isolated_with(name: &str, variables: &[(&str, &Path)], body: impl FnOnce()) {
+    const MARK: &str = "FLASHINFER_RS_ISOLATED_TEST";
+    if std::env::var(MARK).is_ok_and(|running| running == name) {
+        return body();
+    }
+    let mut child = Command::new(std::env::current_exe().expect("this test's path"));
+    child.args(["--exact", name, "--nocapture"]).env(MARK, name).env_remove("FLASHINFER_RS_LIB_DIR");
+    child.envs(variables.iter().copied());
+    let output = child.output().expect("this test, started again");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    // A name that matches no test would pass by running none.
+    assert!(output.status.success() && text.contains("1 passed"), "in a process of its own:\n{text}");
+}
+
+/// The folder that the build vendored into.
+pub fn vendored_libraries() -> PathBuf {
+    let table = include_str!(concat!(env!("OUT_DIR"), "/vendored.rs"));
+    let path = table.split("built_at: \"").nth(1).and_then(|rest| rest.split('"').next());
+    let path = Path::new(path.expect("a build that vendored something"));
+    path.parent().expect("a folder").to_owned()
+}
