@@ -1,5 +1,53 @@
-//! FlashInfer's prebuilt GPU kernels from Rust.
-#![cfg_attr(docsrs, feature(doc_cfg))]
+//! FlashInfer's prebuilt GPU kernels from Rust: the build vendors the pinned wheels' shared objects, checked by digest;
+//! the runtime loads them and calls their functions through TVM-FFI's C ABI. No Python, no C++ shim, no CUDA toolkit.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use flashinfer_rs::{DType, FlashInferRuntime, GemmaRmsNormParams, RuntimeConfig, Tensor1DDesc, Tensor2DDesc};
+//! use flashinfer_rs::gemma_rmsnorm;
+//!
+//! // Once per process.
+//! FlashInferRuntime::initialize(RuntimeConfig::default())?;
+//!
+//! # let (input, weight, out, stream) = (std::ptr::null(), std::ptr::null(), std::ptr::null(), std::ptr::null_mut());
+//! # let (rows, cols) = (16, 4096);
+//! // Device memory from wherever your engine has it.
+//! let matrix = |ptr| Tensor2DDesc { ptr, rows, cols, stride_row: cols, stride_col: 1, dtype: DType::BF16, device_id: 0 };
+//! let weight = Tensor1DDesc { ptr: weight, len: cols, stride: 1, dtype: DType::BF16, device_id: 0 };
+//! let params = GemmaRmsNormParams::new(matrix(input), weight, matrix(out), 1e-6, stream);
+//! // SAFETY: the pointers are live device memory of these shapes, and `stream` is a stream of device 0.
+//! unsafe { gemma_rmsnorm(&params)? };
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What is here
+//! - [`FlashInferRuntime`]: finds, checks and loads the libraries, once per process.
+//! - The flat functions, [`gemma_rmsnorm`] and [`gdn_prefill_sm90`], on raw device pointers; with the feature `cudarc`
+//!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options` on cudarc's buffers and streams.
+//! - [`kernels`]: the same functions on [`TensorRef`] and [`TensorMut`], with their contracts. Tensors on the host are
+//!   computed by the [reference](kernels::reference), in f64.
+//! - [`Module`], [`Function`], [`Arg`] and [`Value`]: any TVM-FFI function of any module.
+//!
+//! Every call is checked against the kernel's contract before anything is launched, is asynchronous on the stream it is
+//! given, and never synchronizes.
+//!
+//! # Cargo features
+//! | feature | default | what it does |
+//! |---|---|---|
+//! | `norm` | yes | vendors `norm.so` |
+//! | `gdn-prefill` | yes | vendors `gdn_prefill_sm90.so` |
+//! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
+//! | `cudarc` | no | functions on cudarc's buffers and streams |
+//!
+//! The API is there with or without a kernel's feature; a kernel that was not vendored answers
+//! [`ArtifactMissing`](FlashInferError::ArtifactMissing).
+//!
+//! # Why it is built this way
+//! What is loaded is what was pinned: a wheel is named by its digest, nothing is parsed before that was compared, and a
+//! library is hashed through the descriptor that is then loaded. What upstream does not check is checked here, because
+//! its failures are silent: wrong numbers, a hanging GPU. And what cannot be checked from here, such as device memory's
+//! contents, makes a function `unsafe`.
 
 mod artifact;
 mod cuda;

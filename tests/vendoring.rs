@@ -1047,7 +1047,7 @@ mod bad_bytes {
     fn that_go_on_too_long_are_refused() {
         let mut longer = good();
         longer.extend_from_slice(b"and more");
-        let size = format!("after its {} bytes", good().len());
+        let size = format!("after {} bytes", good().len());
         leave_nothing(Reply::ok(longer).without_length(), 1, &["goes on", &size]);
     }
 
