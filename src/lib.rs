@@ -78,3 +78,8 @@ pub use flat::{
 pub use module::{Arg, Function, Module, Object, PackedTensor, Value};
 pub use runtime::{FlashInferRuntime, RuntimeConfig, Stream};
 pub use tensor::{DType, Device, Element, MAX_NDIM, TensorMut, TensorRef};
+
+/// README's code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
