@@ -1,6 +1,7 @@
-//! HTTP: a whole file into a hashing writer, a small text, or single byte ranges as one seekable reader.
+//! HTTP: a whole file into a hashing writer, a small text, or single byte ranges.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,11 +16,15 @@ use super::error::{Error, Result, refuse};
 const CONNECT: Duration = Duration::from_secs(30);
 /// Without a byte for so long, a transfer has stalled.
 const STALL: Duration = Duration::from_secs(60);
-/// The pauses before the second and the third try.
+/// One request may take so long in all: 2 GB at 300 kB/s.
+const TOTAL: Duration = Duration::from_secs(2 * 3600);
+/// The pauses before the second and the third try; also how often a transfer may break off without any progress.
 const BACK_OFF: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(2)];
 /// What a file of unknown size may have at the most: twice the largest wheel known.
 const UNKNOWN_SIZE: u64 = 4 << 30;
-/// What one range request fetches at the least; a central directory's entries lie close together.
+/// The end of a file that is fetched at once: the central directory of 2,000 members fits.
+const TAIL: u64 = 1 << 18;
+/// What one range request fetches elsewhere; an archive is read in small pieces that lie close together.
 const BLOCK: u64 = 1 << 16;
 
 pub struct Client {
@@ -32,7 +37,31 @@ struct Answer {
     length: Option<u64>,
     content_type: String,
     content_range: Option<String>,
+    etag: Option<String>,
     body: ureq::BodyReader<'static>,
+}
+
+/// What of a file is asked for.
+#[derive(Clone, Copy)]
+enum Part<'a> {
+    Whole,
+    /// Both inclusive.
+    Range(u64, u64),
+    /// What follows, provided that the file still has this tag.
+    Rest(u64, Option<&'a str>),
+}
+
+/// Where a download goes.
+pub trait Sink: Write {
+    /// Forgets all that was written.
+    fn restart(&mut self) -> io::Result<()>;
+}
+
+impl Sink for File {
+    fn restart(&mut self) -> io::Result<()> {
+        self.set_len(0)?;
+        self.rewind()
+    }
 }
 
 /// What a download must turn out to be.
@@ -55,50 +84,81 @@ impl Client {
             .timeout_connect(Some(CONNECT))
             .timeout_recv_response(Some(STALL))
             .timeout_per_read(Some(STALL))
+            .timeout_per_call(Some(TOTAL))
             .max_redirects(8)
             .user_agent(concat!("flashinfer-rs/", env!("CARGO_PKG_VERSION")))
             .build();
         Self { agent: config.new_agent() }
     }
 
-    /// Downloads into `out` while hashing; what arrives is checked against `expected` before this answers Ok.
-    /// `out_name` stands in the messages.
+    /// Downloads into `out` while hashing; what arrived is checked against `expected` before this answers Ok. A transfer
+    /// that breaks off is continued where the server allows it, else begun again. `out_name` stands in the messages.
     pub fn download(
         &self,
         url: &str,
         expected: &Expected,
-        out: &mut dyn Write,
+        out: &mut dyn Sink,
         out_name: &Path,
         progress: Progress<'_>,
     ) -> Result<u64> {
         let shown = redacted(url);
-        let mut answer = self.get(url, None, None)?;
-        if let (Some(want), Some(found)) = (expected.size, answer.length)
-            && want != found
-        {
-            refuse!("{shown} is {found} bytes long, expected {want}: it is not the pinned file");
-        }
-        let total = expected.size.or(answer.length);
-        let (mut hasher, mut done) = (Hasher::new(), 0);
+        let writing = |e: io::Error| Error::io("writing", out_name, &e);
+        let (mut hasher, mut done, mut etag) = (Hasher::new(), 0u64, None::<String>);
+        let mut total = expected.size;
+        let (mut pauses, mut furthest) = (BACK_OFF.iter(), 0);
         let mut buffer = vec![0; 1 << 18];
         loop {
-            let n = match answer.body.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(Error::Unavailable(format!("{shown} broke off after {done} bytes: {e}"))),
+            // The address is asked again: where it redirects to may have expired.
+            let part = if done == 0 { Part::Whole } else { Part::Rest(done, etag.as_deref()) };
+            let mut answer = match self.get(url, None, part) {
+                // The rest cannot be had; the whole can.
+                Err(_) if done > 0 => self.get(url, None, Part::Whole)?,
+                answer => answer?,
             };
-            done += n as u64;
-            let limit = total.unwrap_or(UNKNOWN_SIZE);
-            if done > limit {
-                refuse!("{shown} goes on after {limit} bytes: it is not the pinned file");
+            let continued = answer.status == 206 && continues(&answer, done, total, etag.as_deref());
+            if done > 0 && !continued {
+                out.restart().map_err(writing)?;
+                (hasher, done) = (Hasher::new(), 0);
+                if answer.status == 206 {
+                    answer = self.get(url, None, Part::Whole)?;
+                }
             }
-            hasher.update(&buffer[..n]);
-            out.write_all(&buffer[..n]).map_err(|e| Error::io("writing", out_name, &e))?;
-            progress(done, total);
-        }
-        if let Some(total) = total.filter(|&total| total != done) {
-            return Err(Error::Unavailable(format!("{shown} ended after {done} of {total} bytes")));
+            if !continued {
+                if let (Some(want), Some(found)) = (expected.size, answer.length)
+                    && want != found
+                {
+                    refuse!("{shown} is {found} bytes long, expected {want}: it is not the pinned file");
+                }
+                total = expected.size.or(answer.length);
+                etag = answer.etag.take();
+            }
+            let broke_off = loop {
+                let n = match answer.body.read(&mut buffer) {
+                    Ok(0) => break None,
+                    Ok(n) => n,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(e) => break Some(e.to_string()),
+                };
+                done += n as u64;
+                let limit = total.unwrap_or(UNKNOWN_SIZE);
+                if done > limit {
+                    refuse!("{shown} goes on after {limit} bytes: it is not the pinned file");
+                }
+                hasher.update(&buffer[..n]);
+                out.write_all(&buffer[..n]).map_err(writing)?;
+                progress(done, total);
+            };
+            let short = total.filter(|&total| done < total).map(|total| format!("ended after {done} of {total} bytes"));
+            let Some(fault) = broke_off.map(|e| format!("broke off after {done} bytes: {e}")).or(short) else { break };
+            // Progress is what was never there before: a server that always breaks off at the same byte makes none.
+            if done > furthest {
+                furthest = done;
+                pauses = BACK_OFF.iter();
+            }
+            match pauses.next() {
+                Some(pause) => std::thread::sleep(*pause),
+                None => return Err(Error::Unavailable(format!("{shown} {fault}; try again"))),
+            }
         }
         let found = hasher.finish();
         if found != expected.sha256 {
@@ -109,7 +169,7 @@ impl Client {
 
     /// A text of at most `limit` bytes: its content type, and itself.
     pub fn text(&self, url: &str, accept: &str, limit: u64) -> Result<(String, String)> {
-        let answer = self.get(url, Some(accept), None)?;
+        let answer = self.get(url, Some(accept), Part::Whole)?;
         let mut text = Vec::new();
         let read = answer.body.take(limit + 1).read_to_end(&mut text);
         read.map_err(|e| Error::Unavailable(format!("{} broke off: {e}", redacted(url))))?;
@@ -119,10 +179,10 @@ impl Client {
         Ok((answer.content_type, String::from_utf8_lossy(&text).into_owned()))
     }
 
-    fn get(&self, url: &str, accept: Option<&str>, range: Option<(u64, u64)>) -> Result<Answer> {
+    fn get(&self, url: &str, accept: Option<&str>, part: Part<'_>) -> Result<Answer> {
         let mut pauses = BACK_OFF.iter();
         loop {
-            let fault = match self.try_get(url, accept, range) {
+            let fault = match self.try_get(url, accept, part) {
                 Ok(answer) => return Ok(answer),
                 Err((fault, passing)) if !passing => return Err(fault),
                 Err((fault, _)) => fault,
@@ -135,12 +195,7 @@ impl Client {
     }
 
     /// The error comes with whether another try may help.
-    fn try_get(
-        &self,
-        url: &str,
-        accept: Option<&str>,
-        range: Option<(u64, u64)>,
-    ) -> std::result::Result<Answer, (Error, bool)> {
+    fn try_get(&self, url: &str, accept: Option<&str>, part: Part<'_>) -> std::result::Result<Answer, (Error, bool)> {
         let shown = redacted(url);
         // A transfer that starts encrypted stays so through every redirect.
         let request = self.agent.get(url).config().https_only(url.starts_with("https:")).build();
@@ -148,8 +203,16 @@ impl Client {
         if let Some(accept) = accept {
             request = request.header("Accept", accept);
         }
-        if let Some((first, last)) = range {
-            request = request.header("Range", format!("bytes={first}-{last}"));
+        match part {
+            Part::Whole => {}
+            Part::Range(first, last) => request = request.header("Range", format!("bytes={first}-{last}")),
+            Part::Rest(first, etag) => {
+                request = request.header("Range", format!("bytes={first}-"));
+                // A weak tag does not promise the same bytes.
+                if let Some(etag) = etag.filter(|etag| !etag.starts_with("W/")) {
+                    request = request.header("If-Range", etag);
+                }
+            }
         }
         let response = match request.call() {
             Ok(response) => response,
@@ -173,14 +236,15 @@ impl Client {
             length: header("content-length").and_then(|text| text.parse().ok()),
             content_type: header("content-type").unwrap_or_default(),
             content_range: header("content-range"),
+            etag: header("etag"),
             body: response.into_body().into_reader(),
         })
     }
 
-    /// Bytes `first..=last` of a file of `size` bytes, exactly those.
-    pub fn range(&self, url: &str, first: u64, last: u64, size: u64) -> Result<Vec<u8>> {
+    /// Bytes `first..=last` of a file of `size` bytes, to be read; what is not exactly that is no answer.
+    pub fn range(&self, url: &str, first: u64, last: u64, size: u64) -> Result<impl Read + use<>> {
         let shown = redacted(url);
-        let answer = self.get(url, None, Some((first, last)))?;
+        let answer = self.get(url, None, Part::Range(first, last))?;
         let expected = format!("bytes {first}-{last}/{size}");
         if answer.status != 206 || answer.content_range.as_deref() != Some(expected.as_str()) {
             let found = answer.content_range.as_deref().unwrap_or("no Content-Range");
@@ -189,31 +253,53 @@ impl Client {
                 "{shown} does not answer ranges: {status} with {found}, expected 206 with {expected}"
             )));
         }
-        let want = last - first + 1;
-        let mut bytes = Vec::with_capacity(usize::try_from(want).unwrap_or(0).min(1 << 24));
-        let read = answer.body.take(want + 1).read_to_end(&mut bytes);
-        read.map_err(|e| Error::Unavailable(format!("{shown} broke off within {expected}: {e}")))?;
-        if bytes.len() as u64 != want {
-            return Err(Error::Unavailable(format!("{shown} sent {} bytes for {expected}", bytes.len())));
-        }
-        Ok(bytes)
+        Ok(answer.body.take(last - first + 1))
     }
 }
 
-/// A remote file of known size, read by ranges.
+/// Whether an answer is the rest of the same file from `done` on.
+fn continues(answer: &Answer, done: u64, total: Option<u64>, etag: Option<&str>) -> bool {
+    let range = answer.content_range.as_deref().and_then(|range| range.strip_prefix("bytes "));
+    let Some((span, of)) = range.and_then(|range| range.split_once('/')) else { return false };
+    let starts = span.split_once('-').is_some_and(|(first, _)| first.parse() == Ok(done));
+    let same_length = total.is_none_or(|total| of.parse() == Ok(total));
+    // Where either side names no tag, the length must do; the digest has the last word anyway.
+    let same_tag = answer.etag.as_deref().zip(etag).is_none_or(|(a, b)| a == b);
+    starts && same_length && same_tag
+}
+
+/// A remote file of known size, read by ranges: its end at once, where an archive has its directory, the rest in blocks.
 pub struct RemoteFile<'a> {
     client: &'a Client,
     url: String,
     size: u64,
     position: u64,
-    blocks: HashMap<u64, Vec<u8>>,
-    /// Bytes that came over the wire.
-    pub fetched: u64,
+    /// By where they start.
+    blocks: BTreeMap<u64, Vec<u8>>,
 }
 
 impl<'a> RemoteFile<'a> {
     pub fn new(client: &'a Client, url: String, size: u64) -> Self {
-        Self { client, url, size, position: 0, blocks: HashMap::new(), fetched: 0 }
+        Self { client, url, size, position: 0, blocks: BTreeMap::new() }
+    }
+
+    fn fetch(&mut self) -> Result<()> {
+        let tail = self.size.saturating_sub(TAIL);
+        let (first, last) = if self.position >= tail {
+            (tail, self.size - 1)
+        } else {
+            let first = self.position / BLOCK * BLOCK;
+            (first, (first + BLOCK).min(tail) - 1)
+        };
+        let mut block = Vec::new();
+        let read = self.client.range(&self.url, first, last, self.size)?.read_to_end(&mut block);
+        let shown = redacted(&self.url);
+        read.map_err(|e| Error::Unavailable(format!("{shown} broke off within bytes {first}-{last}: {e}")))?;
+        if block.len() as u64 != last - first + 1 {
+            return Err(Error::Unavailable(format!("{shown} sent {} bytes for {first}-{last}", block.len())));
+        }
+        self.blocks.insert(first, block);
+        Ok(())
     }
 }
 
@@ -222,19 +308,19 @@ impl Read for RemoteFile<'_> {
         if self.position >= self.size || out.is_empty() {
             return Ok(0);
         }
-        let start = self.position / BLOCK * BLOCK;
-        if !self.blocks.contains_key(&start) {
-            let last = (start + BLOCK).min(self.size) - 1;
-            let block = self.client.range(&self.url, start, last, self.size).map_err(io::Error::other)?;
-            self.fetched += block.len() as u64;
-            self.blocks.insert(start, block);
+        loop {
+            let block = self.blocks.range(..=self.position).next_back();
+            let rest = block.and_then(|(start, block)| block.get((self.position - start) as usize..));
+            match rest.filter(|rest| !rest.is_empty()) {
+                Some(rest) => {
+                    let n = rest.len().min(out.len());
+                    out[..n].copy_from_slice(&rest[..n]);
+                    self.position += n as u64;
+                    return Ok(n);
+                }
+                None => self.fetch().map_err(io::Error::other)?,
+            }
         }
-        let block = &self.blocks[&start];
-        let rest = &block[(self.position - start) as usize..];
-        let n = rest.len().min(out.len());
-        out[..n].copy_from_slice(&rest[..n]);
-        self.position += n as u64;
-        Ok(n)
     }
 }
 
@@ -266,12 +352,15 @@ pub fn redacted(url: &str) -> String {
 
 fn advice(status: u16) -> &'static str {
     match status {
+        300..=399 => " (a redirect that leads nowhere: correct the address)",
         401 | 403 => " (not allowed: give the credentials that this server asks for)",
-        404 | 410 => " (not there)",
-        407 => " (the proxy wants credentials)",
-        408 | 425 | 429 => " (too many requests: try again later)",
+        404 | 410 => " (not there: the address or the mirror is wrong, or the file was removed)",
+        407 => " (the proxy wants credentials: put them into the proxy variable)",
+        408 | 425 | 429 => " (the server asks for patience: try again later)",
+        416 => " (the server's file is shorter than the pinned one)",
+        451 => " (withheld for legal reasons: use a mirror)",
         500.. => " (the server's fault: try again later)",
-        _ => "",
+        _ => " (an answer that makes no sense here)",
     }
 }
 

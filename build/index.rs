@@ -12,6 +12,9 @@ use super::error::{Error, Result, refuse};
 use super::fetch::{Client, redacted};
 
 const ACCEPT: &str = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1";
+/// pip's variables.
+const NO_INDEX: &str = "PIP_NO_INDEX";
+const FIND_LINKS: &str = "PIP_FIND_LINKS";
 /// A page lists a project's every file; the largest known are a few MB.
 const PAGE_LIMIT: u64 = 64 << 20;
 
@@ -36,6 +39,42 @@ impl<'a> Purl<'a> {
     fn default_index(&self) -> String {
         format!("https://{}.org/simple/", self.kind)
     }
+}
+
+/// Where a file of a package may be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A page that may link to it, and what named that page.
+    Page { url: String, from: String },
+    /// A folder that may hold it.
+    Folder(PathBuf),
+}
+
+/// Where this machine is configured to get a package's files: pip's extra links, then its index.
+pub fn places(purl: &str, env: &Env) -> Result<Vec<Place>> {
+    let mut places = Vec::new();
+    for link in env.text(FIND_LINKS).iter().flat_map(|links| links.split_whitespace()) {
+        places.push(match Url::parse(link) {
+            Ok(url) if matches!(url.scheme(), "http" | "https") => {
+                Place::Page { url: url.into(), from: FIND_LINKS.to_owned() }
+            }
+            Ok(url) if url.scheme() == "file" => match url.to_file_path() {
+                Ok(path) => Place::Folder(path),
+                Err(()) => refuse!("{FIND_LINKS}: {link} is not a path of this machine; correct it"),
+            },
+            _ => Place::Folder(PathBuf::from(link)),
+        });
+    }
+    if !env.flag(NO_INDEX) {
+        let (url, from) = project_page(purl, env)?;
+        places.push(Place::Page { url, from });
+    }
+    if places.is_empty() {
+        refuse!(
+            "{NO_INDEX} is set and {FIND_LINKS} is not, so there is nowhere to get {purl} from; unset the one or set the other"
+        );
+    }
+    Ok(places)
 }
 
 /// The address of the project page of a package URL, with where that came from.
@@ -111,26 +150,28 @@ fn index_url_of_pip_configuration(text: &str) -> Option<String> {
 pub struct Link {
     pub url: String,
     pub sha256: Option<String>,
+    /// Why it was withdrawn, if it was. A pinned file may still be used.
+    pub yanked: Option<String>,
 }
 
 /// Finds `file` on the page. Its link's digest, where there is one, must be the pinned one.
-pub fn find(client: &Client, page: &str, file: &str, pinned: &Digest) -> Result<String> {
+pub fn find(client: &Client, page: &str, file: &str, pinned: &Digest) -> Result<Link> {
     let (content_type, text) = client.text(page, ACCEPT, PAGE_LIMIT)?;
     let shown = redacted(page);
     let Some(link) = parse(page, &content_type, &text, file)? else {
         return Err(Error::Unavailable(format!("{shown} lists no {file}")));
     };
-    if let Some(found) = link.sha256.filter(|found| *found != pinned.to_string()) {
+    if let Some(found) = link.sha256.as_ref().filter(|found| **found != pinned.to_string()) {
         return Err(Error::Unavailable(format!("{shown} lists {file} with sha256 {found}, expected {pinned}")));
     }
-    Ok(link.url)
+    Ok(link)
 }
 
 /// The link to `file` on a page, JSON or HTML, that was fetched from `page`.
 pub fn parse(page: &str, content_type: &str, text: &str, file: &str) -> Result<Option<Link>> {
     let json = content_type.contains("json") || text.trim_start().starts_with('{');
     let found = if json { in_json(page, text, file)? } else { in_html(text, file) };
-    let Some((href, sha256)) = found else { return Ok(None) };
+    let Some(Link { url: href, sha256, yanked }) = found else { return Ok(None) };
     let resolved = Url::parse(page).and_then(|base| base.join(&href));
     let mut url = match resolved {
         Ok(url) if matches!(url.scheme(), "http" | "https") => url,
@@ -138,7 +179,7 @@ pub fn parse(page: &str, content_type: &str, text: &str, file: &str) -> Result<O
     };
     let in_fragment = url.fragment().and_then(|f| f.strip_prefix("sha256=")).map(str::to_ascii_lowercase);
     url.set_fragment(None);
-    Ok(Some(Link { url: url.into(), sha256: sha256.or(in_fragment) }))
+    Ok(Some(Link { url: url.into(), sha256: sha256.or(in_fragment), yanked }))
 }
 
 #[derive(Deserialize)]
@@ -152,18 +193,41 @@ struct PageFile {
     url: String,
     #[serde(default)]
     hashes: std::collections::HashMap<String, String>,
+    #[serde(default)]
+    yanked: Yanked,
 }
 
-fn in_json(page: &str, text: &str, file: &str) -> Result<Option<(String, Option<String>)>> {
+/// `false`, or `true`, or the reason.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Yanked {
+    Flag(bool),
+    Reason(String),
+}
+
+impl Default for Yanked {
+    fn default() -> Self {
+        Self::Flag(false)
+    }
+}
+
+fn in_json(page: &str, text: &str, file: &str) -> Result<Option<Link>> {
     let parsed: Page = match serde_json::from_str(text) {
         Ok(parsed) => parsed,
         Err(e) => return Err(Error::Unavailable(format!("{} is not a simple index page: {e}", redacted(page)))),
     };
     let found = parsed.files.into_iter().find(|entry| entry.filename == file);
-    Ok(found.map(|mut entry| (entry.url, entry.hashes.remove("sha256"))))
+    Ok(found.map(|mut entry| Link {
+        url: entry.url,
+        sha256: entry.hashes.remove("sha256"),
+        yanked: match entry.yanked {
+            Yanked::Flag(yanked) => yanked.then(String::new),
+            Yanked::Reason(reason) => Some(reason),
+        },
+    }))
 }
 
-fn in_html(text: &str, file: &str) -> Option<(String, Option<String>)> {
+fn in_html(text: &str, file: &str) -> Option<Link> {
     for Ok(token) in Tokenizer::new(text) {
         let Token::StartTag(tag) = token else { continue };
         if tag.name.as_slice() != b"a" {
@@ -174,7 +238,9 @@ fn in_html(text: &str, file: &str) -> Option<(String, Option<String>)> {
         let path = href.split(['#', '?']).next().unwrap_or_default();
         let last = path.rsplit('/').next().unwrap_or_default();
         if percent_decoded(last) == file {
-            return Some((href, None));
+            let yanked = tag.attributes.get(b"data-yanked".as_slice());
+            let yanked = yanked.map(|reason| String::from_utf8_lossy(reason).into_owned());
+            return Some(Link { url: href, sha256: None, yanked });
         }
     }
     None

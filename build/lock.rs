@@ -67,6 +67,79 @@ pub struct Member {
     pub size: Option<u64>,
     #[serde(default, deserialize_with = "optional_digest")]
     pub sha256: Option<Digest>,
+    /// Where its local header starts in the wheel.
+    pub offset: Option<u64>,
+    /// Bytes from there to the end of its data.
+    pub length: Option<u64>,
+    /// Bytes of its data as they are in the wheel.
+    pub compressed: Option<u64>,
+    pub method: Option<Method>,
+    #[serde(default, deserialize_with = "crc32")]
+    pub crc32: Option<u32>,
+}
+
+impl Member {
+    /// A member of which no more than the path is known.
+    pub fn at(path: impl Into<String>) -> Self {
+        let path = path.into();
+        let soname = path.rsplit('/').next().unwrap_or_default().to_owned();
+        let (feature, size, sha256, offset, length, compressed) = (None, None, None, None, None, None);
+        Self { path, soname, feature, size, sha256, offset, length, compressed, method: None, crc32: None }
+    }
+
+    /// Where it lies, if the lock says.
+    pub fn place(&self) -> Option<Place> {
+        Some(Place { offset: self.offset?, length: self.length?, compressed: self.compressed?, method: self.method? })
+    }
+
+    /// The same, known by its path alone: what is locked is true of the pinned wheel only.
+    pub fn unlocked(&self) -> Self {
+        Self { soname: self.soname.clone(), feature: self.feature.clone(), ..Self::at(self.path.clone()) }
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        plain_name(&self.soname)?;
+        let place = [
+            self.offset.is_some(),
+            self.length.is_some(),
+            self.compressed.is_some(),
+            self.method.is_some(),
+            self.crc32.is_some(),
+        ];
+        let known = self.size.is_some() && self.sha256.is_some();
+        let whole = place.iter().all(|there| *there) && known || place.iter().all(|there| !there);
+        if !whole {
+            return Err(format!(
+                "{}: offset, length, compressed, method, crc32, size and sha256 go together",
+                self.path
+            ));
+        }
+        let fits = self.place().is_none_or(|place| {
+            let end = place.offset.checked_add(place.length);
+            place.length >= LOCAL_HEADER.saturating_add(place.compressed) && end.is_some()
+        });
+        if fits { Ok(()) } else { Err(format!("{}: offset, length and compressed do not fit each other", self.path)) }
+    }
+}
+
+/// The fixed part of a local header.
+pub const LOCAL_HEADER: u64 = 30;
+
+/// How a member is compressed: nothing else occurs in wheels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    Stored,
+    Deflate,
+}
+
+/// Where a member lies in its wheel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub offset: u64,
+    pub length: u64,
+    pub compressed: u64,
+    pub method: Method,
 }
 
 fn digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Digest, D::Error> {
@@ -75,6 +148,15 @@ fn digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Res
 
 fn optional_digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Digest>, D::Error> {
     digest(deserializer).map(Some)
+}
+
+fn crc32<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u32>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let fine = text.len() == 8 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let value = u32::from_str_radix(&text, 16).ok().filter(|_| fine);
+    let wrong =
+        || serde::de::Error::custom(format!("`{text}` is not a CRC-32: expected 8 lower-case hexadecimal digits"));
+    value.map(Some).ok_or_else(wrong)
 }
 
 impl Lock {
@@ -133,7 +215,7 @@ impl Wheel {
             return Err("no member".to_owned());
         }
         for (i, member) in self.members.iter().enumerate() {
-            plain_name(&member.soname)?;
+            member.check()?;
             if self.members[..i].iter().any(|other| other.soname == member.soname) {
                 return Err(format!("two members with the soname {}", member.soname));
             }

@@ -11,6 +11,7 @@ pub mod fetch;
 pub mod index;
 pub mod local;
 pub mod lock;
+pub mod ranges;
 pub mod source;
 pub mod store;
 pub mod vendor;

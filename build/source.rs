@@ -13,9 +13,10 @@ use super::error::{Error, Result, refuse};
 use super::fetch::{Client, Expected, Progress, redacted, summary};
 use super::index;
 use super::local::{self, Record};
-use super::lock::{self, Wheel};
-use super::store::Store;
-use super::wheel::{Identity, Wheel as Archive};
+use super::lock::{self, Member, Wheel};
+use super::ranges;
+use super::store::{Store, publish};
+use super::wheel::{Extracted, Identity, Wheel as Archive, copy_from_place};
 
 /// Where a wheel came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +58,17 @@ impl Found {
     }
 }
 
+/// What the ladder found.
+pub enum Supply {
+    Wheel(Found),
+    /// The members alone, in the order in which they were asked for, each checked against its locked digest.
+    Members {
+        files: Vec<(PathBuf, File)>,
+        source: Source,
+        notes: Vec<String>,
+    },
+}
+
 /// All that the ladder looks at.
 pub struct Ladder<'a> {
     pub env: &'a Env,
@@ -68,28 +80,33 @@ pub struct Ladder<'a> {
 }
 
 impl Ladder<'_> {
-    /// Finds a wheel, or says everywhere it looked and what to do.
+    /// Finds the wheel as a whole, or says everywhere it looked and what to do.
     pub fn find(&mut self, wheel: &Wheel) -> Result<Found> {
+        whole(self.supply(wheel, &[])?)
+    }
+
+    /// Finds these members, in the wheel or without the rest of it, or says everywhere it looked and what to do.
+    pub fn supply(&mut self, wheel: &Wheel, members: &[&Member]) -> Result<Supply> {
         let mut looked = Vec::new();
         // The user named this very file: nothing outranks that.
         if let Some(found) = self.by_override(wheel, &mut looked)? {
-            return Ok(found);
+            return Ok(Supply::Wheel(found));
         }
         // A folder of wheels is as deliberate, but not about one wheel.
         if let Some(found) = self.in_directories(wheel, &mut looked)? {
-            return Ok(found);
+            return Ok(Supply::Wheel(found));
         }
         // Fetched and checked before, by any project of this user.
-        if let Some(found) = self.in_cache(wheel, &mut looked) {
-            return Ok(found);
+        if let Some(supply) = self.in_cache(wheel, members, &mut looked) {
+            return Ok(supply);
         }
         // What a contributor built here stands in only where the pinned wheel is not at hand.
         if let Some(found) = self.in_checkout(wheel, &mut looked)? {
-            return Ok(found);
+            return Ok(Supply::Wheel(found));
         }
         // The only rung that costs time and needs others.
-        if let Some(found) = self.on_network(wheel, &mut looked)? {
-            return Ok(found);
+        if let Some(supply) = self.on_network(wheel, members, &mut looked)? {
+            return Ok(supply);
         }
         Err(nowhere(wheel, &looked, env::wheel_override(&wheel.distribution)))
     }
@@ -97,15 +114,22 @@ impl Ladder<'_> {
     /// As [`find`](Self::find), but only the pinned bytes will do: neither an override nor a local build is looked at.
     pub fn find_pinned(&mut self, wheel: &Wheel) -> Result<Found> {
         let mut looked = Vec::new();
-        let at_hand = match self.in_directories(wheel, &mut looked)? {
-            Some(found) => Some(found),
-            None => self.in_cache(wheel, &mut looked),
+        if let Some(found) = self.in_directories(wheel, &mut looked)? {
+            return Ok(found);
+        }
+        let supply = match self.in_cache(wheel, &[], &mut looked) {
+            Some(supply) => Some(supply),
+            None => self.on_network(wheel, &[], &mut looked)?,
         };
-        let found = match at_hand {
-            Some(found) => Some(found),
-            None => self.on_network(wheel, &mut looked)?,
-        };
-        found.ok_or_else(|| nowhere(wheel, &looked, None))
+        supply.map_or_else(|| Err(nowhere(wheel, &looked, None)), whole)
+    }
+
+    /// Keeps a member of the pinned wheel in the cache, so that the wheel need not be read again. That it cannot be kept
+    /// is no fault of this build.
+    pub fn keep(&self, member: &Member, extracted: &Extracted) {
+        if let (Some(store), Some(sha256)) = (self.store(), member.sha256) {
+            let _ = store.keep(&store.member_path(&sha256, &member.soname), &extracted.path);
+        }
     }
 
     fn by_override(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
@@ -198,16 +222,18 @@ impl Ladder<'_> {
         Ok(None)
     }
 
-    fn in_cache(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Option<Found> {
+    fn in_cache(&self, wheel: &Wheel, members: &[&Member], looked: &mut Vec<String>) -> Option<Supply> {
         let Some(store) = self.store() else {
             looked.push(format!("the cache (no folder: neither {} nor HOME is set)", env::CACHE_DIR));
             return None;
         };
-        let Some((path, file)) = store.lookup(&wheel.sha256, &wheel.file) else {
-            looked.push(format!("the cache {}", store.root().display()));
-            return None;
-        };
-        Some(Found { file, path, source: Source::Cache, sha256: wheel.sha256, notes: Vec::new() })
+        let supply = cached(&store, wheel, members, Source::Cache, Vec::new());
+        if supply.is_none() {
+            let spoilt = store.path(&wheel.sha256, &wheel.file).exists();
+            let how = if spoilt { " (what is there has another digest)" } else { "" };
+            looked.push(format!("the cache {}{how}", store.root().display()));
+        }
+        supply
     }
 
     fn in_checkout(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
@@ -228,44 +254,116 @@ impl Ladder<'_> {
         Ok(Some(Found { file, path: record.path, source: Source::Local, sha256, notes: Vec::new() }))
     }
 
-    fn on_network(&mut self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
+    fn on_network(&mut self, wheel: &Wheel, members: &[&Member], looked: &mut Vec<String>) -> Result<Option<Supply>> {
         if let Some(name) = self.env.offline() {
             looked.push(format!("not the network, since {name} is set"));
             return Ok(None);
         }
         let Some(store) = self.store() else { return Ok(None) };
+        let sources = self.network_sources(wheel)?;
         let client = Client::new();
-        for source in self.network_sources(wheel)? {
-            let started = Instant::now();
-            let mut size = 0;
-            let result = self.address(&client, &source, wheel).and_then(|url| {
-                let expected = Expected { sha256: wheel.sha256, size: wheel.size };
-                let name = store.path(&wheel.sha256, &wheel.file);
-                store.fill(&wheel.sha256, &wheel.file, |file| {
-                    size = client.download(&url, &expected, file, &name, self.progress)?;
-                    Ok(())
-                })
-            });
-            match result {
-                // Somebody else fetched it while this process waited for the lock.
-                Ok((path, file)) if size == 0 => {
-                    let source = Source::Cache;
-                    return Ok(Some(Found { file, path, source, sha256: wheel.sha256, notes: Vec::new() }));
+        store.locked(&wheel.sha256, || {
+            // Somebody else may have fetched it while this process waited.
+            if let Some(supply) = cached(&store, wheel, members, Source::Cache, Vec::new()) {
+                return Ok(Some(supply));
+            }
+            for source in &sources {
+                match self.fetch(&client, &store, source, wheel, members) {
+                    Ok(notes) => return Ok(cached(&store, wheel, members, Source::Network, notes)),
+                    Err(Error::Unavailable(fault)) => looked.push(fault),
+                    Err(fault) => return Err(fault),
                 }
-                Ok((path, file)) => {
-                    let notes = vec![format!(
-                        "{} fetched ({}), kept in {}",
-                        wheel.file,
-                        summary(size, started),
-                        path.display()
-                    )];
-                    return Ok(Some(Found { file, path, source: Source::Network, sha256: wheel.sha256, notes }));
+            }
+            Ok(None)
+        })
+    }
+
+    /// Fetches into the cache, whose lock for this wheel is held, and answers what to tell the user.
+    fn fetch(
+        &mut self,
+        client: &Client,
+        store: &Store,
+        source: &lock::Source,
+        wheel: &Wheel,
+        members: &[&Member],
+    ) -> Result<Vec<String>> {
+        match source {
+            lock::Source::Url(url) => Ok(vec![self.fetch_url(client, store, url, wheel, members)?]),
+            lock::Source::Index(page) => self.fetch_linked(client, store, page, wheel, members),
+            lock::Source::Purl(purl) => {
+                let mut faults = Vec::new();
+                for place in index::places(purl, self.env)? {
+                    let (from, result) = match place {
+                        index::Place::Page { url, from } => {
+                            let result = self.fetch_linked(client, store, &url, wheel, members);
+                            (from, result)
+                        }
+                        index::Place::Folder(folder) => {
+                            (folder.display().to_string(), copy_in(store, &folder.join(&wheel.file), wheel))
+                        }
+                    };
+                    match result {
+                        Err(Error::Unavailable(fault)) => faults.push(format!("{purl} at {from}: {fault}")),
+                        result => return result,
+                    }
                 }
-                Err(Error::Unavailable(fault)) => looked.push(fault),
-                Err(fault) => return Err(fault),
+                Err(Error::Unavailable(faults.join("; ")))
             }
         }
-        Ok(None)
+    }
+
+    fn fetch_linked(
+        &mut self,
+        client: &Client,
+        store: &Store,
+        page: &str,
+        wheel: &Wheel,
+        members: &[&Member],
+    ) -> Result<Vec<String>> {
+        let link = index::find(client, page, &wheel.file, &wheel.sha256)?;
+        let mut notes = vec![self.fetch_url(client, store, &link.url, wheel, members)?];
+        if let Some(reason) = link.yanked {
+            notes.push(format!("{} was withdrawn from {}: {reason}", wheel.file, redacted(page)));
+        }
+        Ok(notes)
+    }
+
+    fn fetch_url(
+        &mut self,
+        client: &Client,
+        store: &Store,
+        url: &str,
+        wheel: &Wheel,
+        members: &[&Member],
+    ) -> Result<String> {
+        let started = Instant::now();
+        if let Some(size) = wheel.size.filter(|_| ranges::possible(members)) {
+            let got = ranges::fetch(client, url, size, members, |member, place, reader| {
+                let sha256 = member.sha256.unwrap_or(wheel.sha256);
+                let path = store.member_path(&sha256, &member.soname);
+                publish(&path, |file| copy_from_place(reader, place, member, &wheel.file, file, &path))?;
+                Ok(())
+            });
+            match got {
+                Ok(bytes) => {
+                    let (summary, kept) = (summary(bytes, started), store.root().join("members"));
+                    let names: Vec<&str> = members.iter().map(|member| member.soname.as_str()).collect();
+                    return Ok(format!(
+                        "{} of {} fetched ({summary}), kept in {}",
+                        names.join(", "),
+                        wheel.file,
+                        kept.display()
+                    ));
+                }
+                // The server does not serve ranges, or not well: the whole wheel is checked as a whole.
+                Err(Error::Unavailable(_)) => {}
+                Err(refused) => return Err(refused),
+            }
+        }
+        let path = store.path(&wheel.sha256, &wheel.file);
+        let expected = Expected { sha256: wheel.sha256, size: wheel.size };
+        let bytes = publish(&path, |file| client.download(url, &expected, file, &path, self.progress))?;
+        Ok(format!("{} fetched ({}), kept in {}", wheel.file, summary(bytes, started), path.display()))
     }
 
     /// The lock's sources. A mirror replaces the release host, and fails closed: that host's index is not tried either.
@@ -285,23 +383,40 @@ impl Ladder<'_> {
         Ok(wheel.sources.iter().filter_map(mirrored).collect())
     }
 
-    fn address(&self, client: &Client, source: &lock::Source, wheel: &Wheel) -> Result<String> {
-        match source {
-            lock::Source::Url(url) => Ok(url.clone()),
-            lock::Source::Index(page) => index::find(client, page, &wheel.file, &wheel.sha256),
-            lock::Source::Purl(purl) => {
-                let (page, from) = index::project_page(purl, self.env)?;
-                let named = |fault: Error| match fault {
-                    Error::Unavailable(fault) => Error::Unavailable(format!("{purl} at {from}: {fault}")),
-                    refused => refused,
-                };
-                index::find(client, &page, &wheel.file, &wheel.sha256).map_err(named)
-            }
-        }
-    }
-
     fn store(&self) -> Option<Store> {
         self.env.cache_dir().map(Store::new)
+    }
+}
+
+/// The members if they are all there, else the wheel.
+fn cached(store: &Store, wheel: &Wheel, members: &[&Member], source: Source, notes: Vec<String>) -> Option<Supply> {
+    if !members.is_empty()
+        && let Some(files) = store.members(members)
+    {
+        return Some(Supply::Members { files, source, notes });
+    }
+    let (path, file) = store.lookup(&wheel.sha256, &wheel.file)?;
+    Some(Supply::Wheel(Found { file, path, source, sha256: wheel.sha256, notes }))
+}
+
+/// Copies a wheel from a folder of pip's into the cache, if it is the pinned one.
+fn copy_in(store: &Store, from: &Path, wheel: &Wheel) -> Result<Vec<String>> {
+    if !from.exists() {
+        return Err(Error::Unavailable("not there".to_owned()));
+    }
+    let (mut file, sha256) = open(from, "the wheel")?;
+    if sha256 != wheel.sha256 {
+        return Err(Error::Unavailable(format!("what is there has sha256 {sha256}, expected {}", wheel.sha256)));
+    }
+    let path = store.path(&wheel.sha256, &wheel.file);
+    publish(&path, |out| std::io::copy(&mut file, out).map_err(|e| Error::io("copying", from, &e)))?;
+    Ok(Vec::new())
+}
+
+fn whole(supply: Supply) -> Result<Found> {
+    match supply {
+        Supply::Wheel(found) => Ok(found),
+        Supply::Members { .. } => refuse!("members were found where a whole wheel was asked for"),
     }
 }
 

@@ -1,10 +1,12 @@
 //! Files that appear whole or not at all, and the cache of verified wheels, one folder per digest.
 
 use std::fs::{self, File};
+use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::digest::{Digest, hash_reader};
 use super::error::{Error, Result};
+use super::lock::Member;
 
 const TEMPORARY: &str = ".tmp-";
 
@@ -51,50 +53,66 @@ impl Store {
         self.root.join("wheels").join(sha256.to_string()).join(file)
     }
 
-    /// A kept file, open, if its content still has the digest. One that has not is passed over: a later [`fill`]
-    /// replaces it.
-    ///
-    /// [`fill`]: Store::fill
-    pub fn lookup(&self, sha256: &Digest, file: &str) -> Option<(PathBuf, File)> {
-        let path = self.path(sha256, file);
-        let opened = File::open(&path).ok()?;
-        let (found, _) = hash_reader(&opened).ok()?;
-        (found == *sha256).then_some((path, opened))
+    /// Where a member with this digest is kept.
+    pub fn member_path(&self, sha256: &Digest, soname: &str) -> PathBuf {
+        self.root.join("members").join(sha256.to_string()).join(soname)
     }
 
-    /// Gets a file into the cache, once however many processes ask: they wait for each other at a lock file, and who
-    /// comes second finds the file there. `write` must check what it writes against the digest.
-    pub fn fill(
-        &self,
-        sha256: &Digest,
-        file: &str,
-        write: impl FnOnce(&mut File) -> Result<()>,
-    ) -> Result<(PathBuf, File)> {
-        let path = self.path(sha256, file);
-        let folder = path.parent().unwrap_or(&self.root);
-        let not_writable = |e: &std::io::Error| {
-            let fault = Error::io("writing to the cache folder", folder, e);
+    /// Kept members, open, if all of them are there and their contents still have their locked digests.
+    pub fn members(&self, members: &[&Member]) -> Option<Vec<(PathBuf, File)>> {
+        let one = |member: &&Member| {
+            let sha256 = member.sha256?;
+            verified(self.member_path(&sha256, &member.soname), &sha256)
+        };
+        members.iter().map(one).collect()
+    }
+
+    /// A kept file, open, if its content still has the digest. One that has not is passed over, and
+    /// replaced by the next download.
+    pub fn lookup(&self, sha256: &Digest, file: &str) -> Option<(PathBuf, File)> {
+        verified(self.path(sha256, file), sha256)
+    }
+
+    /// Copies a file into the cache.
+    pub fn keep(&self, path: &Path, from: &Path) -> Result<()> {
+        let mut source = File::open(from).map_err(|e| Error::io("opening", from, &e))?;
+        publish(path, |file| {
+            std::io::copy(&mut source, file).map_err(|e| Error::io("writing", path, &e))?;
+            Ok(())
+        })
+    }
+
+    /// Runs `work` with the wheel's folder locked, so that however many processes ask for a wheel, one fetches it: they
+    /// wait for each other, and who comes second finds what the first one left.
+    pub fn locked<T>(&self, sha256: &Digest, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let folder = self.root.join("wheels").join(sha256.to_string());
+        let not_writable = |e: std::io::Error| {
+            let fault = Error::io("writing to the cache folder", &folder, &e);
             Error::Refused(format!("{fault}; {} names another cache folder", super::env::CACHE_DIR))
         };
-        fs::create_dir_all(folder).map_err(|e| not_writable(&e))?;
+        fs::create_dir_all(&folder).map_err(not_writable)?;
         let lock = File::options().create(true).truncate(false).write(true).open(folder.join(".lock"));
-        let lock = lock.map_err(|e| not_writable(&e))?;
-        lock.lock().map_err(|e| not_writable(&e))?;
-        if let Some(found) = self.lookup(sha256, file) {
-            return Ok(found);
-        }
-        self.sweep(folder);
-        publish(&path, write)?;
-        let opened = File::open(&path).map_err(|e| Error::io("opening", &path, &e))?;
-        Ok((path, opened))
+        let lock = lock.map_err(not_writable)?;
+        lock.lock().map_err(not_writable)?;
+        sweep(&folder);
+        work()
     }
+}
 
-    /// Removes what a killed process left. The folder's lock must be held: then nobody else writes here.
-    fn sweep(&self, folder: &Path) {
-        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-            if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
-                let _ = fs::remove_file(entry.path());
-            }
+/// Opens a file if its content has this digest. Whoever the folder belongs to, only these bytes come out of it: they are
+/// read again through the same descriptor, and checked where they arrive.
+fn verified(path: PathBuf, sha256: &Digest) -> Option<(PathBuf, File)> {
+    let mut opened = File::open(&path).ok()?;
+    let (found, _) = hash_reader(&opened).ok()?;
+    opened.seek(SeekFrom::Start(0)).ok()?;
+    (found == *sha256).then_some((path, opened))
+}
+
+/// Removes what a killed process left. The folder's lock must be held: then nobody else writes here.
+fn sweep(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
+            let _ = fs::remove_file(entry.path());
         }
     }
 }

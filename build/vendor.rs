@@ -1,13 +1,16 @@
 //! From the lock to verified shared objects in a folder: what build.rs does on a supported target.
 
-use std::io::BufReader;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use super::digest::hash_reader;
 use super::emit::Row;
-use super::error::{Error, Result};
-use super::lock::{Lock, Member};
-use super::source::{Found, Ladder, Source};
-use super::wheel::Wheel as Archive;
+use super::error::{Error, Result, refuse};
+use super::lock::{Lock, Member, Wheel};
+use super::source::{Found, Ladder, Source, Supply};
+use super::store::publish;
+use super::wheel::{Extracted, Wheel as Archive};
 
 /// What was vendored, and what is to be said of it.
 pub struct Outcome<'a> {
@@ -33,41 +36,99 @@ pub fn vendor<'a>(
         if members.is_empty() {
             continue;
         }
-        let found = match ladder.find(wheel) {
-            Ok(found) => found,
+        let supply = match ladder.supply(wheel, &members) {
+            Ok(supply) => supply,
             Err(fault @ Error::Unavailable(_)) if wheel.optional => {
-                outcome
-                    .warnings
-                    .push(format!("{fault}. The build goes on: the system's {} will be used", members[0].soname));
+                let soname = &members[0].soname;
+                outcome.warnings.push(format!("{fault}. The build goes on: the system's {soname} will be used"));
                 outcome.missing.push(fault.to_string());
                 continue;
             }
             Err(fault) => return Err(fault),
         };
-        outcome.warnings.extend(found.notes.iter().cloned());
-        if matches!(found.source, Source::Override | Source::Directory | Source::Local) {
-            outcome.watch.push(found.path.clone());
-        }
-        let pinned = found.is_pinned(wheel);
-        let Found { file, path, source, sha256, .. } = found;
-        let mut archive = Archive::open(BufReader::new(file), path.display().to_string())?;
-        for member in members {
-            // A contributor may have built one kernel family only; everybody else's wheel must be complete.
-            if source == Source::Local && !archive.has(&member.path) {
-                let fault = format!(
-                    "the local build {} has no {}; `cargo xtask wheel --kernels norm,gdn-prefill` builds it",
-                    path.display(),
-                    member.soname
-                );
-                outcome.warnings.push(fault.clone());
-                outcome.missing.push(fault);
-                continue;
+        match supply {
+            Supply::Members { files, source, notes } => {
+                outcome.warnings.extend(notes);
+                for (member, (path, mut file)) in members.into_iter().zip(files) {
+                    let extracted = place(member, &path, &mut file, lib_dir)?;
+                    outcome.rows.push(Row {
+                        wheel,
+                        wheel_sha256: wheel.sha256,
+                        source,
+                        soname: &member.soname,
+                        extracted,
+                    });
+                }
             }
-            // The lock's member digests are those of the pinned wheel.
-            let unpinned = Member { size: None, sha256: None, ..member.clone() };
-            let extracted = archive.extract(if pinned { member } else { &unpinned }, lib_dir)?;
-            outcome.rows.push(Row { wheel, wheel_sha256: sha256, source, soname: &member.soname, extracted });
+            Supply::Wheel(found) => from_wheel(&mut outcome, wheel, members, found, ladder, lib_dir)?,
         }
     }
     Ok(outcome)
+}
+
+fn from_wheel<'a>(
+    outcome: &mut Outcome<'a>,
+    wheel: &'a Wheel,
+    members: Vec<&'a Member>,
+    found: Found,
+    ladder: &Ladder<'_>,
+    lib_dir: &Path,
+) -> Result<()> {
+    let pinned = found.is_pinned(wheel);
+    let Found { file, path, source, sha256, notes } = found;
+    outcome.warnings.extend(notes);
+    if matches!(source, Source::Override | Source::Directory | Source::Local) {
+        outcome.watch.push(path.clone());
+    }
+    let mut archive = Archive::open(BufReader::new(file), path.display().to_string())?;
+    for member in members {
+        // A contributor may have built one kernel family only; everybody else's wheel must be complete.
+        if source == Source::Local && !archive.has(&member.path) {
+            let fault = format!(
+                "the local build {} has no {}; `cargo xtask wheel --kernels norm,gdn-prefill` builds it",
+                path.display(),
+                member.soname
+            );
+            outcome.warnings.push(fault.clone());
+            outcome.missing.push(fault);
+            continue;
+        }
+        // The lock's member digests are those of the pinned wheel; of another the wheel's own RECORD must do.
+        let expected = if pinned { member.clone() } else { archive.recorded(member)? };
+        let extracted = archive.extract(&expected, lib_dir)?;
+        if pinned && matches!(source, Source::Network | Source::Cache) {
+            ladder.keep(member, &extracted);
+        }
+        outcome.rows.push(Row { wheel, wheel_sha256: sha256, source, soname: &member.soname, extracted });
+    }
+    Ok(())
+}
+
+/// Copies a verified member into `lib_dir`, and checks what arrived there.
+fn place(member: &Member, from: &Path, file: &mut File, lib_dir: &Path) -> Result<Extracted> {
+    let path = lib_dir.join(&member.soname);
+    let (sha256, size) = publish(&path, |out| {
+        let failed = |e: std::io::Error| Error::io("copying", from, &e);
+        file.seek(SeekFrom::Start(0)).map_err(failed)?;
+        let (sha256, size) = hash_reader(Tee { from: file, to: out }).map_err(failed)?;
+        if member.sha256.is_some_and(|expected| expected != sha256) {
+            refuse!("{} changed while it was copied; run the build again", from.display());
+        }
+        Ok((sha256, size))
+    })?;
+    Ok(Extracted { path, sha256, size })
+}
+
+/// Writes what is read.
+struct Tee<'a> {
+    from: &'a mut File,
+    to: &'a mut File,
+}
+
+impl Read for Tee<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.from.read(buffer)?;
+        self.to.write_all(&buffer[..n])?;
+        Ok(n)
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::fs::File;
-use std::os::fd::IntoRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
@@ -57,10 +57,11 @@ impl Library {
         }
         // The descriptor stays open for good: glibc knows a library by the name it was opened with, and a closed
         // number comes back for another file.
-        let by_descriptor = format!("/proc/self/fd/{}", file.into_raw_fd());
+        let by_descriptor = format!("/proc/self/fd/{}", file.as_raw_fd());
         // SAFETY: the caller's promise about the initializers.
         match unsafe { Handle::open(Some(&by_descriptor), scope.flags()) } {
             Ok(handle) => {
+                let _ = file.into_raw_fd();
                 Ok(Self { name: name.to_owned(), path: path.to_owned(), handle: Box::leak(Box::new(handle)) })
             }
             Err(error) => Err(load_failed(name, path, reason(&error))),

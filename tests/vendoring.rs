@@ -1034,13 +1034,13 @@ mod bad_bytes {
     #[test]
     fn that_break_off_are_refused() {
         let whole = format!("{} bytes", good().len());
-        leave_nothing(Reply::ok(good()).break_off_after(700), 1, &["after 700", &whole]);
+        leave_nothing(Reply::ok(good()).break_off_after(700), 3, &["after 700", &whole]);
     }
 
     #[test]
     fn that_end_too_soon_without_an_announced_length_are_refused() {
         let parts = ["ended after 700 of", &good().len().to_string()];
-        leave_nothing(Reply::ok(&good()[..700]).without_length(), 1, &parts);
+        leave_nothing(Reply::ok(&good()[..700]).without_length(), 3, &parts);
     }
 
     #[test]
@@ -1113,13 +1113,23 @@ mod byte_ranges {
         wheel
     }
 
-    /// Copies norm.so out of the wheel at this address: the member, and how many bytes came.
-    fn norm_so(url: String, size: usize) -> Result<(Vec<u8>, u64), Error> {
+    /// Copies norm.so out of the wheel at this address.
+    fn norm_so(url: String, size: usize) -> Result<Vec<u8>, Error> {
         let (client, pinned) = (Client::new(), Wheel::jit_cache().pin().url("https://example.invalid/a.whl").parsed());
         let mut remote = RemoteFile::new(&client, url, size as u64);
         let mut member = Vec::new();
-        Archive::open(&mut remote, "remote")?.copy(&pinned.members[0], &mut member, "norm.so".as_ref())?;
-        Ok((member, remote.fetched))
+        Archive::open_remote(&mut remote, "remote")?.copy(&pinned.members[0], &mut member, "norm.so".as_ref())?;
+        Ok(member)
+    }
+
+    /// The bytes of all requests, each of which must be for a range.
+    fn asked_for(server: &Server) -> u64 {
+        let length = |request: &support::http::Request| {
+            let range = request.header("Range").and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
+            let (first, last) = range.expect("a range");
+            last.parse::<u64>().expect("a number") - first.parse::<u64>().expect("a number") + 1
+        };
+        server.requests().iter().map(length).sum()
     }
 
     #[test]
@@ -1127,10 +1137,10 @@ mod byte_ranges {
         let wheel = large();
         let server = Server::start();
         server.on("/large.whl", [Reply::ok(wheel.bytes()).with_ranges()]);
-        let (member, fetched) = norm_so(server.url("/large.whl"), wheel.bytes().len()).expect("the member");
+        let member = norm_so(server.url("/large.whl"), wheel.bytes().len()).expect("the member");
         assert_eq!(member, wheel.member(wheels::NORM));
-        assert!(fetched < wheel.bytes().len() as u64 / 2, "{fetched} of {} bytes came", wheel.bytes().len());
-        assert!(server.requests().iter().all(|request| request.header("Range").is_some()));
+        let fetched = asked_for(&server);
+        assert!(fetched < wheel.bytes().len() as u64 * 2 / 3, "{fetched} of {} bytes came", wheel.bytes().len());
     }
 
     #[test]
@@ -1147,7 +1157,7 @@ mod byte_ranges {
         let server = Server::start();
         server.on("/a.whl", [Reply::ok(wheel.bytes()).with_ranges()]);
         let size = wheel.bytes().len();
-        let fault = Client::new().range(&server.url("/a.whl"), 0, 9, size as u64 + 1).expect_err("another size");
+        let fault = Client::new().range(&server.url("/a.whl"), 0, 9, size as u64 + 1).err().expect("another size");
         assert_says(fault.to_string(), &[&format!("bytes 0-9/{size}"), &format!("bytes 0-9/{}", size + 1)]);
     }
 }
@@ -1376,6 +1386,12 @@ mod extraction {
         }
 
         fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl vendoring::fetch::Sink for Full {
+        fn restart(&mut self) -> io::Result<()> {
             Ok(())
         }
     }

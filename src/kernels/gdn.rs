@@ -176,7 +176,9 @@ fn check(kernel: &Kernel, args: &GdnPrefill<'_>) -> Result<()> {
         kernel.aligned(name, tensor, 16)?;
     }
     kernel.aligned("workspace", workspace, 64)?;
-    if !(args.scale.is_finite() && args.scale >= 0.0) {
+    // As the f32 that the kernel makes of it.
+    let scale = args.scale as f32;
+    if !(scale.is_finite() && args.scale >= 0.0) {
         return Err(kernel.invalid("scale", args.scale, "a finite number, 0.0 for 1/√(head size)"));
     }
     Ok(())

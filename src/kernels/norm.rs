@@ -79,8 +79,10 @@ pub fn gemma_rmsnorm(
     if input.raw().numel() == 0 {
         return Ok(());
     }
+    let runtime = FlashInferRuntime::global()?;
+    runtime.checked_device(input.device())?;
     let function = kernel.on(input.device())?;
-    let _stream = FlashInferRuntime::global()?.set_stream(input.device(), stream)?;
+    let _stream = runtime.set_stream(input.device(), stream)?;
     let (out, input, weight) = (out.pack(), input.pack(), weight.pack());
     let args =
         [Arg::tensor(&out), Arg::tensor(&input), Arg::tensor(&weight), Arg::float(options.eps), Arg::bool(options.pdl)];
@@ -93,7 +95,9 @@ pub fn gemma_rmsnorm(
 /// The contract of a norm over rows. Upstream looks at the input's dtype and at some sizes only: an f32 output beside a
 /// bf16 input, for one, is silently written as bf16.
 fn check_rows(kernel: &Kernel, out: &Raw, input: &Raw, weight: &Raw, options: &NormOptions) -> Result<()> {
-    if !(options.eps.is_finite() && options.eps > 0.0) {
+    // As the f32 that the kernel makes of it.
+    let eps = options.eps as f32;
+    if !(eps.is_finite() && eps > 0.0) {
         return Err(kernel.invalid("eps", options.eps, "a finite positive number"));
     }
     kernel.rank("input", input, 2)?;

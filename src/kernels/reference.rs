@@ -75,6 +75,7 @@ unsafe extern "C" fn gdn_prefill(_: *mut c_void, args: *const Any, count: i32, r
             let (q_heads, k_heads, v_heads) = (q.size(1)?, k.size(1)?, v.size(1)?);
             let heads = q_heads.max(v_heads);
             let sequences = cu_seqlens.size(0)?.saturating_sub(1);
+            q.expect_shape(&[tokens, q_heads, size])?;
             k.expect_shape(&[tokens, k_heads, size])?;
             v.expect_shape(&[tokens, v_heads, size])?;
             output.expect_shape(&[tokens, heads, size])?;
@@ -86,11 +87,16 @@ unsafe extern "C" fn gdn_prefill(_: *mut c_void, args: *const Any, count: i32, r
             ] {
                 tensor.as_ref().map_or(Ok(()), |tensor| tensor.expect_shape(shape))?;
             }
-            if k_heads == 0 || q_heads % k_heads != 0 || v_heads == 0 || v_heads % k_heads != 0 {
+            let unshared = |own: usize| own == 0 || heads % own != 0;
+            if [q_heads, k_heads, v_heads].into_iter().any(unshared) || q_heads % k_heads != 0 || v_heads % k_heads != 0
+            {
                 return Err((
                     "ValueError",
                     format!("{q_heads} query, {k_heads} key and {v_heads} value heads do not group"),
                 ));
+            }
+            if size == 0 {
+                return Err(("ValueError", "the head size is 0, expected at least 1".to_owned()));
             }
             let scale = if scale == 0.0 { 1.0 / (size as f64).sqrt() } else { scale };
             let offsets = cu_seqlens.offsets(tokens)?;

@@ -270,9 +270,24 @@ fn unpack_members(pinned: &Pinned, env: &Env, tree: &Path) -> Result<()> {
         );
     }
     let client = Client::new();
-    let (page, _) = index::project_page(&pinned.purl, env)?;
-    let url = index::find(&client, &page, &pinned.file, &pinned.sha256()?)?;
-    let mut archive = Archive::open(RemoteFile::new(&client, url, pinned.size), pinned.file.clone())?;
+    let mut faults = Vec::new();
+    for place in index::places(&pinned.purl, env)? {
+        // A folder would hold the whole wheel, which nobody keeps for a few headers.
+        let index::Place::Page { url: page, .. } = place else { continue };
+        match index::find(&client, &page, &pinned.file, &pinned.sha256()?) {
+            Ok(link) => return unpack_from(&client, link.url, pinned, tree),
+            Err(fault) => faults.push(fault.to_string()),
+        }
+    }
+    Err(Error::Unavailable(format!(
+        "{} was found nowhere: {}; check the package index",
+        pinned.file,
+        faults.join("; ")
+    )))
+}
+
+fn unpack_from(client: &Client, url: String, pinned: &Pinned, tree: &Path) -> Result<()> {
+    let mut archive = Archive::open_remote(RemoteFile::new(client, url, pinned.size), pinned.file.clone())?;
     for member in &pinned.members {
         let Some(path) = pinned.destination(&member.path, tree) else {
             refuse!("xtask/compiler.lock: {} lies in no folder that is unpacked", member.path);
@@ -283,13 +298,8 @@ fn unpack_members(pinned: &Pinned, env: &Env, tree: &Path) -> Result<()> {
 }
 
 fn extract<R: Read + Seek>(archive: &mut Archive<R>, pinned: &PinnedMember, path: &Path) -> Result<()> {
-    let member = Member {
-        path: pinned.path.clone(),
-        soname: String::new(),
-        feature: None,
-        size: Some(pinned.size),
-        sha256: Some(pinned.sha256.parse().map_err(Error::Refused)?),
-    };
+    let sha256 = pinned.sha256.parse().map_err(Error::Refused)?;
+    let member = Member { size: Some(pinned.size), sha256: Some(sha256), ..Member::at(pinned.path.clone()) };
     let mut bytes = Vec::new();
     archive.copy(&member, &mut bytes, path)?;
     publish_bytes(path, &bytes)
