@@ -241,6 +241,16 @@ impl Client {
         })
     }
 
+    /// The size of a file, from a range of one byte.
+    pub fn size(&self, url: &str) -> Result<u64> {
+        let answer = self.get(url, None, Part::Range(0, 0))?;
+        let range = answer.content_range.as_deref().filter(|_| answer.status == 206);
+        let size = range.and_then(|range| range.strip_prefix("bytes 0-0/")?.parse().ok());
+        let fault =
+            || Error::Unavailable(format!("{} does not answer ranges, so its size is not known", redacted(url)));
+        size.ok_or_else(fault)
+    }
+
     /// Bytes `first..=last` of a file of `size` bytes, to be read; what is not exactly that is no answer.
     pub fn range(&self, url: &str, first: u64, last: u64, size: u64) -> Result<impl Read + use<>> {
         let shown = redacted(url);

@@ -83,7 +83,7 @@ impl<R: Read + Seek> Wheel<R> {
             (archive.has_duplicate_names(), "several members have one name".to_owned()),
             (archive.len() > MEMBERS_LIMIT, format!("it has {} members", archive.len())),
         ];
-        for (_, fault) in faults.iter().filter(|(found, _)| *found) {
+        if let Some((_, fault)) = faults.iter().find(|(found, _)| *found) {
             refuse!("{name}: {fault}, which is not so in wheels; get it again from a source you trust");
         }
         check_members(&mut archive, &name)?;
@@ -149,12 +149,13 @@ impl<R: Read + Seek> Wheel<R> {
         }
     }
 
-    /// Every member as it lies in the archive: path, place, size and CRC.
-    pub fn entries(&self) -> impl Iterator<Item = (String, u64, u32)> {
-        (0..self.archive.len()).filter_map(|i| {
-            let entry = self.archive.by_index_data(i).ok()?;
-            Some((entry.name().ok()?.into_owned(), entry.size(), entry.crc32()))
-        })
+    /// The CRC-32 that the central directory gives for a member.
+    pub fn crc32(&self, path: &str) -> Result<u32> {
+        let entry = self.archive.index_for_name(path).and_then(|index| self.archive.by_index_data(index).ok());
+        match entry {
+            Some(entry) => Ok(entry.crc32()),
+            None => refuse!("{} has no member {path}; use the pinned wheel", self.name),
+        }
     }
 
     /// Whether the archive has a member of this path.

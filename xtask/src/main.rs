@@ -4,6 +4,7 @@ mod bundle;
 mod compile;
 mod compiler;
 mod jit_cache;
+mod lock;
 mod provision;
 mod shell;
 #[path = "../../build/mod.rs"]
@@ -47,6 +48,19 @@ enum Command {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// Fill in artifacts.lock from verified copies of the wheels: each member's place, sizes, method, CRC and digest
+    Lock {
+        /// Fail where the file would change, and write nothing
+        #[arg(long)]
+        check: bool,
+        /// Fetch megabytes instead of gigabytes: trust TLS and the wheel's own RECORD instead of the locked digest of the
+        /// whole wheel. Weaker: whoever controls the server controls the digests that are written
+        #[arg(long)]
+        from_record: bool,
+        /// Another lock file
+        #[arg(long)]
+        file: Option<PathBuf>,
+    },
     /// Pack the GPU tests, the quick start and the libraries into a folder for a GPU machine without Rust
     GpuBundle {
         /// The folder; `run` in it is the program to start
@@ -70,6 +84,7 @@ fn run(command: Command) -> Result<()> {
         Command::Demo => provision::demo(),
         Command::Test { args } => provision::test(&args),
         Command::Wheel { kernels, arch, out } => jit_cache::command(&kernels, &arch, out.as_deref()),
+        Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
         Command::GpuBundle { out } => bundle::command(&out),
     }
 }

@@ -1,0 +1,175 @@
+//! `cargo xtask lock`: fills in what `artifacts.lock` says of each wheel's members, from the wheels themselves.
+
+use std::fs;
+use std::io::{BufReader, Read, Seek};
+use std::path::PathBuf;
+
+use toml_edit::{DocumentMut, Table, value};
+
+use crate::shell::{self, say};
+use crate::vendoring::digest::Digest;
+use crate::vendoring::env::Env;
+use crate::vendoring::error::{Error, Result, refuse};
+use crate::vendoring::fetch::{Client, RemoteFile};
+use crate::vendoring::index::{self, Place as PageOrFolder};
+use crate::vendoring::lock::{self, Lock, Member, Method, Place, Wheel};
+use crate::vendoring::source::Ladder;
+use crate::vendoring::store::publish_bytes;
+use crate::vendoring::wheel::Wheel as Archive;
+
+/// What is to be done.
+pub struct Options {
+    /// Fail where the file would change, and leave it.
+    pub check: bool,
+    /// Trust TLS and the wheel's own RECORD instead of the wheel's digest.
+    pub from_record: bool,
+    /// Another lock file.
+    pub file: Option<PathBuf>,
+}
+
+/// `cargo xtask lock`
+pub fn command(options: &Options) -> Result<()> {
+    let path = options.file.clone().unwrap_or_else(|| shell::root().join("artifacts.lock"));
+    let text = fs::read_to_string(&path).map_err(|e| Error::io("reading", &path, &e))?;
+    let filled = fill(&text, &path.display().to_string(), options.from_record, &Env::process())?;
+    if filled == text {
+        say(format!("{} is up to date", path.display()));
+        return Ok(());
+    }
+    if options.check {
+        refuse!("{} differs from what the wheels hold; `cargo xtask lock` corrects it", path.display());
+    }
+    publish_bytes(&path, filled.as_bytes())?;
+    say(format!("{} written", path.display()));
+    Ok(())
+}
+
+/// The text with every member filled in whose wheel can be had; comments and order stay.
+fn fill(text: &str, name: &str, from_record: bool, env: &Env) -> Result<String> {
+    let lock = Lock::parse(text, name)?;
+    let mut document: DocumentMut = text.parse().map_err(|e| Error::Refused(format!("{name}: {e}")))?;
+    let Some(tables) = document["wheel"].as_array_of_tables_mut() else { refuse!("{name} has no [[wheel]]") };
+    for (wheel, table) in lock.wheels.iter().zip(tables.iter_mut()) {
+        let facts = if from_record { by_record(wheel, env) } else { by_wheel(wheel, env) };
+        let (size, facts) = match facts {
+            Ok(facts) => facts,
+            Err(Error::Unavailable(fault)) => {
+                say(format!("{} for {} stays as it is: {fault}", wheel.distribution, wheel.target));
+                continue;
+            }
+            Err(fault) => return Err(fault),
+        };
+        set(table, "size", size)?;
+        let Some(members) = table["member"].as_array_of_tables_mut() else {
+            refuse!("{name}: {} has no members", wheel.file)
+        };
+        for (facts, table) in facts.iter().zip(members.iter_mut()) {
+            write(table, facts)?;
+        }
+        say(format!("{} for {}: {} members", wheel.distribution, wheel.target, facts.len()));
+    }
+    let filled = document.to_string();
+    // What was written must be what this crate reads.
+    Lock::parse(&filled, name)?;
+    Ok(filled)
+}
+
+/// All that the lock says of a member.
+struct Facts {
+    place: Place,
+    size: u64,
+    crc32: u32,
+    sha256: Digest,
+}
+
+fn write(table: &mut Table, facts: &Facts) -> Result<()> {
+    set(table, "size", facts.size)?;
+    table["sha256"] = value(facts.sha256.to_string());
+    set(table, "offset", facts.place.offset)?;
+    set(table, "length", facts.place.length)?;
+    set(table, "compressed", facts.place.compressed)?;
+    table["method"] = value(match facts.place.method {
+        Method::Stored => "stored",
+        Method::Deflate => "deflate",
+    });
+    table["crc32"] = value(format!("{:08x}", facts.crc32));
+    Ok(())
+}
+
+fn set(table: &mut Table, key: &str, number: u64) -> Result<()> {
+    let number = i64::try_from(number).map_err(|_| Error::Refused(format!("{key} = {number} does not fit TOML")))?;
+    // Assigning keeps the key's own decoration; a new key goes to the end.
+    table[key] = value(number);
+    Ok(())
+}
+
+/// From a copy of the wheel that has the locked digest.
+fn by_wheel(wheel: &Wheel, env: &Env) -> Result<(u64, Vec<Facts>)> {
+    let bar = shell::transfer_bar(&wheel.file);
+    let mut progress = |done, total: Option<u64>| {
+        bar.set_length(total.unwrap_or(0));
+        bar.set_position(done);
+    };
+    let found =
+        Ladder { env, workspace: Some(shell::root()), checkout: None, progress: &mut progress }.find_pinned(wheel);
+    bar.finish_and_clear();
+    let found = found?;
+    let size = found.file.metadata().map_err(|e| Error::io("reading", &found.path, &e))?.len();
+    let mut archive = Archive::open(BufReader::new(found.file), wheel.file.clone())?;
+    let facts = wheel.members.iter().map(|member| {
+        let (sha256, size) = archive.copy(&member.unlocked(), &mut std::io::sink(), &found.path)?;
+        Ok(Facts { place: archive.place(&member.path)?, size, crc32: archive.crc32(&member.path)?, sha256 })
+    });
+    Ok((size, facts.collect::<Result<_>>()?))
+}
+
+/// By ranges alone, trusting the server and the wheel's own RECORD.
+fn by_record(wheel: &Wheel, env: &Env) -> Result<(u64, Vec<Facts>)> {
+    if let Some(name) = env.offline() {
+        return Err(Error::Unavailable(format!("{name} is set")));
+    }
+    let client = Client::new();
+    let mut faults = Vec::new();
+    for url in addresses(wheel, env, &client)? {
+        match client.size(&url).and_then(|size| Ok((size, recorded(&client, &url, size, wheel)?))) {
+            Ok(facts) => return Ok(facts),
+            Err(Error::Unavailable(fault)) => faults.push(fault),
+            Err(fault) => return Err(fault),
+        }
+    }
+    Err(Error::Unavailable(faults.join("; ")))
+}
+
+fn addresses(wheel: &Wheel, env: &Env, client: &Client) -> Result<Vec<String>> {
+    let mut pages = Vec::new();
+    let mut urls = Vec::new();
+    for source in &wheel.sources {
+        match source {
+            lock::Source::Url(url) => urls.push(url.clone()),
+            lock::Source::Index(page) => pages.push(page.clone()),
+            lock::Source::Purl(purl) => {
+                pages.extend(index::places(purl, env)?.into_iter().filter_map(|place| match place {
+                    PageOrFolder::Page { url, .. } => Some(url),
+                    PageOrFolder::Folder(_) => None,
+                }))
+            }
+        }
+    }
+    let linked = pages.iter().filter_map(|page| index::find(client, page, &wheel.file, &wheel.sha256).ok());
+    urls.extend(linked.map(|link| link.url));
+    Ok(urls)
+}
+
+fn recorded(client: &Client, url: &str, size: u64, wheel: &Wheel) -> Result<Vec<Facts>> {
+    let mut archive = Archive::open_remote(RemoteFile::new(client, url.to_owned(), size), wheel.file.clone())?;
+    let facts = wheel.members.iter().map(|member| fact(&mut archive, member));
+    facts.collect()
+}
+
+fn fact<R: Read + Seek>(archive: &mut Archive<R>, member: &Member) -> Result<Facts> {
+    let recorded = archive.recorded(member)?;
+    let (Some(sha256), Some(size)) = (recorded.sha256, recorded.size) else {
+        refuse!("the wheel has no member {}; correct its path", member.path);
+    };
+    Ok(Facts { place: archive.place(&member.path)?, size, crc32: archive.crc32(&member.path)?, sha256 })
+}
