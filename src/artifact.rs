@@ -1,5 +1,6 @@
 //! What was vendored, and where it is now.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::digest::Digest;
@@ -15,7 +16,6 @@ const BESIDE_EXECUTABLE: &str = "lib/flashinfer-rs";
 
 /// A library that the build vendored.
 #[derive(Debug)]
-#[allow(dead_code, reason = "which fields are read depends on the features")]
 pub(crate) struct Vendored {
     pub(crate) name: &'static str,
     pub(crate) distribution: &'static str,
@@ -30,13 +30,101 @@ pub(crate) struct Vendored {
 
 /// Where a build found a wheel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(dead_code, reason = "vendored.rs names those that occurred")]
-pub(crate) enum Source {
+#[non_exhaustive]
+pub enum Source {
+    /// A variable named it.
     Override,
+    /// It lay in a folder of wheels.
     Directory,
+    /// It was fetched before, by this or another build.
     Cache,
+    /// A contributor built it in a checkout of this crate.
     Local,
+    /// It was fetched for this build.
     Network,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Override => "override",
+            Self::Directory => "directory",
+            Self::Cache => "cache",
+            Self::Local => "local build",
+            Self::Network => "network",
+        })
+    }
+}
+
+/// Where a vendored library comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Provenance {
+    /// The wheel's distribution, `flashinfer_jit_cache` for example.
+    pub distribution: &'static str,
+    /// The wheel's pinned version.
+    pub version: &'static str,
+    /// The wheel's SHA-256, in hexadecimal. Where only members were fetched, the pinned one.
+    pub wheel_sha256: String,
+    /// The library's SHA-256, in hexadecimal: what it is checked against when it is loaded.
+    pub sha256: String,
+    /// The library's size in bytes.
+    pub size: u64,
+    /// Where the build found the wheel.
+    pub source: Source,
+}
+
+/// A library that was vendored, or that is used without having been.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Artifact {
+    /// The library's soname.
+    pub name: String,
+    /// Where it comes from; `None` for the system's own.
+    pub provenance: Option<Provenance>,
+    /// The file it was loaded from; `None` if it was not loaded yet.
+    pub loaded_from: Option<PathBuf>,
+}
+
+impl fmt::Display for Artifact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.name)?;
+        match &self.provenance {
+            Some(from) => {
+                let Provenance { distribution, version, wheel_sha256, sha256, size, source } = from;
+                write!(
+                    f,
+                    " {size} bytes, sha256 {sha256}, from {distribution} {version} ({source}, sha256 {wheel_sha256})"
+                )?;
+            }
+            None => f.write_str(" not vendored")?,
+        }
+        match &self.loaded_from {
+            Some(path) => write!(f, ", loaded from {}", path.display()),
+            None => f.write_str(", not loaded"),
+        }
+    }
+}
+
+/// Every vendored library, and those among `loaded` that were not.
+pub(crate) fn list(loaded: &[(String, PathBuf)]) -> Vec<Artifact> {
+    let path_of = |name: &str| loaded.iter().find(|(known, _)| known == name).map(|(_, path)| path.clone());
+    let rows = LIBRARIES.iter().map(|row| Artifact {
+        name: row.name.to_owned(),
+        provenance: Some(Provenance {
+            distribution: row.distribution,
+            version: row.version,
+            wheel_sha256: row.wheel_sha256.to_string(),
+            sha256: row.sha256.to_string(),
+            size: row.size,
+            source: row.source,
+        }),
+        loaded_from: path_of(row.name),
+    });
+    let others = loaded.iter().filter(|(name, _)| vendored(name).is_none());
+    let others =
+        others.map(|(name, path)| Artifact { name: name.clone(), provenance: None, loaded_from: Some(path.clone()) });
+    rows.chain(others).collect()
 }
 
 /// The row of a library, if it was vendored.

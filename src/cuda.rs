@@ -1,15 +1,22 @@
 //! The little of the CUDA runtime that guards need: devices, their attributes, the current one.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::marker::PhantomData;
+use std::ptr;
 
 use crate::error::{FlashInferError, Result};
 use crate::loader::Library;
+use crate::tensor::Element;
 
 /// The CUDA release that the pinned kernels were built for; drivers are compatible backwards.
 const NEEDED_DRIVER: c_int = 13000;
 
 /// `cudaDevAttrMultiProcessorCount`.
 const MULTIPROCESSORS: c_int = 16;
+/// `cudaDevAttrComputeCapabilityMajor` and `…Minor`.
+const CAPABILITY: [c_int; 2] = [75, 76];
+/// `cudaMemcpyDefault`: by the pointers.
+const COPY: c_int = 4;
 /// `cudaErrorNoDevice`.
 const NO_DEVICE: c_int = 100;
 
@@ -20,6 +27,30 @@ pub(crate) struct Cudart {
     set_device: unsafe extern "C" fn(c_int) -> c_int,
     device_get_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
+    /// Only reports use these; a stand-in for CUDA's runtime may lack them.
+    memory: Option<Memory>,
+}
+
+#[derive(Clone, Copy)]
+struct Memory {
+    malloc: unsafe extern "C" fn(*mut *mut c_void, usize) -> c_int,
+    free: unsafe extern "C" fn(*mut c_void) -> c_int,
+    memcpy: unsafe extern "C" fn(*mut c_void, *const c_void, usize, c_int) -> c_int,
+}
+
+impl Memory {
+    /// # Safety
+    /// `library` must be libcudart.so.13.
+    unsafe fn resolve(library: &Library) -> Result<Self> {
+        // SAFETY: the caller's promise; the types are those of cuda_runtime_api.h.
+        unsafe {
+            Ok(Self {
+                malloc: library.symbol(c"cudaMalloc")?,
+                free: library.symbol(c"cudaFree")?,
+                memcpy: library.symbol(c"cudaMemcpy")?,
+            })
+        }
+    }
 }
 
 impl Cudart {
@@ -35,6 +66,7 @@ impl Cudart {
                 set_device: library.symbol(c"cudaSetDevice")?,
                 device_get_attribute: library.symbol(c"cudaDeviceGetAttribute")?,
                 get_error_string: library.symbol(c"cudaGetErrorString")?,
+                memory: Memory::resolve(library).ok(),
             })
         }
     }
@@ -58,8 +90,37 @@ impl Cudart {
 
     /// The number of multiprocessors of a GPU.
     pub(crate) fn multiprocessors(&self, device: c_int) -> Result<c_int> {
+        self.attribute(MULTIPROCESSORS, device)
+    }
+
+    /// A GPU's compute capability, major and minor.
+    pub(crate) fn compute_capability(&self, device: c_int) -> Result<(c_int, c_int)> {
+        Ok((self.attribute(CAPABILITY[0], device)?, self.attribute(CAPABILITY[1], device)?))
+    }
+
+    fn attribute(&self, attribute: c_int, device: c_int) -> Result<c_int> {
         // SAFETY: one int is written through a pointer that is valid for the call.
-        self.out("cudaDeviceGetAttribute", |out| unsafe { (self.device_get_attribute)(out, MULTIPROCESSORS, device) })
+        self.out("cudaDeviceGetAttribute", |out| unsafe { (self.device_get_attribute)(out, attribute, device) })
+    }
+
+    /// The CUDA release that the driver supports.
+    pub(crate) fn driver_release(&self) -> Result<String> {
+        // SAFETY: one int is written through a pointer that is valid for the call.
+        self.out("cudaDriverGetVersion", |out| unsafe { (self.driver_get_version)(out) }).map(release)
+    }
+
+    /// Memory on the current device with these values.
+    pub(crate) fn upload<T: Element>(&'static self, values: &[T]) -> Result<Buffer<T>> {
+        let unavailable =
+            || FlashInferError::CudartMissing { searched: vec!["the one in use has no cudaMalloc".to_owned()] };
+        let memory = self.memory.ok_or_else(unavailable)?;
+        let (mut pointer, bytes) = (ptr::null_mut(), size_of_val(values));
+        // SAFETY: one pointer is written through a pointer that is valid for the call.
+        self.check("cudaMalloc", unsafe { (memory.malloc)(&mut pointer, bytes) })?;
+        let buffer = Buffer { cudart: self, memory, pointer, len: values.len(), element: PhantomData };
+        // SAFETY: both are memory of this many bytes; the call returns when they were copied.
+        self.check("cudaMemcpy", unsafe { (memory.memcpy)(pointer, values.as_ptr().cast(), bytes, COPY) })?;
+        Ok(buffer)
     }
 
     /// Makes a device this thread's current one until the guard is dropped.
@@ -88,6 +149,56 @@ impl Cudart {
         let message = unsafe { CStr::from_ptr((self.get_error_string)(code)) }.to_string_lossy().into_owned();
         Err(FlashInferError::Cuda { call, code, message })
     }
+}
+
+/// Device memory of the report's own.
+pub(crate) struct Buffer<T> {
+    cudart: &'static Cudart,
+    memory: Memory,
+    pointer: *mut c_void,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element + Default> Buffer<T> {
+    pub(crate) fn pointer(&self) -> *mut c_void {
+        self.pointer
+    }
+
+    /// The values, once the null stream has come so far.
+    pub(crate) fn download(&self) -> Result<Vec<T>> {
+        let mut values = vec![T::default(); self.len];
+        let bytes = size_of_val(values.as_slice());
+        // SAFETY: both are memory of this many bytes, and every bit pattern is an element; the call returns when they
+        // were copied.
+        let code = unsafe { (self.memory.memcpy)(values.as_mut_ptr().cast(), self.pointer, bytes, COPY) };
+        self.cudart.check("cudaMemcpy", code)?;
+        Ok(values)
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        // SAFETY: allocated by the same library, and given up here, once; the call waits for what uses it.
+        unsafe { (self.memory.free)(self.pointer) };
+    }
+}
+
+/// A GPU's name, from the driver.
+pub(crate) fn device_name(device: c_int) -> Option<String> {
+    // SAFETY: only looked for among what is loaded: with a GPU that was counted, the driver is.
+    let driver = unsafe { Library::by_name("libcuda.so.1", true) }.ok()?;
+    let mut name = [0u8; 256];
+    // SAFETY: the types are those of cuda.h; the driver is initialized by then, and the name ends with a zero byte.
+    unsafe {
+        let get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int = driver.symbol(c"cuDeviceGet").ok()?;
+        let get_name: unsafe extern "C" fn(*mut u8, c_int, c_int) -> c_int = driver.symbol(c"cuDeviceGetName").ok()?;
+        let mut handle = 0;
+        if get(&mut handle, device) != 0 || get_name(name.as_mut_ptr(), name.len() as c_int, handle) != 0 {
+            return None;
+        }
+    }
+    Some(CStr::from_bytes_until_nul(&name).ok()?.to_string_lossy().into_owned())
 }
 
 /// Gives a thread its current device back.

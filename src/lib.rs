@@ -62,6 +62,7 @@ mod flat;
 pub mod kernels;
 mod loader;
 mod module;
+mod report;
 mod runtime;
 mod tensor;
 
@@ -70,12 +71,14 @@ pub use self::cudarc::{
     DeviceBuffer, DeviceBufferMut, Half16, gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options,
     gemma_rmsnorm_cudarc,
 };
+pub use artifact::{Artifact, Provenance, Source};
 pub use error::{FlashInferError, Result};
 pub use flat::{
     GdnPrefillSm90Params, GemmaRmsNormParams, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, gdn_prefill_sm90,
     gemma_rmsnorm,
 };
 pub use module::{Arg, Function, Module, Object, PackedTensor, Value};
+pub use report::{DeviceReport, Report, SelfTest};
 pub use runtime::{FlashInferRuntime, RuntimeConfig, Stream};
 pub use tensor::{DType, Device, Element, MAX_NDIM, TensorMut, TensorRef};
 

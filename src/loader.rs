@@ -77,7 +77,9 @@ impl Library {
         // SAFETY: the caller's promise; nothing is initialized where the library is loaded already.
         match unsafe { Handle::open(Some(name), flags) } {
             Ok(handle) => {
-                Ok(Self { name: name.to_owned(), path: PathBuf::from(name), handle: Box::leak(Box::new(handle)) })
+                let handle = Box::leak(Box::new(handle));
+                let path = PathBuf::from(loaded_path(name).unwrap_or_else(|| name.to_owned()));
+                Ok(Self { name: name.to_owned(), path, handle })
             }
             Err(error) => Err(reason(&error)),
         }
@@ -123,6 +125,16 @@ pub(crate) fn mapped_file(address: usize) -> String {
     };
     let line = maps.lines().find(holds).and_then(|line| line.split_whitespace().nth(5));
     line.unwrap_or("an unknown file").to_owned()
+}
+
+/// The mapped file of this name, for messages and reports.
+fn loaded_path(name: &str) -> Option<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let paths = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
+    paths
+        .filter(|path| Path::new(path).file_name().is_some_and(|file| file.to_string_lossy().starts_with(name)))
+        .map(str::to_owned)
+        .next()
 }
 
 /// libloading's message says only which call failed; the dynamic linker's own is its source.

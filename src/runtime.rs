@@ -5,13 +5,14 @@ use std::ffi::{CStr, c_void};
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use crate::artifact;
+use crate::artifact::{self, Artifact};
 use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::kernels;
 use crate::loader::{self, Library, Scope};
 use crate::module::Module;
+use crate::report::{self, Report};
 use crate::tensor::Device;
 
 const TVM_FFI: &str = "libtvm_ffi.so";
@@ -74,6 +75,8 @@ pub struct FlashInferRuntime {
     /// Per GPU, the number of its multiprocessors once that was asked for.
     devices: OnceLock<Box<[OnceLock<i32>]>>,
     modules: Mutex<HashMap<String, &'static Module>>,
+    /// Libraries other than modules, and where they were loaded from.
+    loaded: Vec<(String, PathBuf)>,
 }
 
 impl std::fmt::Debug for FlashInferRuntime {
@@ -128,7 +131,15 @@ impl FlashInferRuntime {
         if let Some(address) = loader::global_address(api::LANDMARK) {
             return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
         }
-        let cudart = load_cudart(&config)?;
+        let mut loaded = Vec::new();
+        let cudart = match load_cudart(&config)? {
+            Ok(library) => {
+                loaded.push((CUDART.to_owned(), library.path().to_owned()));
+                // SAFETY: it is CUDA 13's runtime, by its digest or by its soname.
+                Ok(unsafe { Cudart::resolve(&library) }?)
+            }
+            Err(searched) => Err(searched),
+        };
         let tvm_ffi = open(TVM_FFI, &config, Scope::Global)?;
         // SAFETY: the library was checked against the vendored TVM-FFI, or the caller vouched for it.
         let api = unsafe { Api::resolve(&tvm_ffi) }?;
@@ -145,7 +156,8 @@ impl FlashInferRuntime {
         if let Some(address) = loader::global_address(api::LANDMARK).filter(|&address| address != api.landmark()) {
             return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
         }
-        Ok(Self { config, api, cudart, devices: OnceLock::new(), modules: Mutex::default() })
+        loaded.push((TVM_FFI.to_owned(), tvm_ffi.path().to_owned()));
+        Ok(Self { config, api, cudart, devices: OnceLock::new(), modules: Mutex::default(), loaded })
     }
 
     /// Loads every vendored kernel module and resolves every function this crate knows in it, so that no later call
@@ -187,6 +199,20 @@ impl FlashInferRuntime {
         }
         let count = self.cudart()?.multiprocessors(device)?;
         Ok(*cell.get_or_init(|| count))
+    }
+
+    /// The libraries: where each comes from, and where it was loaded from.
+    pub fn artifacts(&self) -> Vec<Artifact> {
+        let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let modules = modules.iter().filter_map(|(name, module)| Some((name.clone(), module.path()?.to_owned())));
+        let loaded: Vec<_> = self.loaded.iter().cloned().chain(modules).collect();
+        artifact::list(&loaded)
+    }
+
+    /// Looks at everything that a kernel call depends on, and runs each kernel once against the reference. It allocates,
+    /// synchronizes and may take a second: for support requests, not for serving.
+    pub fn report(&'static self) -> Report {
+        report::make(self)
     }
 
     /// A vendored module by its soname, `norm.so` for example, to call functions that this crate has no wrapper for.
@@ -247,6 +273,11 @@ impl FlashInferRuntime {
         }
     }
 
+    /// The compute capability of a device that exists.
+    pub(crate) fn compute_capability(&self, device: i32) -> Result<(i32, i32)> {
+        self.cudart()?.compute_capability(device)
+    }
+
     pub(crate) fn cudart(&self) -> Result<&Cudart> {
         self.cudart.as_ref().map_err(|searched| FlashInferError::CudartMissing { searched: searched.clone() })
     }
@@ -299,23 +330,20 @@ fn open(soname: &str, config: &RuntimeConfig, scope: Scope) -> Result<Library> {
     unsafe { Library::open(soname, &path, Some(&row.sha256), scope) }
 }
 
-/// One that is in the process already, else ours, else the system's.
-fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Cudart, Vec<String>>> {
+/// One that is in the process already, else ours, else the system's; else what was looked at.
+fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Vec<String>>> {
     // SAFETY: nothing new is loaded.
     if let Ok(library) = unsafe { Library::by_name(CUDART, true) } {
-        // SAFETY: its soname says that it is CUDA 13's runtime.
-        return unsafe { Cudart::resolve(&library) }.map(Ok);
+        return Ok(Ok(library));
     }
     let mut searched = match open(CUDART, config, Scope::Local) {
-        // SAFETY: it is the vendored libcudart.
-        Ok(library) => return unsafe { Cudart::resolve(&library) }.map(Ok),
+        Ok(library) => return Ok(Ok(library)),
         Err(FlashInferError::ArtifactMissing { searched, .. }) => searched,
         Err(error) => return Err(error),
     };
     // SAFETY: the system's own CUDA runtime, as any CUDA program would load it.
     match unsafe { Library::by_name(CUDART, false) } {
-        // SAFETY: its soname says that it is CUDA 13's runtime.
-        Ok(library) => unsafe { Cudart::resolve(&library) }.map(Ok),
+        Ok(library) => Ok(Ok(library)),
         Err(reason) => {
             searched.push(format!("the dynamic linker's own places ({reason})"));
             Ok(Err(searched))

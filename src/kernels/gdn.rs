@@ -9,7 +9,10 @@ use crate::tensor::{DType, Device, Raw, TensorMut, TensorRef};
 
 const LIBRARY: &str = "gdn_prefill_sm90.so";
 
-static GDN_PREFILL: Kernel = Kernel::new(LIBRARY, "gdn_prefill");
+static GDN_PREFILL: Kernel = Kernel::new(LIBRARY, "gdn_prefill", |capability| capability == HOPPER);
+
+/// The one compute capability that it is compiled for.
+const HOPPER: (i32, i32) = (9, 0);
 
 pub(super) static KERNELS: &[&Kernel] = &[&GDN_PREFILL];
 

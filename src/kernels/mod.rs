@@ -21,13 +21,23 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Kernel> {
 pub(crate) struct Kernel {
     library: &'static str,
     name: &'static str,
+    /// The compute capabilities that it runs on.
+    supports: fn((i32, i32)) -> bool,
     on_gpu: OnceLock<Function>,
     on_host: OnceLock<Function>,
 }
 
 impl Kernel {
-    const fn new(library: &'static str, name: &'static str) -> Self {
-        Self { library, name, on_gpu: OnceLock::new(), on_host: OnceLock::new() }
+    const fn new(library: &'static str, name: &'static str, supports: fn((i32, i32)) -> bool) -> Self {
+        Self { library, name, supports, on_gpu: OnceLock::new(), on_host: OnceLock::new() }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    pub(crate) fn supports(&self, capability: (i32, i32)) -> bool {
+        (self.supports)(capability)
     }
 
     pub(crate) fn library(&self) -> &'static str {

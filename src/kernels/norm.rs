@@ -8,7 +8,10 @@ use crate::tensor::{Raw, TensorMut, TensorRef};
 
 const LIBRARY: &str = "norm.so";
 
-static GEMMA_RMSNORM: Kernel = Kernel::new(LIBRARY, "gemma_rmsnorm");
+static GEMMA_RMSNORM: Kernel = Kernel::new(LIBRARY, "gemma_rmsnorm", |capability| capability >= OLDEST);
+
+/// What FlashInfer compiles for at the oldest; a wheel may have been compiled for less.
+const OLDEST: (i32, i32) = (7, 5);
 
 pub(super) static KERNELS: &[&Kernel] = &[&GEMMA_RMSNORM];
 
