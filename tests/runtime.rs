@@ -267,3 +267,48 @@ fn what_the_cuda_runtime_says_is_in_the_error() {
         assert_eq!((*call, *code, message.as_str()), ("cudaGetDeviceCount", 999, "a made-up error"));
     });
 }
+
+#[test]
+fn artifacts_say_where_each_library_comes_from_and_was_loaded_from() {
+    native::isolated("artifacts_say_where_each_library_comes_from_and_was_loaded_from", || {
+        let folder = copies();
+        let runtime = initialize(folder.path()).unwrap();
+        let artifacts = runtime.artifacts();
+        let tvm_ffi = artifacts.iter().find(|artifact| artifact.name == TVM_FFI).unwrap();
+        assert_eq!(tvm_ffi.loaded_from, Some(folder.path().join(TVM_FFI)));
+        let provenance = tvm_ffi.provenance.as_ref().unwrap();
+        assert_eq!((provenance.distribution, provenance.version), ("apache_tvm_ffi", "0.1.3"));
+        assert_eq!(provenance.size, fs::metadata(folder.path().join(TVM_FFI)).unwrap().len());
+        assert!(provenance.sha256.len() == 64 && provenance.wheel_sha256.len() == 64);
+        let norm = artifacts.iter().find(|artifact| artifact.name == "norm.so").unwrap();
+        assert_eq!(norm.loaded_from, None);
+    });
+}
+
+#[test]
+fn the_report_tests_every_kernel_on_the_host_without_a_gpu() {
+    with_fake_cudart("the_report_tests_every_kernel_on_the_host_without_a_gpu", &[("FAKE_GPUS", "0")], |runtime| {
+        let report = runtime.report();
+        assert!(report.passed(), "{report}");
+        let kernels: Vec<_> = report.self_tests.iter().map(|test| (test.kernel, test.dtype.to_string())).collect();
+        for expected in
+            [("gemma_rmsnorm", "BF16"), ("gemma_rmsnorm", "F16"), ("gdn_prefill", "BF16"), ("gdn_prefill", "F16")]
+        {
+            assert!(kernels.iter().any(|(kernel, dtype)| (*kernel, dtype.as_str()) == expected), "{kernels:?}");
+        }
+        let text = report.to_string();
+        let parts = ["libtvm_ffi.so", "supports CUDA 13.0", "GPUs\n  none", "gdn_prefill F16 on cpu"];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+    });
+}
+
+#[test]
+fn a_cuda_runtime_of_the_process_is_listed_with_its_file() {
+    with_fake_cudart("a_cuda_runtime_of_the_process_is_listed_with_its_file", &[], |runtime| {
+        let artifacts = runtime.artifacts();
+        let cudart = artifacts.iter().find(|artifact| artifact.name == "libcudart.so.13").unwrap();
+        let path = cudart.loaded_from.as_ref().unwrap();
+        assert!(path.is_absolute() && path.ends_with("libcudart.so.13"), "{path:?}");
+        assert!(!path.starts_with(native::vendored_libraries()), "{path:?}");
+    });
+}

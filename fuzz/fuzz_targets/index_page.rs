@@ -10,11 +10,11 @@ use vendoring::index;
 const PAGE: &str = "https://index.invalid/simple/some-kernels/";
 const FILE: &str = "some_kernels-1.0-py3-none-any.whl";
 
-fuzz_target!(|input: (bool, &str)| {
-    let (json, text) = input;
-    let content_type = if json { "application/vnd.pypi.simple.v1+json" } else { "text/html" };
-    if let Ok(Some(link)) = index::parse(PAGE, content_type, text, FILE) {
-        assert!(link.url.starts_with("http://") || link.url.starts_with("https://"), "{}", link.url);
-        assert!(!link.url.contains('#'), "{}", link.url);
+fuzz_target!(|text: &str| {
+    for content_type in ["application/vnd.pypi.simple.v1+json", "text/html"] {
+        if let Ok(Some(link)) = index::parse(PAGE, content_type, text, FILE) {
+            assert!(link.url.starts_with("http://") || link.url.starts_with("https://"), "{}", link.url);
+            assert!(!link.url.contains('#'), "{}", link.url);
+        }
     }
 });

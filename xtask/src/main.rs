@@ -1,5 +1,6 @@
 //! Everything a contributor runs: `cargo xtask --help`.
 
+mod bench;
 mod bundle;
 mod compile;
 mod compiler;
@@ -48,6 +49,9 @@ enum Command {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// Measure
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Fill in artifacts.lock from verified copies of the wheels: each member's place, sizes, method, CRC and digest
     Lock {
         /// Fail where the file would change, and write nothing
@@ -84,6 +88,7 @@ fn run(command: Command) -> Result<()> {
         Command::Demo => provision::demo(),
         Command::Test { args } => provision::test(&args),
         Command::Wheel { kernels, arch, out } => jit_cache::command(&kernels, &arch, out.as_deref()),
+        Command::Bench(bench) => bench::command(bench),
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
         Command::GpuBundle { out } => bundle::command(&out),
     }
