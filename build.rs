@@ -50,7 +50,7 @@ fn build() -> Result<()> {
     };
     if let Some(reason) = without {
         emit::rerun(&[], &env.names_read());
-        return emit::table(&out_dir, &[], &[reason]);
+        return emit::table(&out_dir, &[], &[reason], false);
     }
 
     let lib_dir = out_dir.join("lib");
@@ -68,7 +68,7 @@ fn build() -> Result<()> {
     emit::rerun(&watched, &[]);
     outcome.warnings.iter().for_each(|text| emit::warn(text));
     emit::prune(&lib_dir, &outcome.rows)?;
-    emit::table(&out_dir, &outcome.rows, &outcome.missing)?;
+    emit::table(&out_dir, &outcome.rows, &outcome.missing, has_feature("embed"))?;
     emit::metadata(&lib_dir);
     Ok(())
 }

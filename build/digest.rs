@@ -60,6 +60,13 @@ impl Hasher {
     }
 }
 
+/// The digest of bytes that are at hand.
+pub fn hash(bytes: &[u8]) -> Digest {
+    let mut hasher = Hasher::new();
+    hasher.update(bytes);
+    hasher.finish()
+}
+
 /// Reads to the end; answers the digest and the number of bytes.
 pub fn hash_reader(mut reader: impl Read) -> io::Result<(Digest, u64)> {
     let mut hasher = Hasher::new();

@@ -19,8 +19,9 @@ pub struct Row<'a> {
     pub extracted: Extracted,
 }
 
-/// Writes the table. `missing` says why nothing, or not everything, was vendored.
-pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String]) -> Result<()> {
+/// Writes the table. `missing` says why nothing, or not everything, was vendored. With `embed` the libraries themselves
+/// go into it, and the path that they have on this machine does not.
+pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) -> Result<()> {
     let mut text = String::from("// Written by build.rs: what was vendored.\n\n");
     let _ = writeln!(text, "pub(crate) static LIBRARIES: &[Vendored] = &[");
     for row in rows {
@@ -31,26 +32,53 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String]) -> Result<()>
             Source::Local => "Local",
             Source::Network => "Network",
         };
+        let path = row.extracted.path.display().to_string();
+        let (built_at, embedded) = if embed {
+            (String::new(), format!("Some(|| &{}[..])", symbol(row.soname)))
+        } else {
+            (path, "None".to_owned())
+        };
         let _ = writeln!(
             text,
-            "    Vendored {{ name: {:?}, distribution: {:?}, version: {:?}, wheel_sha256: Digest({:?}), sha256: Digest({:?}), size: {}, source: Source::{source}, built_at: {:?} }},",
+            "    Vendored {{ name: {:?}, distribution: {:?}, version: {:?}, wheel_sha256: Digest({:?}), sha256: Digest({:?}), size: {}, source: Source::{source}, built_at: {built_at:?}, embedded: {embedded} }},",
             row.soname,
             row.wheel.distribution,
             row.wheel.version,
             row.wheel_sha256.0,
             row.extracted.sha256.0,
             row.extracted.size,
-            row.extracted.path.display().to_string(),
         );
     }
     let _ =
         writeln!(text, "];\n\n/// Why something was not vendored.\npub(crate) static MISSING: &[&str] = &{missing:?};");
+    if embed {
+        rows.iter().for_each(|row| text += &embedding(row));
+    }
     let path = out_dir.join("vendored.rs");
     // Untouched when the same, so that the library is not compiled again for nothing.
     if std::fs::read_to_string(&path).is_ok_and(|old| old == text) {
         return Ok(());
     }
     publish_bytes(&path, text.as_bytes())
+}
+
+/// A library's bytes as a symbol. The assembler reads the file: `include_bytes!` of 150 MB costs the compiler seconds.
+fn embedding(row: &Row<'_>) -> String {
+    let (symbol, size) = (symbol(row.soname), row.extracted.size);
+    // Quoted for the assembler, and then for Rust; braces mean something to the macro.
+    let path = format!("{:?}", row.extracted.path.display().to_string()).replace('{', "{{").replace('}', "}}");
+    let incbin = format!(".incbin {path}");
+    format!(
+        "\ncore::arch::global_asm!(\".pushsection .rodata.flashinfer_rs,\\\"a\\\",%progbits\", \".balign 64\", \
+         \".globl {symbol}\", \".hidden {symbol}\", \"{symbol}:\", {incbin:?}, \".popsection\");\n\
+         unsafe extern \"C\" {{\n    // The assembler put that many bytes there, above.\n    safe static {symbol}: [u8; {size}];\n}}\n"
+    )
+}
+
+/// A library's name as the linker knows its bytes.
+fn symbol(soname: &str) -> String {
+    let name: String = soname.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    format!("flashinfer_rs_embedded_{name}")
 }
 
 /// Rerun lines: what this build depended on, and nothing else.

@@ -130,6 +130,11 @@ impl Client {
                     refuse!("{shown} is {found} bytes long, expected {want}: it is not the pinned file");
                 }
                 total = expected.size.or(answer.length);
+                if let Some(length) = total.filter(|&length| length > UNKNOWN_SIZE && expected.size.is_none()) {
+                    refuse!(
+                        "{shown} is {length} bytes long, no wheel is longer than {UNKNOWN_SIZE}: correct the address"
+                    );
+                }
                 etag = answer.etag.take();
             }
             let broke_off = loop {
@@ -198,7 +203,8 @@ impl Client {
     fn try_get(&self, url: &str, accept: Option<&str>, part: Part<'_>) -> std::result::Result<Answer, (Error, bool)> {
         let shown = redacted(url);
         // A transfer that starts encrypted stays so through every redirect.
-        let request = self.agent.get(url).config().https_only(url.starts_with("https:")).build();
+        let plain = url.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("http:"));
+        let request = self.agent.get(url).config().https_only(!plain).build();
         let mut request = request.header("Accept-Encoding", "identity");
         if let Some(accept) = accept {
             request = request.header("Accept", accept);
@@ -217,8 +223,8 @@ impl Client {
         let response = match request.call() {
             Ok(response) => response,
             Err(e) => {
-                let passing = !matches!(e, ureq::Error::BadUri(_) | ureq::Error::RequireHttpsOnly(_));
-                return Err((Error::Unavailable(format!("{shown}: {}", chain(&e))), passing));
+                let (fault, passing) = no_answer(&e);
+                return Err((Error::Unavailable(format!("{shown}: {fault}")), passing));
             }
         };
         let status = response.status().as_u16();
@@ -252,18 +258,64 @@ impl Client {
     }
 
     /// Bytes `first..=last` of a file of `size` bytes, to be read; what is not exactly that is no answer.
-    pub fn range(&self, url: &str, first: u64, last: u64, size: u64) -> Result<impl Read + use<>> {
-        let shown = redacted(url);
+    pub fn range<'a>(&'a self, url: &str, first: u64, last: u64, size: u64) -> Result<RangeReader<'a>> {
+        let body = self.part(url, first, last, size)?;
+        Ok(RangeReader { client: self, url: url.to_owned(), next: first, last, size, body, pauses: BACK_OFF.iter() })
+    }
+
+    fn part(&self, url: &str, first: u64, last: u64, size: u64) -> Result<ureq::BodyReader<'static>> {
         let answer = self.get(url, None, Part::Range(first, last))?;
         let expected = format!("bytes {first}-{last}/{size}");
-        if answer.status != 206 || answer.content_range.as_deref() != Some(expected.as_str()) {
+        let fits = answer.content_range.as_deref() == Some(expected.as_str());
+        if answer.status != 206 || !fits || answer.length.is_some_and(|length| length != last - first + 1) {
             let found = answer.content_range.as_deref().unwrap_or("no Content-Range");
-            let status = answer.status;
+            let length = answer.length.map(|length| format!(" of {length} bytes")).unwrap_or_default();
             return Err(Error::Unavailable(format!(
-                "{shown} does not answer ranges: {status} with {found}, expected 206 with {expected}"
+                "{} does not answer ranges: {}{length} with {found}, expected 206 with {expected}",
+                redacted(url),
+                answer.status
             )));
         }
-        Ok(answer.body.take(last - first + 1))
+        Ok(answer.body)
+    }
+}
+
+/// Reads one range. Where the transfer breaks off, what is left is asked for, at the address itself again: where that
+/// redirects to may have expired. It ends at the range's end, and with an error before.
+pub struct RangeReader<'a> {
+    client: &'a Client,
+    url: String,
+    next: u64,
+    last: u64,
+    size: u64,
+    body: ureq::BodyReader<'static>,
+    pauses: std::slice::Iter<'static, Duration>,
+}
+
+impl Read for RangeReader<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let wanted = out.len().min((self.last + 1).saturating_sub(self.next) as usize);
+        if wanted == 0 {
+            return Ok(0);
+        }
+        loop {
+            let fault = match self.body.read(&mut out[..wanted]) {
+                Ok(0) => "the connection was closed".to_owned(),
+                Ok(n) => {
+                    self.next += n as u64;
+                    self.pauses = BACK_OFF.iter();
+                    return Ok(n);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => e.to_string(),
+            };
+            let Some(pause) = self.pauses.next() else {
+                let (shown, next) = (redacted(&self.url), self.next);
+                return Err(io::Error::other(format!("{shown} broke off before byte {next}: {fault}; try again")));
+            };
+            std::thread::sleep(*pause);
+            self.body = self.client.part(&self.url, self.next, self.last, self.size).map_err(io::Error::other)?;
+        }
     }
 }
 
@@ -303,11 +355,7 @@ impl<'a> RemoteFile<'a> {
         };
         let mut block = Vec::new();
         let read = self.client.range(&self.url, first, last, self.size)?.read_to_end(&mut block);
-        let shown = redacted(&self.url);
-        read.map_err(|e| Error::Unavailable(format!("{shown} broke off within bytes {first}-{last}: {e}")))?;
-        if block.len() as u64 != last - first + 1 {
-            return Err(Error::Unavailable(format!("{shown} sent {} bytes for {first}-{last}", block.len())));
-        }
+        read.map_err(|e| Error::Unavailable(e.to_string()))?;
         self.blocks.insert(first, block);
         Ok(())
     }
@@ -371,6 +419,26 @@ fn advice(status: u16) -> &'static str {
         451 => " (withheld for legal reasons: use a mirror)",
         500.. => " (the server's fault: try again later)",
         _ => " (an answer that makes no sense here)",
+    }
+}
+
+/// What to say where there was no answer at all, and whether another try may help.
+fn no_answer(error: &ureq::Error) -> (String, bool) {
+    use ureq::Error as E;
+    match error {
+        // Their own words repeat the address, with all that is secret in it.
+        E::BadUri(_) => ("this cannot be asked: correct the address".to_owned(), false),
+        E::RequireHttpsOnly(_) => ("a redirect from https down to http: correct the address".to_owned(), false),
+        E::TooManyRedirects => ("too many redirects: correct the address".to_owned(), false),
+        // rustls speaks of bad certificates by this kind.
+        E::Io(e) if e.kind() == io::ErrorKind::InvalidData => (
+            format!("{}: correct the address, or name this machine's certificates by SSL_CERT_FILE", chain(error)),
+            false,
+        ),
+        E::Io(_) | E::Timeout(_) | E::HostNotFound | E::ConnectionFailed => {
+            (format!("{}: check the network and the proxy variables, or try again later", chain(error)), true)
+        }
+        _ => (chain(error), false),
     }
 }
 

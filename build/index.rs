@@ -62,7 +62,9 @@ pub fn places(purl: &str, env: &Env) -> Result<Vec<Place>> {
                 Ok(path) => Place::Folder(path),
                 Err(()) => refuse!("{FIND_LINKS}: {link} is not a path of this machine; correct it"),
             },
-            _ => Place::Folder(PathBuf::from(link)),
+            Err(_) if !link.contains("://") => Place::Folder(PathBuf::from(link)),
+            // Not shown: it may be a misspelt address with a password in it.
+            _ => refuse!("{FIND_LINKS} holds what is no folder and no http, https or file address; correct it"),
         });
     }
     if !env.flag(NO_INDEX) {
@@ -70,9 +72,9 @@ pub fn places(purl: &str, env: &Env) -> Result<Vec<Place>> {
         places.push(Place::Page { url, from });
     }
     if places.is_empty() {
-        refuse!(
-            "{NO_INDEX} is set and {FIND_LINKS} is not, so there is nowhere to get {purl} from; unset the one or set the other"
-        );
+        return Err(Error::Unavailable(format!(
+            "{purl} can be had from nowhere, since {NO_INDEX} is set and {FIND_LINKS} is not; unset the one or set the other"
+        )));
     }
     Ok(places)
 }

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -126,9 +126,9 @@ impl Ladder<'_> {
 
     /// Keeps a member of the pinned wheel in the cache, so that the wheel need not be read again. That it cannot be kept
     /// is no fault of this build.
-    pub fn keep(&self, member: &Member, extracted: &Extracted) {
+    pub fn keep(&self, wheel: &Wheel, member: &Member, extracted: &Extracted) {
         if let (Some(store), Some(sha256)) = (self.store(), member.sha256) {
-            let _ = store.keep(&store.member_path(&sha256, &member.soname), &extracted.path);
+            let _ = store.keep_member(&wheel.sha256, &sha256, &member.soname, &extracted.path);
         }
     }
 
@@ -323,7 +323,12 @@ impl Ladder<'_> {
         let link = index::find(client, page, &wheel.file, &wheel.sha256)?;
         let mut notes = vec![self.fetch_url(client, store, &link.url, wheel, members)?];
         if let Some(reason) = link.yanked {
-            notes.push(format!("{} was withdrawn from {}: {reason}", wheel.file, redacted(page)));
+            let reason = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+            notes.push(format!(
+                "{} was withdrawn from {}{reason}; it is used, since it is pinned",
+                wheel.file,
+                redacted(page)
+            ));
         }
         Ok(notes)
     }
@@ -341,8 +346,14 @@ impl Ladder<'_> {
             let got = ranges::fetch(client, url, size, members, |member, place, reader| {
                 let sha256 = member.sha256.unwrap_or(wheel.sha256);
                 let path = store.member_path(&sha256, &member.soname);
-                publish(&path, |file| copy_from_place(reader, place, member, &wheel.file, file, &path))?;
-                Ok(())
+                let mut transfer = Transfer { reader, fault: None };
+                let result = store.publish_member(&wheel.sha256, &path, |file| {
+                    copy_from_place(&mut transfer, place, member, &wheel.file, file, &path)
+                });
+                match (result, transfer.fault) {
+                    (Err(_), Some(fault)) => Err(Error::Unavailable(fault)),
+                    (result, _) => result.map(drop),
+                }
             });
             match got {
                 Ok(bytes) => {
@@ -404,13 +415,21 @@ fn copy_in(store: &Store, from: &Path, wheel: &Wheel) -> Result<Vec<String>> {
     if !from.exists() {
         return Err(Error::Unavailable("not there".to_owned()));
     }
-    let (mut file, sha256) = open(from, "the wheel")?;
-    if sha256 != wheel.sha256 {
-        return Err(Error::Unavailable(format!("what is there has sha256 {sha256}, expected {}", wheel.sha256)));
-    }
-    let path = store.path(&wheel.sha256, &wheel.file);
-    publish(&path, |out| std::io::copy(&mut file, out).map_err(|e| Error::io("copying", from, &e)))?;
+    store.keep_wheel(&wheel.sha256, &wheel.file, from)?;
     Ok(Vec::new())
+}
+
+/// A transfer under way, and how it failed: what decompresses cannot tell that from bad bytes, which no other source
+/// and no second try would mend.
+struct Transfer<'a> {
+    reader: &'a mut dyn Read,
+    fault: Option<String>,
+}
+
+impl Read for Transfer<'_> {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        self.reader.read(out).inspect_err(|e| self.fault = Some(e.to_string()))
+    }
 }
 
 fn whole(supply: Supply) -> Result<Found> {

@@ -97,7 +97,7 @@ fn from_wheel<'a>(
         let expected = if pinned { member.clone() } else { archive.recorded(member)? };
         let extracted = archive.extract(&expected, lib_dir)?;
         if pinned && matches!(source, Source::Network | Source::Cache) {
-            ladder.keep(member, &extracted);
+            ladder.keep(wheel, member, &extracted);
         }
         outcome.rows.push(Row { wheel, wheel_sha256: sha256, source, soname: &member.soname, extracted });
     }

@@ -24,8 +24,10 @@ pub(crate) struct Vendored {
     pub(crate) sha256: Digest,
     pub(crate) size: u64,
     pub(crate) source: Source,
-    /// A hint, right only on the machine that built.
+    /// A hint, right only on the machine that built; empty where the library is embedded.
     pub(crate) built_at: &'static str,
+    /// With the feature `embed`: the library itself.
+    pub(crate) embedded: Option<fn() -> &'static [u8]>,
 }
 
 /// Where a build found a wheel.
@@ -132,29 +134,43 @@ pub(crate) fn vendored(name: &str) -> Option<&'static Vendored> {
     LIBRARIES.iter().find(|row| row.name == name)
 }
 
-/// The folders to search, strongest first.
-fn folders(configured: Option<&Path>) -> Vec<PathBuf> {
-    let executable = std::env::current_exe().ok();
-    let beside = executable.as_deref().and_then(Path::parent).map(|folder| folder.join(BESIDE_EXECUTABLE));
-    let from_env = std::env::var_os(LIB_DIR).filter(|value| !value.is_empty()).map(PathBuf::from);
-    [configured.map(Path::to_owned), from_env, beside].into_iter().flatten().collect()
+/// Where a library is now.
+pub(crate) enum Location {
+    File(PathBuf),
+    /// In this program: its bytes, and the digest that they must have.
+    Embedded(&'static [u8], &'static Digest),
 }
 
-/// Where a library is now.
-pub(crate) fn locate(name: &str, configured: Option<&Path>) -> Result<PathBuf> {
-    let folders = folders(configured);
-    let candidates = folders.iter().map(|folder| folder.join(name));
-    let built = vendored(name).map(|row| PathBuf::from(row.built_at));
+/// Finds a library: in the configured folder, in that of the variable, in this program, beside the executable, where the
+/// build put it.
+pub(crate) fn locate(name: &str, configured: Option<&Path>) -> Result<Location> {
     let mut searched = Vec::new();
-    for path in candidates.chain(built) {
-        if path.is_file() {
-            return Ok(path);
-        }
+    let mut file = |path: PathBuf| {
+        let found = path.is_file();
         searched.push(path.display().to_string());
+        found.then_some(path)
+    };
+    let from_env = std::env::var_os(LIB_DIR).filter(|value| !value.is_empty()).map(PathBuf::from);
+    for folder in [configured.map(Path::to_owned), from_env].into_iter().flatten() {
+        if let Some(path) = file(folder.join(name)) {
+            return Ok(Location::File(path));
+        }
+    }
+    if let Some(row) = vendored(name)
+        && let Some(embedded) = row.embedded
+    {
+        return Ok(Location::Embedded(embedded(), &row.sha256));
+    }
+    let executable = std::env::current_exe().ok();
+    let beside = executable.as_deref().and_then(Path::parent).map(|folder| folder.join(BESIDE_EXECUTABLE).join(name));
+    let built = vendored(name).map(|row| PathBuf::from(row.built_at));
+    if let Some(path) = beside.into_iter().chain(built).find_map(file) {
+        return Ok(Location::File(path));
     }
     let remedy = match vendored(name) {
         Some(_) => format!(
-            "put the vendored libraries into the folder that {LIB_DIR} names, or into {BESIDE_EXECUTABLE} beside the executable"
+            "put the vendored libraries into the folder that {LIB_DIR} names, or into {BESIDE_EXECUTABLE} beside the \
+             executable, or build with the feature `embed`"
         ),
         None if MISSING.is_empty() => format!("{name} was not vendored: build with the Cargo feature that wants it"),
         None => format!("{name} was not vendored: {}", MISSING.join("; ")),

@@ -62,6 +62,18 @@ pub enum FlashInferError {
         remedy: &'static str,
     },
 
+    /// The system does not let a library be loaded out of this program.
+    #[error(
+        "{library} could not be loaded from the copy in this program: {reason}; where the system forbids executable memory \
+         (vm.memfd_noexec) or has no /proc, put the libraries into a folder and name it by FLASHINFER_RS_LIB_DIR"
+    )]
+    EmbeddingRefused {
+        /// The library's soname.
+        library: String,
+        /// The system's reason.
+        reason: String,
+    },
+
     /// A library lacks a function.
     #[error("{library} has no symbol {symbol} ({reason}); use the release that this crate pins")]
     SymbolMissing {

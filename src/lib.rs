@@ -38,6 +38,7 @@
 //! | `norm` | yes | vendors `norm.so` |
 //! | `gdn-prefill` | yes | vendors `gdn_prefill_sm90.so` |
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
+//! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams |
 //!
 //! The API is there with or without a kernel's feature; a kernel that was not vendored answers
@@ -71,6 +72,10 @@ pub use self::cudarc::{
     DeviceBuffer, DeviceBufferMut, Half16, gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options,
     gemma_rmsnorm_cudarc,
 };
+/// The licences of what the build vendors, and what whoever passes it on must do: to be handed on with a program that was
+/// built with the feature `embed`.
+pub const THIRD_PARTY_NOTICES: &str = include_str!("../THIRD-PARTY.md");
+
 pub use artifact::{Artifact, Provenance, Source};
 pub use error::{FlashInferError, Result};
 pub use flat::{

@@ -2,12 +2,14 @@
 
 use std::ffi::CStr;
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
+use memfd::{FileSeal, MemfdOptions};
 
-use crate::digest::{Digest, hash_reader};
+use crate::digest::{Digest, hash, hash_reader};
 use crate::error::{FlashInferError, Result};
 
 /// glibc's value; libloading does not export it.
@@ -55,12 +57,44 @@ impl Library {
                 });
             }
         }
-        // The descriptor stays open for good: glibc knows a library by the name it was opened with, and a closed
-        // number comes back for another file.
+        // SAFETY: the caller's promise.
+        unsafe { Self::from_descriptor(name, path, file, scope) }
+    }
+
+    /// Loads bytes: writes them to memory that nobody can change any more, and loads that.
+    ///
+    /// # Safety
+    /// As for [`open`](Self::open).
+    pub(crate) unsafe fn embedded(name: &str, bytes: &'static [u8], expected: &Digest, scope: Scope) -> Result<Self> {
+        let path = PathBuf::from(format!("{EMBEDDED}{name}"));
+        let found = hash(bytes);
+        if found != *expected {
+            return Err(FlashInferError::DigestMismatch {
+                library: name.to_owned(),
+                path,
+                found: found.to_string(),
+                expected: expected.to_string(),
+            });
+        }
+        let refused = |reason: String| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason };
+        let file = sealed(name, bytes).map_err(refused)?;
+        // SAFETY: the caller's promise.
+        match unsafe { Self::from_descriptor(name, &path, file, scope) } {
+            // Of sealed memory with the right digest only the system can have refused the loading as such.
+            Err(FlashInferError::LoadFailed { reason, .. }) if !reason.contains("GLIBC") => Err(refused(reason)),
+            result => result,
+        }
+    }
+
+    /// # Safety
+    /// As for [`open`](Self::open).
+    unsafe fn from_descriptor(name: &str, path: &Path, file: File, scope: Scope) -> Result<Self> {
         let by_descriptor = format!("/proc/self/fd/{}", file.as_raw_fd());
         // SAFETY: the caller's promise about the initializers.
         match unsafe { Handle::open(Some(&by_descriptor), scope.flags()) } {
             Ok(handle) => {
+                // It stays open for good: glibc knows a library by the name it was opened with, and a closed number
+                // comes back for another file.
                 let _ = file.into_raw_fd();
                 Ok(Self { name: name.to_owned(), path: path.to_owned(), handle: Box::leak(Box::new(handle)) })
             }
@@ -85,6 +119,12 @@ impl Library {
         }
     }
 
+    /// What every library of this process sees, under the name of the one that is meant.
+    pub(crate) fn global(name: &str, path: String) -> Self {
+        let handle = Box::leak(Box::new(Handle::this()));
+        Self { name: name.to_owned(), path: PathBuf::from(path), handle }
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -104,6 +144,19 @@ impl Library {
             }),
         }
     }
+}
+
+/// What stands before the name of a library that was loaded from this program.
+const EMBEDDED: &str = "(embedded)/";
+
+/// Memory with these bytes, sealed: it cannot be written, shrunk or grown, and the seals cannot be taken off.
+fn sealed(name: &str, bytes: &[u8]) -> std::result::Result<File, String> {
+    let memory =
+        MemfdOptions::default().allow_sealing(true).close_on_exec(true).create(name).map_err(|e| e.to_string())?;
+    memory.as_file().write_all(bytes).map_err(|e| e.to_string())?;
+    let seals = [FileSeal::SealWrite, FileSeal::SealShrink, FileSeal::SealGrow, FileSeal::SealSeal];
+    memory.add_seals(&seals).map_err(|e| e.to_string())?;
+    Ok(memory.into_file())
 }
 
 /// The address that a library loaded from now on would bind `symbol` to, if any library offers it globally.

@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_void};
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use crate::artifact::{self, Artifact};
+use crate::artifact::{self, Artifact, Location};
 use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
@@ -17,6 +17,9 @@ use crate::tensor::Device;
 
 const TVM_FFI: &str = "libtvm_ffi.so";
 const CUDART: &str = "libcudart.so.13";
+
+/// Where CUDA's installer puts it.
+const USUAL_CUDA: &str = "/usr/local/cuda";
 
 /// The ABI of libtvm_ffi.so that `ffi/abi.rs` describes, major and minor.
 const TVM_FFI_VERSION: (u32, u32) = (0, 1);
@@ -31,6 +34,7 @@ pub struct RuntimeConfig {
     lib_dir: Option<PathBuf>,
     unverified: bool,
     warm_up: bool,
+    adopt_tvm_ffi: bool,
 }
 
 impl RuntimeConfig {
@@ -52,6 +56,17 @@ impl RuntimeConfig {
     #[must_use]
     pub fn warm_up(mut self) -> Self {
         self.warm_up = true;
+        self
+    }
+
+    /// Uses a libtvm_ffi.so that is already visible to every library of this process, a Python host's for example, if its
+    /// version fits. Without this, one that is there is an error; where none is there, ours is loaded.
+    ///
+    /// # Safety
+    /// What is there must really be TVM-FFI: it is recognized by its symbols and its version alone.
+    #[must_use]
+    pub unsafe fn adopt_tvm_ffi(mut self) -> Self {
+        self.adopt_tvm_ffi = true;
         self
     }
 
@@ -128,7 +143,8 @@ impl FlashInferRuntime {
     fn load(config: RuntimeConfig) -> Result<Self> {
         // Before ours is loaded: the initializers of a second one bind to the first and throw, which nothing here can
         // catch.
-        if let Some(address) = loader::global_address(api::LANDMARK) {
+        let foreign = loader::global_address(api::LANDMARK);
+        if let Some(address) = foreign.filter(|_| !config.adopt_tvm_ffi) {
             return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
         }
         let mut loaded = Vec::new();
@@ -140,7 +156,10 @@ impl FlashInferRuntime {
             }
             Err(searched) => Err(searched),
         };
-        let tvm_ffi = open(TVM_FFI, &config, Scope::Global)?;
+        let tvm_ffi = match foreign {
+            Some(address) => Library::global(TVM_FFI, loader::mapped_file(address)),
+            None => open(TVM_FFI, &config, Scope::Global)?,
+        };
         // SAFETY: the library was checked against the vendored TVM-FFI, or the caller vouched for it.
         let api = unsafe { Api::resolve(&tvm_ffi) }?;
         let version = api.version();
@@ -199,6 +218,11 @@ impl FlashInferRuntime {
         }
         let count = self.cudart()?.multiprocessors(device)?;
         Ok(*cell.get_or_init(|| count))
+    }
+
+    /// Whether this process sees a GPU, and a driver that is new enough for it.
+    pub fn gpu_available(&self) -> bool {
+        self.device_count().is_ok_and(|count| count > 0)
     }
 
     /// The libraries: where each comes from, and where it was loaded from.
@@ -311,8 +335,14 @@ impl Stream {
 }
 
 fn open(soname: &str, config: &RuntimeConfig, scope: Scope) -> Result<Library> {
-    let path = artifact::locate(soname, config.lib_dir.as_deref())?;
     let row = artifact::vendored(soname);
+    let path = match artifact::locate(soname, config.lib_dir.as_deref())? {
+        Location::File(path) => path,
+        Location::Embedded(bytes, sha256) => {
+            // SAFETY: the digest is that of the vendored library, whose initializers are known to do no harm.
+            return unsafe { Library::embedded(soname, bytes, sha256, scope) };
+        }
+    };
     if config.unverified {
         // SAFETY: whoever made the configuration vouched for the folders.
         return unsafe { Library::open(soname, &path, None, scope) };
@@ -330,7 +360,8 @@ fn open(soname: &str, config: &RuntimeConfig, scope: Scope) -> Result<Library> {
     unsafe { Library::open(soname, &path, Some(&row.sha256), scope) }
 }
 
-/// One that is in the process already, else ours, else the system's; else what was looked at.
+/// One that is in the process already, else ours, else that of `CUDA_HOME`, else the one in CUDA's usual folder, else the
+/// dynamic linker's; else what was looked at.
 fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Vec<String>>> {
     // SAFETY: nothing new is loaded.
     if let Ok(library) = unsafe { Library::by_name(CUDART, true) } {
@@ -341,6 +372,15 @@ fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Ve
         Err(FlashInferError::ArtifactMissing { searched, .. }) => searched,
         Err(error) => return Err(error),
     };
+    let toolkit = std::env::var_os("CUDA_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+    let usual = [toolkit, Some(PathBuf::from(USUAL_CUDA))].into_iter().flatten();
+    for path in usual.flat_map(|home| ["lib64", "lib"].map(|folder| home.join(folder).join(CUDART))) {
+        if path.is_file() {
+            // SAFETY: CUDA's runtime where CUDA's installer puts it, as any CUDA program would load it.
+            return unsafe { Library::open(CUDART, &path, None, Scope::Local) }.map(Ok);
+        }
+        searched.push(path.display().to_string());
+    }
     // SAFETY: the system's own CUDA runtime, as any CUDA program would load it.
     match unsafe { Library::by_name(CUDART, false) } {
         Ok(library) => Ok(Ok(library)),

@@ -1434,7 +1434,7 @@ mod what_a_build_leaves {
     /// The table, aged, so that a second writing would show.
     fn aged_table(machine: &Machine, wheel: &lock::Wheel) -> (PathBuf, SystemTime) {
         let folder = machine.path("out");
-        emit::table(&folder, &[row(wheel)], &[]).expect("the table");
+        emit::table(&folder, &[row(wheel)], &[], false).expect("the table");
         let path = folder.join("vendored.rs");
         let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
         File::options().write(true).open(&path).and_then(|f| f.set_modified(long_ago)).expect("another time");
@@ -1452,7 +1452,7 @@ mod what_a_build_leaves {
     #[test]
     fn is_a_table_of_what_was_vendored() {
         let (machine, wheel) = (Machine::new(), pinned());
-        emit::table(&machine.path("out"), &[row(&wheel)], &["no \"cudart\"".to_owned()]).expect("the table");
+        emit::table(&machine.path("out"), &[row(&wheel)], &["no \"cudart\"".to_owned()], false).expect("the table");
         let text = fs::read_to_string(machine.path("out/vendored.rs")).expect("the table");
         assert_says(
             &text,
@@ -1475,7 +1475,7 @@ mod what_a_build_leaves {
     fn is_not_touched_when_it_is_the_same() {
         let (machine, wheel) = (Machine::new(), pinned());
         let (path, long_ago) = aged_table(&machine, &wheel);
-        emit::table(&machine.path("out"), &[row(&wheel)], &[]).expect("the table");
+        emit::table(&machine.path("out"), &[row(&wheel)], &[], false).expect("the table");
         assert_eq!(modified(&path), long_ago);
     }
 
@@ -1483,7 +1483,7 @@ mod what_a_build_leaves {
     fn is_written_again_when_it_is_another() {
         let (machine, wheel) = (Machine::new(), pinned());
         let (path, long_ago) = aged_table(&machine, &wheel);
-        emit::table(&machine.path("out"), &[], &[]).expect("the table");
+        emit::table(&machine.path("out"), &[], &[], false).expect("the table");
         assert_ne!(modified(&path), long_ago);
         assert!(!fs::read_to_string(&path).expect("the table").contains("norm.so"));
     }

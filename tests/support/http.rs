@@ -2,12 +2,13 @@
 //!
 //! The client under test honours the proxies of the process's environment, so these tests want none to be set, or
 //! 127.0.0.1 in NO_PROXY.
+#![allow(dead_code, reason = "each test uses its own part")]
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
 /// What the server was asked.
@@ -40,19 +41,50 @@ pub struct Reply {
     body: Vec<u8>,
     length: Length,
     ranges: bool,
+    /// Breaks off after so many bytes of what it announced.
+    cut: Option<usize>,
+    /// So many bytes at once, as slow lines do.
+    piece: Option<usize>,
+    gate: Option<Gate>,
+}
+
+/// Keeps answers back until it is opened.
+#[derive(Debug, Clone, Default)]
+pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    pub fn open(&self) {
+        *self.0.0.lock().expect("the gate") = true;
+        self.0.1.notify_all();
+    }
+
+    fn pass(&self) {
+        let closed = self.0.0.lock().expect("the gate");
+        drop(self.0.1.wait_while(closed, |open| !*open).expect("the gate"));
+    }
 }
 
 impl Reply {
     pub fn ok(body: impl Into<Vec<u8>>) -> Self {
-        Self { status: 200, headers: Vec::new(), body: body.into(), length: Length::True, ranges: false }
+        let (headers, length) = (Vec::new(), Length::True);
+        Self { status: 200, headers, body: body.into(), length, ranges: false, cut: None, piece: None, gate: None }
     }
 
     pub fn status(status: u16) -> Self {
         Self { status, ..Self::ok("scripted") }
     }
 
+    /// What claims to be this part of a file.
+    pub fn partial(content_range: &str, body: impl Into<Vec<u8>>) -> Self {
+        Self::ok(body).with_status(206).header("Content-Range", content_range)
+    }
+
     pub fn redirect(to: &str) -> Self {
         Self::status(302).header("Location", to)
+    }
+
+    pub fn with_status(self, status: u16) -> Self {
+        Self { status, ..self }
     }
 
     pub fn header(mut self, name: &str, value: &str) -> Self {
@@ -65,15 +97,23 @@ impl Reply {
         Self { length: Length::Said(length), ..self }
     }
 
-    /// Announces the whole body and breaks off after `n` bytes of it.
-    pub fn break_off_after(mut self, n: usize) -> Self {
-        let whole = self.body.len();
-        self.body.truncate(n);
-        self.announce(whole)
+    /// Announces the whole body, or the range that was asked for, and breaks off after `n` bytes of it.
+    pub fn break_off_after(self, n: usize) -> Self {
+        Self { cut: Some(n), ..self }
     }
 
     pub fn without_length(self) -> Self {
         Self { length: Length::Silent, ..self }
+    }
+
+    /// Sends the body in pieces of `n` bytes.
+    pub fn in_pieces_of(self, n: usize) -> Self {
+        Self { piece: Some(n), ..self }
+    }
+
+    /// Waits for the gate before the body.
+    pub fn behind(self, gate: &Gate) -> Self {
+        Self { gate: Some(gate.clone()), ..self }
     }
 
     /// Answers byte ranges, as release hosts do.
@@ -87,6 +127,8 @@ struct State {
     /// Answers still to be given, per path; the last one stays.
     script: HashMap<String, Vec<Reply>>,
     requests: Vec<Request>,
+    /// Bytes of bodies.
+    sent: usize,
 }
 
 pub struct Server {
@@ -134,6 +176,11 @@ impl Server {
 
     pub fn requests(&self) -> Vec<Request> {
         self.state.lock().expect("the requests").requests.clone()
+    }
+
+    /// How many bytes of bodies were sent in all.
+    pub fn sent(&self) -> usize {
+        self.state.lock().expect("the count").sent
     }
 
     pub fn paths(&self) -> Vec<String> {
@@ -195,31 +242,51 @@ fn answer(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
             _ => Reply::status(404),
         }
     };
-    send(&stream, &request, reply)
+    send(&stream, &request, reply, state)
 }
 
-fn send(mut stream: &TcpStream, request: &Request, mut reply: Reply) -> std::io::Result<()> {
-    if let Some((first, last)) = request.header("Range").filter(|_| reply.ranges).and_then(range) {
-        let whole = reply.body.len();
-        reply.body = reply.body[first..=last.min(whole - 1)].to_vec();
-        reply.status = 206;
-        reply = reply.header("Content-Range", &format!("bytes {first}-{}/{whole}", last.min(whole - 1)));
+fn send(mut stream: &TcpStream, request: &Request, mut reply: Reply, state: &Mutex<State>) -> std::io::Result<()> {
+    if let Some(range) = request.header("Range").filter(|_| reply.ranges && is_the_same(request, &reply)) {
+        reply = in_range(reply, range);
     }
+    let announced = match reply.length {
+        Length::True => Some(reply.body.len()),
+        Length::Said(length) => Some(length),
+        Length::Silent => None,
+    };
+    reply.body.truncate(reply.cut.unwrap_or(usize::MAX));
+    state.lock().expect("the count").sent += reply.body.len();
     let mut head = format!("HTTP/1.1 {} Scripted\r\nConnection: close\r\n", reply.status);
-    match reply.length {
-        Length::True => head += &format!("Content-Length: {}\r\n", reply.body.len()),
-        Length::Said(length) => head += &format!("Content-Length: {length}\r\n"),
-        Length::Silent => {}
+    if let Some(length) = announced {
+        head += &format!("Content-Length: {length}\r\n");
     }
     for (name, value) in &reply.headers {
         head += &format!("{name}: {value}\r\n");
     }
+    stream.set_nodelay(true)?;
     stream.write_all(format!("{head}\r\n").as_bytes())?;
-    stream.write_all(&reply.body)
+    if let Some(gate) = &reply.gate {
+        gate.pass();
+    }
+    reply.body.chunks(reply.piece.unwrap_or(usize::MAX)).try_for_each(|piece| stream.write_all(piece))
 }
 
-/// `bytes=FIRST-LAST`
-fn range(text: &str) -> Option<(usize, usize)> {
-    let (first, last) = text.strip_prefix("bytes=")?.split_once('-')?;
-    Some((first.parse().ok()?, last.parse().ok()?))
+/// Whether the file is the one that the client asks for the rest of.
+fn is_the_same(request: &Request, reply: &Reply) -> bool {
+    let tag = reply.headers.iter().find(|(name, _)| name == "ETag").map(|(_, tag)| tag.as_str());
+    request.header("If-Range").is_none_or(|wanted| Some(wanted) == tag)
+}
+
+/// `bytes=FIRST-LAST` or `bytes=FIRST-` of a whole answer.
+fn in_range(mut reply: Reply, range: &str) -> Reply {
+    let whole = reply.body.len();
+    let (first, last) = range.strip_prefix("bytes=").and_then(|range| range.split_once('-')).expect("one range");
+    let first: usize = first.parse().expect("where the range starts");
+    let last = last.parse().map_or(whole - 1, |last: usize| last.min(whole - 1));
+    if first > last {
+        return Reply::status(416);
+    }
+    reply.body = reply.body[first..=last].to_vec();
+    reply.status = 206;
+    reply.header("Content-Range", &format!("bytes {first}-{last}/{whole}"))
 }

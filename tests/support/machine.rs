@@ -1,4 +1,5 @@
 //! A machine of its own for each test: an environment, a cache and folders that nothing else shares.
+#![allow(dead_code, reason = "each test uses its own part")]
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

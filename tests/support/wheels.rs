@@ -1,4 +1,5 @@
 //! Small wheels, whole and well-formed, and the locks that pin them.
+#![allow(dead_code, reason = "each test uses its own part")]
 
 use std::fmt::Write as _;
 use std::io::{Cursor, Write as _};
@@ -7,7 +8,8 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
 use crate::vendoring::digest::{Digest, Hasher};
-use crate::vendoring::lock::{self, Lock};
+use crate::vendoring::lock::{self, Lock, Method, Place};
+use crate::vendoring::wheel::Wheel as Archive;
 
 pub const TARGET: &str = "x86_64-linux";
 pub const NORM: &str = "flashinfer_jit_cache/jit_cache/norm/norm.so";
@@ -57,28 +59,58 @@ impl Wheel {
         &found.expect("a member of this wheel").1
     }
 
-    /// The archive; the same bytes each time.
-    pub fn bytes(&self) -> Vec<u8> {
+    /// Its members, then METADATA, WHEEL and RECORD, with their contents.
+    pub fn files(&self) -> Vec<(String, Vec<u8>)> {
         let info = format!("{}-{}.dist-info", self.distribution, self.version);
         let metadata = format!("Metadata-Version: 2.1\nName: {}\nVersion: {}\n", self.distribution, self.version);
         let tags = format!("Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: false\nTag: {}\n", self.tag);
-        let mut entries: Vec<(String, Vec<u8>)> =
+        let mut files: Vec<(String, Vec<u8>)> =
             self.members.iter().map(|(path, bytes)| ((*path).to_owned(), bytes.clone())).collect();
-        entries.push((format!("{info}/METADATA"), metadata.into_bytes()));
-        entries.push((format!("{info}/WHEEL"), tags.into_bytes()));
-        let mut record = String::new();
-        for (path, bytes) in &entries {
-            let _ = writeln!(record, "{path},sha256={},{}", base64_url(&sha256(bytes).0), bytes.len());
-        }
+        files.push((format!("{info}/METADATA"), metadata.into_bytes()));
+        files.push((format!("{info}/WHEEL"), tags.into_bytes()));
+        let mut record: String = files.iter().map(|(path, bytes)| row(path, bytes)).collect();
         let _ = writeln!(record, "{info}/RECORD,,");
-        entries.push((format!("{info}/RECORD"), record.into_bytes()));
+        files.push((format!("{info}/RECORD"), record.into_bytes()));
+        files
+    }
+
+    /// The archive; the same bytes each time.
+    pub fn bytes(&self) -> Vec<u8> {
         let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
         let options = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated);
-        for (path, bytes) in entries {
+        for (path, bytes) in self.files() {
             zip.start_file(path, options).expect("a member");
             zip.write_all(&bytes).expect("its bytes");
         }
         zip.finish().expect("an archive").into_inner()
+    }
+
+    /// Where a member lies in the archive.
+    pub fn place(&self, path: &str) -> Place {
+        Archive::open(Cursor::new(self.bytes()), self.file())
+            .and_then(|archive| archive.place(path))
+            .expect("its place")
+    }
+
+    /// As [`Wheel::pin`], with the members' sizes and digests.
+    pub fn pin_with_digests(&self) -> Pin {
+        let mut pin = self.pin();
+        for member in &mut pin.members {
+            let bytes = self.member(&member.path);
+            (member.size, member.sha256) = (Some(bytes.len()), Some(sha256(bytes).to_string()));
+        }
+        pin
+    }
+
+    /// As [`Wheel::pin_with_digests`], with where the members lie as well.
+    pub fn pin_with_places(&self) -> Pin {
+        let archive = Archive::open(Cursor::new(self.bytes()), self.file()).expect("the archive");
+        let mut pin = self.pin_with_digests();
+        for member in &mut pin.members {
+            let place = archive.place(&member.path).expect("its place");
+            member.place = Some((place, archive.crc32(&member.path).expect("its checksum")));
+        }
+        pin
     }
 
     /// The lock's entry for this wheel, without a source.
@@ -120,6 +152,8 @@ pub struct PinnedMember {
     feature: &'static str,
     pub size: Option<usize>,
     pub sha256: Option<String>,
+    /// With the CRC-32.
+    pub place: Option<(Place, u32)>,
 }
 
 impl PinnedMember {
@@ -130,7 +164,7 @@ impl PinnedMember {
             GDN => "gdn-prefill",
             _ => "cudart",
         };
-        Self { path: path.to_owned(), soname, feature, size: None, sha256: None }
+        Self { path: path.to_owned(), soname, feature, size: None, sha256: None, place: None }
     }
 }
 
@@ -179,6 +213,16 @@ impl Pin {
             if let Some(sha256) = &member.sha256 {
                 let _ = writeln!(text, "sha256 = {sha256:?}");
             }
+            if let Some((Place { offset, length, compressed, method }, crc32)) = member.place {
+                let method = match method {
+                    Method::Stored => "stored",
+                    Method::Deflate => "deflate",
+                };
+                let _ = writeln!(
+                    text,
+                    "offset = {offset}\nlength = {length}\ncompressed = {compressed}\nmethod = \"{method}\"\ncrc32 = \"{crc32:08x}\""
+                );
+            }
         }
         text
     }
@@ -202,6 +246,11 @@ pub fn sha256(bytes: &[u8]) -> Digest {
     let mut hasher = Hasher::new();
     hasher.update(bytes);
     hasher.finish()
+}
+
+/// A row of RECORD.
+pub fn row(path: &str, content: &[u8]) -> String {
+    format!("{path},sha256={},{}\n", base64_url(&sha256(content).0), content.len())
 }
 
 /// RECORD's spelling of a digest: URL-safe, without padding.

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use flate2::write::DeflateEncoder;
 use flate2::{Compression, Crc};
 
-use super::wheels::{Wheel, base64_url, sha256};
+use super::wheels::Wheel;
 
 pub const STORED: u16 = 0;
 pub const DEFLATE: u16 = 8;
@@ -46,8 +46,10 @@ pub struct Member {
 #[derive(Debug, Clone)]
 pub struct Central {
     pub header: Header,
-    /// The Unix file mode; none is what a program on Windows writes.
-    pub mode: Option<u32>,
+    /// Who wrote it: 0 for DOS, 3 for Unix, 19 for macOS.
+    pub system: u8,
+    /// The Unix file mode; 0 where it has none.
+    pub mode: u32,
     /// Where it says that the local header is, if not where it is.
     pub offset: Option<u32>,
     pub disk: u16,
@@ -97,7 +99,7 @@ impl Member {
             size: content.len() as u32,
             extra: Vec::new(),
         };
-        let central = Central { header: header.clone(), mode: Some(0o100_644), offset: None, disk: 0 };
+        let central = Central { header: header.clone(), system: 3, mode: 0o100_644, offset: None, disk: 0 };
         Self { before: Vec::new(), local: header, data, after: Vec::new(), central: vec![central] }
     }
 
@@ -229,13 +231,11 @@ impl Zip {
 
 /// An entry of the central directory.
 fn entry(central: &Central, offset: u32, out: &mut Vec<u8>) {
-    // The upper half of "made by" is the system, 3 for Unix; the upper half of the attributes is then the file mode.
-    let (made_by, attributes) = central.mode.map_or((20, 0), |mode| (3 << 8 | 20, mode << 16));
     out.extend_from_slice(b"PK\x01\x02");
-    out.extend(le16(&[made_by, 20]));
+    out.extend(le16(&[u16::from(central.system) << 8 | 20, 20]));
     fields(&central.header, out);
     out.extend(le16(&[0, central.disk, 0]));
-    out.extend(le32(&[attributes, central.offset.unwrap_or(offset)]));
+    out.extend(le32(&[central.mode << 16, central.offset.unwrap_or(offset)]));
     out.extend_from_slice(&central.header.name);
     out.extend_from_slice(&central.header.extra);
 }
@@ -262,11 +262,6 @@ pub fn crc32(content: &[u8]) -> u32 {
     let mut crc = Crc::new();
     crc.update(content);
     crc.sum()
-}
-
-/// A row of RECORD.
-pub fn row(path: &str, content: &[u8]) -> String {
-    format!("{path},sha256={},{}\n", base64_url(&sha256(content).0), content.len())
 }
 
 pub fn le16(values: &[u16]) -> Vec<u8> {

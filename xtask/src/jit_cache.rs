@@ -17,7 +17,7 @@ use zip::{CompressionMethod, ZipWriter};
 use crate::compile::{self, Object};
 use crate::compiler::{self, Toolchain};
 use crate::shell::{self, say};
-use crate::vendoring::digest::{Digest, Hasher, hash_reader};
+use crate::vendoring::digest::{Hasher, hash, hash_reader};
 use crate::vendoring::env::Env;
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::local::Record;
@@ -299,7 +299,7 @@ fn write(file: &mut fs::File, modules: &[(Family, Vec<u8>)]) -> Result<()> {
     members.push((format!("{info}/WHEEL"), wheel.into_bytes()));
     let mut record = String::new();
     for (path, bytes) in &members {
-        record += &format!("{path},sha256={},{}\n", URL_SAFE_NO_PAD.encode(digest(bytes).0), bytes.len());
+        record += &format!("{path},sha256={},{}\n", URL_SAFE_NO_PAD.encode(hash(bytes).0), bytes.len());
     }
     record += &format!("{info}/RECORD,,\n");
     members.push((format!("{info}/RECORD"), record.into_bytes()));
@@ -313,10 +313,4 @@ fn write(file: &mut fs::File, modules: &[(Family, Vec<u8>)]) -> Result<()> {
     }
     zip.finish().map_err(|e| failed(&e))?;
     Ok(())
-}
-
-fn digest(bytes: &[u8]) -> Digest {
-    let mut hasher = Hasher::new();
-    hasher.update(bytes);
-    hasher.finish()
 }

@@ -1,0 +1,301 @@
+//! Nothing else gets in: decoys, swaps, strangers, forks. Each test runs in a process of its own.
+
+#[path = "support/native.rs"]
+mod native;
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
+use flashinfer_rs::{FlashInferError, FlashInferRuntime, RuntimeConfig, Stream, TensorMut, TensorRef};
+
+/// What the crate loads.
+const LIBRARIES: [&str; 4] = ["libcudart.so.13", "libtvm_ffi.so", "norm.so", "gdn_prefill_sm90.so"];
+
+/// A folder of libraries that leave a mark when they are loaded.
+fn decoys() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for soname in LIBRARIES {
+        native::compile("decoy.c", soname, &[], folder.path());
+    }
+    folder
+}
+
+/// The libraries that are mapped, by path.
+fn mapped() -> HashSet<String> {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter_map(|line| line.split_whitespace().nth(5)).map(str::to_owned).collect()
+}
+
+/// Lets norm.so load where there is no driver.
+fn stand_in_for_the_driver() {
+    let folder = tempfile::tempdir().unwrap();
+    native::load(&native::compile("empty.c", "libcuda.so.1", &["-nostdlib"], folder.path()), false);
+}
+
+fn initialize() -> &'static FlashInferRuntime {
+    FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap()
+}
+
+/// A computation that needs libtvm_ffi.so.
+fn compute() -> Vec<f32> {
+    let (input, weight) = ([1f32, -1., 2., -2.], [0f32; 4]);
+    let mut out = [0f32; 4];
+    gemma_rmsnorm(
+        &mut TensorMut::from_slice(&mut out, &[1, 4]).unwrap(),
+        &TensorRef::from_slice(&input, &[1, 4]).unwrap(),
+        &TensorRef::from_slice(&weight, &[4]).unwrap(),
+        &NormOptions::default(),
+        Stream::NULL,
+    )
+    .unwrap();
+    out.to_vec()
+}
+
+#[test]
+fn decoys_in_the_library_path_and_the_working_directory_are_not_loaded() {
+    let decoys = decoys();
+    let variables = [("LD_LIBRARY_PATH", decoys.path())];
+    native::isolated_with("decoys_in_the_library_path_and_the_working_directory_are_not_loaded", &variables, || {
+        let folder = PathBuf::from(std::env::var_os("LD_LIBRARY_PATH").unwrap());
+        std::env::set_current_dir(&folder).unwrap();
+        stand_in_for_the_driver();
+        let runtime = initialize();
+        runtime.module("norm.so").unwrap().function("gemma_rmsnorm").unwrap();
+        compute();
+        let strangers: Vec<_> = mapped().into_iter().filter(|path| Path::new(path).starts_with(&folder)).collect();
+        assert!(strangers.is_empty(), "{strangers:?}");
+        assert!(!folder.join("loaded").exists());
+    });
+}
+
+#[test]
+fn a_preloaded_tvm_ffi_is_refused_by_its_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let decoy = native::compile("tvm_ffi.c", "libtvm_ffi.so", &["-DWHOLE"], folder.path());
+    native::isolated_with("a_preloaded_tvm_ffi_is_refused_by_its_path", &[("LD_PRELOAD", &decoy)], || {
+        let error = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap_err();
+        let FlashInferError::ForeignTvmFfi { other } = &error else { panic!("{error}") };
+        assert_eq!(Some(other.clone().into()), std::env::var_os("LD_PRELOAD"));
+    });
+}
+
+#[test]
+fn another_tvm_ffi_is_adopted_only_where_asked_and_if_its_version_fits() {
+    native::isolated("another_tvm_ffi_is_adopted_only_where_asked_and_if_its_version_fits", || {
+        let library = native::vendored_libraries().join("libtvm_ffi.so");
+        native::load(&library, true);
+        // SAFETY: what was loaded is the vendored TVM-FFI.
+        let config = unsafe { RuntimeConfig::default().adopt_tvm_ffi() };
+        let runtime = FlashInferRuntime::initialize(config).unwrap();
+        let artifacts = runtime.artifacts();
+        let adopted = artifacts.iter().find(|artifact| artifact.name == "libtvm_ffi.so").unwrap();
+        assert_eq!(adopted.loaded_from, Some(library));
+        compute();
+    });
+}
+
+#[test]
+fn an_adopted_tvm_ffi_of_another_version_is_refused() {
+    native::isolated("an_adopted_tvm_ffi_of_another_version_is_refused", || {
+        let folder = tempfile::tempdir().unwrap();
+        native::load(&native::compile("tvm_ffi.c", "libtvm_ffi.so", &["-DWHOLE"], folder.path()), true);
+        // SAFETY: the stand-in has the functions' types, and its version is looked at before any other is called.
+        let config = unsafe { RuntimeConfig::default().adopt_tvm_ffi() };
+        let error = FlashInferRuntime::initialize(config).unwrap_err();
+        assert!(matches!(error, FlashInferError::VersionMismatch { .. }), "{error}");
+    });
+}
+
+#[test]
+fn a_library_that_is_swapped_all_the_time_is_right_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (place, decoy, good) =
+        (folder.path().join("libtvm_ffi.so"), folder.path().join("decoy"), folder.path().join("good"));
+    let built = native::compile("decoy.c", "libtvm_ffi.so", &[], folder.path());
+    fs::rename(built, &decoy).unwrap();
+    fs::copy(native::vendored_libraries().join("libtvm_ffi.so"), &good).unwrap();
+    fs::copy(&good, &place).unwrap();
+    let name = "a_library_that_is_swapped_all_the_time_is_right_or_refused";
+    let variables = [("FLASHINFER_RS_LIB_DIR", folder.path())];
+    if std::env::var_os("FLASHINFER_RS_ISOLATED_TEST").is_some() {
+        return native::isolated_with(name, &variables, || {
+            match FlashInferRuntime::initialize(RuntimeConfig::default()) {
+                Ok(_) => drop(compute()),
+                Err(error) => assert!(matches!(error, FlashInferError::DigestMismatch { .. }), "{error}"),
+            }
+            let folder = PathBuf::from(std::env::var_os("FLASHINFER_RS_LIB_DIR").unwrap());
+            assert!(!folder.join("loaded").exists(), "the decoy was loaded");
+        });
+    }
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut turn = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let next = folder.path().join("next");
+                let _ = fs::hard_link(if turn % 2 == 0 { &decoy } else { &good }, &next);
+                let _ = fs::rename(&next, &place);
+                turn += 1;
+            }
+        });
+        for _ in 0..30 {
+            native::isolated_with(name, &variables, || {});
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn descriptors_of_loaded_libraries_stay_open() {
+    native::isolated("descriptors_of_loaded_libraries_stay_open", || {
+        stand_in_for_the_driver();
+        let runtime = initialize();
+        // Numbers that are free now would be used again for what is loaded next.
+        for _ in 0..100 {
+            drop(fs::File::open("/proc/self/maps").unwrap());
+        }
+        runtime.module("norm.so").unwrap();
+        let open: Vec<_> =
+            fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| fs::read_link(fd.ok()?.path()).ok()).collect();
+        for name in ["libcudart.so.13", "libtvm_ffi.so", "norm.so"] {
+            assert!(open.iter().any(|path| path.to_string_lossy().contains(name)), "{name}: {open:?}");
+            assert!(mapped().iter().any(|path| path.contains(name)), "{name} is not mapped");
+        }
+    });
+}
+
+#[test]
+fn a_library_for_another_processor_is_refused_with_the_reason() {
+    native::isolated("a_library_for_another_processor_is_refused_with_the_reason", || {
+        let folder = tempfile::tempdir().unwrap();
+        let mut bytes = fs::read(native::vendored_libraries().join("libtvm_ffi.so")).unwrap();
+        // e_machine: neither x86-64 nor aarch64.
+        bytes[18..20].copy_from_slice(&[0x15, 0]);
+        fs::write(folder.path().join("libtvm_ffi.so"), bytes).unwrap();
+        // SAFETY: the dynamic linker refuses it before anything in it runs.
+        let config = unsafe { RuntimeConfig::default().lib_dir(folder.path()).without_verification() };
+        let error = FlashInferRuntime::initialize(config).unwrap_err();
+        let FlashInferError::LoadFailed { reason, .. } = &error else { panic!("{error}") };
+        assert!(reason.contains("cannot open shared object file") || reason.contains("ELF"), "{reason}");
+    });
+}
+
+unsafe extern "C" {
+    fn fork() -> i32;
+    fn waitpid(pid: i32, status: *mut i32, options: i32) -> i32;
+    fn _exit(code: i32) -> !;
+}
+
+#[test]
+fn a_fork_can_go_on_computing() {
+    native::isolated("a_fork_can_go_on_computing", || {
+        initialize();
+        let expected = compute();
+        // SAFETY: the child computes and leaves by _exit; no lock is held at this moment.
+        let pid = unsafe { fork() };
+        assert!(pid >= 0);
+        if pid == 0 {
+            let same = std::panic::catch_unwind(|| compute() == expected).unwrap_or(false);
+            // SAFETY: ends the child without running the parent's exit handlers.
+            unsafe { _exit(if same { 0 } else { 1 }) };
+        }
+        let mut status = -1;
+        // SAFETY: waits for the child that was just made; the status is written through a valid pointer.
+        assert_eq!(unsafe { waitpid(pid, &mut status, 0) }, pid);
+        assert_eq!(status, 0);
+    });
+}
+
+#[test]
+fn many_threads_load_one_module() {
+    native::isolated("many_threads_load_one_module", || {
+        stand_in_for_the_driver();
+        let runtime = initialize();
+        let address = || std::ptr::from_ref(runtime.module("norm.so").unwrap()) as usize;
+        let threads: Vec<_> = (0..16).map(|_| thread::spawn(address)).collect();
+        let addresses: HashSet<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+        assert_eq!(addresses.len(), 1);
+    });
+}
+
+#[test]
+fn without_a_gpu_everything_but_gpu_calls_works() {
+    native::isolated("without_a_gpu_everything_but_gpu_calls_works", || {
+        let folder = tempfile::tempdir().unwrap();
+        // SAFETY: the process has one thread that reads the environment, this one.
+        unsafe { std::env::set_var("FAKE_DRIVER", "0") };
+        native::load(&native::compile("cudart.c", "libcudart.so.13", &[], folder.path()), false);
+        let runtime = initialize();
+        assert!(!runtime.gpu_available());
+        let error = runtime.device_count().unwrap_err();
+        assert!(matches!(error, FlashInferError::DriverMissing { .. }), "{error}");
+        assert!(error.to_string().contains("libcuda.so.1"), "{error}");
+        assert_eq!(compute().len(), 4);
+    });
+}
+
+/// Runs a shell script as root of new namespaces, as root or as anybody.
+fn unshared(script: &str, arguments: &[&Path]) -> std::process::Output {
+    let attempt = |flags: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(flags).args(["sh", "-ec", script, "sh"]).args(arguments);
+        command.output().expect("these tests need unshare (util-linux)")
+    };
+    let works = Command::new("unshare").args(["-nm", "true"]).status().is_ok_and(|status| status.success());
+    if works { attempt(&["-nm"]) } else { attempt(&["-Urnm"]) }
+}
+
+/// The quick start with `embed`, built once.
+fn embedded_quickstart() -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("embed");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(env!("CARGO_MANIFEST_DIR")).env("CARGO_PROFILE_DEV_STRIP", "symbols");
+    cargo.args(["build", "--example", "quickstart", "--features", "embed,cudarc", "--target-dir"]).arg(&target);
+    let output = cargo.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    target.join("debug/examples/quickstart")
+}
+
+#[test]
+fn an_embedded_program_runs_alone_in_an_empty_root() {
+    let program = embedded_quickstart();
+    let bytes = fs::read(&program).unwrap();
+    let build_path = env!("CARGO_TARGET_TMPDIR").as_bytes();
+    assert!(!bytes.windows(build_path.len()).any(|part| part == build_path), "the build's path is in the binary");
+
+    let root = tempfile::tempdir().unwrap();
+    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(root.path().join("proc")).unwrap();
+    fs::copy(&program, root.path().join("quickstart")).unwrap();
+    // The C and C++ runtime libraries, each where the dynamic linker of this system looks for it.
+    let listed = Command::new("ldd").arg(native::vendored_libraries().join("libtvm_ffi.so")).output().unwrap();
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    for path in listed.split_whitespace().filter(|word| word.starts_with('/')) {
+        let place = root.path().join(path.trim_start_matches('/'));
+        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        fs::copy(path, place).unwrap();
+    }
+    let script = "mount --bind $1 $1; mount --rbind /proc $1/proc; mount -o remount,ro,bind $1; cd $1; \
+                  if chroot --userspec=65534:65534 . /quickstart 2>/dev/null; then exit 0; fi; chroot . /quickstart";
+    let output = unshared(script, &[root.path()]);
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{text}");
+    assert_eq!(text.matches("host reference").count(), 4, "{text}");
+}
+
+#[test]
+fn an_embedded_program_without_proc_says_what_it_needs() {
+    let program = embedded_quickstart();
+    let script = "mkdir $1/empty; mount -t tmpfs none /proc; $2";
+    let folder = tempfile::tempdir().unwrap();
+    let output = unshared(script, &[folder.path(), &program]);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success());
+    assert!(text.contains("/proc") && text.contains("FLASHINFER_RS_LIB_DIR"), "{text}");
+}
