@@ -26,8 +26,18 @@ pub(crate) struct Vendored {
     pub(crate) source: Source,
     /// A hint, right only on the machine that built; empty where the library is embedded.
     pub(crate) built_at: &'static str,
+    /// With the feature `embed`: where the library's `size` bytes are in this program. Only the address is taken in the
+    /// generated file: a dereference would leave that file's path in the program, for a panic's message.
+    pub(crate) embedded: Option<fn() -> *const u8>,
+}
+
+impl Vendored {
     /// With the feature `embed`: the library itself.
-    pub(crate) embedded: Option<fn() -> &'static [u8]>,
+    fn embedded(&self) -> Option<&'static [u8]> {
+        let address = self.embedded?();
+        // SAFETY: the build let the assembler put that many bytes of the vendored file there, for good.
+        Some(unsafe { std::slice::from_raw_parts(address, self.size as usize) })
+    }
 }
 
 /// Where a build found a wheel.
@@ -157,9 +167,9 @@ pub(crate) fn locate(name: &str, configured: Option<&Path>) -> Result<Location> 
         }
     }
     if let Some(row) = vendored(name)
-        && let Some(embedded) = row.embedded
+        && let Some(bytes) = row.embedded()
     {
-        return Ok(Location::Embedded(embedded(), &row.sha256));
+        return Ok(Location::Embedded(bytes, &row.sha256));
     }
     let executable = std::env::current_exe().ok();
     let beside = executable.as_deref().and_then(Path::parent).map(|folder| folder.join(BESIDE_EXECUTABLE).join(name));

@@ -80,8 +80,10 @@ impl Library {
         let file = sealed(name, bytes).map_err(refused)?;
         // SAFETY: the caller's promise.
         match unsafe { Self::from_descriptor(name, &path, file, scope) } {
-            // Of sealed memory with the right digest only the system can have refused the loading as such.
-            Err(FlashInferError::LoadFailed { reason, .. }) if !reason.contains("GLIBC") => Err(refused(reason)),
+            // The memory itself cannot be opened or mapped; any other reason names a library that is missing or too old.
+            Err(FlashInferError::LoadFailed { reason, .. }) if reason.starts_with("/proc/self/fd/") => {
+                Err(refused(reason))
+            }
             result => result,
         }
     }

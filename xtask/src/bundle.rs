@@ -13,14 +13,37 @@ use crate::shell::{self, say};
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::store::publish_bytes;
 
-const QUICKSTART: &str = "quickstart";
-/// The tests that go in, and how many seconds each may take: kernels can hang a GPU.
-const GPU_TESTS: [(&str, u32); 2] = [("gemma_rmsnorm_gpu", 120), ("gdn_prefill_gpu", 240)];
-
-/// Every program that goes in.
-fn programs() -> impl Iterator<Item = (&'static str, u32)> {
-    std::iter::once((QUICKSTART, 60)).chain(GPU_TESTS)
+/// What is built, with which features, under which name it goes in, and how many seconds it may take: kernels can hang a
+/// GPU.
+struct Program {
+    kind: &'static str,
+    name: &'static str,
+    features: &'static str,
+    file: &'static str,
+    seconds: u32,
 }
+
+const fn program(
+    kind: &'static str,
+    name: &'static str,
+    features: &'static str,
+    file: &'static str,
+    seconds: u32,
+) -> Program {
+    Program { kind, name, features, file, seconds }
+}
+
+const PROGRAMS: [Program; 6] = [
+    program("example", "quickstart", "cudarc", "quickstart", 60),
+    program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
+    program("example", "doctor", "cudarc", "doctor", 60),
+    program("test", "gemma_rmsnorm_gpu", "cudarc", "gemma_rmsnorm_gpu", 120),
+    program("test", "gdn_prefill_gpu", "cudarc", "gdn_prefill_gpu", 240),
+    program("bench", "startup", "embed", "startup", 120),
+];
+
+/// The one that must run without the folder of libraries.
+const EMBEDDED: &str = "quickstart_embedded";
 
 /// The part of cargo's messages that is of use here.
 #[derive(Deserialize)]
@@ -40,14 +63,14 @@ struct Target {
 pub fn command(out: &Path) -> Result<()> {
     provision::kernels(&[Family::Norm, Family::GdnPrefill])?;
     say("building in release mode");
-    let messages =
-        build("build", "--example", &[QUICKSTART])? + &build("test", "--test", &GPU_TESTS.map(|(name, _)| name))?;
-    let (executables, libraries) = collect(&messages);
-    let script = script();
-    for (name, _) in programs() {
-        let Some(executable) = executables.get(name) else { refuse!("cargo built no {name}") };
-        shell::copy(executable, &out.join("bin").join(name))?;
-        executable_mode(&out.join("bin").join(name))?;
+    let mut libraries = None;
+    for program in &PROGRAMS {
+        let (executables, found) = collect(&build(program)?);
+        let Some(executable) = executables.get(program.name) else { refuse!("cargo built no {}", program.name) };
+        let copy = out.join("bin").join(program.file);
+        shell::copy(executable, &copy)?;
+        executable_mode(&copy)?;
+        libraries = libraries.or(found);
     }
     let Some(libraries) = libraries else { refuse!("cargo did not say where the build script put the libraries") };
     for entry in fs::read_dir(&libraries).map_err(|e| Error::io("reading", &libraries, &e))?.flatten() {
@@ -56,24 +79,25 @@ pub fn command(out: &Path) -> Result<()> {
     if !out.join("lib/gdn_prefill_sm90.so").is_file() {
         refuse!("the kernels at hand have no gdn_prefill_sm90.so; run `cargo xtask wheel` for both families first");
     }
-    publish_bytes(&out.join("run"), script.as_bytes())?;
+    publish_bytes(&out.join("run"), script().as_bytes())?;
     executable_mode(&out.join("run"))?;
     say(format!("packed; on the GPU machine run {}/run", out.display()));
     Ok(())
 }
 
 /// Builds without running, and answers cargo's messages.
-fn build(command: &str, kind: &str, names: &[&str]) -> Result<String> {
+fn build(program: &Program) -> Result<String> {
     let mut cargo = shell::cargo();
-    cargo.args([command, "--release", "--features", "cudarc", "--message-format=json-render-diagnostics"]);
-    cargo.args(names.iter().flat_map(|name| [kind, name]));
-    if command == "test" {
-        cargo.arg("--no-run");
-    }
-    shell::output(&mut cargo)
+    let (command, no_run) = match program.kind {
+        "example" => ("build", None),
+        kind => (kind, Some("--no-run")),
+    };
+    cargo.arg(command).args(no_run).args((command != "bench").then_some("--release"));
+    cargo.args([&format!("--{}", program.kind), program.name, "--features", program.features]);
+    shell::output(cargo.arg("--message-format=json-render-diagnostics"))
 }
 
-fn collect(messages: &str) -> (BTreeMap<String, PathBuf>, Option<PathBuf>) {
+pub fn collect(messages: &str) -> (BTreeMap<String, PathBuf>, Option<PathBuf>) {
     let (mut executables, mut libraries) = (BTreeMap::new(), None);
     for message in messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok()) {
         if let (Some(target), Some(executable)) = (message.target, message.executable) {
@@ -95,9 +119,11 @@ fn script() -> String {
          here=$(cd \"$(dirname \"$0\")\" && pwd) || exit 1\nexport FLASHINFER_RS_LIB_DIR=\"$here/lib\" \
          FLASHINFER_RS_RUN_GPU_TESTS=1\nfailed=0\n",
     );
-    for (name, seconds) in programs() {
-        text +=
-            &format!("timeout -k 5 {seconds} \"$here/bin/{name}\" || {{ echo \"{name}: FAILED ($?)\"; failed=1; }}\n");
+    for Program { file, seconds, .. } in &PROGRAMS {
+        let alone = if *file == EMBEDDED { "env -u FLASHINFER_RS_LIB_DIR " } else { "" };
+        text += &format!(
+            "{alone}timeout -k 5 {seconds} \"$here/bin/{file}\" || {{ echo \"{file}: FAILED ($?)\"; failed=1; }}\n"
+        );
     }
     text + "exit $failed\n"
 }

@@ -4,6 +4,7 @@ mod bench;
 mod bundle;
 mod compile;
 mod compiler;
+mod install;
 mod jit_cache;
 mod lock;
 mod provision;
@@ -49,6 +50,12 @@ enum Command {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// Copy the vendored libraries into a folder, for a distribution package or FLASHINFER_RS_LIB_DIR
+    InstallLibs {
+        /// The folder
+        #[arg(long)]
+        to: PathBuf,
+    },
     /// Measure
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -88,6 +95,7 @@ fn run(command: Command) -> Result<()> {
         Command::Demo => provision::demo(),
         Command::Test { args } => provision::test(&args),
         Command::Wheel { kernels, arch, out } => jit_cache::command(&kernels, &arch, out.as_deref()),
+        Command::InstallLibs { to } => install::command(&to),
         Command::Bench(bench) => bench::command(bench),
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
         Command::GpuBundle { out } => bundle::command(&out),
