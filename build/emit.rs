@@ -34,7 +34,7 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) 
         };
         let path = row.extracted.path.display().to_string();
         let (built_at, embedded) = if embed {
-            (String::new(), format!("Some(|| &{}[..])", symbol(row.soname)))
+            (String::new(), format!("Some(|| (&raw const {}).cast())", symbol(row.soname)))
         } else {
             (path, "None".to_owned())
         };
