@@ -227,9 +227,15 @@ impl<T: Element + Default> Memory<T> {
     }
 }
 
-/// Numbers between −1 and 1 without a pattern that a wrong stride would repeat.
+/// Numbers between −1 and 1 (splitmix64), the same everywhere.
 fn numbers<T: Number>(seed: u64, count: usize) -> Vec<T> {
-    (0..count).map(|i| T::from_f64((seed as f64 + i as f64 * 0.618_034).sin())).collect()
+    let one = |i: u64| {
+        let mut z = (seed << 32 | i).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        T::from_f64((z >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
+    };
+    (0..count as u64).map(one).collect()
 }
 
 fn widened<T: Number>(values: &[T]) -> Vec<f32> {
@@ -265,7 +271,9 @@ fn gdn<T: Number>(place: &Place) -> Result<f64> {
     const OFFSETS: [i64; 3] = [0, 30, 100];
     const TOKENS: i64 = 100;
     let count = (TOKENS * HEAD_SIZE) as usize;
-    let small = |values: Vec<T>| values.into_iter().map(|value| T::from_f64(value.into() * 0.125)).collect::<Vec<T>>();
+    // Keys of about length 1, as the delta rule wants them.
+    let scale = (3.0 / HEAD_SIZE as f64).sqrt();
+    let small = |values: Vec<T>| values.into_iter().map(|value| T::from_f64(value.into() * scale)).collect::<Vec<T>>();
     let (q, k, v) = (numbers::<T>(3, count), small(numbers::<T>(4, count)), numbers::<T>(5, count));
     let on_host = Place { device: Device::Cpu, cudart: None, _current: None };
     let wide = [&q, &k, &v].map(|values| widened(values));
