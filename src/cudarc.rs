@@ -3,14 +3,15 @@
 //! cudarc's guards, which order a buffer's uses on different streams, are held until the kernel is queued.
 
 use std::ffi::c_void;
+use std::ptr::NonNull;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
 
 use crate::error::{FlashInferError, Result};
 use crate::kernels::gdn::{self, GdnPrefill};
 use crate::kernels::norm::{self, NormOptions};
 use crate::runtime::Stream;
-use crate::tensor::{DType, Device, TensorMut, TensorRef};
+use crate::tensor::{DType, Device, Element, TensorMut, TensorRef};
 
 mod sealed {
     pub trait Sealed {}
@@ -51,28 +52,130 @@ macro_rules! half16 {
 
 half16! { half::f16: F16, half::bf16: BF16, u16: F16 | BF16 }
 
-/// Reads a buffer as a tensor; the two values live as long as each other.
-macro_rules! read {
-    ($function:expr, $name:literal, $buffer:expr, $stream:expr, $dtype:expr, $shape:expr => $tensor:ident, $guard:ident) => {
-        check($function, $name, $buffer, $stream, $shape)?;
-        let (pointer, $guard) = $buffer.device_ptr($stream);
-        let pointer = pointer as *const c_void;
-        // SAFETY: cudarc owns the memory, which is on its context's device and holds the elements that `check` counted,
-        // each of a Rust type that fits the element type. The guard, held until the kernel is queued, orders it before
-        // any later write on another stream.
-        let $tensor = unsafe { TensorRef::from_raw(pointer, device($stream), $dtype, $shape, None) }?;
-    };
+impl<'a> Stream<'a> {
+    /// A stream of cudarc's.
+    pub fn cudarc(stream: &'a CudaStream) -> Self {
+        // SAFETY: cudarc keeps the stream alive for as long as it is borrowed.
+        unsafe { Self::from_raw(stream.cu_stream().cast()) }
+    }
 }
 
-/// As `read!`, for a buffer that is written.
-macro_rules! write {
-    ($function:expr, $name:literal, $buffer:expr, $stream:expr, $dtype:expr, $shape:expr => $tensor:ident, $guard:ident) => {
-        check($function, $name, $buffer, $stream, $shape)?;
-        let (pointer, $guard) = $buffer.device_ptr_mut($stream);
-        let pointer = pointer as *mut c_void;
-        // SAFETY: as for `read!`; the buffer is borrowed mutably, so nothing else refers to it.
-        let $tensor = unsafe { TensorMut::from_raw(pointer, device($stream), $dtype, $shape, None) }?;
-    };
+impl<'a> TensorRef<'a> {
+    /// A contiguous, row-major tensor in a buffer of cudarc's, for kernels on `stream`. The buffer may be longer.
+    ///
+    /// cudarc's guard is kept until the tensor is dropped: in cudarc's multi-stream mode it makes `stream` wait for what
+    /// wrote the buffer elsewhere, and later writes elsewhere wait for `stream`.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer that is too short, or of another context than
+    /// the stream's.
+    pub fn from_cudarc<T: Element>(
+        stream: &'a CudaStream,
+        buffer: &'a impl DeviceBuffer<T>,
+        shape: &[i64],
+    ) -> Result<Self> {
+        read("tensor", "buffer", stream, buffer, T::DTYPE, shape, None)
+    }
+
+    /// As [`from_cudarc`](Self::from_cudarc), with strides of its own, in elements.
+    ///
+    /// # Errors
+    /// As there, and where an element would lie outside of the buffer.
+    pub fn from_cudarc_strided<T: Element>(
+        stream: &'a CudaStream,
+        buffer: &'a impl DeviceBuffer<T>,
+        shape: &[i64],
+        strides: &[i64],
+    ) -> Result<Self> {
+        read("tensor", "buffer", stream, buffer, T::DTYPE, shape, Some(strides))
+    }
+}
+
+impl<'a> TensorMut<'a> {
+    /// A contiguous, row-major tensor in a buffer of cudarc's, to be written by kernels on `stream`. The buffer may be
+    /// longer. Guards are kept as [`TensorRef::from_cudarc`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_cudarc<T: Element>(
+        stream: &'a CudaStream,
+        buffer: &'a mut impl DeviceBufferMut<T>,
+        shape: &[i64],
+    ) -> Result<Self> {
+        write("tensor", "buffer", stream, buffer, T::DTYPE, shape, None)
+    }
+
+    /// As [`from_cudarc`](Self::from_cudarc), with strides of its own, in elements.
+    ///
+    /// # Errors
+    /// As there, and where an element would lie outside of the buffer.
+    pub fn from_cudarc_strided<T: Element>(
+        stream: &'a CudaStream,
+        buffer: &'a mut impl DeviceBufferMut<T>,
+        shape: &[i64],
+        strides: &[i64],
+    ) -> Result<Self> {
+        write("tensor", "buffer", stream, buffer, T::DTYPE, shape, Some(strides))
+    }
+
+    /// A contiguous, row-major tensor of 8-bit floating-point numbers in a buffer of bytes.
+    ///
+    /// # Errors
+    /// As for [`from_cudarc`](Self::from_cudarc), and for a `dtype` that is not F8E4M3 or F8E5M2.
+    pub fn from_cudarc_bytes(
+        stream: &'a CudaStream,
+        buffer: &'a mut impl DeviceBufferMut<u8>,
+        dtype: DType,
+        shape: &[i64],
+    ) -> Result<Self> {
+        if !matches!(dtype, DType::F8E4M3 | DType::F8E5M2 | DType::U8) {
+            return Err(FlashInferError::InvalidArgument {
+                function: "tensor",
+                argument: "dtype",
+                found: dtype.to_string(),
+                expected: "a type of one byte".to_owned(),
+            });
+        }
+        write("tensor", "buffer", stream, buffer, dtype, shape, None)
+    }
+}
+
+/// `T` must fit `dtype`.
+fn read<'a, T>(
+    function: &'static str,
+    argument: &'static str,
+    stream: &'a CudaStream,
+    buffer: &'a impl DeviceBuffer<T>,
+    dtype: DType,
+    shape: &[i64],
+    strides: Option<&[i64]>,
+) -> Result<TensorRef<'a>> {
+    check(function, argument, buffer, stream, dtype, shape, strides)?;
+    let (pointer, guard) = buffer.device_ptr(stream);
+    let pointer = pointer as *const c_void;
+    // SAFETY: cudarc owns the memory, which is on its context's device and holds the elements that `check` counted, each of
+    // a Rust type that fits the element type. The guard, held until the kernel is queued, orders it before any later write
+    // on another stream.
+    let tensor = unsafe { TensorRef::from_raw(pointer, device(stream), dtype, shape, strides) }?;
+    Ok(tensor.bound(stream.cu_stream().cast(), Some(guard)))
+}
+
+/// As [`read`]; the buffer is borrowed mutably, so nothing else refers to it.
+fn write<'a, T>(
+    function: &'static str,
+    argument: &'static str,
+    stream: &'a CudaStream,
+    buffer: &'a mut impl DeviceBufferMut<T>,
+    dtype: DType,
+    shape: &[i64],
+    strides: Option<&[i64]>,
+) -> Result<TensorMut<'a>> {
+    check(function, argument, buffer, stream, dtype, shape, strides)?;
+    let (pointer, guard) = buffer.device_ptr_mut(stream);
+    let pointer = pointer as *mut c_void;
+    // SAFETY: as for `read`; nothing else refers to the buffer.
+    let tensor = unsafe { TensorMut::from_raw(pointer, device(stream), dtype, shape, strides) }?;
+    Ok(tensor.bound(stream.cu_stream().cast(), Some(guard)))
 }
 
 fn device(stream: &CudaStream) -> Device {
@@ -80,27 +183,35 @@ fn device(stream: &CudaStream) -> Device {
     Device::Cuda(stream.context().ordinal() as u32)
 }
 
-/// That a buffer belongs to the stream's context and is large enough.
+/// That a buffer belongs to the stream's context and holds every element.
 fn check<T>(
     function: &'static str,
     argument: &'static str,
     buffer: &impl DeviceSlice<T>,
     stream: &CudaStream,
+    dtype: DType,
     shape: &[i64],
+    strides: Option<&[i64]>,
 ) -> Result<()> {
     let invalid =
         |found: String, expected: String| Err(FlashInferError::InvalidArgument { function, argument, found, expected });
     if buffer.stream().context() != stream.context() {
         let (found, expected) = (buffer.stream().context().ordinal(), stream.context().ordinal());
-        return invalid(
-            format!("in a context of cuda:{found}"),
-            format!("memory in the stream's context, of cuda:{expected}"),
-        );
+        let expected = format!("memory in the stream's context, of cuda:{expected}");
+        return invalid(format!("in a context of cuda:{found}"), expected);
     }
-    let needed = shape.iter().try_fold(1i64, |product, &n| product.checked_mul(n));
-    match needed.and_then(|needed| usize::try_from(needed).ok()) {
-        Some(needed) if needed <= buffer.len() => Ok(()),
-        _ => invalid(format!("{} elements long", buffer.len()), format!("enough for shape {shape:?}")),
+    // SAFETY: no element is reached through this tensor; it only counts them.
+    let reach = unsafe {
+        TensorRef::from_raw(NonNull::<u128>::dangling().as_ptr().cast(), device(stream), dtype, shape, strides)
+    }?;
+    let reach = reach.raw();
+    let forward = reach.strides().iter().all(|&stride| stride >= 0);
+    match reach.reach().and_then(|reach| usize::try_from(reach).ok()) {
+        Some(needed) if forward && needed <= buffer.len() => Ok(()),
+        _ => {
+            let strides = strides.map(|strides| format!(" and strides {strides:?}")).unwrap_or_default();
+            invalid(format!("{} elements long", buffer.len()), format!("enough for shape {shape:?}{strides}"))
+        }
     }
 }
 
@@ -145,13 +256,11 @@ pub fn gemma_rmsnorm_cudarc<T: Half16>(
     const NAME: &str = "gemma_rmsnorm";
     check_dtype::<T>(NAME, dtype)?;
     let (rows, cols) = (size(NAME, "rows", rows)?, size(NAME, "cols", cols)?);
-    read!(NAME, "input", input, stream, dtype, &[rows, cols] => input, _input_guard);
-    read!(NAME, "weight", weight, stream, dtype, &[cols] => weight, _weight_guard);
-    write!(NAME, "out", out, stream, dtype, &[rows, cols] => out, _out_guard);
-    let (mut out, options) = (out, NormOptions::default().with_eps(eps));
-    // SAFETY: a live stream of its context, by cudarc; the context is the buffers' too.
-    let stream = unsafe { Stream::from_raw(stream.cu_stream().cast()) };
-    norm::gemma_rmsnorm(&mut out, &input, &weight, &options, stream)
+    let input = read(NAME, "input", stream, input, dtype, &[rows, cols], None)?;
+    let weight = read(NAME, "weight", stream, weight, dtype, &[cols], None)?;
+    let mut out = write(NAME, "out", stream, out, dtype, &[rows, cols], None)?;
+    let options = NormOptions::default().with_eps(eps);
+    norm::gemma_rmsnorm(&mut out, &input, &weight, &options, Stream::cudarc(stream))
 }
 
 /// [`gdn_prefill_sm90_cudarc_with_options`] without initial state, alpha and beta, and with the default scale.
@@ -247,34 +356,29 @@ pub unsafe fn gdn_prefill_sm90_cudarc_with_options<T: Half16>(
     let bytes = size(NAME, "workspace", workspace.len())?;
     let heads = q_heads.max(v_heads);
     let states = [(offsets - 1).max(0), heads, head_size, head_size];
-    write!(NAME, "output", output, stream, dtype, &[tokens, heads, head_size] => output, _output_guard);
-    write!(NAME, "output_state", output_state, stream, DType::F32, &states => output_state, _output_state_guard);
-    read!(NAME, "q", q, stream, dtype, &[tokens, q_heads, head_size] => q, _q_guard);
-    read!(NAME, "k", k, stream, dtype, &[tokens, k_heads, head_size] => k, _k_guard);
-    read!(NAME, "v", v, stream, dtype, &[tokens, v_heads, head_size] => v, _v_guard);
-    read!(NAME, "cu_seqlens", cu_seqlens, stream, DType::I64, &[offsets] => cu_seqlens, _cu_seqlens_guard);
-    write!(NAME, "workspace", workspace, stream, DType::U8, &[bytes] => workspace, _workspace_guard);
     let per_token = [tokens, heads];
-    let (input_state, _input_state_guard) = optional(NAME, "input_state", input_state, stream, &states)?.unzip();
-    let (alpha, _alpha_guard) = optional(NAME, "alpha", alpha, stream, &per_token)?.unzip();
-    let (beta, _beta_guard) = optional(NAME, "beta", beta, stream, &per_token)?.unzip();
-    let args = GdnPrefill { output, output_state, q, k, v, cu_seqlens, input_state, alpha, beta, scale, workspace };
-    // SAFETY: a live stream of its context, by cudarc; the context is the buffers' too. The contents of cu_seqlens and
-    // the workspace's other uses are the caller's promise.
-    unsafe { gdn::gdn_prefill(args, Stream::from_raw(stream.cu_stream().cast())) }
+    let args = GdnPrefill {
+        output: write(NAME, "output", stream, output, dtype, &[tokens, heads, head_size], None)?,
+        output_state: write(NAME, "output_state", stream, output_state, DType::F32, &states, None)?,
+        q: read(NAME, "q", stream, q, dtype, &[tokens, q_heads, head_size], None)?,
+        k: read(NAME, "k", stream, k, dtype, &[tokens, k_heads, head_size], None)?,
+        v: read(NAME, "v", stream, v, dtype, &[tokens, v_heads, head_size], None)?,
+        cu_seqlens: read(NAME, "cu_seqlens", stream, cu_seqlens, DType::I64, &[offsets], None)?,
+        input_state: optional("input_state", stream, input_state, &states)?,
+        alpha: optional("alpha", stream, alpha, &per_token)?,
+        beta: optional("beta", stream, beta, &per_token)?,
+        scale,
+        workspace: write(NAME, "workspace", stream, workspace, DType::U8, &[bytes], None)?,
+    };
+    // SAFETY: the contents of cu_seqlens and the workspace's other uses are the caller's promise.
+    unsafe { gdn::gdn_prefill(args, Stream::cudarc(stream)) }
 }
 
 fn optional<'a>(
-    function: &'static str,
     argument: &'static str,
-    buffer: Option<&'a CudaSlice<f32>>,
     stream: &'a CudaStream,
+    buffer: Option<&'a CudaSlice<f32>>,
     shape: &[i64],
-) -> Result<Option<(TensorRef<'a>, SyncOnDrop<'a>)>> {
-    let Some(buffer) = buffer else { return Ok(None) };
-    check(function, argument, buffer, stream, shape)?;
-    let (pointer, guard) = buffer.device_ptr(stream);
-    // SAFETY: as for `read!`.
-    let tensor = unsafe { TensorRef::from_raw(pointer as *const c_void, device(stream), DType::F32, shape, None) }?;
-    Ok(Some((tensor, guard)))
+) -> Result<Option<TensorRef<'a>>> {
+    buffer.map(|buffer| read("gdn_prefill", argument, stream, buffer, DType::F32, shape, None)).transpose()
 }

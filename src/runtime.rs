@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_void};
+use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -275,12 +276,12 @@ impl FlashInferRuntime {
     ///
     /// # Errors
     /// [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange), or why there is no GPU.
-    pub fn with_stream<T>(&'static self, device: Device, stream: Stream, f: impl FnOnce() -> T) -> Result<T> {
+    pub fn with_stream<T>(&'static self, device: Device, stream: Stream<'_>, f: impl FnOnce() -> T) -> Result<T> {
         let _stream = self.set_stream(device, stream)?;
         Ok(f())
     }
 
-    pub(crate) fn set_stream(&'static self, device: Device, stream: Stream) -> Result<Option<StreamGuard>> {
+    pub(crate) fn set_stream(&'static self, device: Device, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
         let Device::Cuda(_) = device else { return Ok(None) };
         let device = self.checked_device(device)?;
         // SAFETY: the device was just found to be one of those that exist.
@@ -318,19 +319,23 @@ impl FlashInferRuntime {
 
 /// A CUDA stream, for kernels to be queued on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stream(*mut c_void);
+pub struct Stream<'a>(*mut c_void, PhantomData<&'a ()>);
 
-impl Stream {
+impl<'a> Stream<'a> {
     /// The null stream, which orders itself with every other blocking stream of the device.
-    pub const NULL: Self = Self(std::ptr::null_mut());
+    pub const NULL: Self = Self(std::ptr::null_mut(), PhantomData);
 
     /// A stream of one's own.
     ///
     /// # Safety
     /// `stream` must be null or a live `cudaStream_t` (`CUstream`) of the device whose kernels it is used for, and stay
-    /// so for as long as it is used.
+    /// so for `'a`.
     pub const unsafe fn from_raw(stream: *mut c_void) -> Self {
-        Self(stream)
+        Self(stream, PhantomData)
+    }
+
+    pub(crate) fn as_raw(self) -> *mut c_void {
+        self.0
     }
 }
 

@@ -141,6 +141,8 @@ element! { half::f16 => F16, half::bf16 => BF16, f32 => F32, f64 => F64, u8 => U
 #[derive(Clone, Copy)]
 pub(crate) struct Raw {
     data: *mut c_void,
+    /// The one stream that may use it now, where its owner said so.
+    stream: Option<*mut c_void>,
     device: Device,
     dtype: DType,
     ndim: usize,
@@ -166,7 +168,8 @@ impl Raw {
         if strides.is_some_and(|strides| strides.len() != ndim) {
             return invalid("strides", format!("{strides:?}"), &format!("one for each of the {ndim} dimensions"));
         }
-        let mut raw = Self { data, device, dtype, ndim, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
+        let (shape_of_ones, strides_of_ones) = ([1; MAX_NDIM], [1; MAX_NDIM]);
+        let mut raw = Self { data, stream: None, device, dtype, ndim, shape: shape_of_ones, strides: strides_of_ones };
         raw.shape[..ndim].copy_from_slice(shape);
         let numel = shape.iter().try_fold(1i64, |product, &n| if n < 0 { None } else { product.checked_mul(n) });
         let Some(numel) = numel else {
@@ -197,6 +200,10 @@ impl Raw {
         self.data
     }
 
+    pub(crate) fn stream(&self) -> Option<*mut c_void> {
+        self.stream
+    }
+
     pub(crate) fn device(&self) -> Device {
         self.device
     }
@@ -218,6 +225,25 @@ impl Raw {
         self.shape().iter().product()
     }
 
+    /// How many elements lie from the first to behind the last; `None` where that does not fit 64 bits.
+    pub(crate) fn reach(&self) -> Option<i64> {
+        if self.numel() == 0 {
+            return Some(0);
+        }
+        let last = |(&size, &stride): (&i64, &i64)| (size - 1).checked_mul(stride);
+        self.shape().iter().zip(self.strides()).try_fold(1i64, |reach, pair| reach.checked_add(last(pair)?))
+    }
+
+    /// The part of the first dimension from `start` on, `count` long. Both must be inside.
+    pub(crate) fn rows(&self, start: i64, count: i64) -> Self {
+        debug_assert!(start >= 0 && count >= 0 && start + count <= self.shape[0]);
+        let mut part = *self;
+        let offset = start * self.strides[0] * self.dtype.size() as i64;
+        part.data = self.data.wrapping_byte_offset(offset as isize);
+        part.shape[0] = count;
+        part
+    }
+
     /// Whether the elements lie one after the other in row-major order.
     pub(crate) fn is_contiguous(&self) -> bool {
         let mut expected = 1i64;
@@ -230,7 +256,7 @@ impl Raw {
         true
     }
 
-    fn pack(&self) -> PackedTensor<'_> {
+    pub(crate) fn pack(&self) -> PackedTensor<'_> {
         let tensor = DLTensor {
             data: self.data,
             device: self.device.to_dl(),
@@ -244,18 +270,51 @@ impl Raw {
     }
 }
 
+/// What must live until the kernel is queued: cudarc's guard, which orders uses of a buffer on different streams.
+#[cfg(feature = "cudarc")]
+pub(crate) type Guard<'a> = Option<cudarc::driver::SyncOnDrop<'a>>;
+#[cfg(not(feature = "cudarc"))]
+pub(crate) type Guard<'a> = Option<std::convert::Infallible>;
+
 /// A tensor that is read.
-#[derive(Debug, Clone, Copy)]
 pub struct TensorRef<'a> {
     raw: Raw,
+    _guard: Guard<'a>,
     borrow: PhantomData<&'a [u8]>,
 }
 
 /// A tensor that is written; nothing else refers to its memory.
-#[derive(Debug)]
 pub struct TensorMut<'a> {
     raw: Raw,
+    _guard: Guard<'a>,
     borrow: PhantomData<&'a mut [u8]>,
+}
+
+impl fmt::Debug for TensorRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.raw.fmt(f)
+    }
+}
+
+impl fmt::Debug for TensorMut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.raw.fmt(f)
+    }
+}
+
+/// That a strided tensor stays inside a slice of `len` elements.
+fn checked_reach(len: usize, raw: &Raw) -> Result<()> {
+    let inside = raw.strides().iter().all(|&stride| stride >= 0);
+    let reach = raw.reach().and_then(|reach| usize::try_from(reach).ok());
+    if inside && reach.is_some_and(|reach| reach <= len) {
+        return Ok(());
+    }
+    Err(FlashInferError::InvalidArgument {
+        function: "tensor",
+        argument: "strides",
+        found: format!("{:?} with shape {:?}", raw.strides(), raw.shape()),
+        expected: format!("no negative stride and no element past the slice's {len}"),
+    })
 }
 
 fn checked_len(len: usize, shape: &[i64]) -> Result<()> {
@@ -307,7 +366,17 @@ impl<'a> TensorRef<'a> {
     pub fn from_slice<T: Element>(data: &'a [T], shape: &[i64]) -> Result<Self> {
         checked_len(data.len(), shape)?;
         let raw = Raw::new(data.as_ptr().cast_mut().cast(), Device::Cpu, T::DTYPE, shape, None)?;
-        Ok(Self { raw, borrow: PhantomData })
+        Ok(Self { raw, _guard: None, borrow: PhantomData })
+    }
+
+    /// A tensor on the host with strides of its own, in elements.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) where an element would lie outside of the slice.
+    pub fn from_slice_strided<T: Element>(data: &'a [T], shape: &[i64], strides: &[i64]) -> Result<Self> {
+        let raw = Raw::new(data.as_ptr().cast_mut().cast(), Device::Cpu, T::DTYPE, shape, Some(strides))?;
+        checked_reach(data.len(), &raw)?;
+        Ok(Self { raw, _guard: None, borrow: PhantomData })
     }
 
     /// A tensor anywhere. `strides` count elements; `None` is row-major.
@@ -326,10 +395,24 @@ impl<'a> TensorRef<'a> {
         shape: &[i64],
         strides: Option<&[i64]>,
     ) -> Result<Self> {
-        Ok(Self { raw: Raw::new(data.cast_mut(), device, dtype, shape, strides)?, borrow: PhantomData })
+        let raw = Raw::new(data.cast_mut(), device, dtype, shape, strides)?;
+        Ok(Self { raw, _guard: None, borrow: PhantomData })
     }
 
     accessors!();
+
+    /// The same tensor, for as long as this one is there.
+    pub fn reborrow(&self) -> TensorRef<'_> {
+        TensorRef { raw: self.raw, _guard: None, borrow: PhantomData }
+    }
+
+    /// The same tensor, for one stream alone and until the guard is dropped.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn bound(mut self, stream: *mut c_void, guard: Guard<'a>) -> Self {
+        self.raw.stream = Some(stream);
+        self._guard = guard;
+        self
+    }
 
     /// The form that crosses the boundary.
     pub fn pack(&self) -> PackedTensor<'_> {
@@ -345,7 +428,17 @@ impl<'a> TensorMut<'a> {
     pub fn from_slice<T: Element>(data: &'a mut [T], shape: &[i64]) -> Result<Self> {
         checked_len(data.len(), shape)?;
         let raw = Raw::new(data.as_mut_ptr().cast(), Device::Cpu, T::DTYPE, shape, None)?;
-        Ok(Self { raw, borrow: PhantomData })
+        Ok(Self { raw, _guard: None, borrow: PhantomData })
+    }
+
+    /// A tensor on the host with strides of its own, in elements.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) where an element would lie outside of the slice.
+    pub fn from_slice_strided<T: Element>(data: &'a mut [T], shape: &[i64], strides: &[i64]) -> Result<Self> {
+        let raw = Raw::new(data.as_mut_ptr().cast(), Device::Cpu, T::DTYPE, shape, Some(strides))?;
+        checked_reach(data.len(), &raw)?;
+        Ok(Self { raw, _guard: None, borrow: PhantomData })
     }
 
     /// A tensor anywhere. `strides` count elements; `None` is row-major.
@@ -363,10 +456,29 @@ impl<'a> TensorMut<'a> {
         shape: &[i64],
         strides: Option<&[i64]>,
     ) -> Result<Self> {
-        Ok(Self { raw: Raw::new(data, device, dtype, shape, strides)?, borrow: PhantomData })
+        let raw = Raw::new(data, device, dtype, shape, strides)?;
+        Ok(Self { raw, _guard: None, borrow: PhantomData })
     }
 
     accessors!();
+
+    /// The same tensor, for as long as this one is not used otherwise.
+    pub fn reborrow(&mut self) -> TensorMut<'_> {
+        TensorMut { raw: self.raw, _guard: None, borrow: PhantomData }
+    }
+
+    /// The same tensor, to be read, for as long as this one is not used otherwise.
+    pub fn as_ref(&self) -> TensorRef<'_> {
+        TensorRef { raw: self.raw, _guard: None, borrow: PhantomData }
+    }
+
+    /// The same tensor, for one stream alone and until the guard is dropped.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn bound(mut self, stream: *mut c_void, guard: Guard<'a>) -> Self {
+        self.raw.stream = Some(stream);
+        self._guard = guard;
+        self
+    }
 
     /// The form that crosses the boundary.
     pub fn pack(&mut self) -> PackedTensor<'_> {

@@ -71,9 +71,9 @@ pub struct GdnPrefill<'a> {
 /// `cu_seqlens`, if it is on a GPU, must start with 0, increase strictly, and end with `T`, when the kernel runs: its
 /// contents steer the kernel's addressing, and a sequence without tokens hangs the GPU. The workspace must not be in
 /// use by another stream.
-pub unsafe fn gdn_prefill(mut args: GdnPrefill<'_>, stream: Stream) -> Result<()> {
+pub unsafe fn gdn_prefill(mut args: GdnPrefill<'_>, stream: Stream<'_>) -> Result<()> {
     let kernel = &GDN_PREFILL;
-    check(kernel, &args)?;
+    check(kernel, &args, stream)?;
     let runtime = FlashInferRuntime::global()?;
     let device = args.q.device();
     let _current = match device {
@@ -121,7 +121,7 @@ pub unsafe fn gdn_prefill(mut args: GdnPrefill<'_>, stream: Stream) -> Result<()
 }
 
 /// All of the contract that can be seen without reading device memory.
-fn check(kernel: &Kernel, args: &GdnPrefill<'_>) -> Result<()> {
+fn check(kernel: &Kernel, args: &GdnPrefill<'_>, stream: Stream<'_>) -> Result<()> {
     let (q, k, v) = (args.q.raw(), args.k.raw(), args.v.raw());
     let dtype = kernel.half("q", q)?;
     kernel.rank("q", q, 3)?;
@@ -168,11 +168,13 @@ fn check(kernel: &Kernel, args: &GdnPrefill<'_>) -> Result<()> {
     for (name, tensor, shape, dtype) in required.into_iter().chain(optional) {
         kernel.dtype(name, tensor, dtype)?;
         kernel.shape(name, tensor, shape)?;
+        kernel.stream(name, tensor, stream)?;
         memory(kernel, name, tensor, q.device())?;
     }
     let workspace = args.workspace.raw();
     kernel.rank("workspace", workspace, 1)?;
     kernel.dtype("workspace", workspace, DType::U8)?;
+    kernel.stream("workspace", workspace, stream)?;
     memory(kernel, "workspace", workspace, q.device())?;
     // A failed TMA descriptor prints to stderr and goes on.
     for (name, tensor) in [("q", q), ("k", k), ("v", v), ("output", args.output.raw())] {

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use crate::error::{FlashInferError, Result};
 use crate::module::Function;
-use crate::runtime::FlashInferRuntime;
+use crate::runtime::{FlashInferRuntime, Stream};
 use crate::tensor::{DType, Device, Raw};
 
 /// Every kernel, for warming up.
@@ -95,6 +95,18 @@ impl Kernel {
             return Ok(());
         }
         Err(self.invalid(argument, format_args!("on {}", tensor.device()), format!("memory of {expected}")))
+    }
+
+    /// That no tensor belongs to another stream than the one that the kernel will be queued on.
+    fn stream(&self, argument: &'static str, tensor: &Raw, stream: Stream<'_>) -> Result<()> {
+        match tensor.stream() {
+            Some(own) if own != stream.as_raw() => {
+                let (found, expected) =
+                    (format_args!("for stream {own:p}"), format!("a tensor for {:p}", stream.as_raw()));
+                Err(self.invalid(argument, found, expected))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn rank(&self, argument: &'static str, tensor: &Raw, expected: usize) -> Result<()> {

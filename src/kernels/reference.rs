@@ -21,7 +21,15 @@ use crate::module::Module;
 use crate::runtime::FlashInferRuntime;
 use crate::tensor::DType;
 
-static FUNCTIONS: &[(&str, SafeCall)] = &[("gemma_rmsnorm", gemma_rmsnorm), ("gdn_prefill", gdn_prefill)];
+static FUNCTIONS: &[(&str, SafeCall)] = &[
+    ("rmsnorm", rmsnorm),
+    ("gemma_rmsnorm", gemma_rmsnorm),
+    ("fused_add_rmsnorm", fused_add_rmsnorm),
+    ("gemma_fused_add_rmsnorm", gemma_fused_add_rmsnorm),
+    ("rmsnorm_quant", rmsnorm_quant),
+    ("fused_add_rmsnorm_quant", fused_add_rmsnorm_quant),
+    ("gdn_prefill", gdn_prefill),
+];
 
 /// The reference functions as a module, by the names of the kernels that they are for.
 ///
@@ -36,29 +44,124 @@ pub fn module() -> Result<&'static Module> {
 /// What a function raises: TVM-FFI's kind, and the message.
 type Raised = (&'static str, String);
 
-unsafe extern "C" fn gemma_rmsnorm(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
-    // SAFETY: TVM-FFI's calling convention, which our caller follows.
-    unsafe {
-        serve("gemma_rmsnorm", args, count, result, |args| {
-            let [out, input, weight, eps, _pdl] = args.exactly()?;
-            let (out, input, weight) = (args.tensor(out)?, args.tensor(input)?, args.tensor(weight)?);
-            let eps = args.float(eps)?;
-            let (rows, columns) = (input.size(0)?, input.size(1)?);
-            out.expect_shape(&[rows, columns])?;
-            weight.expect_shape(&[columns])?;
-            for row in 0..rows {
-                let squares = (0..columns)
-                    .map(|column| input.at(&[row, column]).map(|x| x * x))
-                    .sum::<std::result::Result<f64, Raised>>()?;
-                let scale = 1.0 / (squares / columns as f64 + eps).sqrt();
-                for column in 0..columns {
-                    let value = input.at(&[row, column])? * scale * (1.0 + weight.at(&[column])?);
-                    out.set(&[row, column], value)?;
-                }
-            }
-            Ok(())
-        })
+/// Declares a function whose body gets its arguments.
+macro_rules! function {
+    ($name:ident, $body:expr) => {
+        unsafe extern "C" fn $name(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
+            // SAFETY: TVM-FFI's calling convention, which our caller follows.
+            unsafe { serve(stringify!($name), args, count, result, $body) }
+        }
+    };
+}
+
+function!(rmsnorm, |args| {
+    let [out, input, weight, eps, _pdl] = args.exactly()?;
+    let (out, input) = (args.tensor(out)?, args.tensor(input)?);
+    norm(&out, &input, &args.tensor(weight)?, 0.0, 1.0, args.float(eps)?)
+});
+
+function!(gemma_rmsnorm, |args| {
+    let [out, input, weight, eps, _pdl] = args.exactly()?;
+    let (out, input) = (args.tensor(out)?, args.tensor(input)?);
+    if input.shape.len() != 2 {
+        let fault = format!("argument #{} has shape {:?}, expected two dimensions", input.position, input.shape);
+        return Err(("ValueError", fault));
     }
+    norm(&out, &input, &args.tensor(weight)?, 1.0, 1.0, args.float(eps)?)
+});
+
+function!(fused_add_rmsnorm, |args| fused_in_place(args, 0.0));
+function!(gemma_fused_add_rmsnorm, |args| fused_in_place(args, 1.0));
+
+function!(rmsnorm_quant, |args| {
+    let [out, input, weight, scale, eps, _pdl] = args.exactly()?;
+    let (out, input, weight) = (args.tensor(out)?, args.tensor(input)?, args.tensor(weight)?);
+    norm(&out, &input, &weight, 0.0, 1.0 / args.float(scale)?, args.float(eps)?)
+});
+
+function!(fused_add_rmsnorm_quant, |args| {
+    let [out, input, residual, weight, scale, eps, _pdl] = args.exactly()?;
+    let (input, residual) = (args.tensor(input)?, args.tensor(residual)?);
+    fused(&args.tensor(out)?, &input, &residual, &args.tensor(weight)?, 0.0, 1.0 / args.float(scale)?, args.float(eps)?)
+});
+
+fn fused_in_place(args: &Args<'_>, bias: f64) -> std::result::Result<(), Raised> {
+    let [input, residual, weight, eps, _pdl] = args.exactly()?;
+    let (input, residual) = (args.tensor(input)?, args.tensor(residual)?);
+    fused(&input, &input, &residual, &args.tensor(weight)?, bias, 1.0, args.float(eps)?)
+}
+
+/// `out ← scale · input / √(mean(input²) + eps) · (bias + weight)` along the last dimension of two or three.
+fn norm(
+    out: &HostTensor<'_>,
+    input: &HostTensor<'_>,
+    weight: &HostTensor<'_>,
+    bias: f64,
+    scale: f64,
+    eps: f64,
+) -> std::result::Result<(), Raised> {
+    let shape = (0..input.shape.len()).map(|i| input.size(i)).collect::<std::result::Result<Vec<_>, _>>()?;
+    let Some((&columns, leading)) = shape.split_last().filter(|(_, leading)| (1..=2).contains(&leading.len())) else {
+        return Err((
+            "ValueError",
+            format!("argument #{} has shape {:?}, expected two or three dimensions", input.position, input.shape),
+        ));
+    };
+    out.expect_shape(&shape)?;
+    weight.expect_shape(&[columns])?;
+    let mut weights = vec![0.0; columns];
+    weight.read(&[], &mut weights)?;
+    let mut row = vec![0.0; columns];
+    for index in indices(leading) {
+        input.read(&index, &mut row)?;
+        norm_row(&mut row, &weights, bias, scale, eps);
+        out.write(&index, &row)?;
+    }
+    Ok(())
+}
+
+/// `residual ← input + residual`, and the norm of the sum, before it is rounded, to `out`.
+fn fused(
+    out: &HostTensor<'_>,
+    input: &HostTensor<'_>,
+    residual: &HostTensor<'_>,
+    weight: &HostTensor<'_>,
+    bias: f64,
+    scale: f64,
+    eps: f64,
+) -> std::result::Result<(), Raised> {
+    let (rows, columns) = (input.size(0)?, input.size(1)?);
+    for tensor in [out, input, residual] {
+        tensor.expect_shape(&[rows, columns])?;
+    }
+    weight.expect_shape(&[columns])?;
+    let mut weights = vec![0.0; columns];
+    weight.read(&[], &mut weights)?;
+    let (mut sum, mut addend) = (vec![0.0; columns], vec![0.0; columns]);
+    for row in 0..rows {
+        input.read(&[row], &mut sum)?;
+        residual.read(&[row], &mut addend)?;
+        sum.iter_mut().zip(&addend).for_each(|(sum, addend)| *sum += addend);
+        residual.write(&[row], &sum)?;
+        norm_row(&mut sum, &weights, bias, scale, eps);
+        out.write(&[row], &sum)?;
+    }
+    Ok(())
+}
+
+fn norm_row(row: &mut [f64], weight: &[f64], bias: f64, scale: f64, eps: f64) {
+    let mean = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
+    let factor = scale / (mean + eps).sqrt();
+    row.iter_mut().zip(weight).for_each(|(x, w)| *x *= factor * (bias + w));
+}
+
+/// Every index of one or two leading dimensions.
+fn indices(leading: &[usize]) -> impl Iterator<Item = Vec<usize>> + use<> {
+    let (first, second) = (leading[0], leading.get(1).copied());
+    (0..first).flat_map(move |i| {
+        let heads = second.map_or(1, |heads| heads);
+        (0..heads).map(move |j| if second.is_some() { vec![i, j] } else { vec![i] })
+    })
 }
 
 unsafe extern "C" fn gdn_prefill(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
@@ -224,6 +327,33 @@ impl<'a> Args<'a> {
     }
 }
 
+/// An 8-bit floating-point format: mantissa bits, exponent bias, and the largest value that a norm writes. Upstream clamps
+/// to ±448 for both formats.
+#[derive(Clone, Copy)]
+struct EightBit {
+    mantissa: i32,
+    bias: i32,
+}
+
+const E4M3: EightBit = EightBit { mantissa: 3, bias: 7 };
+const E5M2: EightBit = EightBit { mantissa: 2, bias: 15 };
+
+/// Rounds to the nearest value of the format, ties to even, after clamping to ±448.
+fn eight_bit(value: f64, format: EightBit) -> u8 {
+    let sign = if value.is_sign_negative() { 0x80 } else { 0 };
+    if value.is_nan() {
+        return sign | 0x7F;
+    }
+    let magnitude = value.abs().min(448.0);
+    // Below the smallest normal exponent the steps stay as they are there.
+    let exponent = (magnitude.log2().floor() as i32).max(1 - format.bias);
+    let step = f64::from(exponent - format.mantissa).exp2();
+    let steps = (magnitude / step).round_ties_even() as i32;
+    // `steps` has the implicit bit above the mantissa; what rounding carries over raises the exponent by itself.
+    let bits = ((exponent + format.bias - 1) << format.mantissa) + steps;
+    sign | bits as u8
+}
+
 /// A tensor whose elements can be read and written as f64.
 struct HostTensor<'a> {
     position: usize,
@@ -309,6 +439,8 @@ impl<'a> HostTensor<'a> {
                 DType::F16 => self.data.cast::<f16>().offset(offset).write_unaligned(f16::from_f64(value)),
                 DType::BF16 => self.data.cast::<bf16>().offset(offset).write_unaligned(bf16::from_f64(value)),
                 DType::F32 => self.data.cast::<f32>().offset(offset).write_unaligned(value as f32),
+                DType::F8E4M3 => self.data.cast::<u8>().offset(offset).write(eight_bit(value, E4M3)),
+                DType::F8E5M2 => self.data.cast::<u8>().offset(offset).write(eight_bit(value, E5M2)),
                 other => return Err(self.not_a_float(other)),
             }
         }
