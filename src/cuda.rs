@@ -27,7 +27,7 @@ pub(crate) struct Cudart {
     set_device: unsafe extern "C" fn(c_int) -> c_int,
     device_get_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
-    /// Only reports use these; a stand-in for CUDA's runtime may lack them.
+    /// Only reports and empty sequences need these; a stand-in for CUDA's runtime may lack them.
     memory: Option<Memory>,
 }
 
@@ -36,6 +36,8 @@ struct Memory {
     malloc: unsafe extern "C" fn(*mut *mut c_void, usize) -> c_int,
     free: unsafe extern "C" fn(*mut c_void) -> c_int,
     memcpy: unsafe extern "C" fn(*mut c_void, *const c_void, usize, c_int) -> c_int,
+    memcpy_async: unsafe extern "C" fn(*mut c_void, *const c_void, usize, c_int, *mut c_void) -> c_int,
+    memset_async: unsafe extern "C" fn(*mut c_void, c_int, usize, *mut c_void) -> c_int,
 }
 
 impl Memory {
@@ -48,6 +50,8 @@ impl Memory {
                 malloc: library.symbol(c"cudaMalloc")?,
                 free: library.symbol(c"cudaFree")?,
                 memcpy: library.symbol(c"cudaMemcpy")?,
+                memcpy_async: library.symbol(c"cudaMemcpyAsync")?,
+                memset_async: library.symbol(c"cudaMemsetAsync")?,
             })
         }
     }
@@ -109,11 +113,37 @@ impl Cudart {
         self.out("cudaDriverGetVersion", |out| unsafe { (self.driver_get_version)(out) }).map(release)
     }
 
+    /// Queues a copy of `bytes` between places on the current device; without a source it writes zeros.
+    ///
+    /// # Safety
+    /// Both must be device memory of that size that stays valid until the stream has come so far, and `stream` a live
+    /// stream of that device.
+    pub(crate) unsafe fn fill(
+        &self,
+        to: *mut c_void,
+        from: Option<*const c_void>,
+        bytes: usize,
+        stream: *mut c_void,
+    ) -> Result<()> {
+        let memory = self.memory()?;
+        if let Some(from) = from {
+            // SAFETY: the caller's promise.
+            let code = unsafe { (memory.memcpy_async)(to, from, bytes, COPY, stream) };
+            return self.check("cudaMemcpyAsync", code);
+        }
+        // SAFETY: the caller's promise.
+        let code = unsafe { (memory.memset_async)(to, 0, bytes, stream) };
+        self.check("cudaMemsetAsync", code)
+    }
+
+    fn memory(&self) -> Result<Memory> {
+        let searched = || vec!["the one in use has no cudaMalloc".to_owned()];
+        self.memory.ok_or_else(|| FlashInferError::CudartMissing { searched: searched() })
+    }
+
     /// Memory on the current device with these values.
     pub(crate) fn upload<T: Element>(&'static self, values: &[T]) -> Result<Buffer<T>> {
-        let unavailable =
-            || FlashInferError::CudartMissing { searched: vec!["the one in use has no cudaMalloc".to_owned()] };
-        let memory = self.memory.ok_or_else(unavailable)?;
+        let memory = self.memory()?;
         let (mut pointer, bytes) = (ptr::null_mut(), size_of_val(values));
         // SAFETY: one pointer is written through a pointer that is valid for the call.
         self.check("cudaMalloc", unsafe { (memory.malloc)(&mut pointer, bytes) })?;

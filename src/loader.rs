@@ -1,9 +1,9 @@
 //! Shared objects: opened, hashed and loaded through one descriptor, never closed.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
@@ -34,6 +34,8 @@ pub(crate) struct Library {
     name: String,
     path: PathBuf,
     handle: &'static Handle,
+    /// The descriptor that it was loaded through, if it was.
+    descriptor: Option<RawFd>,
 }
 
 impl Library {
@@ -97,8 +99,8 @@ impl Library {
             Ok(handle) => {
                 // It stays open for good: glibc knows a library by the name it was opened with, and a closed number
                 // comes back for another file.
-                let _ = file.into_raw_fd();
-                Ok(Self { name: name.to_owned(), path: path.to_owned(), handle: Box::leak(Box::new(handle)) })
+                let (handle, descriptor) = (Box::leak(Box::new(handle)), Some(file.into_raw_fd()));
+                Ok(Self { name: name.to_owned(), path: path.to_owned(), handle, descriptor })
             }
             Err(error) => Err(load_failed(name, path, reason(&error))),
         }
@@ -115,7 +117,7 @@ impl Library {
             Ok(handle) => {
                 let handle = Box::leak(Box::new(handle));
                 let path = PathBuf::from(loaded_path(name).unwrap_or_else(|| name.to_owned()));
-                Ok(Self { name: name.to_owned(), path, handle })
+                Ok(Self { name: name.to_owned(), path, handle, descriptor: None })
             }
             Err(error) => Err(reason(&error)),
         }
@@ -124,11 +126,29 @@ impl Library {
     /// What every library of this process sees, under the name of the one that is meant.
     pub(crate) fn global(name: &str, path: String) -> Self {
         let handle = Box::leak(Box::new(Handle::this()));
-        Self { name: name.to_owned(), path: PathBuf::from(path), handle }
+        Self { name: name.to_owned(), path: PathBuf::from(path), handle, descriptor: None }
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The addresses of exported data whose names end with `suffix`, read from the very file that was loaded.
+    pub(crate) fn data_symbols(&self, suffix: &str) -> Vec<*mut u8> {
+        use object::{Object, ObjectSymbol};
+
+        let bytes =
+            self.descriptor.and_then(|fd| std::fs::read(format!("/proc/self/fd/{fd}")).ok()).unwrap_or_default();
+        let Ok(file) = object::File::parse(bytes.as_slice()) else { return Vec::new() };
+        let names =
+            file.dynamic_symbols().filter(|symbol| symbol.is_definition()).filter_map(|symbol| symbol.name().ok());
+        let address = |name: &str| {
+            let name = CString::new(name).ok()?;
+            // SAFETY: the address is taken and nothing is read or called through it here.
+            let symbol = unsafe { self.handle.get::<*mut u8>(name.to_bytes_with_nul()) };
+            symbol.ok().map(|symbol| symbol.as_raw_ptr().cast::<u8>())
+        };
+        names.filter(|name| name.ends_with(suffix)).filter_map(address).collect()
     }
 
     /// A function of the library.

@@ -57,6 +57,14 @@ impl Module {
         }
     }
 
+    /// The addresses of exported data whose names end with `suffix`.
+    pub(crate) fn data_symbols(&self, suffix: &str) -> Vec<*mut u8> {
+        match &self.functions {
+            Functions::Loaded(library) => library.data_symbols(suffix),
+            Functions::Here(_) => Vec::new(),
+        }
+    }
+
     /// A function by the name it was exported under, `gemma_rmsnorm` for example.
     ///
     /// # Errors

@@ -244,6 +244,14 @@ impl Raw {
         part
     }
 
+    /// `count` elements of a vector from `start` on, wherever its own length ends.
+    pub(crate) fn part(&self, start: i64, count: i64) -> Self {
+        let mut part = *self;
+        part.data = self.data.wrapping_byte_offset((start * self.dtype.size() as i64) as isize);
+        part.shape[0] = count;
+        part
+    }
+
     /// Whether the elements lie one after the other in row-major order.
     pub(crate) fn is_contiguous(&self) -> bool {
         let mut expected = 1i64;

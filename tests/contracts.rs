@@ -390,7 +390,7 @@ fn a_norm_past_two_to_the_32_elements_is_split_as_long_as_offsets_fit_64_bits() 
     ] {
         assert_accepted(norm_with(norm_of(rows, columns, stride)));
     }
-    assert_refused(norm_with(norm_of(4, 64, i64::MAX - 7)), NORM, ("input", "strided", "within 2^32"));
+    assert_refused(norm_with(norm_of(4, 64, i64::MAX - 7)), NORM, ("out", "strided", "within 2^32"));
 }
 
 #[test]

@@ -58,8 +58,7 @@ pub struct GdnPrefill<'a> {
 /// to 16 bytes, `workspace` to 64.
 ///
 /// On a GPU the call is asynchronous on `stream` and needs compute capability 9.0; tensors on the host are computed by
-/// the [reference](super::reference), at once. Release 0.6.3 works on one GPU per process only: on a second one it
-/// raises `run failed`.
+/// the [reference](super::reference), at once. Every GPU of the process may be used, from any thread.
 ///
 /// # Errors
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for whatever breaks the contract above and can be seen
@@ -71,16 +70,61 @@ pub struct GdnPrefill<'a> {
 /// `cu_seqlens`, if it is on a GPU, must start with 0, increase strictly, and end with `T`, when the kernel runs: its
 /// contents steer the kernel's addressing, and a sequence without tokens hangs the GPU. The workspace must not be in
 /// use by another stream.
-pub unsafe fn gdn_prefill(mut args: GdnPrefill<'_>, stream: Stream<'_>) -> Result<()> {
+pub unsafe fn gdn_prefill(args: GdnPrefill<'_>, stream: Stream<'_>) -> Result<()> {
+    let raw = RawArgs {
+        output: *args.output.raw(),
+        output_state: *args.output_state.raw(),
+        q: *args.q.raw(),
+        k: *args.k.raw(),
+        v: *args.v.raw(),
+        cu_seqlens: *args.cu_seqlens.raw(),
+        input_state: args.input_state.as_ref().map(|tensor| *tensor.raw()),
+        alpha: args.alpha.as_ref().map(|tensor| *tensor.raw()),
+        beta: args.beta.as_ref().map(|tensor| *tensor.raw()),
+        scale: args.scale,
+        workspace: *args.workspace.raw(),
+    };
+    // SAFETY: the caller's promise; `args` keeps the memory borrowed until the kernel is queued.
+    unsafe { launch(&raw, stream) }
+}
+
+/// [`GdnPrefill`] without the borrows, to be cut into parts.
+#[derive(Clone, Copy)]
+pub(super) struct RawArgs {
+    pub(super) output: Raw,
+    pub(super) output_state: Raw,
+    pub(super) q: Raw,
+    pub(super) k: Raw,
+    pub(super) v: Raw,
+    pub(super) cu_seqlens: Raw,
+    pub(super) input_state: Option<Raw>,
+    pub(super) alpha: Option<Raw>,
+    pub(super) beta: Option<Raw>,
+    pub(super) scale: f64,
+    pub(super) workspace: Raw,
+}
+
+/// # Safety
+/// As for [`gdn_prefill`], and the tensors' memory must stay valid until the kernel has run.
+unsafe fn launch(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
+    check(args, stream, 1)?;
+    // SAFETY: the caller's promise.
+    unsafe { run(args, stream) }
+}
+
+/// What was checked before, now called.
+///
+/// # Safety
+/// As for [`launch`]; [`check`] must have found nothing, here or in a whole that these arguments are a part of.
+pub(super) unsafe fn run(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
     let kernel = &GDN_PREFILL;
-    check(kernel, &args, stream)?;
     let runtime = FlashInferRuntime::global()?;
     let device = args.q.device();
+    let id = runtime.checked_device(device)?;
     let _current = match device {
         Device::Cuda(_) => {
-            let id = runtime.checked_device(device)?;
             let needed = i64::from(runtime.multiprocessors(id)?) * WORKSPACE_PER_MULTIPROCESSOR;
-            let found = args.workspace.raw().numel();
+            let found = args.workspace.numel();
             if found < needed {
                 return Err(kernel.invalid(
                     "workspace",
@@ -97,9 +141,9 @@ pub unsafe fn gdn_prefill(mut args: GdnPrefill<'_>, stream: Stream<'_>) -> Resul
     let _stream = runtime.set_stream(device, stream)?;
     let (output, output_state, workspace) = (args.output.pack(), args.output_state.pack(), args.workspace.pack());
     let (q, k, v, cu_seqlens) = (args.q.pack(), args.k.pack(), args.v.pack(), args.cu_seqlens.pack());
-    let input_state = args.input_state.as_ref().map(TensorRef::pack);
-    let alpha = args.alpha.as_ref().map(TensorRef::pack);
-    let beta = args.beta.as_ref().map(TensorRef::pack);
+    let input_state = args.input_state.as_ref().map(Raw::pack);
+    let alpha = args.alpha.as_ref().map(Raw::pack);
+    let beta = args.beta.as_ref().map(Raw::pack);
     let optional = |tensor| Option::map_or(tensor, Arg::NONE, Arg::tensor);
     let packed = [
         Arg::tensor(&output),
@@ -116,18 +160,88 @@ pub unsafe fn gdn_prefill(mut args: GdnPrefill<'_>, stream: Stream<'_>) -> Resul
     ];
     // SAFETY: shapes, types, devices and sizes keep the kernel's contract, checked above; the contents of cu_seqlens
     // are the caller's promise, the tensors' memory and the stream were vouched for by whoever made them.
-    unsafe { function.call(&packed) }?;
-    Ok(())
+    let call = || unsafe { function.call(&packed) }.map(drop);
+    match device {
+        Device::Cuda(_) => per_device::call(id, args.variant(), call),
+        Device::Cpu => call(),
+    }
 }
 
-/// All of the contract that can be seen without reading device memory.
-fn check(kernel: &Kernel, args: &GdnPrefill<'_>, stream: Stream<'_>) -> Result<()> {
-    let (q, k, v) = (args.q.raw(), args.k.raw(), args.v.raw());
+impl RawArgs {
+    /// Which of upstream's 32 kernels the arguments choose.
+    fn variant(&self) -> u32 {
+        let switches = [
+            self.q.dtype() == DType::BF16,
+            self.q.shape()[1] < self.v.shape()[1],
+            self.beta.is_some(),
+            self.alpha.is_some(),
+            self.input_state.is_some(),
+        ];
+        switches.iter().fold(0, |bits, on| bits << 1 | u32::from(*on))
+    }
+}
+
+/// Release 0.6.3 raises a kernel's shared-memory limit once per process, behind a `static bool initialized` for each of its
+/// kernels, but the limit belongs to the device: on a second GPU it fails with `run failed`. So the first call of a kernel
+/// on a device is made alone, with those flags cleared; the kernel then raises the limit there too.
+mod per_device {
+    use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+    use std::sync::{OnceLock, PoisonError, RwLock};
+
+    use super::LIBRARY;
+    use crate::error::Result;
+    use crate::runtime::FlashInferRuntime;
+
+    /// The end of the flags' mangled names.
+    const FLAG: &str = "11initialized";
+
+    /// For every device, a bit for each kernel that ran there.
+    static READY: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
+    /// Held shared by every call, and alone by a kernel's first on a device: it must find its own flag cleared.
+    static GATE: RwLock<()> = RwLock::new(());
+
+    pub(super) fn call(device: i32, variant: u32, call: impl FnOnce() -> Result<()>) -> Result<()> {
+        let ready = READY.get(device as usize);
+        let bit = 1 << variant;
+        if ready.is_some_and(|ready| ready.load(Ordering::Acquire) & bit != 0) {
+            let _shared = GATE.read().unwrap_or_else(PoisonError::into_inner);
+            return call();
+        }
+        let _alone = GATE.write().unwrap_or_else(PoisonError::into_inner);
+        for flag in flags()? {
+            flag.store(0, Ordering::Relaxed);
+        }
+        call()?;
+        if let Some(ready) = ready {
+            ready.fetch_or(bit, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// The flags. None in a release that has no such fault.
+    fn flags() -> Result<&'static [&'static AtomicU8]> {
+        static FLAGS: OnceLock<Vec<&'static AtomicU8>> = OnceLock::new();
+        if let Some(flags) = FLAGS.get() {
+            return Ok(flags);
+        }
+        let addresses = FlashInferRuntime::global()?.module(LIBRARY)?.data_symbols(FLAG);
+        // SAFETY: each is a `bool` of a library that is never unloaded. Upstream reads and writes it only within calls,
+        // all of which go through the gate, so never while this side writes.
+        let flags = addresses.into_iter().map(|address| unsafe { AtomicU8::from_ptr(address) }).collect();
+        Ok(FLAGS.get_or_init(|| flags))
+    }
+}
+
+/// All of the contract that can be seen without reading device memory. `least` is how many tokens a sequence has at least:
+/// to the kernel one, since an empty sequence hangs the GPU.
+pub(super) fn check(args: &RawArgs, stream: Stream<'_>, least: i64) -> Result<()> {
+    let kernel = &GDN_PREFILL;
+    let (q, k, v) = (&args.q, &args.k, &args.v);
     let dtype = kernel.half("q", q)?;
     kernel.rank("q", q, 3)?;
     kernel.rank("k", k, 3)?;
     kernel.rank("v", v, 3)?;
-    kernel.rank("cu_seqlens", args.cu_seqlens.raw(), 1)?;
+    kernel.rank("cu_seqlens", &args.cu_seqlens, 1)?;
     let (tokens, size) = (q.shape()[0], q.shape()[2]);
     if size != HEAD_SIZE {
         let expected = format!("{HEAD_SIZE}, the only one that release 0.6.3 computes right");
@@ -145,8 +259,7 @@ fn check(kernel: &Kernel, args: &GdnPrefill<'_>, stream: Stream<'_>) -> Result<(
     let heads = q_heads.max(v_heads);
     let sequences = args.cu_seqlens.shape()[0] - 1;
     kernel.in_bounds("the number of sequences, the length of cu_seqlens less one,", sequences, 1, i32::MAX.into())?;
-    // Each sequence has a token: an empty one hangs the GPU.
-    kernel.in_bounds("the number of tokens", tokens, sequences, i32::MAX.into())?;
+    kernel.in_bounds("the number of tokens", tokens, sequences * least, i32::MAX.into())?;
 
     let per_token = [tokens, heads];
     let states = [sequences, heads, size, size];
@@ -159,25 +272,25 @@ fn check(kernel: &Kernel, args: &GdnPrefill<'_>, stream: Stream<'_>) -> Result<(
         ("q", q, &[tokens, q_heads, size][..], dtype),
         ("k", k, &[tokens, k_heads, size], dtype),
         ("v", v, &[tokens, v_heads, size], dtype),
-        ("output", args.output.raw(), &[tokens, heads, size], dtype),
-        ("output_state", args.output_state.raw(), &states, DType::F32),
-        ("cu_seqlens", args.cu_seqlens.raw(), &[sequences + 1], DType::I64),
+        ("output", &args.output, &[tokens, heads, size], dtype),
+        ("output_state", &args.output_state, &states, DType::F32),
+        ("cu_seqlens", &args.cu_seqlens, &[sequences + 1], DType::I64),
     ];
     let optional =
-        optional.iter().filter_map(|(name, tensor, shape)| Some((*name, tensor.as_ref()?.raw(), *shape, DType::F32)));
+        optional.iter().filter_map(|(name, tensor, shape)| Some((*name, tensor.as_ref()?, *shape, DType::F32)));
     for (name, tensor, shape, dtype) in required.into_iter().chain(optional) {
         kernel.dtype(name, tensor, dtype)?;
         kernel.shape(name, tensor, shape)?;
         kernel.stream(name, tensor, stream)?;
         memory(kernel, name, tensor, q.device())?;
     }
-    let workspace = args.workspace.raw();
+    let workspace = &args.workspace;
     kernel.rank("workspace", workspace, 1)?;
     kernel.dtype("workspace", workspace, DType::U8)?;
     kernel.stream("workspace", workspace, stream)?;
     memory(kernel, "workspace", workspace, q.device())?;
     // A failed TMA descriptor prints to stderr and goes on.
-    for (name, tensor) in [("q", q), ("k", k), ("v", v), ("output", args.output.raw())] {
+    for (name, tensor) in [("q", q), ("k", k), ("v", v), ("output", &args.output)] {
         kernel.aligned(name, tensor, 16)?;
     }
     kernel.aligned("workspace", workspace, 64)?;

@@ -1,6 +1,7 @@
 //! The kernels. A family is one file: its contract, its checks, its calls.
 
 pub mod gdn;
+pub mod gdn_context;
 pub mod norm;
 pub mod reference;
 
