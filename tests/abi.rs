@@ -180,7 +180,7 @@ fn stream_of(device: i64) -> *mut c_void {
     }
 }
 
-fn stream(address: usize) -> Stream {
+fn stream(address: usize) -> Stream<'static> {
     // SAFETY: no kernel is launched on it.
     unsafe { Stream::from_raw(address as *mut c_void) }
 }

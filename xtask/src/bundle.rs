@@ -33,12 +33,14 @@ const fn program(
     Program { kind, name, features, file, seconds }
 }
 
-const PROGRAMS: [Program; 6] = [
+const PROGRAMS: [Program; 8] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
     program("test", "gemma_rmsnorm_gpu", "cudarc", "gemma_rmsnorm_gpu", 120),
     program("test", "gdn_prefill_gpu", "cudarc", "gdn_prefill_gpu", 240),
+    program("test", "norm_gpu", "cudarc", "norm_gpu", 240),
+    program("test", "gdn_context_gpu", "cudarc", "gdn_context_gpu", 240),
     program("bench", "startup", "embed", "startup", 120),
 ];
 

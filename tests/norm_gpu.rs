@@ -1,0 +1,334 @@
+//! The norm family on a GPU through the safe API, against the reference. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test
+//! --features cudarc --test norm_gpu` runs them.
+
+#[path = "support/data.rs"]
+mod data;
+#[path = "support/gpu.rs"]
+mod gpu;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream};
+use data::{Number, Random, assert_close, widened};
+use flashinfer_rs::kernels::norm::{
+    NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm,
+    rmsnorm_quant,
+};
+use flashinfer_rs::{DType, FlashInferError, Stream, TensorMut, TensorRef};
+use gpu::Gpu;
+use half::{bf16, f16};
+
+fn main() -> ExitCode {
+    gpu::main(&[
+        ("rmsnorm_of_rows_and_of_heads_matches_in_bf16", |gpu| over_shapes::<bf16>(gpu, 3e-3)),
+        ("rmsnorm_of_rows_and_of_heads_matches_in_f16", |gpu| over_shapes::<f16>(gpu, 5e-4)),
+        ("fused_forms_match_in_bf16", |gpu| fused::<bf16>(gpu, 3e-3)),
+        ("fused_forms_match_in_f16", |gpu| fused::<f16>(gpu, 5e-4)),
+        ("eight_bit_outputs_match_bit_by_bit_nearly_everywhere", quantized),
+        ("strided_rows_and_heads_match", strided),
+        ("options_do_what_they_say", options),
+        ("a_tensor_of_another_stream_is_refused", other_stream),
+        ("rows_too_long_for_shared_memory_are_refused_before_the_launch", too_long),
+        ("rows_past_two_to_the_32_elements_are_right", past_32_bits),
+        ("threads_with_streams_of_their_own_get_what_one_gets", threads),
+        ("empty_tensors_launch_nothing", empty),
+    ])
+}
+
+type Norm =
+    fn(&mut TensorMut<'_>, &TensorRef<'_>, &TensorRef<'_>, &NormOptions, Stream<'_>) -> flashinfer_rs::Result<()>;
+type Fused =
+    fn(&mut TensorMut<'_>, &mut TensorMut<'_>, &TensorRef<'_>, &NormOptions, Stream<'_>) -> flashinfer_rs::Result<()>;
+
+fn upload<T: Number>(stream: &Arc<CudaStream>, values: &[T]) -> CudaSlice<T> {
+    stream.clone_htod(values).unwrap()
+}
+
+/// A function's result on the GPU, in memory that held NaN, and the reference's in f32.
+fn both<T: Number>(gpu: &Gpu, norm: Norm, shape: &[i64], seed: u64, options: &NormOptions) -> (Vec<f32>, Vec<f32>) {
+    let mut random = Random(seed);
+    let count = shape.iter().product::<i64>() as usize;
+    let columns = &shape[shape.len() - 1..];
+    let (input, weight) = (random.normal::<T>(count), random.normal::<T>(columns[0] as usize));
+    let stream = &gpu.stream;
+    let (input_gpu, weight_gpu) = (upload(stream, &input), upload(stream, &weight));
+    let mut out_gpu = upload(stream, &vec![T::POISON; count]);
+    norm(
+        &mut TensorMut::from_cudarc(stream, &mut out_gpu, shape).unwrap(),
+        &TensorRef::from_cudarc(stream, &input_gpu, shape).unwrap(),
+        &TensorRef::from_cudarc(stream, &weight_gpu, columns).unwrap(),
+        options,
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    let (input, weight, mut out) = (widened(&input), widened(&weight), vec![0f32; count]);
+    norm(
+        &mut TensorMut::from_slice(&mut out, shape).unwrap(),
+        &TensorRef::from_slice(&input, shape).unwrap(),
+        &TensorRef::from_slice(&weight, columns).unwrap(),
+        options,
+        Stream::NULL,
+    )
+    .unwrap();
+    (widened(&stream.clone_dtoh(&out_gpu).unwrap()), out)
+}
+
+fn over_shapes<T: Number>(gpu: &Gpu, tolerance: f64) {
+    let shapes: [&[i64]; 10] = [
+        &[1, 8],
+        &[1, 4096],
+        &[3, 33],
+        &[7, 1002],
+        &[64, 3072],
+        &[2, 16384],
+        &[1, 1, 64],
+        &[5, 32, 128],
+        &[17, 3, 100],
+        &[300, 8, 256],
+    ];
+    for (i, shape) in shapes.into_iter().enumerate() {
+        let (found, expected) = both::<T>(gpu, rmsnorm, shape, i as u64, &NormOptions::default());
+        assert_close(&format!("rmsnorm {shape:?}"), &found, &expected, tolerance);
+        if shape.len() == 2 {
+            let (found, expected) = both::<T>(gpu, gemma_rmsnorm, shape, i as u64, &NormOptions::default());
+            assert_close(&format!("gemma_rmsnorm {shape:?}"), &found, &expected, tolerance);
+        }
+    }
+}
+
+fn fused<T: Number>(gpu: &Gpu, tolerance: f64) {
+    let functions: [(&str, Fused); 2] = [("fused", fused_add_rmsnorm), ("gemma fused", gemma_fused_add_rmsnorm)];
+    for (name, function) in functions {
+        for (rows, columns) in [(1, 8), (5, 100), (33, 4096), (128, 5376), (2, 16384), (3, 32768), (9, 33), (64, 1024)]
+        {
+            let (shape, count) = ([rows, columns], (rows * columns) as usize);
+            let mut random = Random(columns as u64);
+            let (input, residual) = (random.normal::<T>(count), random.normal::<T>(count));
+            let weight = random.normal::<T>(columns as usize);
+            let stream = &gpu.stream;
+            let (mut a, mut b, w) = (upload(stream, &input), upload(stream, &residual), upload(stream, &weight));
+            function(
+                &mut TensorMut::from_cudarc(stream, &mut a, &shape).unwrap(),
+                &mut TensorMut::from_cudarc(stream, &mut b, &shape).unwrap(),
+                &TensorRef::from_cudarc(stream, &w, &shape[1..]).unwrap(),
+                &NormOptions::default(),
+                Stream::cudarc(stream),
+            )
+            .unwrap();
+            let (mut input, mut residual, weight) = (widened(&input), widened(&residual), widened(&weight));
+            function(
+                &mut TensorMut::from_slice(&mut input, &shape).unwrap(),
+                &mut TensorMut::from_slice(&mut residual, &shape).unwrap(),
+                &TensorRef::from_slice(&weight, &shape[1..]).unwrap(),
+                &NormOptions::default(),
+                Stream::NULL,
+            )
+            .unwrap();
+            let what = format!("{name} {rows}x{columns}");
+            assert_close(&what, &widened(&stream.clone_dtoh(&a).unwrap()), &input, tolerance);
+            assert_close(&what, &widened(&stream.clone_dtoh(&b).unwrap()), &residual, tolerance);
+        }
+    }
+}
+
+fn quantized(gpu: &Gpu) {
+    let (rows, columns, scale) = (50i64, 1024i64, 0.02);
+    let (shape, count) = ([rows, columns], (rows * columns) as usize);
+    let mut random = Random(1);
+    let (input, residual) = (random.normal::<bf16>(count), random.normal::<bf16>(count));
+    let weight = random.normal::<bf16>(columns as usize);
+    let stream = &gpu.stream;
+    let (a, w) = (upload(stream, &input), upload(stream, &weight));
+    let options = NormOptions::default();
+    for dtype in [DType::F8E4M3, DType::F8E5M2] {
+        for add in [false, true] {
+            let mut b = upload(stream, &residual);
+            let mut out = stream.clone_htod(&vec![0xFFu8; count]).unwrap();
+            let (mut expected, mut sum) = (vec![0u8; count], residual.clone());
+            {
+                let mut out = TensorMut::from_cudarc_bytes(stream, &mut out, dtype, &shape).unwrap();
+                let mut b = TensorMut::from_cudarc(stream, &mut b, &shape).unwrap();
+                let a = TensorRef::from_cudarc(stream, &a, &shape).unwrap();
+                let w = TensorRef::from_cudarc(stream, &w, &shape[1..]).unwrap();
+                let on = Stream::cudarc(stream);
+                match add {
+                    true => fused_add_rmsnorm_quant(&mut out, &a, &mut b, &w, scale, &options, on),
+                    false => rmsnorm_quant(&mut out, &a, &w, scale, &options, on),
+                }
+                .unwrap();
+                // SAFETY: the bytes are this function's own, and live until the call is done.
+                let mut out = unsafe {
+                    TensorMut::from_raw(expected.as_mut_ptr().cast(), flashinfer_rs::Device::Cpu, dtype, &shape, None)
+                }
+                .unwrap();
+                let a = TensorRef::from_slice(&input, &shape).unwrap();
+                let mut b = TensorMut::from_slice(&mut sum, &shape).unwrap();
+                let w = TensorRef::from_slice(&weight, &shape[1..]).unwrap();
+                match add {
+                    true => fused_add_rmsnorm_quant(&mut out, &a, &mut b, &w, scale, &options, Stream::NULL),
+                    false => rmsnorm_quant(&mut out, &a, &w, scale, &options, Stream::NULL),
+                }
+                .unwrap();
+            }
+            let found = stream.clone_dtoh(&out).unwrap();
+            // The kernel computes in f32: a value next to a boundary may fall to the other side, by one step.
+            let off = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            let far = found.iter().zip(&expected).filter(|(a, b)| a.abs_diff(**b) > 1).count();
+            assert!(
+                far == 0 && off * 200 < count,
+                "{dtype} add {add}: {off} of {count} differ, {far} by more than a step"
+            );
+            if add {
+                let found = stream.clone_dtoh(&b).unwrap();
+                assert_close("residual", &widened(&found), &widened(&sum), 3e-3);
+            }
+        }
+    }
+}
+
+fn strided(gpu: &Gpu) {
+    let stream = &gpu.stream;
+    // Heads of one token within a wider row, as q lies within a fused qkv.
+    let (tokens, heads, columns, row) = (9i64, 4i64, 64i64, 1024i64);
+    let mut random = Random(2);
+    let (input, weight) = (random.normal::<f16>((tokens * row) as usize), random.normal::<f16>(columns as usize));
+    let mut out = upload(stream, &vec![f16::POISON; (tokens * heads * columns) as usize]);
+    let (input_gpu, weight_gpu) = (upload(stream, &input), upload(stream, &weight));
+    let (shape, strides) = ([tokens, heads, columns], [row, columns, 1]);
+    rmsnorm(
+        &mut TensorMut::from_cudarc(stream, &mut out, &shape).unwrap(),
+        &TensorRef::from_cudarc_strided(stream, &input_gpu, &shape, &strides).unwrap(),
+        &TensorRef::from_cudarc(stream, &weight_gpu, &[columns]).unwrap(),
+        &NormOptions::default(),
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    let (input, weight) = (widened(&input), widened(&weight));
+    let mut expected = vec![0f32; out.len()];
+    rmsnorm(
+        &mut TensorMut::from_slice(&mut expected, &shape).unwrap(),
+        &TensorRef::from_slice_strided(&input, &shape, &strides).unwrap(),
+        &TensorRef::from_slice(&weight, &[columns]).unwrap(),
+        &NormOptions::default(),
+        Stream::NULL,
+    )
+    .unwrap();
+    assert_close("heads", &widened(&stream.clone_dtoh(&out).unwrap()), &expected, 5e-4);
+    let short = TensorRef::from_cudarc_strided(stream, &input_gpu, &[tokens + 1, heads, columns], &strides);
+    assert!(matches!(short.unwrap_err(), FlashInferError::InvalidArgument { .. }));
+}
+
+fn options(gpu: &Gpu) {
+    for options in [NormOptions::default().with_eps(0.5), NormOptions::default().with_pdl(true)] {
+        let (found, expected) = both::<bf16>(gpu, rmsnorm, &[64, 512], 3, &options);
+        assert_close(&format!("{options:?}"), &found, &expected, 3e-3);
+    }
+}
+
+fn other_stream(gpu: &Gpu) {
+    let (stream, other) = (&gpu.stream, gpu.context.new_stream().unwrap());
+    let (input, mut out) = (stream.alloc_zeros::<bf16>(64).unwrap(), stream.alloc_zeros::<bf16>(64).unwrap());
+    let error = rmsnorm(
+        &mut TensorMut::from_cudarc(stream, &mut out, &[1, 64]).unwrap(),
+        &TensorRef::from_cudarc(&other, &input, &[1, 64]).unwrap(),
+        &TensorRef::from_cudarc(stream, &input, &[64]).unwrap(),
+        &NormOptions::default(),
+        Stream::cudarc(stream),
+    )
+    .unwrap_err();
+    let FlashInferError::InvalidArgument { argument, found, .. } = &error else { panic!("{error}") };
+    assert_eq!((*argument, found.starts_with("for stream")), ("input", true));
+}
+
+fn too_long(gpu: &Gpu) {
+    let (stream, columns) = (&gpu.stream, 1i64 << 16);
+    let (mut a, mut b) = (stream.alloc_zeros::<bf16>(1 << 16).unwrap(), stream.alloc_zeros::<bf16>(1 << 16).unwrap());
+    let w = stream.alloc_zeros::<bf16>(1 << 16).unwrap();
+    let error = fused_add_rmsnorm(
+        &mut TensorMut::from_cudarc(stream, &mut a, &[1, columns]).unwrap(),
+        &mut TensorMut::from_cudarc(stream, &mut b, &[1, columns]).unwrap(),
+        &TensorRef::from_cudarc(stream, &w, &[columns]).unwrap(),
+        &NormOptions::default(),
+        Stream::cudarc(stream),
+    )
+    .unwrap_err();
+    assert!(matches!(error, FlashInferError::InvalidArgument { argument: "the number of columns", .. }), "{error}");
+    // And the longest that fits runs.
+    let columns = 32768 + 16384;
+    fused_add_rmsnorm(
+        &mut TensorMut::from_cudarc(stream, &mut a, &[1, columns]).unwrap(),
+        &mut TensorMut::from_cudarc(stream, &mut b, &[1, columns]).unwrap(),
+        &TensorRef::from_cudarc(stream, &w, &[columns]).unwrap(),
+        &NormOptions::default(),
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    stream.synchronize().unwrap();
+}
+
+fn past_32_bits(gpu: &Gpu) {
+    let (rows, columns) = ((1i64 << 20) + 64, 4096i64);
+    let count = (rows * columns) as usize;
+    let stream = &gpu.stream;
+    let mut random = Random(4);
+    // The same few rows again and again, but the last ones their own.
+    let (head, tail, weight) =
+        (random.normal::<bf16>(4096 * 64), random.normal::<bf16>(4096 * 64), random.normal::<bf16>(4096));
+    let mut input = stream.alloc_zeros::<bf16>(count).unwrap();
+    let mut out = stream.alloc_zeros::<bf16>(count).unwrap();
+    stream.memcpy_htod(&head, &mut input.slice_mut(0..head.len())).unwrap();
+    stream.memcpy_htod(&tail, &mut input.slice_mut(count - tail.len()..count)).unwrap();
+    let weight_gpu = upload(stream, &weight);
+    gemma_rmsnorm(
+        &mut TensorMut::from_cudarc(stream, &mut out, &[rows, columns]).unwrap(),
+        &TensorRef::from_cudarc(stream, &input, &[rows, columns]).unwrap(),
+        &TensorRef::from_cudarc(stream, &weight_gpu, &[columns]).unwrap(),
+        &NormOptions::default(),
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    for (name, values, at) in [("first rows", &head, 0), ("last rows", &tail, count - tail.len())] {
+        let found = stream.clone_dtoh(&out.slice(at..at + values.len())).unwrap();
+        let (values, weight, shape) = (widened(values), widened(&weight), [64, columns]);
+        let mut expected = vec![0f32; found.len()];
+        gemma_rmsnorm(
+            &mut TensorMut::from_slice(&mut expected, &shape).unwrap(),
+            &TensorRef::from_slice(&values, &shape).unwrap(),
+            &TensorRef::from_slice(&weight, &[columns]).unwrap(),
+            &NormOptions::default(),
+            Stream::NULL,
+        )
+        .unwrap();
+        assert_close(name, &widened(&found), &expected, 3e-3);
+    }
+}
+
+fn threads(gpu: &Gpu) {
+    let (serial, _) = both::<bf16>(gpu, rmsnorm, &[16, 2048], 5, &NormOptions::default());
+    std::thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                let own = Gpu { context: gpu.context.clone(), stream: gpu.context.new_stream().unwrap() };
+                for _ in 0..20 {
+                    let (found, _) = both::<bf16>(&own, rmsnorm, &[16, 2048], 5, &NormOptions::default());
+                    assert!(found.iter().zip(&serial).all(|(a, b)| a.to_bits() == b.to_bits()));
+                }
+            });
+        }
+    });
+}
+
+fn empty(gpu: &Gpu) {
+    let stream = &gpu.stream;
+    let mut out = stream.alloc_zeros::<bf16>(64).unwrap();
+    let weight = stream.alloc_zeros::<bf16>(64).unwrap();
+    rmsnorm(
+        &mut TensorMut::from_cudarc(stream, &mut out, &[0, 64]).unwrap(),
+        &TensorRef::from_cudarc(stream, &weight, &[0, 64]).unwrap(),
+        &TensorRef::from_cudarc(stream, &weight, &[64]).unwrap(),
+        &NormOptions::default(),
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+}
