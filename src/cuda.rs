@@ -17,6 +17,10 @@ const MULTIPROCESSORS: c_int = 16;
 const CAPABILITY: [c_int; 2] = [75, 76];
 /// `cudaMemcpyDefault`: by the pointers.
 const COPY: c_int = 4;
+/// Errors after which CUDA answers nothing else in this process: illegal address, launch timeout, assertion, hardware
+/// stack, illegal instruction, misaligned address, invalid address space, invalid program counter, launch failure, an
+/// error that only a restart mends, and unknown.
+const STICKY: [c_int; 12] = [214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 226, 999];
 /// `cudaErrorNoDevice`.
 const NO_DEVICE: c_int = 100;
 
@@ -27,7 +31,7 @@ pub(crate) struct Cudart {
     set_device: unsafe extern "C" fn(c_int) -> c_int,
     device_get_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
-    /// Only reports and empty sequences need these; a stand-in for CUDA's runtime may lack them.
+    /// What calls that go well do not need; a stand-in for CUDA's runtime may lack them.
     memory: Option<Memory>,
 }
 
@@ -38,6 +42,8 @@ struct Memory {
     memcpy: unsafe extern "C" fn(*mut c_void, *const c_void, usize, c_int) -> c_int,
     memcpy_async: unsafe extern "C" fn(*mut c_void, *const c_void, usize, c_int, *mut c_void) -> c_int,
     memset_async: unsafe extern "C" fn(*mut c_void, c_int, usize, *mut c_void) -> c_int,
+    peek_at_last_error: unsafe extern "C" fn() -> c_int,
+    get_last_error: unsafe extern "C" fn() -> c_int,
 }
 
 impl Memory {
@@ -52,6 +58,8 @@ impl Memory {
                 memcpy: library.symbol(c"cudaMemcpy")?,
                 memcpy_async: library.symbol(c"cudaMemcpyAsync")?,
                 memset_async: library.symbol(c"cudaMemsetAsync")?,
+                peek_at_last_error: library.symbol(c"cudaPeekAtLastError")?,
+                get_last_error: library.symbol(c"cudaGetLastError")?,
             })
         }
     }
@@ -136,6 +144,31 @@ impl Cudart {
         self.check("cudaMemsetAsync", code)
     }
 
+    /// Forgets an error that some other call left on this thread, so that a kernel's wrapper, which looks at the last
+    /// error after its launch, does not take it for its own.
+    pub(crate) fn forget_stale_error(&self) {
+        let Some(memory) = &self.memory else { return };
+        // SAFETY: both functions take nothing and answer a number.
+        unsafe {
+            if (memory.peek_at_last_error)() != 0 {
+                (memory.get_last_error)();
+            }
+        }
+    }
+
+    /// The error that makes every call on the current device fail from now on, if there is one.
+    pub(crate) fn sticky_error(&self) -> Option<(c_int, String)> {
+        let memory = self.memory.as_ref()?;
+        // SAFETY: freeing nothing does nothing, but answers what is wrong with the context.
+        let code = unsafe { (memory.free)(ptr::null_mut()) };
+        STICKY.contains(&code).then(|| (code, self.describe(code)))
+    }
+
+    fn describe(&self, code: c_int) -> String {
+        // SAFETY: the function answers a static C string for every number.
+        unsafe { CStr::from_ptr((self.get_error_string)(code)) }.to_string_lossy().into_owned()
+    }
+
     fn memory(&self) -> Result<Memory> {
         let searched = || vec!["the one in use has no cudaMalloc".to_owned()];
         self.memory.ok_or_else(|| FlashInferError::CudartMissing { searched: searched() })
@@ -175,9 +208,7 @@ impl Cudart {
         if code == 0 {
             return Ok(());
         }
-        // SAFETY: the function answers a static C string for every number.
-        let message = unsafe { CStr::from_ptr((self.get_error_string)(code)) }.to_string_lossy().into_owned();
-        Err(FlashInferError::Cuda { call, code, message })
+        Err(FlashInferError::Cuda { call, code, message: self.describe(code) })
     }
 }
 

@@ -145,6 +145,20 @@ pub enum FlashInferError {
         message: String,
     },
 
+    /// A kernel, ours or another of this process, broke the device's context: nothing runs there any more.
+    #[error(
+        "the context of cuda:{device} is lost, CUDA error {code}: {message}; nothing runs on it until this process is \
+             started again; compute-sanitizer finds the kernel that did it"
+    )]
+    ContextLost {
+        /// CUDA's number for the GPU.
+        device: i32,
+        /// `cudaError_t`.
+        code: c_int,
+        /// CUDA's own words.
+        message: String,
+    },
+
     /// There is no such GPU.
     #[error("there is no CUDA device {device}: this process sees {count}; use a device from 0 to one below that")]
     DeviceOutOfRange {

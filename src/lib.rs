@@ -53,7 +53,8 @@
 mod artifact;
 mod cuda;
 #[cfg(feature = "cudarc")]
-mod cudarc;
+#[path = "cudarc.rs"]
+mod cudarc_buffers;
 #[path = "../build/digest.rs"]
 #[allow(dead_code, reason = "the build parses digests, the library only compares them")]
 mod digest;
@@ -67,8 +68,11 @@ mod report;
 mod runtime;
 mod tensor;
 
+/// The cudarc that this crate's functions take buffers of. A new minor version of it is a new minor version of this crate.
 #[cfg(feature = "cudarc")]
-pub use self::cudarc::{
+pub use ::cudarc;
+#[cfg(feature = "cudarc")]
+pub use cudarc_buffers::{
     DeviceBuffer, DeviceBufferMut, Half16, gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options,
     gemma_rmsnorm_cudarc,
 };

@@ -292,6 +292,18 @@ fn small(any: &Any) -> &[u8] {
     &bytes[..(any.extra as usize).min(bytes.len())]
 }
 
+impl PackedTensor<'_> {
+    /// A tensor object, for the few functions that take no plain tensor.
+    ///
+    /// # Safety
+    /// The object must be dropped, everywhere, before this tensor's shape and memory are gone.
+    pub(crate) unsafe fn to_object(&self, api: &'static Api) -> Result<Object> {
+        // SAFETY: the caller's promise.
+        let handle = unsafe { api.tensor_object(self.0) }?;
+        Ok(Object { handle, api })
+    }
+}
+
 /// A reference-counted object of TVM-FFI's, of which this holds one reference.
 pub struct Object {
     handle: *mut abi::Object,

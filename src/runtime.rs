@@ -82,14 +82,22 @@ impl RuntimeConfig {
     }
 }
 
+/// What is remembered of a GPU.
+#[derive(Default)]
+struct GpuState {
+    /// The number of its multiprocessors, once that was asked for.
+    multiprocessors: OnceLock<i32>,
+    /// The error that its context was lost to.
+    lost: OnceLock<(i32, String)>,
+}
+
 /// The process's one runtime: TVM-FFI, CUDA's runtime and the kernel modules, loaded and checked.
 pub struct FlashInferRuntime {
     config: RuntimeConfig,
     api: Api,
     /// Where it could not be found: what was looked at.
     cudart: std::result::Result<Cudart, Vec<String>>,
-    /// Per GPU, the number of its multiprocessors once that was asked for.
-    devices: OnceLock<Box<[OnceLock<i32>]>>,
+    devices: OnceLock<Box<[GpuState]>>,
     modules: Mutex<HashMap<String, &'static Module>>,
     /// Libraries other than modules, and where they were loaded from.
     loaded: Vec<(String, PathBuf)>,
@@ -203,17 +211,17 @@ impl FlashInferRuntime {
         Ok(self.devices()?.len() as i32)
     }
 
-    fn devices(&self) -> Result<&[OnceLock<i32>]> {
+    fn devices(&self) -> Result<&[GpuState]> {
         if let Some(devices) = self.devices.get() {
             return Ok(devices);
         }
         let count = self.cudart()?.device_count()?;
-        Ok(self.devices.get_or_init(|| (0..count).map(|_| OnceLock::new()).collect()))
+        Ok(self.devices.get_or_init(|| (0..count).map(|_| GpuState::default()).collect()))
     }
 
     /// The number of multiprocessors of a device that exists.
     pub(crate) fn multiprocessors(&self, device: i32) -> Result<i32> {
-        let cell = &self.devices()?[device as usize];
+        let cell = &self.devices()?[device as usize].multiprocessors;
         if let Some(count) = cell.get() {
             return Ok(*count);
         }
@@ -288,13 +296,44 @@ impl FlashInferRuntime {
         unsafe { self.api.set_stream(device, stream.0) }.map(Some)
     }
 
-    /// A CUDA device's number, once it is known to exist.
+    /// A CUDA device's number, once it is known to exist and to work.
     pub(crate) fn checked_device(&self, device: Device) -> Result<i32> {
         let Device::Cuda(id) = device else { return Ok(0) };
-        let count = self.device_count()?;
-        match i32::try_from(id) {
-            Ok(id) if id < count => Ok(id),
-            _ => Err(FlashInferError::DeviceOutOfRange { device: id.into(), count }),
+        let devices = self.devices()?;
+        let Some(state) = devices.get(id as usize) else {
+            return Err(FlashInferError::DeviceOutOfRange { device: id.into(), count: devices.len() as i32 });
+        };
+        match state.lost.get() {
+            None => Ok(id as i32),
+            Some((code, message)) => {
+                Err(FlashInferError::ContextLost { device: id as i32, code: *code, message: message.clone() })
+            }
+        }
+    }
+
+    /// What an error of a kernel on a device really is: the device's context may be lost.
+    #[cold]
+    pub(crate) fn diagnosed(&'static self, error: FlashInferError, device: Device) -> FlashInferError {
+        let Ok(id) = self.checked_device(device) else { return error };
+        let (Device::Cuda(_), Ok(cudart), Ok(devices)) = (device, self.cudart(), self.devices()) else { return error };
+        let current = cudart.set_current(id);
+        // A lost context may refuse even to become the current one.
+        let sticky = cudart.sticky_error();
+        drop(current);
+        match sticky {
+            Some(lost) => {
+                let (code, message) = devices[id as usize].lost.get_or_init(|| lost);
+                FlashInferError::ContextLost { device: id, code: *code, message: message.clone() }
+            }
+            None => error,
+        }
+    }
+
+    /// Whether kernels of this crate run on a device, by its compute capability.
+    pub(crate) fn supports(&self, supported: impl Fn((i32, i32)) -> bool, device: Device) -> Result<bool> {
+        match device {
+            Device::Cpu => Ok(true),
+            Device::Cuda(_) => Ok(supported(self.compute_capability(self.checked_device(device)?)?)),
         }
     }
 

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream};
 use data::{Number, Random, assert_close, widened};
 use flashinfer_rs::kernels::norm::{
-    NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm,
-    rmsnorm_quant,
+    NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, is_supported,
+    layernorm, rmsnorm, rmsnorm_quant,
 };
-use flashinfer_rs::{DType, FlashInferError, Stream, TensorMut, TensorRef};
+use flashinfer_rs::{DType, Device, FlashInferError, Stream, TensorMut, TensorRef};
 use gpu::Gpu;
 use half::{bf16, f16};
 
@@ -33,6 +33,8 @@ fn main() -> ExitCode {
         ("rows_past_two_to_the_32_elements_are_right", past_32_bits),
         ("threads_with_streams_of_their_own_get_what_one_gets", threads),
         ("empty_tensors_launch_nothing", empty),
+        ("layernorm_matches", layer),
+        ("every_gpu_here_is_said_to_be_supported", supported),
     ])
 }
 
@@ -158,10 +160,9 @@ fn quantized(gpu: &Gpu) {
                 }
                 .unwrap();
                 // SAFETY: the bytes are this function's own, and live until the call is done.
-                let mut out = unsafe {
-                    TensorMut::from_raw(expected.as_mut_ptr().cast(), flashinfer_rs::Device::Cpu, dtype, &shape, None)
-                }
-                .unwrap();
+                let mut out =
+                    unsafe { TensorMut::from_raw(expected.as_mut_ptr().cast(), Device::Cpu, dtype, &shape, None) }
+                        .unwrap();
                 let a = TensorRef::from_slice(&input, &shape).unwrap();
                 let mut b = TensorMut::from_slice(&mut sum, &shape).unwrap();
                 let w = TensorRef::from_slice(&weight, &shape[1..]).unwrap();
@@ -331,4 +332,41 @@ fn empty(gpu: &Gpu) {
         Stream::cudarc(stream),
     )
     .unwrap();
+}
+
+fn layer(gpu: &Gpu) {
+    let stream = &gpu.stream;
+    for (rows, columns) in [(1, 8), (3, 33), (64, 1024), (7, 5000), (500, 128), (2, 40000)] {
+        let (shape, count) = ([rows, columns], (rows * columns) as usize);
+        let mut random = Random(columns as u64);
+        let input = random.normal::<bf16>(count);
+        let (gamma, beta) = (random.normal_f32(1.0, columns as usize), random.normal_f32(1.0, columns as usize));
+        let (a, g, b) = (upload(stream, &input), stream.clone_htod(&gamma).unwrap(), stream.clone_htod(&beta).unwrap());
+        let mut out = upload(stream, &vec![bf16::POISON; count]);
+        layernorm(
+            &mut TensorMut::from_cudarc(stream, &mut out, &shape).unwrap(),
+            &TensorRef::from_cudarc(stream, &a, &shape).unwrap(),
+            &TensorRef::from_cudarc(stream, &g, &shape[1..]).unwrap(),
+            &TensorRef::from_cudarc(stream, &b, &shape[1..]).unwrap(),
+            1e-5,
+            Stream::cudarc(stream),
+        )
+        .unwrap();
+        let (input, mut expected) = (widened(&input), vec![0f32; count]);
+        layernorm(
+            &mut TensorMut::from_slice(&mut expected, &shape).unwrap(),
+            &TensorRef::from_slice(&input, &shape).unwrap(),
+            &TensorRef::from_slice(&gamma, &shape[1..]).unwrap(),
+            &TensorRef::from_slice(&beta, &shape[1..]).unwrap(),
+            1e-5,
+            Stream::NULL,
+        )
+        .unwrap();
+        assert_close(&format!("{rows}x{columns}"), &widened(&stream.clone_dtoh(&out).unwrap()), &expected, 3e-3);
+    }
+}
+
+fn supported(_: &Gpu) {
+    assert!(is_supported(Device::Cuda(0)).unwrap() && is_supported(Device::Cpu).unwrap());
+    assert!(matches!(is_supported(Device::Cuda(1000)).unwrap_err(), FlashInferError::DeviceOutOfRange { .. }));
 }

@@ -22,6 +22,7 @@ pub(crate) mod type_index {
     pub(crate) const STATIC_OBJECT_BEGIN: i32 = 64;
     pub(crate) const STR: i32 = 65;
     pub(crate) const BYTES: i32 = 66;
+    pub(crate) const TENSOR: i32 = 70;
 }
 
 /// `TVMFFIAny`: one argument or result.

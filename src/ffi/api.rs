@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
 
 use super::abi::{ErrorCell, Object, Version};
-use super::dlpack;
+use super::dlpack::{self, DLManagedTensorVersioned, DLTensor};
 use crate::error::{FlashInferError, Result};
 use crate::loader::Library;
 
@@ -18,6 +18,7 @@ pub(crate) struct Api {
     error_move_from_raised: unsafe extern "C" fn(*mut *mut Object),
     error_set_raised_from_c_str: unsafe extern "C" fn(*const c_char, *const c_char),
     env_set_stream: unsafe extern "C" fn(i32, i32, *mut c_void, *mut *mut c_void) -> c_int,
+    tensor_from_dlpack: unsafe extern "C" fn(*mut DLManagedTensorVersioned, i32, i32, *mut *mut Object) -> c_int,
 }
 
 /// A symbol whose address shows which libtvm_ffi.so other libraries bind to.
@@ -36,6 +37,7 @@ impl Api {
                 error_move_from_raised: library.symbol(c"TVMFFIErrorMoveFromRaised")?,
                 error_set_raised_from_c_str: library.symbol(c"TVMFFIErrorSetRaisedFromCStr")?,
                 env_set_stream: library.symbol(LANDMARK)?,
+                tensor_from_dlpack: library.symbol(c"TVMFFITensorFromDLPackVersioned")?,
             })
         }
     }
@@ -101,6 +103,35 @@ impl Api {
     pub(crate) fn raise(&self, kind: &CStr, message: &CStr) {
         // SAFETY: both are C strings, which the function copies.
         unsafe { (self.error_set_raised_from_c_str)(kind.as_ptr(), message.as_ptr()) };
+    }
+
+    /// A tensor object, for the few functions that take no plain tensor. It is owned by the caller.
+    ///
+    /// # Safety
+    /// The tensor's memory, shape and strides must outlive the object.
+    pub(crate) unsafe fn tensor_object(&self, tensor: DLTensor) -> Result<*mut Object> {
+        unsafe extern "C" fn delete(managed: *mut DLManagedTensorVersioned) {
+            // SAFETY: TVM-FFI calls this once, with the very pointer that was leaked below.
+            drop(unsafe { Box::from_raw(managed) });
+        }
+        let managed = DLManagedTensorVersioned {
+            version: dlpack::VERSION,
+            manager_ctx: ptr::null_mut(),
+            deleter: Some(delete),
+            flags: 0,
+            dl_tensor: tensor,
+        };
+        let managed = Box::into_raw(Box::new(managed));
+        let mut object = ptr::null_mut();
+        // SAFETY: a managed tensor with a deleter of its own, and an out pointer that is valid for the call; neither
+        // alignment nor contiguity is asked for.
+        let code = unsafe { (self.tensor_from_dlpack)(managed, 0, 0, &mut object) };
+        if code != 0 {
+            // SAFETY: TVM-FFI did not take it, so it is still this side's.
+            drop(unsafe { Box::from_raw(managed) });
+            return Err(self.take_error("TVMFFITensorFromDLPackVersioned", code));
+        }
+        Ok(object)
     }
 
     /// Sets this thread's stream for a CUDA device until the guard is dropped.

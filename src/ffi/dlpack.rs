@@ -38,7 +38,35 @@ pub(crate) struct DLTensor {
     pub(crate) byte_offset: u64,
 }
 
+/// `DLPackVersion`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DLPackVersion {
+    pub(crate) major: u32,
+    pub(crate) minor: u32,
+}
+
+/// `DLManagedTensorVersioned`: a tensor that its receiver gives back by calling the deleter, once.
+#[repr(C)]
+pub(crate) struct DLManagedTensorVersioned {
+    pub(crate) version: DLPackVersion,
+    pub(crate) manager_ctx: *mut c_void,
+    pub(crate) deleter: Option<unsafe extern "C" fn(*mut DLManagedTensorVersioned)>,
+    pub(crate) flags: u64,
+    pub(crate) dl_tensor: DLTensor,
+}
+
+/// The DLPack release that libtvm_ffi.so 0.1.3 was built with.
+pub(crate) const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 2 };
+
 const _: () = {
+    assert!(size_of::<DLPackVersion>() == 8);
+    assert!(size_of::<DLManagedTensorVersioned>() == 80);
+    assert!(offset_of!(DLManagedTensorVersioned, version) == 0);
+    assert!(offset_of!(DLManagedTensorVersioned, manager_ctx) == 8);
+    assert!(offset_of!(DLManagedTensorVersioned, deleter) == 16);
+    assert!(offset_of!(DLManagedTensorVersioned, flags) == 24);
+    assert!(offset_of!(DLManagedTensorVersioned, dl_tensor) == 32);
     assert!(size_of::<DLDevice>() == 8);
     assert!(offset_of!(DLDevice, device_type) == 0);
     assert!(offset_of!(DLDevice, device_id) == 4);

@@ -22,6 +22,14 @@ pub const HEAD_SIZE: i64 = 128;
 /// A TMA descriptor for every multiprocessor, which the kernel edits on partial tiles.
 const WORKSPACE_PER_MULTIPROCESSOR: i64 = 128;
 
+/// Whether the kernel runs on a device: on the host always, on a GPU of compute capability 9.0.
+///
+/// # Errors
+/// [`DeviceOutOfRange`](crate::FlashInferError::DeviceOutOfRange), or why there is no GPU.
+pub fn is_supported(device: Device) -> Result<bool> {
+    FlashInferRuntime::global()?.supports(|capability| GDN_PREFILL.supports(capability), device)
+}
+
 /// The arguments of [`gdn_prefill`], with `T` tokens of `N` sequences one after the other, `D` = [`HEAD_SIZE`], and
 /// `H = max(query heads, value heads)`.
 #[derive(Debug)]
@@ -132,8 +140,11 @@ pub(super) unsafe fn run(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
                     format!("{needed} bytes or more"),
                 ));
             }
+            let cudart = runtime.cudart()?;
+            // CUTLASS asks for the last error after the launch, whoever made it.
+            cudart.forget_stale_error();
             // Upstream asks the thread's current device, not the tensors'.
-            Some(runtime.cudart()?.set_current(id)?)
+            Some(cudart.set_current(id)?)
         }
         Device::Cpu => None,
     };
@@ -160,7 +171,7 @@ pub(super) unsafe fn run(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
     ];
     // SAFETY: shapes, types, devices and sizes keep the kernel's contract, checked above; the contents of cu_seqlens
     // are the caller's promise, the tensors' memory and the stream were vouched for by whoever made them.
-    let call = || unsafe { function.call(&packed) }.map(drop);
+    let call = || unsafe { function.call(&packed) }.map(drop).map_err(|error| runtime.diagnosed(error, device));
     match device {
         Device::Cuda(_) => per_device::call(id, args.variant(), call),
         Device::Cpu => call(),

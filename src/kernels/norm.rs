@@ -35,6 +35,7 @@ static FUSED_ADD_RMSNORM: Kernel = kernel("fused_add_rmsnorm");
 static GEMMA_FUSED_ADD_RMSNORM: Kernel = kernel("gemma_fused_add_rmsnorm");
 static RMSNORM_QUANT: Kernel = kernel("rmsnorm_quant");
 static FUSED_ADD_RMSNORM_QUANT: Kernel = kernel("fused_add_rmsnorm_quant");
+static LAYERNORM: Kernel = kernel("layernorm");
 
 pub(super) static KERNELS: &[&Kernel] =
     &[&RMSNORM, &GEMMA_RMSNORM, &FUSED_ADD_RMSNORM, &GEMMA_FUSED_ADD_RMSNORM, &RMSNORM_QUANT, &FUSED_ADD_RMSNORM_QUANT];
@@ -47,6 +48,15 @@ const OFFSET_LIMIT: i64 = 1 << 32;
 
 /// Shared memory that a block can have on the largest GPUs (compute capability 9.0): the fused forms keep a row of f32.
 const SHARED_MEMORY: i64 = 227 << 10;
+
+/// Whether the norms run on a device: on the host always, on a GPU by its compute capability. A wheel may have been
+/// compiled for fewer; then the first call raises `no kernel image`.
+///
+/// # Errors
+/// [`DeviceOutOfRange`](crate::FlashInferError::DeviceOutOfRange), or why there is no GPU.
+pub fn is_supported(device: Device) -> Result<bool> {
+    FlashInferRuntime::global()?.supports(|capability| RMSNORM.supports(capability), device)
+}
 
 /// How a norm is computed.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -204,6 +214,86 @@ pub fn fused_add_rmsnorm_quant(
     call.run(&[("out", out.raw()), ("input", input.raw()), ("residual", residual.raw())], weight.raw(), stream)
 }
 
+/// LayerNorm: `out[i] = (input[i] − mean) / √(variance + eps) · gamma + beta`, row by row. Programmatic dependent launch is
+/// not for this one.
+///
+/// | tensor | shape | dtype |
+/// |---|---|---|
+/// | `out`, `input`, contiguous | `[rows, columns]` | BF16 (on the host also F16 and F32) |
+/// | `gamma`, `beta`, contiguous | `[columns]` | F32 |
+///
+/// Upstream takes these tensors as reference-counted objects: a call allocates four of them.
+///
+/// # Errors
+/// See the [module](self).
+pub fn layernorm(
+    out: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    gamma: &TensorRef<'_>,
+    beta: &TensorRef<'_>,
+    eps: f64,
+    stream: Stream<'_>,
+) -> Result<()> {
+    let kernel = &LAYERNORM;
+    let (out, input, gamma, beta) = (out.raw(), input.raw(), gamma.raw(), beta.raw());
+    check_positive(kernel, "eps", eps)?;
+    kernel.rank("input", input, 2)?;
+    let (rows, columns) = (input.shape()[0], input.shape()[1]);
+    let dtype = kernel.half("input", input)?;
+    if input.device() != Device::Cpu {
+        kernel.dtype("input", input, DType::BF16)?;
+    }
+    let tensors = [
+        ("input", input, dtype, &[rows, columns][..]),
+        ("out", out, dtype, &[rows, columns]),
+        ("gamma", gamma, DType::F32, &[columns]),
+        ("beta", beta, DType::F32, &[columns]),
+    ];
+    for (name, tensor, dtype, shape) in tensors {
+        kernel.dtype(name, tensor, dtype)?;
+        kernel.device(name, tensor, input.device())?;
+        kernel.stream(name, tensor, stream)?;
+        kernel.shape(name, tensor, shape)?;
+        kernel.contiguous(name, tensor)?;
+        // Two elements at a time where their number is even.
+        kernel.aligned(name, tensor, dtype.size() * if columns % 2 == 0 { 2 } else { 1 })?;
+    }
+    kernel.in_bounds("the number of rows", rows, 0, i32::MAX.into())?;
+    kernel.in_bounds("the number of columns", columns, if rows > 0 { 1 } else { 0 }, i32::MAX.into())?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let runtime = FlashInferRuntime::global()?;
+    runtime.checked_device(input.device())?;
+    let function = kernel.on(input.device())?;
+    let _stream = runtime.set_stream(input.device(), stream)?;
+    // Offsets are signed here.
+    let step = (i64::from(i32::MAX) / columns).max(1);
+    for start in (0..rows).step_by(step as usize) {
+        let count = step.min(rows - start);
+        let parts = [out.rows(start, count), input.rows(start, count), *gamma, *beta];
+        let packed = [parts[0].pack(), parts[1].pack(), parts[2].pack(), parts[3].pack()];
+        // SAFETY: the objects are dropped at the end of this turn, before the tensors; the function keeps none.
+        let objects = packed.iter().map(|tensor| unsafe { tensor.to_object(runtime.api()) });
+        let objects = objects.collect::<Result<Vec<_>>>()?;
+        let mut args = [const { Arg::NONE }; 5];
+        args.iter_mut().zip(&objects).for_each(|(arg, object)| *arg = Arg::object(object));
+        args[4] = Arg::float(eps);
+        // SAFETY: the arguments keep the kernel's contract, checked above; whoever made the tensors vouched for their
+        // memory, and whoever made the stream for the stream.
+        unsafe { function.call(&args) }.map_err(|error| runtime.diagnosed(error, input.device()))?;
+    }
+    Ok(())
+}
+
+fn check_positive(kernel: &Kernel, argument: &'static str, value: f64) -> Result<()> {
+    // As the f32 that the kernel makes of it.
+    if (value as f32).is_finite() && value as f32 > 0.0 {
+        return Ok(());
+    }
+    Err(kernel.invalid(argument, value, "a finite positive number"))
+}
+
 /// What a norm writes its result to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Out {
@@ -261,7 +351,7 @@ impl Call<'_> {
             push(Arg::bool(self.options.pdl));
             // SAFETY: the arguments keep the kernel's contract, checked above; whoever made the tensors vouched for
             // their memory, and whoever made the stream for the stream.
-            unsafe { function.call(&args[..n]) }?;
+            unsafe { function.call(&args[..n]) }.map_err(|error| runtime.diagnosed(error, device))?;
             start += count;
         }
         Ok(())
@@ -313,15 +403,8 @@ impl Call<'_> {
     }
 
     fn check_numbers(&self) -> Result<()> {
-        // As the f32 that the kernel makes of it.
-        let fine = |value: f64| (value as f32).is_finite() && value as f32 > 0.0;
-        if !fine(self.options.eps) {
-            return Err(self.kernel.invalid("eps", self.options.eps, "a finite positive number"));
-        }
-        match self.scale {
-            Some(scale) if !fine(scale) => Err(self.kernel.invalid("scale", scale, "a finite positive number")),
-            _ => Ok(()),
-        }
+        check_positive(self.kernel, "eps", self.options.eps)?;
+        self.scale.map_or(Ok(()), |scale| check_positive(self.kernel, "scale", scale))
     }
 
     /// Rows apart by at least their length, in whole vectors. Where a dimension has one element, its stride moves nothing.

@@ -28,6 +28,7 @@ static FUNCTIONS: &[(&str, SafeCall)] = &[
     ("gemma_fused_add_rmsnorm", gemma_fused_add_rmsnorm),
     ("rmsnorm_quant", rmsnorm_quant),
     ("fused_add_rmsnorm_quant", fused_add_rmsnorm_quant),
+    ("layernorm", layernorm),
     ("gdn_prefill", gdn_prefill),
 ];
 
@@ -83,6 +84,32 @@ function!(fused_add_rmsnorm_quant, |args| {
     let [out, input, residual, weight, scale, eps, _pdl] = args.exactly()?;
     let (input, residual) = (args.tensor(input)?, args.tensor(residual)?);
     fused(&args.tensor(out)?, &input, &residual, &args.tensor(weight)?, 0.0, 1.0 / args.float(scale)?, args.float(eps)?)
+});
+
+function!(layernorm, |args| {
+    let [out, input, gamma, beta, eps] = args.exactly()?;
+    let (out, input) = (args.tensor(out)?, args.tensor(input)?);
+    let (gamma, beta, eps) = (args.tensor(gamma)?, args.tensor(beta)?, args.float(eps)?);
+    let (rows, columns) = (input.size(0)?, input.size(1)?);
+    for (tensor, shape) in
+        [(&out, &[rows, columns][..]), (&input, &[rows, columns]), (&gamma, &[columns]), (&beta, &[columns])]
+    {
+        tensor.expect_shape(shape)?;
+    }
+    let (mut weights, mut shifts, mut row) = (vec![0.0; columns], vec![0.0; columns], vec![0.0; columns]);
+    gamma.read(&[], &mut weights)?;
+    beta.read(&[], &mut shifts)?;
+    for i in 0..rows {
+        input.read(&[i], &mut row)?;
+        let mean = row.iter().sum::<f64>() / columns as f64;
+        let variance = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / columns as f64;
+        let factor = 1.0 / (variance + eps).sqrt();
+        for ((x, weight), shift) in row.iter_mut().zip(&weights).zip(&shifts) {
+            *x = (*x - mean) * factor * weight + shift;
+        }
+        out.write(&[i], &row)?;
+    }
+    Ok(())
 });
 
 fn fused_in_place(args: &Args<'_>, bias: f64) -> std::result::Result<(), Raised> {
@@ -303,11 +330,16 @@ impl<'a> Args<'a> {
 
     fn tensor(&self, position: usize) -> std::result::Result<HostTensor<'a>, Raised> {
         let arg = &self.args[position];
-        if arg.type_index != type_index::DL_TENSOR_PTR {
-            return Err(self.mismatch(position, "DLTensor*"));
-        }
-        // SAFETY: the index says that the payload points to a tensor, which is valid during the call.
-        HostTensor::new(position, unsafe { &*arg.payload.tensor })
+        // SAFETY: each index says which payload is there: a pointer to a tensor, or an object with one right behind its
+        // header. Both are valid during the call.
+        let tensor = unsafe {
+            match arg.type_index {
+                type_index::DL_TENSOR_PTR => &*arg.payload.tensor,
+                type_index::TENSOR => &*arg.payload.object.add(1).cast::<DLTensor>(),
+                _ => return Err(self.mismatch(position, "DLTensor*")),
+            }
+        };
+        HostTensor::new(position, tensor)
     }
 
     fn optional(&self, position: usize) -> std::result::Result<Option<HostTensor<'a>>, Raised> {

@@ -33,7 +33,7 @@ const fn program(
     Program { kind, name, features, file, seconds }
 }
 
-const PROGRAMS: [Program; 8] = [
+const PROGRAMS: [Program; 9] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
@@ -41,6 +41,7 @@ const PROGRAMS: [Program; 8] = [
     program("test", "gdn_prefill_gpu", "cudarc", "gdn_prefill_gpu", 240),
     program("test", "norm_gpu", "cudarc", "norm_gpu", 240),
     program("test", "gdn_context_gpu", "cudarc", "gdn_context_gpu", 240),
+    program("test", "errors_gpu", "cudarc", "errors_gpu", 300),
     program("bench", "startup", "embed", "startup", 120),
 ];
 

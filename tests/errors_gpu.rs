@@ -1,0 +1,154 @@
+//! What goes wrong on a GPU, and a long life without leaks. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc
+//! --test errors_gpu` runs them.
+
+#[path = "support/gpu.rs"]
+mod gpu;
+
+use std::ffi::c_void;
+use std::process::{Command, ExitCode};
+
+use cudarc::driver::result;
+use flashinfer_rs::kernels::gdn::HEAD_SIZE;
+use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm, rmsnorm};
+use flashinfer_rs::{
+    Arg, DType, Device, FlashInferError, FlashInferRuntime, Stream, TensorMut, TensorRef, gemma_rmsnorm_cudarc,
+};
+use gpu::Gpu;
+use half::bf16;
+
+/// Set in a process that is to break its context.
+const BREAK: &str = "FLASHINFER_RS_BREAK_THE_CONTEXT";
+
+fn main() -> ExitCode {
+    if std::env::var_os(BREAK).is_some() {
+        break_the_context(&Gpu::open());
+        return ExitCode::SUCCESS;
+    }
+    gpu::main(&[
+        ("a_lost_context_is_a_typed_error_and_stays_one", lost_context),
+        ("a_stale_error_from_elsewhere_is_not_blamed_on_our_kernel", stale_error),
+        ("two_streams_are_ordered_by_cudarc_s_events", ordered_streams),
+        ("a_million_calls_and_a_hundred_thousand_errors_leak_nothing", leaks),
+    ])
+}
+
+fn lost_context(_: &Gpu) {
+    let program = std::env::current_exe().unwrap();
+    let output = Command::new(program).env(BREAK, "1").output().unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && text.contains("as it should be"), "{text}");
+}
+
+fn break_the_context(gpu: &Gpu) {
+    let buffer = gpu.stream.alloc_zeros::<bf16>(4096).unwrap();
+    let weight = TensorRef::from_cudarc(&gpu.stream, &buffer, &[4096]).unwrap();
+    // SAFETY: none: the address is nobody's. That is what this process is for.
+    let input =
+        unsafe { TensorRef::from_raw(0x10 as *const c_void, Device::Cuda(0), DType::BF16, &[64, 4096], None) }.unwrap();
+    let mut out = gpu.stream.alloc_zeros::<bf16>(64 * 4096).unwrap();
+    let mut out = TensorMut::from_cudarc(&gpu.stream, &mut out, &[64, 4096]).unwrap();
+    let mut call = || rmsnorm(&mut out, &input, &weight, &NormOptions::default(), Stream::cudarc(&gpu.stream));
+    call().unwrap();
+    gpu.stream.synchronize().unwrap_err();
+    for _ in 0..2 {
+        let error = call().unwrap_err();
+        let FlashInferError::ContextLost { device: 0, code: 700, message } = &error else { panic!("{error}") };
+        assert!(message.contains("illegal memory access"), "{message}");
+    }
+    println!("as it should be");
+    // What is left cannot be freed in order.
+    std::process::exit(0);
+}
+
+fn prefill(gpu: &Gpu, context: &mut GdnPrefillContext) -> flashinfer_rs::Result<()> {
+    let stream = &gpu.stream;
+    let (shape, states) = ([64, 1, HEAD_SIZE], [1, 1, HEAD_SIZE, HEAD_SIZE]);
+    let count = 64 * HEAD_SIZE as usize;
+    let input = stream.alloc_zeros::<bf16>(count).unwrap();
+    let mut output = stream.alloc_zeros::<bf16>(count).unwrap();
+    let mut state = stream.alloc_zeros::<f32>((HEAD_SIZE * HEAD_SIZE) as usize).unwrap();
+    let read = || TensorRef::from_cudarc(stream, &input, &shape);
+    context.prefill(
+        GdnTensors {
+            output: TensorMut::from_cudarc(stream, &mut output, &shape)?,
+            output_state: TensorMut::from_cudarc(stream, &mut state, &states)?,
+            q: read()?,
+            k: read()?,
+            v: read()?,
+        },
+        &CuSeqlens::from_lengths(&[64])?.to_device(stream)?,
+        GdnOptions::default(),
+    )
+}
+
+fn stale_error(gpu: &Gpu) {
+    let mut context = GdnPrefillContext::new(&gpu.stream).unwrap();
+    prefill(gpu, &mut context).unwrap();
+    // SAFETY: the function answers an error for a device that does not exist; the type is that of cuda_runtime_api.h.
+    let code = unsafe {
+        let cudart = libloading::Library::new("libcudart.so.13").unwrap();
+        let set_device: libloading::Symbol<'_, unsafe extern "C" fn(i32) -> i32> =
+            cudart.get(b"cudaSetDevice\0").unwrap();
+        let code = set_device(12345);
+        std::mem::forget(cudart);
+        code
+    };
+    assert_ne!(code, 0, "the runtime now holds an error of this thread");
+    prefill(gpu, &mut context).unwrap();
+    gpu.stream.synchronize().unwrap();
+}
+
+fn ordered_streams(gpu: &Gpu) {
+    let (rows, columns) = (2048, 4096);
+    let other = gpu.context.new_stream().unwrap();
+    let weight = gpu.stream.alloc_zeros::<bf16>(columns).unwrap();
+    let ones = vec![bf16::from_f64(1.0); rows * columns];
+    for _ in 0..5 {
+        let input = gpu.stream.clone_htod(&ones).unwrap();
+        let mut between = gpu.stream.alloc_zeros::<bf16>(rows * columns).unwrap();
+        let mut out = gpu.stream.alloc_zeros::<bf16>(rows * columns).unwrap();
+        let busy = gpu.occupy(&gpu.stream);
+        // The second stream reads what the first writes, and only the buffer's events say so.
+        gemma_rmsnorm_cudarc(&gpu.stream, &input, &weight, &mut between, rows, columns, DType::BF16, 1e-6).unwrap();
+        gemma_rmsnorm_cudarc(&other, &between, &weight, &mut out, rows, columns, DType::BF16, 1e-6).unwrap();
+        let found = other.clone_dtoh(&out).unwrap();
+        assert!(found.iter().all(|value| value.to_f32() == 1.0), "the second stream read too early");
+        drop(busy);
+    }
+}
+
+/// Resident memory of the process, in bytes.
+fn resident() -> i64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+    text.split(' ').nth(1).unwrap().parse::<i64>().unwrap() * 4096
+}
+
+fn leaks(gpu: &Gpu) {
+    let stream = &gpu.stream;
+    let (input, mut out) = (stream.alloc_zeros::<bf16>(64).unwrap(), stream.alloc_zeros::<bf16>(64).unwrap());
+    let function = FlashInferRuntime::global().unwrap().module("norm.so").unwrap().function("rmsnorm").unwrap();
+    let mut round = |calls: usize| {
+        for i in 0..calls {
+            gemma_rmsnorm(
+                &mut TensorMut::from_cudarc(stream, &mut out, &[1, 64]).unwrap(),
+                &TensorRef::from_cudarc(stream, &input, &[1, 64]).unwrap(),
+                &TensorRef::from_cudarc(stream, &input, &[64]).unwrap(),
+                &NormOptions::default(),
+                Stream::cudarc(stream),
+            )
+            .unwrap();
+            if i % 10 == 0 {
+                // SAFETY: refused for its number of arguments.
+                unsafe { function.call(&[Arg::int(1)]) }.unwrap_err();
+            }
+        }
+        stream.synchronize().unwrap();
+    };
+    round(20_000);
+    let (host, device) = (resident(), result::mem_get_info().unwrap().0 as i64);
+    round(1_000_000);
+    let (host, device) = (resident() - host, device - result::mem_get_info().unwrap().0 as i64);
+    // A leak of one byte a call would show.
+    assert!(host < 1 << 20 && device < 1 << 20, "host memory grew by {host} bytes, device memory by {device}");
+}
