@@ -33,10 +33,13 @@ const fn program(
     Program { kind, name, features, file, seconds }
 }
 
-const PROGRAMS: [Program; 9] = [
+const PROGRAMS: [Program; 12] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
+    program("example", "01_norm", "cudarc", "01_norm", 60),
+    program("example", "02_gdn", "cudarc", "02_gdn", 60),
+    program("example", "03_two_gpus", "cudarc", "03_two_gpus", 60),
     program("test", "gemma_rmsnorm_gpu", "cudarc", "gemma_rmsnorm_gpu", 120),
     program("test", "gdn_prefill_gpu", "cudarc", "gdn_prefill_gpu", 240),
     program("test", "norm_gpu", "cudarc", "norm_gpu", 240),

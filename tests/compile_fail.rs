@@ -1,0 +1,24 @@
+//! What must not compile, each with the compiler's own words. After a change of the compiler, `TRYBUILD=overwrite cargo
+//! test --features cudarc --test compile_fail` writes them anew.
+#![cfg(feature = "cudarc")]
+
+use flashinfer_rs::kernels::gdn_context::{DeviceCuSeqlens, GdnPrefillContext};
+use flashinfer_rs::{FlashInferError, FlashInferRuntime, Function, Module, RuntimeConfig};
+
+#[test]
+fn misuse_does_not_compile() {
+    trybuild::TestCases::new().compile_fail("tests/compile_fail/*.rs");
+}
+
+#[test]
+fn what_is_shared_between_threads_can_be() {
+    fn shared<T: Send + Sync>() {}
+    fn sent<T: Send>() {}
+    shared::<FlashInferRuntime>();
+    shared::<RuntimeConfig>();
+    shared::<Module>();
+    shared::<Function>();
+    shared::<FlashInferError>();
+    sent::<GdnPrefillContext>();
+    sent::<DeviceCuSeqlens>();
+}
