@@ -2,31 +2,40 @@
 //! the runtime loads them and calls their functions through TVM-FFI's C ABI. No Python, no C++ shim, no CUDA toolkit.
 //!
 //! ```no_run
+//! # #[cfg(feature = "cudarc")]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use flashinfer_rs::{DType, FlashInferRuntime, GemmaRmsNormParams, RuntimeConfig, Tensor1DDesc, Tensor2DDesc};
-//! use flashinfer_rs::gemma_rmsnorm;
+//! use flashinfer_rs::cudarc::driver::CudaContext;
+//! use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
+//! use flashinfer_rs::{FlashInferRuntime, RuntimeConfig, Stream, TensorMut, TensorRef};
+//! use half::bf16;
 //!
 //! // Once per process.
 //! FlashInferRuntime::initialize(RuntimeConfig::default())?;
 //!
-//! # let (input, weight, out, stream) = (std::ptr::null(), std::ptr::null(), std::ptr::null(), std::ptr::null_mut());
-//! # let (rows, cols) = (16, 4096);
-//! // Device memory from wherever your engine has it.
-//! let matrix = |ptr| Tensor2DDesc { ptr, rows, cols, stride_row: cols, stride_col: 1, dtype: DType::BF16, device_id: 0 };
-//! let weight = Tensor1DDesc { ptr: weight, len: cols, stride: 1, dtype: DType::BF16, device_id: 0 };
-//! let params = GemmaRmsNormParams::new(matrix(input), weight, matrix(out), 1e-6, stream);
-//! // SAFETY: the pointers are live device memory of these shapes, and `stream` is a stream of device 0.
-//! unsafe { gemma_rmsnorm(&params)? };
+//! let stream = CudaContext::new(0)?.new_stream()?;
+//! let input = stream.clone_htod(&vec![bf16::ONE; 4 * 4096])?;
+//! let weight = stream.clone_htod(&vec![bf16::ONE; 4096])?;
+//! let mut out = stream.alloc_zeros::<bf16>(4 * 4096)?;
+//! rmsnorm(
+//!     &mut TensorMut::from_cudarc(&stream, &mut out, &[4, 4096])?,
+//!     &TensorRef::from_cudarc(&stream, &input, &[4, 4096])?,
+//!     &TensorRef::from_cudarc(&stream, &weight, &[4096])?,
+//!     &NormOptions::default(),
+//!     Stream::cudarc(&stream),
+//! )?;
 //! # Ok(())
 //! # }
+//! # #[cfg(not(feature = "cudarc"))]
+//! # fn main() {}
 //! ```
 //!
 //! # What is here
 //! - [`FlashInferRuntime`]: finds, checks and loads the libraries, once per process.
+//! - [`kernels::norm`]: RMSNorm, its Gemma, fused and 8-bit forms, and LayerNorm; [`kernels::gdn_context`]: prefill of the
+//!   gated delta rule. Safe, on [`TensorRef`] and [`TensorMut`], over cudarc's buffers or host slices. Tensors on the host
+//!   are computed by the [reference](kernels::reference), in f64.
 //! - The flat functions, [`gemma_rmsnorm`] and [`gdn_prefill_sm90`], on raw device pointers; with the feature `cudarc`
-//!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options` on cudarc's buffers and streams.
-//! - [`kernels`]: the same functions on [`TensorRef`] and [`TensorMut`], with their contracts. Tensors on the host are
-//!   computed by the [reference](kernels::reference), in f64.
+//!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options`.
 //! - [`Module`], [`Function`], [`Arg`] and [`Value`]: any TVM-FFI function of any module.
 //!
 //! Every call is checked against the kernel's contract before anything is launched, is asynchronous on the stream it is
