@@ -91,8 +91,9 @@ impl Client {
         Self { agent: config.new_agent() }
     }
 
-    /// Downloads into `out` while hashing; what arrived is checked against `expected` before this answers Ok. A transfer
-    /// that breaks off is continued where the server allows it, else begun again. `out_name` stands in the messages.
+    /// Downloads into `out` while hashing; what arrived is checked against `expected` before this answers Ok. A
+    /// transfer that breaks off is continued where the server allows it, else begun again. `out_name` stands in the
+    /// messages.
     pub fn download(
         &self,
         url: &str,
@@ -330,7 +331,8 @@ fn continues(answer: &Answer, done: u64, total: Option<u64>, etag: Option<&str>)
     starts && same_length && same_tag
 }
 
-/// A remote file of known size, read by ranges: its end at once, where an archive has its directory, the rest in blocks.
+/// A remote file of known size, read by ranges: its end at once, where an archive has its directory, the rest in
+/// blocks.
 pub struct RemoteFile<'a> {
     client: &'a Client,
     url: String,
@@ -349,6 +351,9 @@ impl<'a> RemoteFile<'a> {
         let tail = self.size.saturating_sub(TAIL);
         let (first, last) = if self.position >= tail {
             (tail, self.size - 1)
+        } else if self.position + TAIL >= tail {
+            // The directory of a large archive starts here, and is read to its end.
+            (self.position, tail - 1)
         } else {
             let first = self.position / BLOCK * BLOCK;
             (first, (first + BLOCK).min(tail) - 1)
@@ -438,7 +443,7 @@ fn no_answer(error: &ureq::Error) -> (String, bool) {
         E::Io(_) | E::Timeout(_) | E::HostNotFound | E::ConnectionFailed => {
             (format!("{}: check the network and the proxy variables, or try again later", chain(error)), true)
         }
-        _ => (chain(error), false),
+        _ => (format!("{}: correct the address, or what stands between here and there", chain(error)), false),
     }
 }
 

@@ -73,7 +73,7 @@ pub fn places(purl: &str, env: &Env) -> Result<Vec<Place>> {
     }
     if places.is_empty() {
         return Err(Error::Unavailable(format!(
-            "{purl} can be had from nowhere, since {NO_INDEX} is set and {FIND_LINKS} is not; unset the one or set the other"
+            "{purl} can be had from nowhere: {NO_INDEX} is set and {FIND_LINKS} is not; unset the one or set the other"
         )));
     }
     Ok(places)

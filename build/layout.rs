@@ -1,6 +1,6 @@
-//! The layout of an archive: one member after the other from the first byte on, then the central directory, then its end,
-//! and not a byte besides. What departs from that means different things to different programs, and no tool that makes
-//! wheels writes it. Here every byte is accounted for before any member is read.
+//! The layout of an archive: one member after the other from the first byte on, then the central directory, then its
+//! end, and not a byte besides. What departs from that means different things to different programs, and no tool that
+//! makes wheels writes it. Here every byte is accounted for before any member is read.
 
 use std::io::{Read, Seek, SeekFrom};
 
@@ -15,8 +15,9 @@ const END: usize = 22;
 const END64: usize = 56;
 const LOCATOR: usize = 20;
 
-/// Flags: encrypted in one of three ways; how hard deflate tried; CRC and sizes follow the data; the name is UTF-8.
-const ENCRYPTED: u16 = 1 | 1 << 6 | 1 << 13;
+/// Flags: encrypted, in one of three ways.
+pub const ENCRYPTED: u16 = 1 | 1 << 6 | 1 << 13;
+/// How hard deflate tried; CRC and sizes follow the data; the name is UTF-8.
 const EFFORT: u16 = 1 << 1 | 1 << 2;
 const DESCRIPTOR: u16 = 1 << 3;
 const UTF8: u16 = 1 << 11;
@@ -29,7 +30,7 @@ type Checked<T> = Result<T, String>;
 
 /// What the directory is known for.
 pub struct Directory {
-    pub start: u64,
+    start: u64,
     entries: Vec<Entry>,
 }
 
@@ -45,6 +46,7 @@ struct Entry {
 struct Facts {
     flags: u16,
     method: u16,
+    time: u32,
     crc32: u32,
     compressed: u64,
     size: u64,
@@ -79,7 +81,7 @@ pub fn check_members(reader: &mut (impl Read + Seek), mut directory: Directory) 
         return Err("something lies before its first member".to_owned());
     }
     for (entry, next) in directory.entries.iter().zip(&starts[1..]) {
-        check_member(reader, entry, *next).map_err(|fault| format!("the member `{}` {fault}", entry.shown()))?;
+        check_member(reader, entry, *next).map_err(|fault| format!("the member `{}` {fault}", shown(&entry.name)))?;
     }
     Ok(())
 }
@@ -143,16 +145,11 @@ fn entry(bytes: &[u8]) -> Option<Checked<(Entry, &[u8])>> {
             return Err("its central directory is damaged".to_owned());
         }
         let mut offset = four(fixed, 42).into();
-        let facts = Facts::new(&fixed[8..28], extra, Some(&mut offset))?;
+        let facts = Facts::new(&fixed[8..28], extra, Some(&mut offset));
+        let facts = facts.and_then(Facts::usual).map_err(|fault| format!("the member `{}` {fault}", shown(name)))?;
         Ok(Entry { name: name.to_owned(), facts, offset })
     };
     Some(entry().map(|entry| (entry, rest)))
-}
-
-impl Entry {
-    fn shown(&self) -> String {
-        String::from_utf8_lossy(&self.name).escape_debug().to_string()
-    }
 }
 
 impl Facts {
@@ -161,48 +158,55 @@ impl Facts {
         let mut facts = Self {
             flags: two(fields, 0),
             method: two(fields, 2),
+            time: four(fields, 4),
             crc32: four(fields, 8),
             compressed: four(fields, 12).into(),
             size: four(fields, 16).into(),
         };
-        let values = [Some(&mut facts.size), Some(&mut facts.compressed), offset];
-        let mut asked = values.into_iter().flatten().filter(|value| **value == u32::MAX.into()).peekable();
-        let mut rest = extra;
-        while !rest.is_empty() {
-            let content = rest.get(4..).and_then(|behind| behind.split_at_checked(two(rest, 2).into()));
-            let (content, behind) = content.ok_or("a member has extra fields that are cut off")?;
-            match two(rest, 0) {
-                // Each value that the header has no room for, in this order, and no other: of those that it does not
-                // ask for, one program believes the header's and the next one these.
-                ZIP64 => {
-                    let (values, odd) = content.as_chunks::<8>();
-                    for value in values {
-                        *asked.next().ok_or("a member has ZIP64 sizes besides its sizes")? = u64::from_le_bytes(*value);
-                    }
-                    if !odd.is_empty() || values.is_empty() {
-                        return Err("a member has a broken ZIP64 field".to_owned());
-                    }
-                }
-                UNICODE_PATH => return Err("a member has a second name".to_owned()),
-                _ => {}
-            }
-            rest = behind;
-        }
-        if asked.peek().is_some() {
-            return Err("a member lacks its ZIP64 sizes".to_owned());
-        }
+        widen([Some(&mut facts.size), Some(&mut facts.compressed), offset].into_iter().flatten(), extra)?;
         Ok(facts)
     }
+
+    fn usual(self) -> Checked<Self> {
+        if self.flags & ENCRYPTED != 0 {
+            return Err("is encrypted, which no wheel is".to_owned());
+        }
+        if self.flags & !(EFFORT | DESCRIPTOR | UTF8) != 0 {
+            return Err(format!("has the flags {:#x}, which mean nothing in wheels", self.flags));
+        }
+        Ok(self)
+    }
+}
+
+/// Replaces the values for which a header has no room by those of its extra fields.
+fn widen<'a>(values: impl Iterator<Item = &'a mut u64>, extra: &[u8]) -> Checked<()> {
+    let mut asked = values.filter(|value| **value == u64::from(u32::MAX));
+    let mut rest = extra;
+    while !rest.is_empty() {
+        let content = rest.get(4..).and_then(|behind| behind.split_at_checked(two(rest, 2).into()));
+        let (content, behind) = content.ok_or("has extra fields that are cut off")?;
+        match two(rest, 0) {
+            // Each value that is asked for, in this order, and no other: of those that nobody asks for, one program
+            // believes the header's and the next one these.
+            ZIP64 => {
+                let (values, odd) = content.as_chunks::<8>();
+                if !odd.is_empty() || values.is_empty() {
+                    return Err("has a broken ZIP64 field".to_owned());
+                }
+                for value in values {
+                    *asked.next().ok_or("has ZIP64 sizes besides its sizes")? = u64::from_le_bytes(*value);
+                }
+            }
+            UNICODE_PATH => return Err("has a second name".to_owned()),
+            _ => {}
+        }
+        rest = behind;
+    }
+    asked.next().map_or(Ok(()), |_| Err("lacks its ZIP64 sizes".to_owned()))
 }
 
 fn check_member(reader: &mut (impl Read + Seek), entry: &Entry, next: u64) -> Checked<()> {
     let facts = &entry.facts;
-    if facts.flags & ENCRYPTED != 0 {
-        return Err("is encrypted, which no wheel is".to_owned());
-    }
-    if facts.flags & !(EFFORT | DESCRIPTOR | UTF8) != 0 {
-        return Err(format!("has the flags {:#x}, which mean nothing in wheels", facts.flags));
-    }
     let fixed = read(reader, entry.offset, LOCAL)?;
     if !fixed.starts_with(b"PK\x03\x04") {
         return Err(format!("has no local header at byte {}", entry.offset));
@@ -236,7 +240,7 @@ fn check_member(reader: &mut (impl Read + Seek), entry: &Entry, next: u64) -> Ch
 
 /// With signature or without, with sizes of 32 or of 64 bits: which one, its length says.
 fn is_descriptor(bytes: &[u8], facts: &Facts) -> bool {
-    let body = if bytes.len() % 8 == 0 { bytes.strip_prefix(b"PK\x07\x08") } else { Some(bytes) };
+    let body = if bytes.len().is_multiple_of(8) { bytes.strip_prefix(b"PK\x07\x08") } else { Some(bytes) };
     let sizes = [facts.compressed, facts.size];
     body.is_some_and(|body| match body.len() {
         12 => four(body, 0) == facts.crc32 && [four(body, 4), four(body, 8)].map(u64::from) == sizes,
@@ -249,6 +253,11 @@ fn read(reader: &mut (impl Read + Seek), at: u64, length: usize) -> Checked<Vec<
     let mut bytes = vec![0; length];
     let read = reader.seek(SeekFrom::Start(at)).and_then(|_| reader.read_exact(&mut bytes));
     read.map(|()| bytes).map_err(|e| e.to_string())
+}
+
+/// A name as a message may have it.
+fn shown(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).escape_debug().to_string()
 }
 
 fn two(bytes: &[u8], at: usize) -> u16 {

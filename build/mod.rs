@@ -9,6 +9,7 @@ pub mod env;
 pub mod error;
 pub mod fetch;
 pub mod index;
+pub mod layout;
 pub mod local;
 pub mod lock;
 pub mod ranges;

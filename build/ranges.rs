@@ -72,8 +72,10 @@ fn places<'a>(client: &Client, url: &str, size: u64, members: &[&'a Member]) -> 
         return Ok(locked);
     }
     let name = super::fetch::redacted(url);
-    let archive = Archive::open_remote(RemoteFile::new(client, url.to_owned(), size), name)?;
-    members.iter().map(|member| Ok((*member, archive.place(&member.path)?))).collect()
+    // Whether the server has no ranges or the directory makes no sense: the whole wheel's digest decides.
+    let unknown = |fault: Error| Error::Unavailable(fault.message().to_owned());
+    let archive = Archive::open_remote(RemoteFile::new(client, url.to_owned(), size), name).map_err(unknown)?;
+    members.iter().map(|member| Ok((*member, archive.place(&member.path).map_err(unknown)?))).collect()
 }
 
 fn skip(body: &mut impl Read, count: u64, member: &Member) -> Result<()> {

@@ -124,8 +124,8 @@ impl Ladder<'_> {
         supply.map_or_else(|| Err(nowhere(wheel, &looked, None)), whole)
     }
 
-    /// Keeps a member of the pinned wheel in the cache, so that the wheel need not be read again. That it cannot be kept
-    /// is no fault of this build.
+    /// Keeps a member of the pinned wheel in the cache, so that the wheel need not be read again. That it cannot be
+    /// kept is no fault of this build.
     pub fn keep(&self, wheel: &Wheel, member: &Member, extracted: &Extracted) {
         if let (Some(store), Some(sha256)) = (self.store(), member.sha256) {
             let _ = store.keep_member(&wheel.sha256, &sha256, &member.soname, &extracted.path);
@@ -144,7 +144,8 @@ impl Ladder<'_> {
         if sha256 != wheel.sha256 {
             if self.env.flag(env::STRICT) {
                 refuse!(
-                    "{name}={} has sha256 {sha256}, expected {} ({}), and {} is set; give the pinned wheel or unset one of the two",
+                    "{name}={} has sha256 {sha256}, expected {} ({}), and {} is set; give the pinned wheel or unset \
+                     one of the two",
                     path.display(),
                     wheel.sha256,
                     wheel.file,
@@ -464,8 +465,8 @@ fn nowhere(wheel: &Wheel, looked: &[String], variable: Option<&str>) -> Error {
         .collect();
     let named = variable.map(|name| format!("set {name} to its path, or ")).unwrap_or_default();
     Error::Unavailable(format!(
-        "the wheel {} (sha256 {}{size}) was found nowhere. Looked at: {}. Remedy: get it from {} and {named}put it into the \
-         folder that {} names or beside your workspace's Cargo.toml; {}=1 builds without any kernel",
+        "the wheel {} (sha256 {}{size}) was found nowhere. Looked at: {}. Remedy: get it from {} and {named}put it into \
+         the folder that {} names or beside your workspace's Cargo.toml; {}=1 builds without any kernel",
         wheel.file,
         wheel.sha256,
         looked.join("; "),

@@ -137,7 +137,11 @@ fn lock(folder: &Path) -> std::io::Result<File> {
     let path = folder.join(LOCK);
     loop {
         fs::create_dir_all(folder)?;
-        let lock = File::options().create(true).truncate(false).write(true).open(&path)?;
+        let lock = match File::options().create(true).truncate(false).write(true).open(&path) {
+            // Cleaned away between the two lines above.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !folder.exists() => continue,
+            lock => lock?,
+        };
         lock.lock()?;
         // Whoever cleaned the cache meanwhile removed the file, and a lock on what has no name keeps nobody out.
         if is_still_at(&lock, &path) {
@@ -174,8 +178,8 @@ fn publish_copy(from: &Path, to: &Path, folder: &Path, sha256: &Digest) -> Resul
     })
 }
 
-/// Opens a file if its content has this digest. Whoever the folder belongs to, only these bytes come out of it: they are
-/// read again through the same descriptor, and checked where they arrive.
+/// Opens a file if its content has this digest. Whoever the folder belongs to, only these bytes come out of it: they
+/// are read again through the same descriptor, and checked where they arrive.
 fn verified(path: PathBuf, sha256: &Digest) -> Option<(PathBuf, File)> {
     // Opening a pipe that somebody planted would wait for ever.
     if !path.is_file() {

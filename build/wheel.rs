@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use flate2::read::DeflateDecoder;
@@ -13,17 +13,14 @@ use zip::{CompressionMethod, ZipArchive};
 use super::digest::{Digest, Hasher};
 use super::error::{Error, Result, refuse};
 use super::index::normalized;
+use super::layout;
 use super::lock::{LOCAL_HEADER, Member, Method, Place};
 use super::store::publish;
 
 /// A member may be this large at the most; today's are below 10 MB.
 const MEMBER_LIMIT: u64 = 1 << 30;
-/// The largest wheels known have some thousand members.
-const MEMBERS_LIMIT: usize = 100_000;
-/// An end of central directory record without comment.
-const END_RECORD: u64 = 22;
-/// METADATA and WHEEL are a few kilobytes.
-const TEXT_LIMIT: u64 = 1 << 20;
+/// METADATA and WHEEL are a few kilobytes, RECORD is about 100 bytes per member.
+const TEXT_LIMIT: u64 = 16 << 20;
 
 pub struct Wheel<R> {
     archive: ZipArchive<R>,
@@ -48,43 +45,27 @@ pub struct Extracted {
 }
 
 impl<R: Read + Seek> Wheel<R> {
-    /// Opens an archive and looks at all of its structure; `name` stands in the messages. What programs read differently
-    /// is refused: wheels are made by tools that write none of it.
-    pub fn open(reader: R, name: impl Into<String>) -> Result<Self> {
-        let mut wheel = Self::open_remote(reader, name)?;
-        let Self { archive, name } = &mut wheel;
-        if let Err(e) = archive.validate_header_consistency() {
-            refuse!("{name} contradicts itself: {e}; get it again from a source you trust");
-        }
-        Ok(wheel)
+    /// Opens an archive and looks at all of its structure; `name` stands in the messages. What programs read
+    /// differently is refused: wheels are made by tools that write none of it.
+    pub fn open(mut reader: R, name: impl Into<String>) -> Result<Self> {
+        let name = name.into();
+        let layout = layout::directory(&mut reader);
+        layout.and_then(|directory| layout::check_members(&mut reader, directory)).map_err(|e| broken(&name, &e))?;
+        Self::with_known_layout(reader, name)
     }
 
-    /// As [`open`](Self::open), but looks at the central directory only: reading every local header would mean a request
-    /// for each.
+    /// As [`open`](Self::open), but looks at the central directory only: reading every local header would mean a
+    /// request for each.
     pub fn open_remote(mut reader: R, name: impl Into<String>) -> Result<Self> {
         let name = name.into();
-        let broken = |e: &dyn std::fmt::Display| {
-            Error::Refused(format!("{name} is not a wheel, or is truncated: {e}; get it again"))
-        };
-        let size = reader.seek(SeekFrom::End(0)).map_err(|e| broken(&e))?;
-        let mut last = [0; END_RECORD as usize];
-        if size < END_RECORD {
-            return Err(broken(&"it is too short"));
-        }
-        reader.seek(SeekFrom::End(-(END_RECORD as i64))).map_err(|e| broken(&e))?;
-        reader.read_exact(&mut last).map_err(|e| broken(&e))?;
-        // The end record is the file's end: nothing follows it, no comment and no second end record in a comment.
-        if last[..4] != *b"PK\x05\x06" || last[20..] != [0, 0] {
-            return Err(broken(&"it does not end with an end of central directory record without comment"));
-        }
-        let mut archive = ZipArchive::new(reader).map_err(|e| broken(&e))?;
-        let faults = [
-            (archive.offset() != 0, "something lies before its first member".to_owned()),
-            (archive.has_duplicate_names(), "several members have one name".to_owned()),
-            (archive.len() > MEMBERS_LIMIT, format!("it has {} members", archive.len())),
-        ];
-        if let Some((_, fault)) = faults.iter().find(|(found, _)| *found) {
-            refuse!("{name}: {fault}, which is not so in wheels; get it again from a source you trust");
+        layout::directory(&mut reader).map_err(|e| broken(&name, &e))?;
+        Self::with_known_layout(reader, name)
+    }
+
+    fn with_known_layout(reader: R, name: String) -> Result<Self> {
+        let mut archive = ZipArchive::new(reader).map_err(|e| broken(&name, &e))?;
+        if archive.has_duplicate_names() {
+            refuse!("{name}: several members have one name, which is not so in wheels; get it from a source you trust");
         }
         check_members(&mut archive, &name)?;
         Ok(Self { archive, name })
@@ -127,7 +108,11 @@ impl<R: Read + Seek> Wheel<R> {
         let offset = entry.header_start();
         let others = (0..self.archive.len()).filter_map(|i| Some(self.archive.by_index_data(i).ok()?.header_start()));
         let next = others.filter(|&start| start > offset).min().unwrap_or(self.archive.central_directory_start());
-        Ok(Place { offset, length: next.saturating_sub(offset), compressed: entry.compressed_size(), method })
+        let (length, compressed) = (next.saturating_sub(offset), entry.compressed_size());
+        if length < LOCAL_HEADER.saturating_add(compressed) {
+            refuse!("{wheel}: member {path} overlaps what follows it; get the wheel from a source you trust");
+        }
+        Ok(Place { offset, length, compressed, method })
     }
 
     /// The member as the wheel's own RECORD knows it.
@@ -135,8 +120,12 @@ impl<R: Read + Seek> Wheel<R> {
         let metadata = self.metadata_path()?;
         let record = self.text(&metadata.replace("/METADATA", "/RECORD"))?;
         let name = &self.name;
-        let mut rows = record.lines().filter_map(|line| line.rsplitn(3, ',').collect::<Vec<_>>().try_into().ok());
-        let row = rows.find(|[_, _, path]: &[&str; 3]| path.trim_matches('"') == member.path);
+        let rows = record.lines().filter_map(|line| line.rsplitn(3, ',').collect::<Vec<_>>().try_into().ok());
+        let mut rows = rows.filter(|[_, _, path]: &[&str; 3]| path.trim_matches('"') == member.path);
+        let row = rows.next();
+        if rows.next().is_some() {
+            refuse!("{name}: RECORD has several rows for {}; get the wheel from a source you trust", member.path);
+        }
         let sha256 = row.and_then(|[_, digest, _]| digest_of_record(digest.strip_prefix("sha256=")?));
         match (sha256, row.and_then(|[size, ..]| size.parse().ok())) {
             (Some(sha256), Some(size)) => Ok(Member { size: Some(size), sha256: Some(sha256), ..member.unlocked() }),
@@ -174,12 +163,12 @@ impl<R: Read + Seek> Wheel<R> {
         };
         let options = ZipReadOptions::new().enforce_header_consistency(true);
         let mut entry = self.archive.by_index_with_options(index, options).map_err(|e| broken(&e))?;
-        if !entry.is_file() || entry.is_symlink() {
+        if !entry.is_file() {
             refuse!("{wheel}: member {} is not a regular file; get the wheel from a source you trust", member.path);
         }
         if let Some(size) = member.size.filter(|&size| size != entry.size()) {
             refuse!(
-                "{wheel}: member {} has {} bytes, the lock says {size}; use the pinned wheel",
+                "{wheel}: member {} has {} bytes, expected {size}; use the pinned wheel",
                 member.path,
                 entry.size()
             );
@@ -207,10 +196,17 @@ impl<R: Read + Seek> Wheel<R> {
             Error::Refused(format!("{name}: {path} cannot be read: {e}; get the wheel again"))
         };
         let entry = self.archive.by_name(path).map_err(|e| broken(&e))?;
-        let mut text = String::new();
-        entry.take(TEXT_LIMIT).read_to_string(&mut text).map_err(|e| broken(&e))?;
-        Ok(text)
+        let mut text = Vec::new();
+        entry.take(TEXT_LIMIT + 1).read_to_end(&mut text).map_err(|e| broken(&e))?;
+        if text.len() as u64 > TEXT_LIMIT {
+            refuse!("{name}: {path} is longer than {TEXT_LIMIT} bytes; get the wheel from a source you trust");
+        }
+        String::from_utf8(text).map_err(|e| broken(&e))
     }
+}
+
+fn broken(name: &str, fault: &dyn std::fmt::Display) -> Error {
+    Error::Refused(format!("{name} is not a wheel, or is truncated: {fault}; get it again from a source you trust"))
 }
 
 /// The values of a header in the part of an e-mail-like text before its first empty line.
@@ -241,7 +237,7 @@ pub fn copy_from_place(
         Method::Stored => 0,
         Method::Deflate => 8,
     };
-    let encrypted = flags & 0x2041 != 0;
+    let encrypted = flags & layout::ENCRYPTED != 0;
     if header[..4] != *b"PK\x03\x04" || method != known || encrypted || usize::from(name_length) != path.len() {
         refuse!("{wheel}: what lies at byte {} is not the member {path}; use the pinned wheel", place.offset);
     }
@@ -272,7 +268,9 @@ fn drain(
     out_name: &Path,
 ) -> Result<(Digest, u64)> {
     let path = &member.path;
-    let limit = size.min(MEMBER_LIMIT);
+    if size > MEMBER_LIMIT {
+        refuse!("{wheel}: member {path} has {size} bytes, more than any member of a wheel; use the pinned wheel");
+    }
     let (mut hasher, mut done) = (Hasher::new(), 0);
     let mut buffer = vec![0; 1 << 18];
     loop {
@@ -283,8 +281,8 @@ fn drain(
             Err(e) => refuse!("{wheel}: member {path} cannot be read: {e}; get the wheel again"),
         };
         done += n as u64;
-        if done > limit {
-            refuse!("{wheel}: member {path} goes on after {limit} bytes; get the wheel from a source you trust");
+        if done > size {
+            refuse!("{wheel}: member {path} goes on after {size} bytes; get the wheel from a source you trust");
         }
         hasher.update(&buffer[..n]);
         out.write_all(&buffer[..n]).map_err(|e| Error::io("writing", out_name, &e))?;
@@ -312,17 +310,19 @@ fn check_members<R: Read + Seek>(archive: &mut ZipArchive<R>, wheel: &str) -> Re
             Err(e) => refuse!("{wheel}: member {index} has an unreadable name: {e}; get it again"),
         };
         let shown = name.escape_debug();
-        let outside = name.split('/').any(|part| part == ".." || part == ".") || name.starts_with('/');
-        if outside || name.is_empty() || name.contains(['\\', ':']) || name.contains(char::is_control) {
+        // A folder's own entry ends with a slash.
+        let mut parts = name.strip_suffix('/').unwrap_or(&name).split('/');
+        let outside = parts.any(|part| matches!(part, "" | "." | ".."));
+        if outside || name.contains(['\\', ':']) || name.contains(char::is_control) {
             refuse!("{wheel}: the member `{shown}` has a path that leads elsewhere; get it from a source you trust");
         }
-        // Of a Unix file mode, 0 is what archives without one have.
-        let kind = entry.unix_mode().unwrap_or(0) & 0o170_000;
+        // A Unix file mode, whichever system the archive says that it was made on: 0 where it has none.
+        let kind = entry.external_attributes() >> 16 & 0o170_000;
+        if kind == 0o040_000 && !name.ends_with('/') {
+            refuse!("{wheel}: the member `{shown}` is both a file and a folder; get it from a source you trust");
+        }
         if !matches!(kind, 0 | 0o100_000 | 0o040_000) {
             refuse!("{wheel}: the member `{shown}` is no file but a link or a device; get it from a source you trust");
-        }
-        if entry.encrypted() {
-            refuse!("{wheel}: the member `{shown}` is encrypted, which no wheel is; get it again");
         }
         if !folded.insert(name.to_lowercase()) {
             refuse!("{wheel}: the member `{shown}` differs from another by case only; get it from a source you trust");

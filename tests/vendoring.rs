@@ -1277,7 +1277,7 @@ mod extraction {
         pin.members[0].size = Some(size + 1);
         let lock = wheels::lock([&pin]);
         let fault = machine.vendor(&lock, ALL).err().expect("another size").to_string();
-        assert_says(fault, &[NORM, &format!("{size} bytes"), &format!("says {}", size + 1)]);
+        assert_says(fault, &[NORM, &format!("{size} bytes"), &format!("expected {}", size + 1)]);
         assert_eq!(files_under(&machine.lib_dir()), [""; 0]);
     }
 

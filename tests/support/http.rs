@@ -80,7 +80,7 @@ impl Reply {
     }
 
     pub fn redirect(to: &str) -> Self {
-        Self::status(302).header("Location", to)
+        Self::ok("").with_status(302).header("Location", to)
     }
 
     pub fn with_status(self, status: u16) -> Self {

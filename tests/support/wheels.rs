@@ -23,6 +23,8 @@ pub struct Wheel {
     pub version: &'static str,
     pub tag: &'static str,
     pub members: Vec<(&'static str, Vec<u8>)>,
+    /// A member that is not compressed.
+    pub stored: &'static str,
 }
 
 impl Wheel {
@@ -32,6 +34,7 @@ impl Wheel {
             version: "0.6.3+cu130",
             tag: "cp39-abi3-manylinux_2_28_x86_64",
             members: vec![(NORM, b"norm kernels".repeat(40)), (GDN, b"gdn prefill kernels".repeat(30))],
+            stored: "",
         }
     }
 
@@ -41,6 +44,7 @@ impl Wheel {
             version: "13.0.96",
             tag: "py3-none-manylinux2014_x86_64",
             members: vec![(CUDART, b"cuda runtime".repeat(20))],
+            stored: "",
         }
     }
 
@@ -77,9 +81,10 @@ impl Wheel {
     /// The archive; the same bytes each time.
     pub fn bytes(&self) -> Vec<u8> {
         let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
-        let options = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated);
         for (path, bytes) in self.files() {
-            zip.start_file(path, options).expect("a member");
+            let stored = path == self.stored;
+            let method = if stored { CompressionMethod::Stored } else { CompressionMethod::Deflated };
+            zip.start_file(path, SimpleFileOptions::default().compression_method(method)).expect("a member");
             zip.write_all(&bytes).expect("its bytes");
         }
         zip.finish().expect("an archive").into_inner()
@@ -220,7 +225,8 @@ impl Pin {
                 };
                 let _ = writeln!(
                     text,
-                    "offset = {offset}\nlength = {length}\ncompressed = {compressed}\nmethod = \"{method}\"\ncrc32 = \"{crc32:08x}\""
+                    "offset = {offset}\nlength = {length}\ncompressed = {compressed}\nmethod = {method:?}\n\
+                     crc32 = \"{crc32:08x}\""
                 );
             }
         }

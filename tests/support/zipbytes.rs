@@ -1,4 +1,5 @@
 //! Zip archives put together byte by byte: every field of every record can be a lie.
+#![allow(dead_code, reason = "each test uses its own part")]
 
 use std::io::Write as _;
 
@@ -24,6 +25,8 @@ pub struct Header {
     pub name: Vec<u8>,
     pub flags: u16,
     pub method: u16,
+    /// The date in the upper half.
+    pub time: u32,
     pub crc32: u32,
     pub compressed: u32,
     pub size: u32,
@@ -85,6 +88,8 @@ pub struct Zip {
     pub end: End,
     /// After the end record.
     pub trailing: Vec<u8>,
+    /// Done to the bytes at last, for the fields that have no name here.
+    pub finally: Option<fn(&mut [u8])>,
 }
 
 impl Member {
@@ -94,6 +99,7 @@ impl Member {
             name: name.into(),
             flags: 0,
             method,
+            time: 0x21 << 16,
             crc32: crc32(content),
             compressed: data.len() as u32,
             size: content.len() as u32,
@@ -125,6 +131,13 @@ impl Member {
         self.after = [&b"PK\x07\x08"[..], &le32(&[crc32, compressed, size])].concat();
         self.both(|header| header.flags |= DESCRIPTOR);
         (self.local.crc32, self.local.compressed, self.local.size) = (0, 0, 0);
+    }
+
+    /// As [`Member::described`], with sizes of 64 bits.
+    pub fn described_widely(&mut self) {
+        let sizes = le64(&[self.local.compressed.into(), self.local.size.into()]);
+        self.described();
+        self.after.splice(8.., sizes);
     }
 
     /// Moves both sizes into ZIP64 fields.
@@ -159,17 +172,34 @@ impl Zip {
         *member = Member::new(member.local.name.clone(), content, member.local.method);
     }
 
+    /// Where each local header starts.
+    pub fn starts(&self) -> Vec<u32> {
+        let mut end = 0;
+        let start = |member: &Member| {
+            let start = end + member.before.len();
+            end = start + member.length();
+            start as u32
+        };
+        self.members.iter().map(start).collect()
+    }
+
     /// Where the local header of a member starts.
-    pub fn offset_of(&self, name: &str) -> usize {
-        let mut offset = 0;
-        for member in &self.members {
-            offset += member.before.len();
-            if member.local.name.ends_with(name.as_bytes()) {
-                return offset;
-            }
-            offset += member.length();
-        }
-        panic!("no member of this name");
+    pub fn offset_of(&self, name: &str) -> u32 {
+        let index = self.members.iter().position(|member| member.local.name.ends_with(name.as_bytes()));
+        self.starts()[index.expect("a member of this name")]
+    }
+
+    /// Where the central directory starts.
+    pub fn directory(&self) -> u32 {
+        let members: usize = self.members.iter().map(|member| member.before.len() + member.length()).sum();
+        (members + self.gap.len()) as u32
+    }
+
+    /// How long the central directory is, with what lies behind it.
+    pub fn directory_size(&self) -> u32 {
+        let entries = self.members.iter().flat_map(|member| &member.central);
+        let entries = entries.map(|entry| 46 + entry.header.name.len() + entry.header.extra.len()).sum::<usize>();
+        (entries + self.after_directory.len()) as u32
     }
 
     /// Gives the archive a true ZIP64 end record, which the ordinary one refers to.
@@ -202,6 +232,9 @@ impl Zip {
         out.extend_from_slice(&directory);
         out.extend_from_slice(&self.after_directory);
         self.finish(entries, start, directory.len(), &mut out);
+        if let Some(change) = self.finally {
+            change(&mut out);
+        }
         out
     }
 
@@ -240,10 +273,10 @@ fn entry(central: &Central, offset: u32, out: &mut Vec<u8>) {
     out.extend_from_slice(&central.header.extra);
 }
 
-/// What both kinds of header have in common. The time is 1980-01-01.
+/// What both kinds of header have in common.
 fn fields(header: &Header, out: &mut Vec<u8>) {
-    out.extend(le16(&[header.flags, header.method, 0, 0x21]));
-    out.extend(le32(&[header.crc32, header.compressed, header.size]));
+    out.extend(le16(&[header.flags, header.method]));
+    out.extend(le32(&[header.time, header.crc32, header.compressed, header.size]));
     out.extend(le16(&[header.name.len() as u16, header.extra.len() as u16]));
 }
 
@@ -256,6 +289,12 @@ pub fn deflated(content: &[u8]) -> Vec<u8> {
     let mut encoder = DeflateEncoder::new(Vec::new(), Compression::best());
     encoder.write_all(content).expect("memory");
     encoder.finish().expect("memory")
+}
+
+/// What starts with this signature, the last of its kind, up to the end.
+pub fn last<'a>(archive: &'a mut [u8], signature: &[u8; 4]) -> &'a mut [u8] {
+    let start = archive.windows(4).rposition(|bytes| bytes == signature);
+    &mut archive[start.expect("such a record")..]
 }
 
 pub fn crc32(content: &[u8]) -> u32 {

@@ -1,0 +1,326 @@
+//! Real builds of a crate that depends on this one, in a network namespace without interfaces: `cargo build` finds the
+//! wheels wherever a user may have put them, and says where it looked when they are nowhere.
+//!
+//! The builds take turns in one target folder, which stays, so that what they depend on is compiled once. The wheels
+//! are the two small ones; they are found as any build finds them, and downloaded the first time.
+#![cfg(target_os = "linux")]
+
+#[path = "../build/mod.rs"]
+mod vendoring;
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+
+use serde::Deserialize;
+use tempfile::TempDir;
+
+use vendoring::digest::hash_reader;
+use vendoring::env::{self, Env};
+use vendoring::lock::{Lock, Wheel};
+use vendoring::source::Ladder;
+use vendoring::store::Store;
+use vendoring::wheel::Wheel as Archive;
+
+const CHECKOUT: &str = env!("CARGO_MANIFEST_DIR");
+const SMALL: [&str; 2] = ["apache_tvm_ffi", "nvidia_cuda_runtime"];
+
+/// The two small wheels of this machine's kind, pinned, and where they are.
+static WHEELS: LazyLock<Vec<(Wheel, PathBuf)>> = LazyLock::new(|| {
+    let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+    let lock = Lock::read(&Path::new(CHECKOUT).join("artifacts.lock")).expect("the lock");
+    let env = Env::process();
+    let mut silent = |_, _| {};
+    let mut ladder = Ladder { env: &env, workspace: None, checkout: None, progress: &mut silent };
+    let small = lock.for_target(&target).filter(|wheel| SMALL.contains(&wheel.distribution.as_str()));
+    let find = |wheel: &Wheel| (wheel.clone(), ladder.find_pinned(wheel).expect("the pinned wheel").path);
+    small.map(find).collect()
+});
+
+/// How a program is started without a network: as root, else as root of a user namespace.
+static WITHOUT_NETWORK: LazyLock<&[&str]> = LazyLock::new(|| {
+    let works = |starter: &[&str]| {
+        let tried = Command::new(starter[0]).args(&starter[1..]).arg("true").output();
+        tried.is_ok_and(|output| output.status.success())
+    };
+    let starters: [&[&str]; 2] =
+        [&["unshare", "--net", "--mount"], &["unshare", "--net", "--mount", "--map-root-user"]];
+    starters
+        .into_iter()
+        .find(|starter| works(starter))
+        .expect("these tests need a network namespace: run them as root, or make `unshare -rn true` work")
+});
+
+/// A crate that depends on this one; who holds it builds.
+struct Dependent {
+    folder: PathBuf,
+    temp: TempDir,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// The part of cargo's messages that is of use here.
+#[derive(Deserialize)]
+struct Message {
+    package_id: Option<String>,
+    out_dir: Option<PathBuf>,
+}
+
+impl Dependent {
+    /// On the checkout.
+    fn new() -> Self {
+        Self::on(Path::new(CHECKOUT))
+    }
+
+    /// On a package in this folder. Whatever an earlier build made of it is gone.
+    fn on(package: &Path) -> Self {
+        static TURN: Mutex<()> = Mutex::new(());
+        // A test that failed leaves nothing that matters to the next.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hermetic");
+        let dependent = Self { folder, temp: tempfile::tempdir().expect("a temporary folder"), _turn: turn };
+        let manifest = format!(
+            "[package]\nname = \"dependent\"\nversion = \"0.0.0\"\nedition = \"2024\"\n\n[workspace]\n\n\
+             [dependencies]\nflashinfer-rs = {{ path = {package:?}, default-features = false, features = [\"cudart\"] }}\n"
+        );
+        dependent.write("Cargo.toml", manifest);
+        dependent.write("src/lib.rs", "//! Depends.\npub use flashinfer_rs as _;\n");
+        // The versions that this checkout was built with: they are on this machine.
+        fs::copy(Path::new(CHECKOUT).join("Cargo.lock"), dependent.folder.join("Cargo.lock")).expect("the lock file");
+        for (wheel, _) in WHEELS.iter() {
+            let _ = fs::remove_file(dependent.folder.join(&wheel.file));
+        }
+        dependent.clean();
+        dependent
+    }
+
+    fn write(&self, path: &str, text: impl AsRef<[u8]>) {
+        let path = self.folder.join(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("the folder");
+        fs::write(path, text).expect("the file");
+    }
+
+    /// A folder of its own for this test.
+    fn path(&self, name: &str) -> PathBuf {
+        self.temp.path().join(name)
+    }
+
+    /// A folder with both wheels.
+    fn wheels(&self) -> PathBuf {
+        let folder = self.path("wheels");
+        fs::create_dir_all(&folder).expect("the folder");
+        for (wheel, path) in WHEELS.iter() {
+            fs::copy(path, folder.join(&wheel.file)).expect("the wheel");
+        }
+        folder
+    }
+
+    fn clean(&self) {
+        let output = self.cargo(&["clean", "--offline", "--package", "flashinfer-rs"], &[], "");
+        assert!(output.status.success(), "{}", text(&output));
+    }
+
+    /// Runs cargo in a network namespace without interfaces, with an empty cache unless the variables name one, after a
+    /// script.
+    fn cargo(&self, arguments: &[&str], variables: &[(&str, OsString)], script: &str) -> Output {
+        let script = format!("set -e; {script}\nexec \"$@\"");
+        let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
+        let mut command = Command::new(WITHOUT_NETWORK[0]);
+        command.args(&WITHOUT_NETWORK[1..]).args(["sh", "-c", &script, "sh"]).arg(cargo).args(arguments);
+        // Nothing of what this machine has configured, but for what cargo and compilers need.
+        let needed = ["PATH", "HOME", "TMPDIR", "CARGO_HOME", "RUSTUP_HOME", "RUSTUP_TOOLCHAIN", "CC", "AR"];
+        command.env_clear().envs(needed.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+        command.env(env::CACHE_DIR, self.path("cache")).env("PIP_CONFIG_FILE", "/dev/null");
+        command.envs(variables.iter().map(|(name, value)| (name, value)));
+        command.current_dir(&self.folder).output().expect("cargo, in a namespace of its own")
+    }
+
+    fn build(&self, variables: &[(&str, OsString)]) -> Output {
+        self.build_after("", variables)
+    }
+
+    fn build_after(&self, script: &str, variables: &[(&str, OsString)]) -> Output {
+        let arguments = ["build", "--offline", "--verbose", "--message-format=json-render-diagnostics"];
+        self.cargo(&arguments, variables, script)
+    }
+
+    /// As [`build`](Self::build), in the way that a build without a network should be: cargo told so.
+    fn offline(&self, variables: &[(&str, OsString)]) -> Output {
+        let mut variables = variables.to_vec();
+        variables.push((env::CARGO_OFFLINE, "true".into()));
+        self.build(&variables)
+    }
+}
+
+/// All that a program wrote.
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// That the build vendored both libraries, with their locked digests, from this source.
+#[track_caller]
+fn vendored(output: &Output, source: &str) {
+    assert!(output.status.success(), "{}", text(output));
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok());
+    let ours =
+        |message: Message| message.package_id.is_some_and(|id| id.contains("flashinfer-rs")).then_some(message.out_dir);
+    let out_dir = messages.filter_map(ours).flatten().next().expect("the build script's folder");
+    let table = fs::read_to_string(out_dir.join("vendored.rs")).expect("the table");
+    assert_eq!(table.matches(&format!("source: Source::{source},")).count(), 2, "{table}");
+    for (wheel, _) in WHEELS.iter() {
+        let member = &wheel.members[0];
+        let library = fs::File::open(out_dir.join("lib").join(&member.soname)).expect("the library");
+        assert_eq!(Some(hash_reader(library).expect("its bytes").0), member.sha256, "{}", member.soname);
+    }
+}
+
+/// That the build failed, and what it said.
+#[track_caller]
+fn failed(output: &Output, parts: &[&str]) {
+    let text = text(output);
+    assert!(!output.status.success(), "{text}");
+    for part in parts {
+        assert!(text.contains(part), "this does not say `{part}`:\n{text}");
+    }
+}
+
+/// The overrides' variables, with a wheel of this folder each.
+fn overrides(folder: &Path) -> Vec<(&'static str, OsString)> {
+    let variable = |wheel: &Wheel| env::wheel_override(&wheel.distribution).expect("a variable");
+    WHEELS.iter().map(|(wheel, _)| (variable(wheel), folder.join(&wheel.file).into())).collect()
+}
+
+#[test]
+fn builds_from_overrides() {
+    let dependent = Dependent::new();
+    vendored(&dependent.offline(&overrides(&dependent.wheels())), "Override");
+}
+
+#[test]
+fn builds_from_a_folder_of_wheels() {
+    let dependent = Dependent::new();
+    vendored(&dependent.offline(&[(env::WHEEL_DIR, dependent.wheels().into())]), "Directory");
+}
+
+#[test]
+fn builds_from_wheels_beside_the_manifest() {
+    let dependent = Dependent::new();
+    for (wheel, path) in WHEELS.iter() {
+        fs::copy(path, dependent.folder.join(&wheel.file)).expect("the wheel");
+    }
+    vendored(&dependent.offline(&[]), "Directory");
+}
+
+#[test]
+fn builds_from_the_cache_that_an_earlier_build_filled() {
+    let dependent = Dependent::new();
+    // pip's folder of wheels stands in for the network.
+    let links = [("PIP_FIND_LINKS", dependent.wheels().into()), ("PIP_NO_INDEX", "1".into())];
+    vendored(&dependent.build(&links), "Network");
+    dependent.clean();
+    vendored(&dependent.offline(&[]), "Cache");
+}
+
+/// As container images do: wheels put where the cache has them.
+#[test]
+fn builds_from_a_cache_of_whole_wheels() {
+    let dependent = Dependent::new();
+    let store = Store::new(dependent.path("cache"));
+    for (wheel, path) in WHEELS.iter() {
+        let cached = store.path(&wheel.sha256, &wheel.file);
+        fs::create_dir_all(cached.parent().expect("a folder")).expect("the folder");
+        fs::copy(path, cached).expect("the wheel");
+    }
+    vendored(&dependent.offline(&[]), "Cache");
+}
+
+#[test]
+fn fails_with_nothing_and_names_every_place_and_the_remedy() {
+    let dependent = Dependent::new();
+    let (wheel, cache) = (&WHEELS[0].0, dependent.path("cache").display().to_string());
+    let folder = format!("the folder {}", dependent.folder.display());
+    let everywhere = [
+        wheel.file.as_str(),
+        &wheel.sha256.to_string(),
+        "FLASHINFER_RS_TVMFFI_WHEEL (not set)",
+        "FLASHINFER_RS_WHEEL_DIR (not set)",
+        &folder,
+        &cache,
+        "Remedy: get it from pkg:pypi/apache-tvm-ffi@0.1.3 and set FLASHINFER_RS_TVMFFI_WHEEL to its path",
+        "FLASHINFER_RS_SKIP_VENDOR=1",
+    ];
+    let output = dependent.offline(&[]);
+    failed(&output, &everywhere);
+    failed(&output, &["not the network, since CARGO_NET_OFFLINE is set"]);
+    // That there is no network is seen by asking for it.
+    let output = dependent.build(&[("PIP_INDEX_URL", "http://127.0.0.1:9/simple".into())]);
+    failed(&output, &everywhere);
+    failed(&output, &["at PIP_INDEX_URL: http://127.0.0.1:9/simple/apache-tvm-ffi/", "Network is unreachable"]);
+}
+
+#[test]
+fn builds_with_nothing_where_no_artifacts_are_wanted() {
+    let output = Dependent::new().offline(&[(env::SKIP_VENDOR, "1".into())]);
+    assert!(output.status.success(), "{}", text(&output));
+}
+
+#[test]
+fn builds_nothing_twice() {
+    let dependent = Dependent::new();
+    let variables = [(env::WHEEL_DIR, dependent.wheels().into())];
+    vendored(&dependent.offline(&variables), "Directory");
+    let output = dependent.offline(&variables);
+    assert!(output.status.success() && text(&output).contains("Fresh flashinfer-rs"), "{}", text(&output));
+}
+
+#[test]
+fn fails_with_a_changed_byte_where_strict_is_set() {
+    let dependent = Dependent::new();
+    let folder = dependent.wheels();
+    let wheel = &WHEELS[0].0;
+    let path = folder.join(&wheel.file);
+    let mut bytes = fs::read(&path).expect("the wheel");
+    let archive = Archive::open(Cursor::new(&bytes), wheel.file.clone()).expect("the wheel");
+    let place = archive.place(&wheel.members[0].path).expect("its library");
+    bytes[(place.offset + place.length / 2) as usize] ^= 1;
+    fs::write(&path, &bytes).expect("the changed wheel");
+    let mut variables = overrides(&folder);
+    variables.push((env::STRICT, "1".into()));
+    let (pinned, found) = (wheel.sha256.to_string(), hash_reader(&bytes[..]).expect("its digest").0.to_string());
+    let output = dependent.offline(&variables);
+    failed(&output, &["FLASHINFER_RS_TVMFFI_WHEEL", "FLASHINFER_RS_STRICT is set", &pinned, &found]);
+}
+
+/// As `cargo vendor` and the package folders of distributions have it.
+#[test]
+fn builds_from_a_package_that_cannot_be_written() {
+    let temp = tempfile::tempdir().expect("a temporary folder");
+    let mut package = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    package.args([
+        "package",
+        "--offline",
+        "--no-verify",
+        "--allow-dirty",
+        "--package",
+        "flashinfer-rs",
+        "--target-dir",
+    ]);
+    let output = package.arg(temp.path()).current_dir(CHECKOUT).output().expect("cargo");
+    assert!(output.status.success(), "{}", text(&output));
+    let name = format!("flashinfer-rs-{}", env!("CARGO_PKG_VERSION"));
+    let archive = temp.path().join("package").join(format!("{name}.crate"));
+    let unpacked = Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(temp.path()).status();
+    assert!(unpacked.expect("tar").success());
+
+    let folder = temp.path().join(name);
+    let dependent = Dependent::on(&folder);
+    let read_only = format!(
+        "mount --bind {0:?} {0:?}; mount -o remount,ro,bind {0:?}; if touch {0:?}/file 2> /dev/null; then exit 99; fi",
+        folder.display().to_string()
+    );
+    let variables = [(env::WHEEL_DIR, dependent.wheels().into()), (env::CARGO_OFFLINE, "true".into())];
+    vendored(&dependent.build_after(&read_only, &variables), "Directory");
+}
