@@ -2,6 +2,7 @@
 
 mod bench;
 mod bundle;
+mod cache;
 mod compile;
 mod compiler;
 mod install;
@@ -9,6 +10,7 @@ mod jit_cache;
 mod lock;
 mod provision;
 mod shell;
+mod stress;
 #[path = "../../build/mod.rs"]
 mod vendoring;
 
@@ -56,6 +58,11 @@ enum Command {
         #[arg(long)]
         to: PathBuf,
     },
+    /// Look at the cache of wheels
+    #[command(subcommand)]
+    Cache(cache::CacheCommand),
+    /// The long forms of the cache's tests: many builds at once, many kills
+    Stress,
     /// Measure
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -96,6 +103,8 @@ fn run(command: Command) -> Result<()> {
         Command::Test { args } => provision::test(&args),
         Command::Wheel { kernels, arch, out } => jit_cache::command(&kernels, &arch, out.as_deref()),
         Command::InstallLibs { to } => install::command(&to),
+        Command::Cache(command) => cache::command(command),
+        Command::Stress => stress::command(),
         Command::Bench(bench) => bench::command(bench),
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
         Command::GpuBundle { out } => bundle::command(&out),
