@@ -5,6 +5,7 @@ mod bundle;
 mod cache;
 mod compile;
 mod compiler;
+mod features;
 mod install;
 mod jit_cache;
 mod lock;
@@ -58,6 +59,8 @@ enum Command {
         #[arg(long)]
         to: PathBuf,
     },
+    /// Compile every Cargo feature alone, and beside cudarc's own
+    Features,
     /// Look at the cache of wheels
     #[command(subcommand)]
     Cache(cache::CacheCommand),
@@ -104,6 +107,7 @@ fn run(command: Command) -> Result<()> {
         Command::Wheel { kernels, arch, out } => jit_cache::command(&kernels, &arch, out.as_deref()),
         Command::InstallLibs { to } => install::command(&to),
         Command::Cache(command) => cache::command(command),
+        Command::Features => features::command(),
         Command::Stress => stress::command(),
         Command::Bench(bench) => bench::command(bench),
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
