@@ -16,7 +16,10 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 /// In loading order; only libtvm_ffi.so is global.
 const LIBRARIES: [&str; 4] = ["libcudart.so.13", "libtvm_ffi.so", "norm.so", "gdn_prefill_sm90.so"];
 const STARTS: usize = 31;
-const ARMS: [(&str, fn(&Path)); 6] = [
+/// A way to load everything, given the folder with the libraries.
+type Arm = (&'static str, fn(&Path));
+
+const ARMS: [Arm; 6] = [
     ("bare dlopen", |folder| bare(folder, false, false)),
     ("bare dlopen, hashed", |folder| bare(folder, true, false)),
     ("bare dlopen, hashed and copied into fresh pages", |folder| bare(folder, true, true)),

@@ -434,7 +434,6 @@ fn no_answer(error: &ureq::Error) -> (String, bool) {
         // Their own words repeat the address, with all that is secret in it.
         E::BadUri(_) => ("this cannot be asked: correct the address".to_owned(), false),
         E::RequireHttpsOnly(_) => ("a redirect from https down to http: correct the address".to_owned(), false),
-        E::TooManyRedirects => ("too many redirects: correct the address".to_owned(), false),
         // rustls speaks of bad certificates by this kind.
         E::Io(e) if e.kind() == io::ErrorKind::InvalidData => (
             format!("{}: correct the address, or name this machine's certificates by SSL_CERT_FILE", chain(error)),

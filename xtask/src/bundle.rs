@@ -33,7 +33,7 @@ const fn program(
     Program { kind, name, features, file, seconds }
 }
 
-const PROGRAMS: [Program; 12] = [
+const PROGRAMS: [Program; 13] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
@@ -44,6 +44,7 @@ const PROGRAMS: [Program; 12] = [
     program("test", "gdn_prefill_gpu", "cudarc", "gdn_prefill_gpu", 240),
     program("test", "norm_gpu", "cudarc", "norm_gpu", 240),
     program("test", "gdn_context_gpu", "cudarc", "gdn_context_gpu", 240),
+    program("test", "properties_gpu", "cudarc", "properties_gpu", 400),
     program("test", "errors_gpu", "cudarc", "errors_gpu", 300),
     program("bench", "startup", "embed", "startup", 120),
 ];

@@ -1,0 +1,325 @@
+//! Random shapes, strides, options and element types against the reference, for every kernel. `FLASHINFER_RS_RUN_GPU_TESTS=1
+//! cargo test --features cudarc --test properties_gpu` runs them; a failure is shrunk and printed.
+
+#[path = "support/data.rs"]
+mod data;
+#[path = "support/gpu.rs"]
+mod gpu;
+
+use std::process::ExitCode;
+
+use data::{Number, Random, relative_error, widened};
+use flashinfer_rs::kernels::gdn::HEAD_SIZE;
+use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors, gdn_prefill_on_host};
+use flashinfer_rs::kernels::norm::{
+    NormOptions, fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm,
+};
+use flashinfer_rs::{Stream, TensorMut, TensorRef};
+use gpu::Gpu;
+use half::{bf16, f16};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
+
+fn main() -> ExitCode {
+    gpu::main(&[
+        ("norms_of_any_rows_match", |gpu| check(400, &norms(), |case| norm(gpu, case))),
+        ("fused_norms_of_any_rows_match", |gpu| check(200, &norms(), |case| fused(gpu, case))),
+        ("layernorms_of_any_rows_match", |gpu| check(150, &norms(), |case| layer(gpu, case))),
+        ("prefills_of_any_batch_match", |gpu| check(120, &prefills(), |case| prefill(gpu, case))),
+    ])
+}
+
+fn check<S: Strategy>(cases: u32, strategy: &S, test: impl Fn(&S::Value) -> Result<(), TestCaseError>) {
+    let config = Config { cases, failure_persistence: None, ..Config::default() };
+    let mut runner =
+        TestRunner::new_with_rng(config, proptest::test_runner::TestRng::deterministic_rng(Default::default()));
+    runner.run(strategy, |case| test(&case)).unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+#[derive(Debug, Clone)]
+struct Rows {
+    half: bool,
+    gemma: bool,
+    /// `None` for two dimensions.
+    heads: Option<usize>,
+    rows: usize,
+    columns: usize,
+    /// Vectors between the rows of the input and of the output.
+    gaps: [usize; 2],
+    eps: f64,
+    pdl: bool,
+    seed: u64,
+}
+
+fn norms() -> impl Strategy<Value = Rows> {
+    let columns = prop_oneof![1usize..300, (1usize..80).prop_map(|n| n * 8), (1usize..20).prop_map(|n| n * 512)];
+    let heads = prop_oneof![2 => Just(None), 1 => (1usize..9).prop_map(Some)];
+    let eps = prop_oneof![Just(1e-6), Just(1e-5), Just(0.5)];
+    let gaps = [0usize..4, 0..4];
+    (any::<bool>(), any::<bool>(), heads, 1usize..40, columns, gaps, eps, any::<bool>(), any::<u64>()).prop_map(
+        |(half, gemma, heads, rows, columns, gaps, eps, pdl, seed)| Rows {
+            half,
+            gemma,
+            heads,
+            rows,
+            columns,
+            gaps,
+            eps,
+            pdl,
+            seed,
+        },
+    )
+}
+
+impl Rows {
+    fn options(&self) -> NormOptions {
+        NormOptions::default().with_eps(self.eps).with_pdl(self.pdl)
+    }
+
+    fn tolerance(&self) -> f64 {
+        if self.half { 5e-4 } else { 3e-3 }
+    }
+
+    /// The shape, the strides with a gap after every row, and how many elements that reaches.
+    fn layout(&self, gap: usize) -> (Vec<i64>, Vec<i64>, usize) {
+        let vector = [8, 4, 2].into_iter().find(|&n| self.columns.is_multiple_of(n)).unwrap_or(1);
+        let (row, columns) = (self.columns + gap * vector, self.columns as i64);
+        match self.heads.filter(|_| !self.gemma) {
+            Some(heads) => {
+                let shape = vec![self.rows as i64, heads as i64, columns];
+                (shape, vec![(row * heads) as i64, row as i64, 1], self.rows * heads * row)
+            }
+            None => (vec![self.rows as i64, columns], vec![row as i64, 1], self.rows * row),
+        }
+    }
+}
+
+fn close(what: &str, found: &[f32], expected: &[f32], tolerance: f64) -> Result<(), TestCaseError> {
+    let error = relative_error(found, expected);
+    // Nothing but zeros is expected of nothing but zeros.
+    let zeros = expected.iter().all(|x| *x == 0.0) && found.iter().all(|x| *x == 0.0);
+    prop_assert!(zeros || error <= tolerance, "{what}: relative error {error:.2e}");
+    Ok(())
+}
+
+fn norm(gpu: &Gpu, case: &Rows) -> Result<(), TestCaseError> {
+    if case.half { norm_of::<f16>(gpu, case) } else { norm_of::<bf16>(gpu, case) }
+}
+
+fn norm_of<T: Number>(gpu: &Gpu, case: &Rows) -> Result<(), TestCaseError> {
+    let (stream, mut random) = (&gpu.stream, Random(case.seed));
+    let (shape, strides, reach) = case.layout(case.gaps[0]);
+    let (_, out_strides, out_reach) = case.layout(case.gaps[1]);
+    let columns = [case.columns as i64];
+    let (input, weight) = (random.normal::<T>(reach), random.normal::<T>(case.columns));
+    let (input_gpu, weight_gpu) = (stream.clone_htod(&input).unwrap(), stream.clone_htod(&weight).unwrap());
+    let mut out = stream.clone_htod(&vec![T::POISON; out_reach]).unwrap();
+    let function = if case.gemma { gemma_rmsnorm } else { rmsnorm };
+    function(
+        &mut TensorMut::from_cudarc_strided(stream, &mut out, &shape, &out_strides).unwrap(),
+        &TensorRef::from_cudarc_strided(stream, &input_gpu, &shape, &strides).unwrap(),
+        &TensorRef::from_cudarc(stream, &weight_gpu, &columns).unwrap(),
+        &case.options(),
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    let out = widened(&stream.clone_dtoh(&out).unwrap());
+    let (input, weight) = (widened(&input), widened(&weight));
+    // NaN stays where nothing may be written.
+    let mut expected = vec![f32::NAN; out_reach];
+    function(
+        &mut TensorMut::from_slice_strided(&mut expected, &shape, &out_strides).unwrap(),
+        &TensorRef::from_slice_strided(&input, &shape, &strides).unwrap(),
+        &TensorRef::from_slice(&weight, &columns).unwrap(),
+        &case.options(),
+        Stream::NULL,
+    )
+    .unwrap();
+    prop_assert!(
+        out.iter().zip(&expected).all(|(a, b)| a.is_nan() == b.is_nan()),
+        "written where it must not be, or not"
+    );
+    let written =
+        |values: &[f32]| values.iter().zip(&expected).filter(|(_, b)| !b.is_nan()).map(|(a, _)| *a).collect::<Vec<_>>();
+    close("norm", &written(&out), &written(&expected), case.tolerance())
+}
+
+fn fused(gpu: &Gpu, case: &Rows) -> Result<(), TestCaseError> {
+    if case.half { fused_of::<f16>(gpu, case) } else { fused_of::<bf16>(gpu, case) }
+}
+
+fn fused_of<T: Number>(gpu: &Gpu, case: &Rows) -> Result<(), TestCaseError> {
+    let case = Rows { heads: None, ..case.clone() };
+    let (stream, mut random) = (&gpu.stream, Random(case.seed));
+    let (shape, strides, reach) = case.layout(case.gaps[0]);
+    let (_, other_strides, other_reach) = case.layout(case.gaps[1]);
+    let columns = [case.columns as i64];
+    let (input, residual) = (random.normal::<T>(reach), random.normal::<T>(other_reach));
+    let weight = random.normal::<T>(case.columns);
+    let upload = |values: &[T]| stream.clone_htod(values).unwrap();
+    let (mut a, mut b, w) = (upload(&input), upload(&residual), upload(&weight));
+    let function = if case.gemma { gemma_fused_add_rmsnorm } else { fused_add_rmsnorm };
+    function(
+        &mut TensorMut::from_cudarc_strided(stream, &mut a, &shape, &strides).unwrap(),
+        &mut TensorMut::from_cudarc_strided(stream, &mut b, &shape, &other_strides).unwrap(),
+        &TensorRef::from_cudarc(stream, &w, &columns).unwrap(),
+        &case.options(),
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    let (mut input, mut residual, weight) = (widened(&input), widened(&residual), widened(&weight));
+    function(
+        &mut TensorMut::from_slice_strided(&mut input, &shape, &strides).unwrap(),
+        &mut TensorMut::from_slice_strided(&mut residual, &shape, &other_strides).unwrap(),
+        &TensorRef::from_slice(&weight, &columns).unwrap(),
+        &case.options(),
+        Stream::NULL,
+    )
+    .unwrap();
+    close("input", &widened(&stream.clone_dtoh(&a).unwrap()), &input, case.tolerance())?;
+    close("residual", &widened(&stream.clone_dtoh(&b).unwrap()), &residual, case.tolerance())
+}
+
+fn layer(gpu: &Gpu, case: &Rows) -> Result<(), TestCaseError> {
+    let (stream, mut random) = (&gpu.stream, Random(case.seed));
+    let (shape, count) = ([case.rows as i64, case.columns as i64], case.rows * case.columns);
+    let input = random.normal::<bf16>(count);
+    let (gamma, beta) = (random.normal_f32(1.0, case.columns), random.normal_f32(1.0, case.columns));
+    let input_gpu = stream.clone_htod(&input).unwrap();
+    let (gamma_gpu, beta_gpu) = (stream.clone_htod(&gamma).unwrap(), stream.clone_htod(&beta).unwrap());
+    let mut out = stream.clone_htod(&vec![bf16::POISON; count]).unwrap();
+    layernorm(
+        &mut TensorMut::from_cudarc(stream, &mut out, &shape).unwrap(),
+        &TensorRef::from_cudarc(stream, &input_gpu, &shape).unwrap(),
+        &TensorRef::from_cudarc(stream, &gamma_gpu, &shape[1..]).unwrap(),
+        &TensorRef::from_cudarc(stream, &beta_gpu, &shape[1..]).unwrap(),
+        case.eps,
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    let (input, mut expected) = (widened(&input), vec![0f32; count]);
+    layernorm(
+        &mut TensorMut::from_slice(&mut expected, &shape).unwrap(),
+        &TensorRef::from_slice(&input, &shape).unwrap(),
+        &TensorRef::from_slice(&gamma, &shape[1..]).unwrap(),
+        &TensorRef::from_slice(&beta, &shape[1..]).unwrap(),
+        case.eps,
+        Stream::NULL,
+    )
+    .unwrap();
+    close("layernorm", &widened(&stream.clone_dtoh(&out).unwrap()), &expected, 3e-3)
+}
+
+#[derive(Debug, Clone)]
+struct Batch {
+    half: bool,
+    lengths: Vec<i64>,
+    heads: [usize; 3],
+    input_state: bool,
+    alpha: bool,
+    beta: bool,
+    scale: f64,
+    seed: u64,
+}
+
+fn prefills() -> impl Strategy<Value = Batch> {
+    let length = prop_oneof![1 => Just(0i64), 2 => 1i64..10, 2 => 60i64..70, 1 => 120i64..140];
+    let lengths = proptest::collection::vec(length, 1..6);
+    let heads = prop_oneof![
+        (1usize..4).prop_map(|n| [n, n, n]),
+        (1usize..3, 2usize..4).prop_map(|(n, m)| [n * m, n, n]),
+        (1usize..3, 2usize..4).prop_map(|(n, m)| [n, n, n * m]),
+    ];
+    let scale = prop_oneof![Just(0.0), Just(0.3)];
+    let flag = any::<bool>;
+    (flag(), lengths, heads, flag(), flag(), flag(), scale, any::<u64>()).prop_map(
+        |(half, lengths, heads, input_state, alpha, beta, scale, seed)| Batch {
+            half,
+            lengths,
+            heads,
+            input_state,
+            alpha,
+            beta,
+            scale,
+            seed,
+        },
+    )
+}
+
+fn prefill(gpu: &Gpu, case: &Batch) -> Result<(), TestCaseError> {
+    if case.half { prefill_of::<f16>(gpu, case, 8e-4) } else { prefill_of::<bf16>(gpu, case, 6e-3) }
+}
+
+fn prefill_of<T: Number>(gpu: &Gpu, case: &Batch, tolerance: f64) -> Result<(), TestCaseError> {
+    let (stream, mut random) = (&gpu.stream, Random(case.seed));
+    let (tokens, size) = (case.lengths.iter().sum::<i64>() as usize, HEAD_SIZE as usize);
+    let heads = case.heads[0].max(case.heads[2]);
+    let shape = |heads: usize| [tokens as i64, heads as i64, HEAD_SIZE];
+    let (q_shape, k_shape, v_shape, out_shape) =
+        (shape(case.heads[0]), shape(case.heads[1]), shape(case.heads[2]), shape(heads));
+    let states = [case.lengths.len() as i64, heads as i64, HEAD_SIZE, HEAD_SIZE];
+    let state_count = states.iter().product::<i64>() as usize;
+    let q = random.unit::<T>(tokens * case.heads[0], size);
+    let k = random.unit::<T>(tokens * case.heads[1], size);
+    let v = random.normal::<T>(tokens * case.heads[2] * size);
+    let alpha = case.alpha.then(|| random.between(0.8, 1.0, tokens * heads));
+    let beta = case.beta.then(|| random.between(0.0, 1.0, tokens * heads));
+    let input_state = case.input_state.then(|| random.normal_f32(0.3, state_count));
+    let cu_seqlens = CuSeqlens::from_lengths(&case.lengths).unwrap();
+
+    // cudarc has no empty buffers.
+    let upload = |values: &[T]| stream.clone_htod(&[values, &[T::default()]].concat()).unwrap();
+    let numbers = |values: &Option<Vec<f32>>| {
+        values.as_ref().map(|values| stream.clone_htod(&[values.as_slice(), &[0.0]].concat()).unwrap())
+    };
+    let (q_gpu, k_gpu, v_gpu) = (upload(&q), upload(&k), upload(&v));
+    let (alpha_gpu, beta_gpu, input_gpu) = (numbers(&alpha), numbers(&beta), numbers(&input_state));
+    let mut output = upload(&vec![T::POISON; tokens * heads * size]);
+    let mut state = stream.clone_htod(&vec![f32::NAN; state_count]).unwrap();
+    let mut context = GdnPrefillContext::new(stream).unwrap();
+    context
+        .prefill(
+            GdnTensors {
+                output: TensorMut::from_cudarc(stream, &mut output, &out_shape).unwrap(),
+                output_state: TensorMut::from_cudarc(stream, &mut state, &states).unwrap(),
+                q: TensorRef::from_cudarc(stream, &q_gpu, &q_shape).unwrap(),
+                k: TensorRef::from_cudarc(stream, &k_gpu, &k_shape).unwrap(),
+                v: TensorRef::from_cudarc(stream, &v_gpu, &v_shape).unwrap(),
+            },
+            &cu_seqlens.to_device(stream).unwrap(),
+            GdnOptions {
+                input_state: input_gpu.as_ref().map(|b| TensorRef::from_cudarc(stream, b, &states).unwrap()),
+                alpha: alpha_gpu.as_ref().map(|b| TensorRef::from_cudarc(stream, b, &out_shape[..2]).unwrap()),
+                beta: beta_gpu.as_ref().map(|b| TensorRef::from_cudarc(stream, b, &out_shape[..2]).unwrap()),
+                scale: case.scale,
+            },
+        )
+        .unwrap();
+    let mut output = widened(&stream.clone_dtoh(&output).unwrap());
+    output.pop();
+    let state = stream.clone_dtoh(&state).unwrap();
+
+    let (q, k, v) = (widened(&q), widened(&k), widened(&v));
+    let (mut expected, mut expected_state) = (vec![0f32; output.len()], vec![0f32; state_count]);
+    gdn_prefill_on_host(
+        GdnTensors {
+            output: TensorMut::from_slice(&mut expected, &out_shape).unwrap(),
+            output_state: TensorMut::from_slice(&mut expected_state, &states).unwrap(),
+            q: TensorRef::from_slice(&q, &q_shape).unwrap(),
+            k: TensorRef::from_slice(&k, &k_shape).unwrap(),
+            v: TensorRef::from_slice(&v, &v_shape).unwrap(),
+        },
+        &cu_seqlens,
+        GdnOptions {
+            input_state: input_state.as_ref().map(|s| TensorRef::from_slice(s, &states).unwrap()),
+            alpha: alpha.as_ref().map(|a| TensorRef::from_slice(a, &out_shape[..2]).unwrap()),
+            beta: beta.as_ref().map(|b| TensorRef::from_slice(b, &out_shape[..2]).unwrap()),
+            scale: case.scale,
+        },
+    )
+    .unwrap();
+    if tokens > 0 {
+        close("output", &output, &expected, tolerance)?;
+    }
+    close("state", &state, &expected_state, tolerance)
+}
