@@ -170,6 +170,30 @@ fn descriptors_of_loaded_libraries_stay_open() {
     });
 }
 
+#[cfg(feature = "embed")]
+#[test]
+fn embedded_libraries_lie_in_memory_that_nobody_can_change() {
+    native::isolated("embedded_libraries_lie_in_memory_that_nobody_can_change", || {
+        initialize();
+        let mut sealed = 0;
+        for entry in fs::read_dir("/proc/self/fd").unwrap() {
+            let path = entry.unwrap().path();
+            if !fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().contains("memfd:lib")) {
+                continue;
+            }
+            let memory = fs::OpenOptions::new().write(true).open(&path).unwrap();
+            let written = std::os::unix::fs::FileExt::write_at(&memory, b"x", 0);
+            let (shrunk, grown) = (memory.set_len(1), memory.set_len(1 << 30));
+            for result in [written.map(drop), shrunk, grown] {
+                assert_eq!(result.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+            }
+            sealed += 1;
+        }
+        // libcudart.so.13 and libtvm_ffi.so
+        assert_eq!(sealed, 2);
+    });
+}
+
 #[test]
 fn a_library_for_another_processor_is_refused_with_the_reason() {
     native::isolated("a_library_for_another_processor_is_refused_with_the_reason", || {
