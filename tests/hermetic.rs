@@ -9,11 +9,11 @@
 mod vendoring;
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::LazyLock;
 
 use serde::Deserialize;
 use tempfile::TempDir;
@@ -58,7 +58,7 @@ static WITHOUT_NETWORK: LazyLock<&[&str]> = LazyLock::new(|| {
 struct Dependent {
     folder: PathBuf,
     temp: TempDir,
-    _turn: MutexGuard<'static, ()>,
+    _turn: File,
 }
 
 /// The part of cargo's messages that is of use here.
@@ -76,10 +76,10 @@ impl Dependent {
 
     /// On a package in this folder. Whatever an earlier build made of it is gone.
     fn on(package: &Path) -> Self {
-        static TURN: Mutex<()> = Mutex::new(());
-        // A test that failed leaves nothing that matters to the next.
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hermetic");
+        // A file, since the folder also belongs to other runs of these tests.
+        let turn = File::create(folder.with_extension("lock")).expect("the lock file");
+        turn.lock().expect("the lock");
         let dependent = Self { folder, temp: tempfile::tempdir().expect("a temporary folder"), _turn: turn };
         let manifest = format!(
             "[package]\nname = \"dependent\"\nversion = \"0.0.0\"\nedition = \"2024\"\n\n[workspace]\n\n\
@@ -172,7 +172,7 @@ fn vendored(output: &Output, source: &str) {
     assert_eq!(table.matches(&format!("source: Source::{source},")).count(), 2, "{table}");
     for (wheel, _) in WHEELS.iter() {
         let member = &wheel.members[0];
-        let library = fs::File::open(out_dir.join("lib").join(&member.soname)).expect("the library");
+        let library = File::open(out_dir.join("lib").join(&member.soname)).expect("the library");
         assert_eq!(Some(hash_reader(library).expect("its bytes").0), member.sha256, "{}", member.soname);
     }
 }
