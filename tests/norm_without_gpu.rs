@@ -103,3 +103,13 @@ fn where_it_was_raised_comes_along() {
     let FlashInferError::TvmFfiCall { backtrace, .. } = error else { panic!("{error}") };
     assert!(backtrace.contains("File "), "{backtrace}");
 }
+
+#[test]
+fn warming_up_loads_every_vendored_library() {
+    gemma_rmsnorm();
+    let runtime = FlashInferRuntime::global().unwrap();
+    runtime.warm_up().unwrap();
+    let artifacts = runtime.artifacts();
+    assert!(artifacts.iter().any(|artifact| artifact.name == "norm.so"), "{artifacts:?}");
+    assert!(artifacts.iter().all(|artifact| artifact.loaded_from.is_some()), "{artifacts:?}");
+}
