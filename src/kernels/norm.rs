@@ -264,9 +264,9 @@ pub fn layernorm(
         return Ok(());
     }
     let runtime = FlashInferRuntime::global()?;
-    runtime.checked_device(input.device())?;
-    let function = kernel.on(input.device())?;
+    // First, since this finds that there is no such device, before a library is loaded for it.
     let _stream = runtime.set_stream(input.device(), stream)?;
+    let function = kernel.on(input.device())?;
     // Offsets are signed here.
     let step = (i64::from(i32::MAX) / columns).max(1);
     for start in (0..rows).step_by(step as usize) {
@@ -325,9 +325,9 @@ impl Call<'_> {
         }
         let device = first.device();
         let runtime = FlashInferRuntime::global()?;
-        runtime.checked_device(device)?;
-        let function = self.kernel.on(device)?;
+        // First, since this finds that there is no such device, before a library is loaded for it.
         let _stream = runtime.set_stream(device, stream)?;
+        let function = self.kernel.on(device)?;
         let rows = first.shape()[0];
         let step = tensors.iter().map(|(_, tensor)| rows_within_limit(tensor)).min().unwrap_or(rows);
         let mut start = 0;

@@ -233,10 +233,7 @@ fn unpack_whole(pinned: &Pinned, env: &Env, tree: &Path) -> Result<()> {
         members: Vec::new(),
     };
     let bar = shell::transfer_bar(&pinned.file);
-    let mut progress = |done, total: Option<u64>| {
-        bar.set_length(total.unwrap_or(0));
-        bar.set_position(done);
-    };
+    let mut progress = shell::progress(&bar);
     let mut ladder = Ladder { env, workspace: None, checkout: None, progress: &mut progress };
     // The ladder's override variables are about what is vendored, not about what it is compiled from.
     let found = ladder.find_pinned(&wheel)?;

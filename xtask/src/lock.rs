@@ -106,10 +106,7 @@ fn set(table: &mut Table, key: &str, number: u64) -> Result<()> {
 /// From a copy of the wheel that has the locked digest.
 fn by_wheel(wheel: &Wheel, env: &Env) -> Result<(u64, Vec<Facts>)> {
     let bar = shell::transfer_bar(&wheel.file);
-    let mut progress = |done, total: Option<u64>| {
-        bar.set_length(total.unwrap_or(0));
-        bar.set_position(done);
-    };
+    let mut progress = shell::progress(&bar);
     let found =
         Ladder { env, workspace: Some(shell::root()), checkout: None, progress: &mut progress }.find_pinned(wheel);
     bar.finish_and_clear();

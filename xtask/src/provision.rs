@@ -72,10 +72,7 @@ fn has_kernels(env: &Env) -> Result<bool> {
 
 fn find(wheel: &Wheel, env: &Env, root: &Path) -> Result<Source> {
     let bar = shell::transfer_bar(&wheel.file);
-    let mut progress = |done, total: Option<u64>| {
-        bar.set_length(total.unwrap_or(0));
-        bar.set_position(done);
-    };
+    let mut progress = shell::progress(&bar);
     let checkout = Some(root.to_owned());
     let found = Ladder { env, workspace: checkout.clone(), checkout, progress: &mut progress }.find(wheel);
     bar.finish_and_clear();

@@ -39,6 +39,14 @@ pub fn transfer_bar(name: &str) -> ProgressBar {
     style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
+/// What a download tells its bar.
+pub fn progress(bar: &ProgressBar) -> impl FnMut(u64, Option<u64>) + '_ {
+    |done, total| {
+        bar.set_length(total.unwrap_or(0));
+        bar.set_position(done);
+    }
+}
+
 /// A line for one step under way, with the time it has taken.
 pub fn step_bar() -> ProgressBar {
     let bar = ProgressBar::new_spinner();
