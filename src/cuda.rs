@@ -23,6 +23,9 @@ const COPY: c_int = 4;
 const STICKY: [c_int; 12] = [214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 226, 999];
 /// `cudaErrorNoDevice`.
 const NO_DEVICE: c_int = 100;
+/// `cudaErrorGraphExecUpdateFailure`.
+#[cfg(feature = "cudarc")]
+const GRAPH_EXEC_UPDATE_FAILURE: c_int = 910;
 
 pub(crate) struct Cudart {
     driver_get_version: unsafe extern "C" fn(*mut c_int) -> c_int,
@@ -31,9 +34,15 @@ pub(crate) struct Cudart {
     set_device: unsafe extern "C" fn(c_int) -> c_int,
     device_get_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
+    /// Only graphs need it.
+    #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "graphs come with cudarc"))]
+    graph_exec_update: Option<GraphExecUpdate>,
     /// What calls that go well do not need; a stand-in for CUDA's runtime may lack them.
     memory: Option<Memory>,
 }
+
+/// The last argument is a `cudaGraphExecUpdateResultInfo`.
+type GraphExecUpdate = unsafe extern "C" fn(*mut c_void, *mut c_void, *mut [usize; 3]) -> c_int;
 
 #[derive(Clone, Copy)]
 struct Memory {
@@ -78,6 +87,7 @@ impl Cudart {
                 set_device: library.symbol(c"cudaSetDevice")?,
                 device_get_attribute: library.symbol(c"cudaDeviceGetAttribute")?,
                 get_error_string: library.symbol(c"cudaGetErrorString")?,
+                graph_exec_update: library.symbol(c"cudaGraphExecUpdate").ok(),
                 memory: Memory::resolve(library).ok(),
             })
         }
@@ -153,6 +163,25 @@ impl Cudart {
             if (memory.peek_at_last_error)() != 0 {
                 (memory.get_last_error)();
             }
+        }
+    }
+
+    /// Changes what can be launched into what was captured; whether CUDA could.
+    ///
+    /// By the runtime, since cudarc has the driver's function only where it was built for CUDA 12 or newer.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn update_graph(&self, executable: *mut c_void, graph: *mut c_void) -> Result<bool> {
+        let Some(update) = self.graph_exec_update else { return Ok(false) };
+        let mut why = [0; 3];
+        // SAFETY: both handles are live, which their owners see to, and the runtime's are the driver's; the reason is
+        // written through a pointer that is valid for the call, to three words: a number and two handles.
+        match unsafe { update(executable, graph, &mut why) } {
+            0 => Ok(true),
+            GRAPH_EXEC_UPDATE_FAILURE => {
+                self.forget_stale_error();
+                Ok(false)
+            }
+            code => self.check("cudaGraphExecUpdate", code).map(|()| false),
         }
     }
 

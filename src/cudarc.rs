@@ -4,13 +4,17 @@
 
 use std::ffi::c_void;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
+use cudarc::driver::{
+    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, DriverError,
+};
 
 use crate::error::{FlashInferError, Result};
+use crate::graph::check_byte;
 use crate::kernels::gdn::{self, GdnPrefill};
 use crate::kernels::norm::{self, NormOptions};
-use crate::runtime::Stream;
+use crate::runtime::{DeviceStream, Stream};
 use crate::tensor::{DType, Device, Element, TensorMut, TensorRef};
 
 mod sealed {
@@ -57,6 +61,18 @@ impl<'a> Stream<'a> {
     pub fn cudarc(stream: &'a CudaStream) -> Self {
         // SAFETY: cudarc keeps the stream alive for as long as it is borrowed.
         unsafe { Self::from_raw(stream.cu_stream().cast()) }
+    }
+}
+
+impl<'a> From<&'a CudaStream> for DeviceStream<'a> {
+    fn from(stream: &'a CudaStream) -> Self {
+        Self { device: device(stream.context()), stream: Stream::cudarc(stream) }
+    }
+}
+
+impl<'a> From<&'a Arc<CudaStream>> for DeviceStream<'a> {
+    fn from(stream: &'a Arc<CudaStream>) -> Self {
+        Self::from(stream.as_ref())
     }
 }
 
@@ -128,14 +144,7 @@ impl<'a> TensorMut<'a> {
         dtype: DType,
         shape: &[i64],
     ) -> Result<Self> {
-        if !matches!(dtype, DType::F8E4M3 | DType::F8E5M2 | DType::U8) {
-            return Err(FlashInferError::InvalidArgument {
-                function: "tensor",
-                argument: "dtype",
-                found: dtype.to_string(),
-                expected: "a type of one byte".to_owned(),
-            });
-        }
+        check_byte(dtype)?;
         write("tensor", "buffer", stream, buffer, dtype, shape, None)
     }
 }
@@ -156,7 +165,7 @@ fn read<'a, T>(
     // SAFETY: cudarc owns the memory, which is on its context's device and holds the elements that `check` counted, each of
     // a Rust type that fits the element type. The guard, held until the kernel is queued, orders it before any later write
     // on another stream.
-    let tensor = unsafe { TensorRef::from_raw(pointer, device(stream), dtype, shape, strides) }?;
+    let tensor = unsafe { TensorRef::from_raw(pointer, device(stream.context()), dtype, shape, strides) }?;
     Ok(tensor.bound(stream.cu_stream().cast(), Some(guard)))
 }
 
@@ -174,13 +183,18 @@ fn write<'a, T>(
     let (pointer, guard) = buffer.device_ptr_mut(stream);
     let pointer = pointer as *mut c_void;
     // SAFETY: as for `read`; nothing else refers to the buffer.
-    let tensor = unsafe { TensorMut::from_raw(pointer, device(stream), dtype, shape, strides) }?;
+    let tensor = unsafe { TensorMut::from_raw(pointer, device(stream.context()), dtype, shape, strides) }?;
     Ok(tensor.bound(stream.cu_stream().cast(), Some(guard)))
 }
 
-fn device(stream: &CudaStream) -> Device {
+pub(crate) fn device(context: &CudaContext) -> Device {
     // cudarc got the number from CUDA, which counts in 32 bits.
-    Device::Cuda(stream.context().ordinal() as u32)
+    Device::Cuda(context.ordinal() as u32)
+}
+
+/// What went wrong when cudarc was doing this.
+pub(crate) fn driver(doing: &'static str) -> impl Fn(DriverError) -> FlashInferError {
+    move |error| FlashInferError::Cuda { call: doing, code: error.0 as i32, message: error.to_string() }
 }
 
 /// That a buffer belongs to the stream's context and holds every element.
@@ -193,24 +207,36 @@ fn check<T>(
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> Result<()> {
-    let invalid =
-        |found: String, expected: String| Err(FlashInferError::InvalidArgument { function, argument, found, expected });
     if buffer.stream().context() != stream.context() {
         let (found, expected) = (buffer.stream().context().ordinal(), stream.context().ordinal());
+        let found = format!("in a context of cuda:{found}");
         let expected = format!("memory in the stream's context, of cuda:{expected}");
-        return invalid(format!("in a context of cuda:{found}"), expected);
+        return Err(FlashInferError::InvalidArgument { function, argument, found, expected });
     }
+    check_len(function, argument, buffer.len(), dtype, shape, strides)
+}
+
+/// That memory of `len` elements holds every one of a tensor's.
+pub(crate) fn check_len(
+    function: &'static str,
+    argument: &'static str,
+    len: usize,
+    dtype: DType,
+    shape: &[i64],
+    strides: Option<&[i64]>,
+) -> Result<()> {
     // SAFETY: no element is reached through this tensor; it only counts them.
     let reach = unsafe {
-        TensorRef::from_raw(NonNull::<u128>::dangling().as_ptr().cast(), device(stream), dtype, shape, strides)
+        TensorRef::from_raw(NonNull::<u128>::dangling().as_ptr().cast(), Device::Cpu, dtype, shape, strides)
     }?;
     let reach = reach.raw();
     let forward = reach.strides().iter().all(|&stride| stride >= 0);
     match reach.reach().and_then(|reach| usize::try_from(reach).ok()) {
-        Some(needed) if forward && needed <= buffer.len() => Ok(()),
+        Some(needed) if forward && needed <= len => Ok(()),
         _ => {
             let strides = strides.map(|strides| format!(" and strides {strides:?}")).unwrap_or_default();
-            invalid(format!("{} elements long", buffer.len()), format!("enough for shape {shape:?}{strides}"))
+            let (found, expected) = (format!("{len} elements long"), format!("enough for shape {shape:?}{strides}"));
+            Err(FlashInferError::InvalidArgument { function, argument, found, expected })
         }
     }
 }

@@ -194,6 +194,15 @@ pub enum FlashInferError {
         backtrace: String,
     },
 
+    /// A series of calls cannot be captured into a CUDA graph, or not be launched as one.
+    #[error("CUDA graph: {problem}; {remedy}")]
+    Graph {
+        /// What was found, with CUDA's own words.
+        problem: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+
     /// The runtime was initialized before, with another configuration.
     #[error("the runtime is already initialized with {current}, and was now asked for {requested}; initialize it once")]
     AlreadyInitialized {

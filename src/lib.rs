@@ -70,6 +70,8 @@ mod digest;
 mod error;
 mod ffi;
 mod flat;
+#[cfg(feature = "cudarc")]
+mod graph;
 pub mod kernels;
 mod loader;
 mod module;
@@ -85,6 +87,8 @@ pub use cudarc_buffers::{
     DeviceBuffer, DeviceBufferMut, Half16, gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options,
     gemma_rmsnorm_cudarc,
 };
+#[cfg(feature = "cudarc")]
+pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, LaunchGraph};
 /// The licences of what the build vendors, and what whoever passes it on must do: to be handed on with a program that was
 /// built with the feature `embed`.
 pub const THIRD_PARTY_NOTICES: &str = include_str!("../THIRD-PARTY.md");
@@ -95,9 +99,10 @@ pub use flat::{
     GdnPrefillSm90Params, GemmaRmsNormParams, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, gdn_prefill_sm90,
     gemma_rmsnorm,
 };
+pub use kernels::Prepared;
 pub use module::{Arg, Function, Module, Object, PackedTensor, Value};
 pub use report::{DeviceReport, Report, SelfTest};
-pub use runtime::{FlashInferRuntime, RuntimeConfig, Stream};
+pub use runtime::{DeviceStream, FlashInferRuntime, RuntimeConfig, Stream};
 pub use tensor::{DType, Device, Element, MAX_NDIM, TensorMut, TensorRef};
 
 /// README's code compiles.

@@ -1,5 +1,6 @@
 //! The runtime: one per process, holding the loaded libraries.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
@@ -279,21 +280,66 @@ impl FlashInferRuntime {
         Ok(Module::loaded(&name, library, &self.api))
     }
 
-    /// Runs `f` with `stream` as this thread's stream for kernels on `device`, and restores the stream after it, also
-    /// when `f` panics. On [`Device::Cpu`] there is no stream and `f` is just run.
+    /// Runs `f` with a stream set once for all the calls in it, which is otherwise done and undone for each. `f` is given
+    /// the stream to queue them on; a call on another stream, or in a scope within this one, still sets its own.
+    ///
+    /// The stream is this thread's for TVM-FFI meanwhile, for [`Function::call`](crate::Function::call) too, and what was
+    /// set before comes back after it, also when `f` panics. On the host there is no stream and `f` is just run.
+    ///
+    /// ```no_run
+    /// # #[cfg(feature = "cudarc")]
+    /// # fn layer(
+    /// #     runtime: &'static flashinfer_rs::FlashInferRuntime,
+    /// #     stream: std::sync::Arc<flashinfer_rs::cudarc::driver::CudaStream>,
+    /// #     out: &mut flashinfer_rs::TensorMut<'_>,
+    /// #     input: &flashinfer_rs::TensorRef<'_>,
+    /// #     weight: &flashinfer_rs::TensorRef<'_>,
+    /// # ) -> flashinfer_rs::Result<()> {
+    /// use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
+    ///
+    /// let options = NormOptions::default();
+    /// runtime.on(&stream, |s| {
+    ///     for _ in 0..32 {
+    ///         rmsnorm(out, input, weight, &options, s)?;
+    ///     }
+    ///     Ok(())
+    /// })?
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange), or why there is no GPU.
-    pub fn with_stream<T>(&'static self, device: Device, stream: Stream<'_>, f: impl FnOnce() -> T) -> Result<T> {
-        let _stream = self.set_stream(device, stream)?;
-        Ok(f())
+    /// [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange), [`ContextLost`](FlashInferError::ContextLost), or why there
+    /// is no GPU.
+    pub fn on<'a, T>(
+        &'static self,
+        stream: impl Into<DeviceStream<'a>>,
+        f: impl for<'s> FnOnce(Stream<'s>) -> T,
+    ) -> Result<T> {
+        let DeviceStream { device, stream } = stream.into();
+        let Device::Cuda(_) = device else { return Ok(f(stream)) };
+        let id = self.checked_device(device)?;
+        let scope = ScopeGuard::enter();
+        let _stream = self.set_stream(id, Stream { set: None, ..stream })?;
+        Ok(f(Stream { set: Some(Setting { scope: scope.id, device: id }), ..stream }))
     }
 
-    pub(crate) fn set_stream(&'static self, device: Device, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
-        let Device::Cuda(_) = device else { return Ok(None) };
-        let device = self.checked_device(device)?;
-        // SAFETY: the device was just found to be one of those that exist.
-        unsafe { self.api.set_stream(device, stream.0) }.map(Some)
+    /// Makes `stream` this thread's stream for kernels on a device until the guard is dropped, unless it is already: in a
+    /// scope that no other interrupts. `device` comes from [`checked_device`](Self::checked_device).
+    pub(crate) fn set_stream(&'static self, device: i32, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
+        if stream.set.is_some_and(|set| set.device == device && set.scope == SCOPE.get()) {
+            return Ok(None);
+        }
+        // SAFETY: the device was found to be one of those that exist.
+        unsafe { self.api.set_stream(device, stream.raw) }.map(Some)
+    }
+
+    /// As [`set_stream`](Self::set_stream), for a device that is checked here; nothing on the host. Called before a library
+    /// is loaded for a device that may not exist.
+    pub(crate) fn queue(&'static self, device: Device, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
+        match device {
+            Device::Cpu => Ok(None),
+            Device::Cuda(_) => self.set_stream(self.checked_device(device)?, stream),
+        }
     }
 
     /// A CUDA device's number, once it is known to exist and to work.
@@ -357,12 +403,45 @@ impl FlashInferRuntime {
 }
 
 /// A CUDA stream, for kernels to be queued on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stream<'a>(*mut c_void, PhantomData<&'a ()>);
+#[derive(Debug, Clone, Copy)]
+pub struct Stream<'a> {
+    raw: *mut c_void,
+    /// The scope that set it.
+    set: Option<Setting>,
+    /// What is queued becomes part of a graph, whose kernels may start before the one ahead of them has ended.
+    capture: Option<Capture>,
+    borrow: PhantomData<&'a ()>,
+}
+
+/// What a graph that is being captured asks of its calls.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Capture {
+    /// Programmatic dependent launch wherever a kernel has it.
+    pub(crate) pdl: bool,
+}
+
+/// Who set this thread's stream, and for which device.
+#[derive(Debug, Clone, Copy)]
+struct Setting {
+    scope: u64,
+    device: i32,
+}
+
+impl PartialEq for Stream<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.raw == other.raw
+    }
+}
+
+impl Eq for Stream<'_> {}
 
 impl<'a> Stream<'a> {
     /// The null stream, which orders itself with every other blocking stream of the device.
-    pub const NULL: Self = Self(std::ptr::null_mut(), PhantomData);
+    pub const NULL: Self = Self::new(std::ptr::null_mut());
+
+    const fn new(raw: *mut c_void) -> Self {
+        Self { raw, set: None, capture: None, borrow: PhantomData }
+    }
 
     /// A stream of one's own.
     ///
@@ -370,11 +449,62 @@ impl<'a> Stream<'a> {
     /// `stream` must be null or a live `cudaStream_t` (`CUstream`) of the device whose kernels it is used for, and stay
     /// so for `'a`.
     pub const unsafe fn from_raw(stream: *mut c_void) -> Self {
-        Self(stream, PhantomData)
+        Self::new(stream)
     }
 
     pub(crate) fn as_raw(self) -> *mut c_void {
-        self.0
+        self.raw
+    }
+
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn capturing(self, capture: Capture) -> Self {
+        Self { capture: Some(capture), ..self }
+    }
+
+    pub(crate) fn capture(self) -> Option<Capture> {
+        self.capture
+    }
+}
+
+/// A stream and the device it is of: a reference to a stream of cudarc's is one.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceStream<'a> {
+    /// Whose stream it is.
+    pub device: Device,
+    /// The stream.
+    pub stream: Stream<'a>,
+}
+
+impl<'a> From<(Device, Stream<'a>)> for DeviceStream<'a> {
+    fn from((device, stream): (Device, Stream<'a>)) -> Self {
+        Self { device, stream }
+    }
+}
+
+thread_local! {
+    /// The innermost scope of this thread; 0 outside of any. A stream that an outer one set is not this thread's now.
+    static SCOPE: Cell<u64> = const { Cell::new(0) };
+    /// How many scopes there were.
+    static SCOPES: Cell<u64> = const { Cell::new(0) };
+}
+
+/// A scope, until it is dropped.
+struct ScopeGuard {
+    id: u64,
+    outer: u64,
+}
+
+impl ScopeGuard {
+    fn enter() -> Self {
+        let id = SCOPES.get() + 1;
+        SCOPES.set(id);
+        Self { id, outer: SCOPE.replace(id) }
+    }
+}
+
+impl Drop for ScopeGuard {
+    fn drop(&mut self) {
+        SCOPE.set(self.outer);
     }
 }
 

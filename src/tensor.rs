@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
+use std::ptr;
 
 use crate::error::{FlashInferError, Result};
 use crate::ffi::dlpack::{self, DLDataType, DLDevice, DLTensor};
@@ -140,19 +141,28 @@ element! { half::f16 => F16, half::bf16 => BF16, f32 => F32, f64 => F64, u8 => U
 /// What is known of a tensor, wherever it is.
 #[derive(Clone, Copy)]
 pub(crate) struct Raw {
-    data: *mut c_void,
+    /// In the form that crosses the boundary, so that packing is a copy. Its shape and strides are set then: they point
+    /// into the tensor that is packed, which may move until it is.
+    packed: DLTensor,
     /// The one stream that may use it now, where its owner said so.
     stream: Option<*mut c_void>,
     device: Device,
     dtype: DType,
-    ndim: usize,
     shape: [i64; MAX_NDIM],
     strides: [i64; MAX_NDIM],
 }
 
 impl fmt::Debug for Raw {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{:?} strides {:?} on {} at {:p}", self.dtype, self.shape(), self.strides(), self.device, self.data)
+        write!(
+            f,
+            "{}{:?} strides {:?} on {} at {:p}",
+            self.dtype,
+            self.shape(),
+            self.strides(),
+            self.device,
+            self.data()
+        )
     }
 }
 
@@ -169,7 +179,16 @@ impl Raw {
             return invalid("strides", format!("{strides:?}"), &format!("one for each of the {ndim} dimensions"));
         }
         let (shape_of_ones, strides_of_ones) = ([1; MAX_NDIM], [1; MAX_NDIM]);
-        let mut raw = Self { data, stream: None, device, dtype, ndim, shape: shape_of_ones, strides: strides_of_ones };
+        let packed = DLTensor {
+            data,
+            device: device.to_dl(),
+            ndim: ndim as i32,
+            dtype: dtype.to_dl(),
+            shape: ptr::null(),
+            strides: ptr::null(),
+            byte_offset: 0,
+        };
+        let mut raw = Self { packed, stream: None, device, dtype, shape: shape_of_ones, strides: strides_of_ones };
         raw.shape[..ndim].copy_from_slice(shape);
         let numel = shape.iter().try_fold(1i64, |product, &n| if n < 0 { None } else { product.checked_mul(n) });
         let Some(numel) = numel else {
@@ -197,7 +216,7 @@ impl Raw {
     }
 
     pub(crate) fn data(&self) -> *mut c_void {
-        self.data
+        self.packed.data
     }
 
     pub(crate) fn stream(&self) -> Option<*mut c_void> {
@@ -213,11 +232,11 @@ impl Raw {
     }
 
     pub(crate) fn shape(&self) -> &[i64] {
-        &self.shape[..self.ndim]
+        &self.shape[..self.packed.ndim as usize]
     }
 
     pub(crate) fn strides(&self) -> &[i64] {
-        &self.strides[..self.ndim]
+        &self.strides[..self.packed.ndim as usize]
     }
 
     /// The number of elements; the constructor checked that it fits.
@@ -239,7 +258,7 @@ impl Raw {
         debug_assert!(start >= 0 && count >= 0 && start + count <= self.shape[0]);
         let mut part = *self;
         let offset = start * self.strides[0] * self.dtype.size() as i64;
-        part.data = self.data.wrapping_byte_offset(offset as isize);
+        part.packed.data = self.data().wrapping_byte_offset(offset as isize);
         part.shape[0] = count;
         part
     }
@@ -247,8 +266,17 @@ impl Raw {
     /// `count` elements of a vector from `start` on, wherever its own length ends.
     pub(crate) fn part(&self, start: i64, count: i64) -> Self {
         let mut part = *self;
-        part.data = self.data.wrapping_byte_offset((start * self.dtype.size() as i64) as isize);
+        part.packed.data = self.data().wrapping_byte_offset((start * self.dtype.size() as i64) as isize);
         part.shape[0] = count;
+        part
+    }
+
+    /// This part of a tensor in the memory of another of the same layout, so many bytes further on.
+    pub(crate) fn moved(&self, bytes: isize, whole: &Self) -> Self {
+        let mut part = *self;
+        // From the other's own pointer, which alone may reach its memory.
+        let offset = self.data().addr().wrapping_add_signed(bytes).wrapping_sub(whole.data().addr());
+        part.packed.data = whole.data().wrapping_byte_add(offset);
         part
     }
 
@@ -265,15 +293,7 @@ impl Raw {
     }
 
     pub(crate) fn pack(&self) -> PackedTensor<'_> {
-        let tensor = DLTensor {
-            data: self.data,
-            device: self.device.to_dl(),
-            ndim: self.ndim as i32,
-            dtype: self.dtype.to_dl(),
-            shape: self.shape.as_ptr(),
-            strides: self.strides.as_ptr(),
-            byte_offset: 0,
-        };
+        let tensor = DLTensor { shape: self.shape.as_ptr(), strides: self.strides.as_ptr(), ..self.packed };
         PackedTensor(tensor, PhantomData)
     }
 }

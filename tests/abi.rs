@@ -190,8 +190,8 @@ fn a_stream_is_set_for_its_device_and_restored() {
     module();
     let runtime = FlashInferRuntime::global().unwrap();
     let before = stream_of(1);
-    let inside = runtime.with_stream(Device::Cuda(1), stream(0x10), || {
-        let nested = runtime.with_stream(Device::Cuda(1), stream(0x20), || stream_of(1) as usize).unwrap();
+    let inside = runtime.on((Device::Cuda(1), stream(0x10)), |_| {
+        let nested = runtime.on((Device::Cuda(1), stream(0x20)), |_| stream_of(1) as usize).unwrap();
         (stream_of(1) as usize, nested, stream_of(0) as usize)
     });
     assert_eq!(inside.unwrap(), (0x10, 0x20, 0));
@@ -202,11 +202,11 @@ fn a_stream_is_set_for_its_device_and_restored() {
 fn a_stream_is_restored_after_errors_and_panics() {
     module();
     let runtime = FlashInferRuntime::global().unwrap();
-    let failed = runtime.with_stream(Device::Cuda(0), stream(0x10), || call("fail", &[]).is_err());
+    let failed = runtime.on((Device::Cuda(0), stream(0x10)), |_| call("fail", &[]).is_err());
     assert!(failed.unwrap());
     assert!(stream_of(0).is_null());
     let panicked = std::panic::catch_unwind(|| {
-        runtime.with_stream(Device::Cuda(0), stream(0x10), || panic!("on purpose")).unwrap();
+        runtime.on((Device::Cuda(0), stream(0x10)), |_| panic!("on purpose")).unwrap();
     });
     assert!(panicked.is_err());
     assert!(stream_of(0).is_null());
@@ -217,9 +217,9 @@ fn a_device_that_does_not_exist_never_reaches_tvm_ffi() {
     module();
     let runtime = FlashInferRuntime::global().unwrap();
     for id in [2, 1000, u32::MAX] {
-        let error = runtime.with_stream(Device::Cuda(id), Stream::NULL, || ()).unwrap_err();
+        let error = runtime.on((Device::Cuda(id), Stream::NULL), |_| ()).unwrap_err();
         let FlashInferError::DeviceOutOfRange { device, count } = error else { panic!("{error}") };
         assert_eq!((device, count), (i64::from(id), 2));
     }
-    runtime.with_stream(Device::Cpu, Stream::NULL, || ()).unwrap();
+    runtime.on((Device::Cpu, Stream::NULL), |_| ()).unwrap();
 }

@@ -254,7 +254,7 @@ fn a_driver_that_is_too_old_is_named_with_what_is_needed() {
 fn a_driver_without_a_gpu_counts_none() {
     with_fake_cudart("a_driver_without_a_gpu_counts_none", &[("FAKE_ERROR", "100")], |runtime| {
         assert_eq!(runtime.device_count().unwrap(), 0);
-        let error = runtime.with_stream(Device::Cuda(0), Stream::NULL, || ()).unwrap_err();
+        let error = runtime.on((Device::Cuda(0), Stream::NULL), |_| ()).unwrap_err();
         assert!(matches!(error, FlashInferError::DeviceOutOfRange { device: 0, count: 0 }), "{error}");
     });
 }

@@ -2,8 +2,9 @@
 //! `include/flashinfer/flat/` of FlashInfer 0.6.3.
 
 use super::Kernel;
+use super::prepared::{self, Argument, Prepared, Slot};
 use crate::error::Result;
-use crate::module::Arg;
+use crate::module::{Arg, Function};
 use crate::runtime::{FlashInferRuntime, Stream};
 use crate::tensor::{DType, Device, Raw, TensorMut, TensorRef};
 
@@ -21,6 +22,9 @@ pub const HEAD_SIZE: i64 = 128;
 
 /// A TMA descriptor for every multiprocessor, which the kernel edits on partial tiles.
 const WORKSPACE_PER_MULTIPROCESSOR: i64 = 128;
+
+/// What TMA asks of its descriptors.
+const WORKSPACE_ALIGNMENT: usize = 64;
 
 /// Whether the kernel runs on a device: on the host always, on a GPU of compute capability 9.0.
 ///
@@ -79,21 +83,27 @@ pub struct GdnPrefill<'a> {
 /// contents steer the kernel's addressing, and a sequence without tokens hangs the GPU. The workspace must not be in
 /// use by another stream.
 pub unsafe fn gdn_prefill(args: GdnPrefill<'_>, stream: Stream<'_>) -> Result<()> {
-    let raw = RawArgs {
-        output: *args.output.raw(),
-        output_state: *args.output_state.raw(),
-        q: *args.q.raw(),
-        k: *args.k.raw(),
-        v: *args.v.raw(),
-        cu_seqlens: *args.cu_seqlens.raw(),
-        input_state: args.input_state.as_ref().map(|tensor| *tensor.raw()),
-        alpha: args.alpha.as_ref().map(|tensor| *tensor.raw()),
-        beta: args.beta.as_ref().map(|tensor| *tensor.raw()),
-        scale: args.scale,
-        workspace: *args.workspace.raw(),
-    };
+    let raw = args.raw();
     // SAFETY: the caller's promise; `args` keeps the memory borrowed until the kernel is queued.
     unsafe { launch(&raw, stream) }
+}
+
+impl GdnPrefill<'_> {
+    fn raw(&self) -> RawArgs {
+        RawArgs {
+            output: *self.output.raw(),
+            output_state: *self.output_state.raw(),
+            q: *self.q.raw(),
+            k: *self.k.raw(),
+            v: *self.v.raw(),
+            cu_seqlens: *self.cu_seqlens.raw(),
+            input_state: self.input_state.as_ref().map(|tensor| *tensor.raw()),
+            alpha: self.alpha.as_ref().map(|tensor| *tensor.raw()),
+            beta: self.beta.as_ref().map(|tensor| *tensor.raw()),
+            scale: self.scale,
+            workspace: *self.workspace.raw(),
+        }
+    }
 }
 
 /// [`GdnPrefill`] without the borrows, to be cut into parts.
@@ -125,31 +135,10 @@ unsafe fn launch(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
 /// # Safety
 /// As for [`launch`]; [`check`] must have found nothing, here or in a whole that these arguments are a part of.
 pub(super) unsafe fn run(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
-    let kernel = &GDN_PREFILL;
-    let runtime = FlashInferRuntime::global()?;
     let device = args.q.device();
-    let id = runtime.checked_device(device)?;
-    let _current = match device {
-        Device::Cuda(_) => {
-            let needed = i64::from(runtime.multiprocessors(id)?) * WORKSPACE_PER_MULTIPROCESSOR;
-            let found = args.workspace.numel();
-            if found < needed {
-                return Err(kernel.invalid(
-                    "workspace",
-                    format_args!("{found} bytes"),
-                    format!("{needed} bytes or more"),
-                ));
-            }
-            let cudart = runtime.cudart()?;
-            // CUTLASS asks for the last error after the launch, whoever made it.
-            cudart.forget_stale_error();
-            // Upstream asks the thread's current device, not the tensors'.
-            Some(cudart.set_current(id)?)
-        }
-        Device::Cpu => None,
-    };
-    let function = kernel.on(device)?;
-    let _stream = runtime.set_stream(device, stream)?;
+    let _stream = FlashInferRuntime::global()?.queue(device, stream)?;
+    args.check_workspace()?;
+    let function = GDN_PREFILL.on(device)?;
     let (output, output_state, workspace) = (args.output.pack(), args.output_state.pack(), args.workspace.pack());
     let (q, k, v, cu_seqlens) = (args.q.pack(), args.k.pack(), args.v.pack(), args.cu_seqlens.pack());
     let input_state = args.input_state.as_ref().map(Raw::pack);
@@ -171,14 +160,78 @@ pub(super) unsafe fn run(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
     ];
     // SAFETY: shapes, types, devices and sizes keep the kernel's contract, checked above; the contents of cu_seqlens
     // are the caller's promise, the tensors' memory and the stream were vouched for by whoever made them.
-    let call = || unsafe { function.call(&packed) }.map(drop).map_err(|error| runtime.diagnosed(error, device));
-    match device {
-        Device::Cuda(_) => per_device::call(id, args.variant(), call),
-        Device::Cpu => call(),
+    unsafe { call(function, device, args.variant(), &packed) }
+}
+
+/// Calls the kernel with arguments that were checked, on this thread's stream.
+///
+/// # Safety
+/// As for [`Function::call`]; `variant` must be that of the arguments, and the device one that exists.
+unsafe fn call(function: &Function, device: Device, variant: u32, args: &[Arg<'_>]) -> Result<()> {
+    let runtime = FlashInferRuntime::global()?;
+    // SAFETY: the caller's promise.
+    let call = || unsafe { function.call(args) }.map(drop).map_err(|error| runtime.diagnosed(error, device));
+    let Device::Cuda(id) = device else { return call() };
+    let cudart = runtime.cudart()?;
+    // CUTLASS asks for the last error after the launch, whoever made it.
+    cudart.forget_stale_error();
+    // Upstream asks the thread's current device, not the tensors'.
+    let _current = cudart.set_current(id as i32)?;
+    per_device::call(runtime, id as i32, variant, call)
+}
+
+/// [`gdn_prefill`], packed once.
+impl<'a> Prepared<'a> {
+    /// [`gdn_prefill`], to be launched many times. Replaceable: every tensor, by its name in [`GdnPrefill`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there, at every launch: also of a `cu_seqlens` or `workspace` that replaces the first.
+    pub unsafe fn gdn_prefill(args: GdnPrefill<'a>) -> Result<Self> {
+        let raw = args.raw();
+        let (device, scale) = (raw.q.device(), Slot::Number(Arg::float(args.scale)));
+        let required = [
+            Argument::written("output", args.output),
+            Argument::written("output_state", args.output_state),
+            Argument::read("q", args.q),
+            Argument::read("k", args.k),
+            Argument::read("v", args.v),
+            Argument::read("cu_seqlens", args.cu_seqlens),
+        ];
+        let optional = [("input_state", args.input_state), ("alpha", args.alpha), ("beta", args.beta)];
+        let mut tensors = Vec::from(required);
+        let mut slots: Vec<_> = tensors.iter().enumerate().map(|(i, tensor)| Slot::Tensor(i, *tensor.raw())).collect();
+        for (name, tensor) in optional {
+            slots.push(match &tensor {
+                Some(tensor) => Slot::Tensor(tensors.len(), *tensor.raw()),
+                None => Slot::Number(Arg::NONE),
+            });
+            tensors.extend(tensor.map(|tensor| Argument::read(name, tensor)));
+        }
+        slots.extend([scale, Slot::Tensor(tensors.len(), raw.workspace)]);
+        tensors.push(Argument::written("workspace", args.workspace).aligned(WORKSPACE_ALIGNMENT));
+        check(&raw, prepared::stream_of(&tensors), 1)?;
+        FlashInferRuntime::global()?.checked_device(device)?;
+        raw.check_workspace()?;
+        Prepared::new(&GDN_PREFILL, device, call, raw.variant(), tensors, vec![slots])
     }
 }
 
 impl RawArgs {
+    /// The workspace's size, which depends on the GPU; the device must exist.
+    fn check_workspace(&self) -> Result<()> {
+        let Device::Cuda(id) = self.q.device() else { return Ok(()) };
+        let multiprocessors = FlashInferRuntime::global()?.multiprocessors(id as i32)?;
+        let (needed, found) = (i64::from(multiprocessors) * WORKSPACE_PER_MULTIPROCESSOR, self.workspace.numel());
+        if found >= needed {
+            return Ok(());
+        }
+        let found = format_args!("{found} bytes");
+        Err(GDN_PREFILL.invalid("workspace", found, format!("{needed} bytes or more")))
+    }
+
     /// Which of upstream's 32 kernels the arguments choose.
     fn variant(&self) -> u32 {
         let switches = [
@@ -208,12 +261,23 @@ mod per_device {
 
     /// For every device, a bit for each kernel that ran there.
     static READY: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
-    /// Held shared by every call, and alone by a kernel's first on a device: it must find its own flag cleared.
+    /// A bit for each kernel that ran on every device, after which nobody clears its flag again.
+    static EVERYWHERE: AtomicU32 = AtomicU32::new(0);
+    /// Held shared by calls until their kernel ran on every device, and alone by its first call on each: that one must find
+    /// its flag cleared, which any other call of the kernel would set.
     static GATE: RwLock<()> = RwLock::new(());
 
-    pub(super) fn call(device: i32, variant: u32, call: impl FnOnce() -> Result<()>) -> Result<()> {
-        let ready = READY.get(device as usize);
+    pub(super) fn call(
+        runtime: &'static FlashInferRuntime,
+        device: i32,
+        variant: u32,
+        call: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let bit = 1 << variant;
+        if EVERYWHERE.load(Ordering::Acquire) & bit != 0 {
+            return call();
+        }
+        let ready = READY.get(device as usize);
         if ready.is_some_and(|ready| ready.load(Ordering::Acquire) & bit != 0) {
             let _shared = GATE.read().unwrap_or_else(PoisonError::into_inner);
             return call();
@@ -225,6 +289,10 @@ mod per_device {
         call()?;
         if let Some(ready) = ready {
             ready.fetch_or(bit, Ordering::Release);
+        }
+        let devices = READY.get(..runtime.device_count()? as usize);
+        if devices.is_some_and(|devices| devices.iter().all(|ready| ready.load(Ordering::Acquire) & bit != 0)) {
+            EVERYWHERE.fetch_or(bit, Ordering::Release);
         }
         Ok(())
     }
@@ -304,7 +372,7 @@ pub(super) fn check(args: &RawArgs, stream: Stream<'_>, least: i64) -> Result<()
     for (name, tensor) in [("q", q), ("k", k), ("v", v), ("output", &args.output)] {
         kernel.aligned(name, tensor, 16)?;
     }
-    kernel.aligned("workspace", workspace, 64)?;
+    kernel.aligned("workspace", workspace, WORKSPACE_ALIGNMENT)?;
     // As the f32 that the kernel makes of it.
     let scale = args.scale as f32;
     if !(scale.is_finite() && args.scale >= 0.0) {

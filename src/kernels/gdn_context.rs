@@ -228,17 +228,16 @@ mod on_gpu {
     use cudarc::driver::{CudaSlice, CudaStream};
 
     use super::{CuSeqlens, GdnOptions, GdnTensors, launch_runs, raw};
+    use crate::cudarc_buffers::{device, driver};
     use crate::error::{FlashInferError, Result};
+    use crate::graph::sealed::Sealed;
+    use crate::graph::{GraphBuffers, GraphMut, GraphRef, Site};
     use crate::runtime::{FlashInferRuntime, Stream};
-    use crate::tensor::{Device, TensorMut, TensorRef};
+    use crate::tensor::{TensorMut, TensorRef};
 
     /// TMA descriptors of 128 bytes for as many multiprocessors as any GPU may number them: on a MIG slice the numbers go
     /// past the slice's own count.
     const WORKSPACE: usize = 128 * 1024;
-
-    fn driver(doing: &'static str) -> impl Fn(cudarc::driver::DriverError) -> FlashInferError {
-        move |error| FlashInferError::Cuda { call: doing, code: error.0 as i32, message: error.to_string() }
-    }
 
     /// [`CuSeqlens`] with its copy on a GPU.
     #[derive(Debug)]
@@ -293,6 +292,72 @@ mod on_gpu {
         }
     }
 
+    /// [`DeviceCuSeqlens`] in a capture.
+    #[derive(Debug)]
+    pub struct CapturedCuSeqlens<'a> {
+        host: &'a CuSeqlens,
+        buffer: GraphRef<'a, i64>,
+    }
+
+    impl Sealed for DeviceCuSeqlens {}
+    impl GraphBuffers for DeviceCuSeqlens {
+        type Captured<'a> = CapturedCuSeqlens<'a>;
+        type Views<'a> = &'a CuSeqlens;
+
+        fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> CapturedCuSeqlens<'a> {
+            CapturedCuSeqlens { host: &self.host, buffer: self.buffer.captured(stream, site).into_ref() }
+        }
+
+        fn views(&mut self) -> &CuSeqlens {
+            &self.host
+        }
+
+        fn ordered(&mut self, stream: &CudaStream, launch: &mut dyn FnMut()) {
+            self.buffer.ordered(stream, launch);
+        }
+    }
+
+    /// [`GdnPrefillContext`] in a capture.
+    #[derive(Debug)]
+    pub struct CapturedPrefill<'a>(GraphMut<'a, u8>);
+
+    impl Sealed for GdnPrefillContext {}
+    impl GraphBuffers for GdnPrefillContext {
+        type Captured<'a> = CapturedPrefill<'a>;
+        type Views<'a> = ();
+
+        fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> CapturedPrefill<'a> {
+            CapturedPrefill(self.workspace.captured(stream, site))
+        }
+
+        fn views(&mut self) {}
+
+        fn ordered(&mut self, stream: &CudaStream, launch: &mut dyn FnMut()) {
+            self.workspace.ordered(stream, launch);
+        }
+    }
+
+    impl CapturedPrefill<'_> {
+        /// [`GdnPrefillContext::prefill`], captured on the stream of the capture.
+        ///
+        /// # Errors
+        /// As there.
+        pub fn prefill(
+            &mut self,
+            tensors: GdnTensors<'_>,
+            cu_seqlens: &CapturedCuSeqlens<'_>,
+            options: GdnOptions<'_>,
+            stream: Stream<'_>,
+        ) -> Result<()> {
+            let offsets = cu_seqlens.buffer.read(&[cu_seqlens.host.offsets.len() as i64])?;
+            let workspace = self.0.write(&[WORKSPACE as i64])?;
+            let args = raw(&tensors, &options, *offsets.raw(), *workspace.raw());
+            // SAFETY: as for the context's own: the graph owns the offsets and the workspace, and its launches follow one
+            // another.
+            unsafe { launch_runs(&args, cu_seqlens.host, stream) }
+        }
+    }
+
     /// GDN prefill on one stream: owns the workspace that the kernel writes, so that no two streams ever share one.
     #[derive(Debug)]
     pub struct GdnPrefillContext {
@@ -307,7 +372,7 @@ mod on_gpu {
         /// [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange), [`Cuda`](FlashInferError::Cuda) where there is no
         /// memory, or why there is no GPU.
         pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
-            FlashInferRuntime::global()?.checked_device(Device::Cuda(stream.context().ordinal() as u32))?;
+            FlashInferRuntime::global()?.checked_device(device(stream.context()))?;
             let workspace = stream.alloc_zeros(WORKSPACE).map_err(driver("allocating the workspace"))?;
             Ok(Self { stream: Arc::clone(stream), workspace })
         }
@@ -344,4 +409,4 @@ mod on_gpu {
 }
 
 #[cfg(feature = "cudarc")]
-pub use on_gpu::{DeviceCuSeqlens, GdnPrefillContext};
+pub use on_gpu::{CapturedCuSeqlens, CapturedPrefill, DeviceCuSeqlens, GdnPrefillContext};

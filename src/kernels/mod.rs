@@ -3,7 +3,10 @@
 pub mod gdn;
 pub mod gdn_context;
 pub mod norm;
+mod prepared;
 pub mod reference;
+
+pub use prepared::Prepared;
 
 use std::fmt::{Debug, Display};
 use std::sync::OnceLock;
@@ -98,13 +101,17 @@ impl Kernel {
         Err(self.invalid(argument, format_args!("on {}", tensor.device()), format!("memory of {expected}")))
     }
 
-    /// That no tensor belongs to another stream than the one that the kernel will be queued on.
+    /// That no tensor belongs to another stream than the one that the kernel will be queued on, nor to the host while a
+    /// graph is captured, of which the host's work would be no part.
     fn stream(&self, argument: &'static str, tensor: &Raw, stream: Stream<'_>) -> Result<()> {
-        match tensor.stream() {
-            Some(own) if own != stream.as_raw() => {
+        match (tensor.stream(), stream.capture()) {
+            (Some(own), _) if own != stream.as_raw() => {
                 let (found, expected) =
                     (format_args!("for stream {own:p}"), format!("a tensor for {:p}", stream.as_raw()));
                 Err(self.invalid(argument, found, expected))
+            }
+            (None, Some(_)) if tensor.device() == Device::Cpu => {
+                Err(self.invalid(argument, "on cpu", "memory of the GPU whose graph is captured"))
             }
             _ => Ok(()),
         }

@@ -15,8 +15,9 @@
 //! answers; and [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what the kernel raised.
 
 use super::Kernel;
+use super::prepared::{self, Argument, Prepared, Slot};
 use crate::error::Result;
-use crate::module::Arg;
+use crate::module::{Arg, Function};
 use crate::runtime::{FlashInferRuntime, Stream};
 use crate::tensor::{DType, Device, Raw, TensorMut, TensorRef};
 
@@ -25,20 +26,27 @@ const LIBRARY: &str = "norm.so";
 /// What FlashInfer compiles for at the oldest; a wheel may have been compiled for less.
 const OLDEST: (i32, i32) = (7, 5);
 
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel::new(LIBRARY, name, |capability| capability >= OLDEST)
+const fn norm(name: &'static str, heads: bool, out: Out) -> Norm {
+    Norm { kernel: Kernel::new(LIBRARY, name, |capability| capability >= OLDEST), heads, out }
 }
 
-static RMSNORM: Kernel = kernel("rmsnorm");
-static GEMMA_RMSNORM: Kernel = kernel("gemma_rmsnorm");
-static FUSED_ADD_RMSNORM: Kernel = kernel("fused_add_rmsnorm");
-static GEMMA_FUSED_ADD_RMSNORM: Kernel = kernel("gemma_fused_add_rmsnorm");
-static RMSNORM_QUANT: Kernel = kernel("rmsnorm_quant");
-static FUSED_ADD_RMSNORM_QUANT: Kernel = kernel("fused_add_rmsnorm_quant");
-static LAYERNORM: Kernel = kernel("layernorm");
+static RMSNORM: Norm = norm("rmsnorm", true, Out::Same);
+static GEMMA_RMSNORM: Norm = norm("gemma_rmsnorm", false, Out::Same);
+static FUSED_ADD_RMSNORM: Norm = norm("fused_add_rmsnorm", false, Out::InPlace);
+static GEMMA_FUSED_ADD_RMSNORM: Norm = norm("gemma_fused_add_rmsnorm", false, Out::InPlace);
+static RMSNORM_QUANT: Norm = norm("rmsnorm_quant", false, Out::Eight);
+static FUSED_ADD_RMSNORM_QUANT: Norm = norm("fused_add_rmsnorm_quant", false, Out::Eight);
+static LAYERNORM: Norm = norm("layernorm", false, Out::Same);
 
-pub(super) static KERNELS: &[&Kernel] =
-    &[&RMSNORM, &GEMMA_RMSNORM, &FUSED_ADD_RMSNORM, &GEMMA_FUSED_ADD_RMSNORM, &RMSNORM_QUANT, &FUSED_ADD_RMSNORM_QUANT];
+pub(super) static KERNELS: &[&Kernel] = &[
+    &RMSNORM.kernel,
+    &GEMMA_RMSNORM.kernel,
+    &FUSED_ADD_RMSNORM.kernel,
+    &GEMMA_FUSED_ADD_RMSNORM.kernel,
+    &RMSNORM_QUANT.kernel,
+    &FUSED_ADD_RMSNORM_QUANT.kernel,
+    &LAYERNORM.kernel,
+];
 
 /// Elements that one memory access moves at the most: 16 bytes of f16 or bf16.
 const VECTOR: i64 = 8;
@@ -55,7 +63,7 @@ const SHARED_MEMORY: i64 = 227 << 10;
 /// # Errors
 /// [`DeviceOutOfRange`](crate::FlashInferError::DeviceOutOfRange), or why there is no GPU.
 pub fn is_supported(device: Device) -> Result<bool> {
-    FlashInferRuntime::global()?.supports(|capability| RMSNORM.supports(capability), device)
+    FlashInferRuntime::global()?.supports(|capability| RMSNORM.kernel.supports(capability), device)
 }
 
 /// How a norm is computed.
@@ -107,8 +115,7 @@ pub fn rmsnorm(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    let call = Call { kernel: &RMSNORM, heads: true, out: Out::Same, scale: None, options };
-    call.run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
+    RMSNORM.call(None, options).run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
 }
 
 /// Gemma's RMSNorm: `out[i] = input[i] / √(mean(input[i]²) + eps) · (1 + weight)`, row by row.
@@ -127,8 +134,7 @@ pub fn gemma_rmsnorm(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    let call = Call { kernel: &GEMMA_RMSNORM, heads: false, out: Out::Same, scale: None, options };
-    call.run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
+    GEMMA_RMSNORM.call(None, options).run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
 }
 
 /// Adds and norms: `residual ← input + residual`, then `input ← residual / √(mean(residual²) + eps) · weight`, row by
@@ -148,8 +154,11 @@ pub fn fused_add_rmsnorm(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    let call = Call { kernel: &FUSED_ADD_RMSNORM, heads: false, out: Out::InPlace, scale: None, options };
-    call.run(&[("input", input.raw()), ("residual", residual.raw())], weight.raw(), stream)
+    FUSED_ADD_RMSNORM.call(None, options).run(
+        &[("input", input.raw()), ("residual", residual.raw())],
+        weight.raw(),
+        stream,
+    )
 }
 
 /// As [`fused_add_rmsnorm`], with `1 + weight` in the weight's place.
@@ -163,8 +172,11 @@ pub fn gemma_fused_add_rmsnorm(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    let call = Call { kernel: &GEMMA_FUSED_ADD_RMSNORM, heads: false, out: Out::InPlace, scale: None, options };
-    call.run(&[("input", input.raw()), ("residual", residual.raw())], weight.raw(), stream)
+    GEMMA_FUSED_ADD_RMSNORM.call(None, options).run(
+        &[("input", input.raw()), ("residual", residual.raw())],
+        weight.raw(),
+        stream,
+    )
 }
 
 /// [`rmsnorm`] of two dimensions with an 8-bit output: `out = clamp(rmsnorm(input) / scale, −448, 448)`.
@@ -185,8 +197,7 @@ pub fn rmsnorm_quant(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    let call = Call { kernel: &RMSNORM_QUANT, heads: false, out: Out::Eight, scale: Some(scale), options };
-    call.run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
+    RMSNORM_QUANT.call(Some(scale), options).run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
 }
 
 /// [`fused_add_rmsnorm`] with an 8-bit output: `residual ← input + residual`, then
@@ -210,8 +221,117 @@ pub fn fused_add_rmsnorm_quant(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    let call = Call { kernel: &FUSED_ADD_RMSNORM_QUANT, heads: false, out: Out::Eight, scale: Some(scale), options };
-    call.run(&[("out", out.raw()), ("input", input.raw()), ("residual", residual.raw())], weight.raw(), stream)
+    FUSED_ADD_RMSNORM_QUANT.call(Some(scale), options).run(
+        &[("out", out.raw()), ("input", input.raw()), ("residual", residual.raw())],
+        weight.raw(),
+        stream,
+    )
+}
+
+/// The norms, packed once. [`layernorm`] is not among them: upstream wants its tensors as objects.
+impl<'a> Prepared<'a> {
+    /// [`rmsnorm`], to be launched many times. Replaceable: `out`, `input`, `weight`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn rmsnorm(
+        out: TensorMut<'a>,
+        input: TensorRef<'a>,
+        weight: TensorRef<'a>,
+        options: &NormOptions,
+    ) -> Result<Self> {
+        let tensors =
+            vec![Argument::written("out", out), Argument::read("input", input), Argument::read("weight", weight)];
+        RMSNORM.call(None, options).prepare(tensors)
+    }
+
+    /// [`gemma_rmsnorm`], to be launched many times. Replaceable: `out`, `input`, `weight`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn gemma_rmsnorm(
+        out: TensorMut<'a>,
+        input: TensorRef<'a>,
+        weight: TensorRef<'a>,
+        options: &NormOptions,
+    ) -> Result<Self> {
+        let tensors =
+            vec![Argument::written("out", out), Argument::read("input", input), Argument::read("weight", weight)];
+        GEMMA_RMSNORM.call(None, options).prepare(tensors)
+    }
+
+    /// [`fused_add_rmsnorm`], to be launched many times. Replaceable: `input`, `residual`, `weight`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fused_add_rmsnorm(
+        input: TensorMut<'a>,
+        residual: TensorMut<'a>,
+        weight: TensorRef<'a>,
+        options: &NormOptions,
+    ) -> Result<Self> {
+        let tensors = vec![
+            Argument::written("input", input),
+            Argument::written("residual", residual),
+            Argument::read("weight", weight),
+        ];
+        FUSED_ADD_RMSNORM.call(None, options).prepare(tensors)
+    }
+
+    /// [`gemma_fused_add_rmsnorm`], to be launched many times. Replaceable: `input`, `residual`, `weight`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn gemma_fused_add_rmsnorm(
+        input: TensorMut<'a>,
+        residual: TensorMut<'a>,
+        weight: TensorRef<'a>,
+        options: &NormOptions,
+    ) -> Result<Self> {
+        let tensors = vec![
+            Argument::written("input", input),
+            Argument::written("residual", residual),
+            Argument::read("weight", weight),
+        ];
+        GEMMA_FUSED_ADD_RMSNORM.call(None, options).prepare(tensors)
+    }
+
+    /// [`rmsnorm_quant`], to be launched many times. Replaceable: `out`, `input`, `weight`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn rmsnorm_quant(
+        out: TensorMut<'a>,
+        input: TensorRef<'a>,
+        weight: TensorRef<'a>,
+        scale: f64,
+        options: &NormOptions,
+    ) -> Result<Self> {
+        let tensors =
+            vec![Argument::written("out", out), Argument::read("input", input), Argument::read("weight", weight)];
+        RMSNORM_QUANT.call(Some(scale), options).prepare(tensors)
+    }
+
+    /// [`fused_add_rmsnorm_quant`], to be launched many times. Replaceable: `out`, `input`, `residual`, `weight`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fused_add_rmsnorm_quant(
+        out: TensorMut<'a>,
+        input: TensorRef<'a>,
+        residual: TensorMut<'a>,
+        weight: TensorRef<'a>,
+        scale: f64,
+        options: &NormOptions,
+    ) -> Result<Self> {
+        let tensors = vec![
+            Argument::written("out", out),
+            Argument::read("input", input),
+            Argument::written("residual", residual),
+            Argument::read("weight", weight),
+        ];
+        FUSED_ADD_RMSNORM_QUANT.call(Some(scale), options).prepare(tensors)
+    }
 }
 
 /// LayerNorm: `out[i] = (input[i] − mean) / √(variance + eps) · gamma + beta`, row by row. Programmatic dependent launch is
@@ -234,7 +354,7 @@ pub fn layernorm(
     eps: f64,
     stream: Stream<'_>,
 ) -> Result<()> {
-    let kernel = &LAYERNORM;
+    let kernel = &LAYERNORM.kernel;
     let (out, input, gamma, beta) = (out.raw(), input.raw(), gamma.raw(), beta.raw());
     check_positive(kernel, "eps", eps)?;
     kernel.rank("input", input, 2)?;
@@ -264,8 +384,7 @@ pub fn layernorm(
         return Ok(());
     }
     let runtime = FlashInferRuntime::global()?;
-    // First, since this finds that there is no such device, before a library is loaded for it.
-    let _stream = runtime.set_stream(input.device(), stream)?;
+    let _stream = runtime.queue(input.device(), stream)?;
     let function = kernel.on(input.device())?;
     // Offsets are signed here.
     let step = (i64::from(i32::MAX) / columns).max(1);
@@ -305,12 +424,24 @@ enum Out {
     InPlace,
 }
 
-/// One call: what differs between the functions.
-struct Call<'a> {
-    kernel: &'static Kernel,
+/// What differs between the norms.
+struct Norm {
+    kernel: Kernel,
     /// Whether a third dimension is allowed.
     heads: bool,
     out: Out,
+}
+
+impl Norm {
+    fn call<'a>(&'static self, scale: Option<f64>, options: &'a NormOptions) -> Call<'a> {
+        Call { norm: self, scale, options }
+    }
+}
+
+/// One call of a norm.
+struct Call<'a> {
+    norm: &'static Norm,
+    /// Of those with an 8-bit output.
     scale: Option<f64>,
     options: &'a NormOptions,
 }
@@ -324,19 +455,10 @@ impl Call<'_> {
             return Ok(());
         }
         let device = first.device();
-        let runtime = FlashInferRuntime::global()?;
-        // First, since this finds that there is no such device, before a library is loaded for it.
-        let _stream = runtime.set_stream(device, stream)?;
-        let function = self.kernel.on(device)?;
-        let rows = first.shape()[0];
-        let step = tensors.iter().map(|(_, tensor)| rows_within_limit(tensor)).min().unwrap_or(rows);
-        let mut start = 0;
-        while start < rows {
-            let count = step.min(rows - start);
-            // Nothing is cut where everything fits, which is nearly always.
-            let part = |tensor: &Raw| if count == rows { *tensor } else { tensor.rows(start, count) };
-            let parts = [part(first), part(tensors[1].1), part(tensors.last().unwrap_or(&tensors[0]).1)];
-            let packed = [parts[0].pack(), parts[1].pack(), parts[2].pack()];
+        let _stream = FlashInferRuntime::global()?.queue(device, stream)?;
+        let function = self.norm.kernel.on(device)?;
+        let launch = |parts: [&Raw; 3]| {
+            let packed = parts.map(Raw::pack);
             let packed_weight = weight.pack();
             let mut args = [Arg::NONE; 7];
             let mut n = 0;
@@ -346,26 +468,56 @@ impl Call<'_> {
             };
             packed[..tensors.len()].iter().for_each(|tensor| push(Arg::tensor(tensor)));
             push(Arg::tensor(&packed_weight));
-            self.scale.into_iter().for_each(|scale| push(Arg::float(scale)));
-            push(Arg::float(self.options.eps));
-            push(Arg::bool(self.options.pdl));
+            self.numbers(stream).for_each(|number| push(number));
             // SAFETY: the arguments keep the kernel's contract, checked above; whoever made the tensors vouched for
             // their memory, and whoever made the stream for the stream.
-            unsafe { function.call(&args[..n]) }.map_err(|error| runtime.diagnosed(error, device))?;
-            start += count;
+            unsafe { launch(function, device, 0, &args[..n]) }
+        };
+        // Of two tensors the second stands for the third, which is not passed on.
+        let all = [first, tensors[1].1, tensors[tensors.len() - 1].1];
+        let rows = first.shape()[0];
+        // Nothing is cut where everything fits, which is nearly always.
+        match step(tensors.iter().map(|(_, tensor)| *tensor)) {
+            step if step >= rows => launch(all),
+            step => starts(rows, step).try_for_each(|(start, count)| {
+                let parts = all.map(|tensor| tensor.rows(start, count));
+                launch([&parts[0], &parts[1], &parts[2]])
+            }),
         }
-        Ok(())
+    }
+
+    /// As [`run`](Self::run), to be launched later, any number of times.
+    fn prepare<'a>(&self, tensors: Vec<Argument<'a>>) -> Result<Prepared<'a>> {
+        let named: Vec<_> = tensors.iter().map(|tensor| (tensor.name, tensor.raw())).collect();
+        let Some((weight, inputs)) = named.split_last() else { unreachable!("every norm has a weight") };
+        let stream = prepared::stream_of(&tensors);
+        self.check(inputs, weight.1, stream)?;
+        let (first, numbers) = (inputs[0].1, self.numbers(stream).map(Slot::Number));
+        let rows = if first.numel() == 0 { 0 } else { first.shape()[0] };
+        let step = step(inputs.iter().map(|(_, tensor)| *tensor));
+        let launches = starts(rows, step).map(|(start, count)| {
+            let parts = inputs.iter().enumerate().map(|(i, (_, tensor))| Slot::Tensor(i, tensor.rows(start, count)));
+            parts.chain([Slot::Tensor(inputs.len(), *weight.1)]).chain(numbers.clone()).collect()
+        });
+        let launches = launches.collect();
+        Prepared::new(&self.norm.kernel, first.device(), launch, 0, tensors, launches)
+    }
+
+    /// The arguments behind the tensors.
+    fn numbers(&self, stream: Stream<'_>) -> impl Iterator<Item = Arg<'static>> + Clone {
+        let pdl = self.options.pdl || stream.capture().is_some_and(|capture| capture.pdl);
+        self.scale.map(Arg::float).into_iter().chain([Arg::float(self.options.eps), Arg::bool(pdl)])
     }
 
     /// The contract. Upstream looks at the input's dtype and at some sizes only: an f32 output beside a bf16 input, for
     /// one, is silently written as bf16.
     fn check(&self, tensors: &[(&'static str, &Raw)], weight: &Raw, stream: Stream<'_>) -> Result<()> {
-        let kernel = self.kernel;
+        let kernel = &self.norm.kernel;
         self.check_numbers()?;
         // The input decides: it is the first that is not `out`.
-        let (name, input) = tensors[usize::from(self.out != Out::InPlace)];
+        let (name, input) = tensors[usize::from(self.norm.out != Out::InPlace)];
         let rank = input.shape().len();
-        if rank != 3 || !self.heads {
+        if rank != 3 || !self.norm.heads {
             kernel.rank(name, input, 2)?;
         }
         kernel.rank("weight", weight, 1)?;
@@ -375,7 +527,7 @@ impl Call<'_> {
         kernel.stream("weight", weight, stream)?;
         let columns = input.shape()[rank - 1];
         for &(argument, tensor) in tensors {
-            match (argument, self.out) {
+            match (argument, self.norm.out) {
                 ("out", Out::Eight) => kernel.eight_bit(argument, tensor)?,
                 _ => kernel.dtype(argument, tensor, dtype)?,
             }
@@ -390,7 +542,7 @@ impl Call<'_> {
         if rows == 0 {
             return Ok(());
         }
-        let vector = gcd(VECTOR, columns);
+        let vector = vector(columns);
         for &(argument, tensor) in tensors {
             self.check_strides(argument, tensor, vector)?;
             kernel.aligned(argument, tensor, vector as usize * tensor.dtype().size())?;
@@ -403,8 +555,8 @@ impl Call<'_> {
     }
 
     fn check_numbers(&self) -> Result<()> {
-        check_positive(self.kernel, "eps", self.options.eps)?;
-        self.scale.map_or(Ok(()), |scale| check_positive(self.kernel, "scale", scale))
+        check_positive(&self.norm.kernel, "eps", self.options.eps)?;
+        self.scale.map_or(Ok(()), |scale| check_positive(&self.norm.kernel, "scale", scale))
     }
 
     /// Rows apart by at least their length, in whole vectors. Where a dimension has one element, its stride moves nothing.
@@ -415,24 +567,24 @@ impl Call<'_> {
         let mut fits = strides[last] == 1;
         for i in (0..last).rev() {
             let stride = strides[i];
-            fits &= shape[i] == 1 || stride >= least && stride % vector == 0;
+            fits &= shape[i] == 1 || stride >= least && stride & (vector - 1) == 0;
             least = if shape[i] == 1 { least } else { stride.saturating_mul(shape[i]) };
         }
         if !fits {
             let columns = shape[last];
             let tokens = if last == 2 { "heads apart, " } else { "" };
             let expected = format!("[{tokens}{columns} or more, in steps of {vector}, 1]");
-            return Err(self.kernel.invalid(argument, format_args!("strided {strides:?}"), expected));
+            return Err(self.norm.kernel.invalid(argument, format_args!("strided {strides:?}"), expected));
         }
-        if tensor.reach().is_none() || rows_within_limit(tensor) == 0 {
+        if !fits_in_rows(tensor) {
             let found = format_args!("strided {strides:?} with shape {shape:?}");
-            return Err(self.kernel.invalid(argument, found, "rows that lie within 2^32 elements each"));
+            return Err(self.norm.kernel.invalid(argument, found, "rows that lie within 2^32 elements each"));
         }
         Ok(())
     }
 
     fn check_shared_memory(&self, input: &Raw, columns: i64, vector: i64) -> Result<()> {
-        let fused = self.kernel.name().contains("fused");
+        let fused = self.norm.kernel.name().contains("fused");
         if !fused || input.device() == Device::Cpu {
             return Ok(());
         }
@@ -443,19 +595,55 @@ impl Call<'_> {
             return Ok(());
         }
         let expected = format!("few enough for {SHARED_MEMORY} bytes of shared memory, where a row takes {bytes}");
-        Err(self.kernel.invalid("the number of columns", columns, expected))
+        Err(self.norm.kernel.invalid("the number of columns", columns, expected))
     }
+}
+
+/// Calls the kernel with arguments that were checked.
+///
+/// # Safety
+/// As for [`Function::call`].
+unsafe fn launch(function: &Function, device: Device, _variant: u32, args: &[Arg<'_>]) -> Result<()> {
+    // SAFETY: the caller's promise.
+    match unsafe { function.call(args) } {
+        Ok(_) => Ok(()),
+        Err(error) => Err(FlashInferRuntime::global()?.diagnosed(error, device)),
+    }
+}
+
+/// gcd(8, columns) elements: what one memory access moves.
+fn vector(columns: i64) -> i64 {
+    1 << columns.trailing_zeros().min(VECTOR.trailing_zeros())
 }
 
 /// How many of the first dimension one launch may cover: those whose elements lie within 2³² of each other.
 fn rows_within_limit(tensor: &Raw) -> i64 {
     let rows = tensor.shape()[0];
+    // Without a division where everything fits, which is nearly always.
+    if tensor.reach().is_some_and(|reach| reach <= OFFSET_LIMIT) {
+        return rows;
+    }
     let one = tensor.rows(0, 1).reach().unwrap_or(i64::MAX);
     if one > OFFSET_LIMIT {
         return 0;
     }
     let stride = tensor.strides()[0];
     if rows <= 1 || stride <= 0 { rows } else { rows.min((OFFSET_LIMIT - one) / stride + 1) }
+}
+
+/// Whether a launch for each row would do.
+fn fits_in_rows(tensor: &Raw) -> bool {
+    tensor.reach().is_some_and(|reach| reach <= OFFSET_LIMIT || rows_within_limit(tensor) > 0)
+}
+
+/// How many rows a launch covers.
+fn step<'a>(tensors: impl Iterator<Item = &'a Raw>) -> i64 {
+    tensors.map(rows_within_limit).min().unwrap_or(i64::MAX)
+}
+
+/// Where each launch starts, and how many rows it covers.
+fn starts(rows: i64, step: i64) -> impl Iterator<Item = (i64, i64)> {
+    (0..rows).step_by(usize::try_from(step).unwrap_or(1).max(1)).map(move |start| (start, step.min(rows - start)))
 }
 
 impl Kernel {
@@ -465,8 +653,4 @@ impl Kernel {
             other => Err(self.invalid(argument, other, "F8E4M3 or F8E5M2")),
         }
     }
-}
-
-fn gcd(a: i64, b: i64) -> i64 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
