@@ -5,8 +5,8 @@ use std::ffi::c_void;
 use crate::error::{FlashInferError, Result};
 use crate::kernels::gdn::{self, GdnPrefill};
 use crate::kernels::norm::{self, NormOptions};
-use crate::runtime::Stream;
-use crate::tensor::{DType, Device, TensorMut, TensorRef};
+use crate::runtime::{FlashInferRuntime, Stream};
+use crate::tensor::{self, DType, Device, Raw, TensorMut, TensorRef};
 
 macro_rules! descriptor {
     ($(#[$doc:meta])* $name:ident { $($size:ident),* ; $($stride:ident),* }) => {
@@ -30,22 +30,32 @@ macro_rules! descriptor {
         }
 
         impl $name {
+            /// That a tensor can be made of it.
+            #[inline]
+            fn check(&self) -> Result<()> {
+                check(self.device_id, self.ptr, &[$(self.$size),*], &[$(self.$stride),*])
+            }
+
+            /// The tensor, once it was checked. It is made where it is used: moved, it would cost more than the call.
+            ///
             /// # Safety
             /// As for [`TensorRef::from_raw`].
-            unsafe fn read<'a>(&self) -> Result<TensorRef<'a>> {
-                let device = device(self.device_id)?;
+            #[inline]
+            unsafe fn read<'a>(&self) -> TensorRef<'a> {
+                let (shape, strides) = ([$(self.$size),*], [$(self.$stride),*]);
                 // SAFETY: the caller's promise.
-                unsafe { TensorRef::from_raw(self.ptr, device, self.dtype, &[$(self.$size),*], Some(&[$(self.$stride),*])) }
+                unsafe { TensorRef::from_checked(self.ptr, Device::Cuda(self.device_id as u32), self.dtype, &shape, &strides) }
             }
 
             /// # Safety
             /// As for [`TensorMut::from_raw`].
+            #[inline]
             #[allow(dead_code, reason = "some shapes are only read")]
-            unsafe fn write<'a>(&self) -> Result<TensorMut<'a>> {
-                let device = device(self.device_id)?;
-                let shape = [$(self.$size),*];
+            unsafe fn write<'a>(&self) -> TensorMut<'a> {
+                let (shape, strides) = ([$(self.$size),*], [$(self.$stride),*]);
+                let device = Device::Cuda(self.device_id as u32);
                 // SAFETY: the caller's promise.
-                unsafe { TensorMut::from_raw(self.ptr.cast_mut(), device, self.dtype, &shape, Some(&[$(self.$stride),*])) }
+                unsafe { TensorMut::from_checked(self.ptr.cast_mut(), device, self.dtype, &shape, &strides) }
             }
         }
     };
@@ -68,14 +78,24 @@ descriptor! {
     Tensor4DDesc { dim0, dim1, dim2, dim3; stride0, stride1, stride2, stride3 }
 }
 
-fn device(id: i32) -> Result<Device> {
-    match u32::try_from(id) {
-        Ok(id) => Ok(Device::Cuda(id)),
-        // TVM-FFI 0.1.3 would write past its table of streams, and say nothing.
-        Err(_) => {
-            let count = crate::FlashInferRuntime::global()?.device_count()?;
-            Err(FlashInferError::DeviceOutOfRange { device: id.into(), count })
-        }
+/// That a descriptor can be a tensor's.
+#[inline]
+fn check(device_id: i32, ptr: *const c_void, shape: &[i64], strides: &[i64]) -> Result<()> {
+    if device_id >= 0 && Raw::is_sound(ptr.cast_mut(), shape, Some(strides)) {
+        return Ok(());
+    }
+    Err(unfit(device_id, shape, strides))
+}
+
+#[cold]
+fn unfit(device_id: i32, shape: &[i64], strides: &[i64]) -> FlashInferError {
+    if device_id >= 0 {
+        return tensor::fault(shape, Some(strides));
+    }
+    // TVM-FFI 0.1.3 would write past its table of streams, and say nothing.
+    match FlashInferRuntime::global().and_then(|runtime| runtime.device_count()) {
+        Ok(count) => FlashInferError::DeviceOutOfRange { device: device_id.into(), count },
+        Err(error) => error,
     }
 }
 
@@ -121,9 +141,17 @@ impl GemmaRmsNormParams {
 /// kernel has run; `out` may be the input itself, and otherwise overlaps nothing. The stream must be null or a live
 /// stream of the descriptors' device.
 pub unsafe fn gemma_rmsnorm(params: &GemmaRmsNormParams) -> Result<()> {
-    // SAFETY: the caller's promise, for the memory and for the stream.
-    let (mut out, input, weight, stream) =
-        unsafe { (params.out.write()?, params.input.read()?, params.weight.read()?, Stream::from_raw(params.stream)) };
+    params.out.check()?;
+    params.input.check()?;
+    params.weight.check()?;
+    // SAFETY: the caller's promise.
+    let mut out = unsafe { params.out.write() };
+    // SAFETY: likewise.
+    let input = unsafe { params.input.read() };
+    // SAFETY: likewise.
+    let weight = unsafe { params.weight.read() };
+    // SAFETY: likewise, for the stream.
+    let stream = unsafe { Stream::from_raw(params.stream) };
     let options = NormOptions::default().with_eps(params.eps).with_pdl(params.enable_pdl);
     norm::gemma_rmsnorm(&mut out, &input, &weight, &options, stream)
 }
@@ -214,20 +242,30 @@ impl GdnPrefillSm90Params {
 /// kernel has run; outputs and workspace overlap nothing. The stream must be null or a live stream of the descriptors'
 /// device. And all that [`gdn::gdn_prefill`] asks of `cu_seqlens` and the workspace.
 pub unsafe fn gdn_prefill_sm90(params: &GdnPrefillSm90Params) -> Result<()> {
+    params.output.check()?;
+    params.output_state.check()?;
+    params.q.check()?;
+    params.k.check()?;
+    params.v.check()?;
+    params.cu_seqlens.check()?;
+    params.workspace.check()?;
+    params.input_state.as_ref().map_or(Ok(()), Tensor4DDesc::check)?;
+    params.alpha.as_ref().map_or(Ok(()), Tensor2DDesc::check)?;
+    params.beta.as_ref().map_or(Ok(()), Tensor2DDesc::check)?;
     // SAFETY: the caller's promise, for the memory, for the contents of cu_seqlens and for the stream.
     unsafe {
         let args = GdnPrefill {
-            output: params.output.write()?,
-            output_state: params.output_state.write()?,
-            q: params.q.read()?,
-            k: params.k.read()?,
-            v: params.v.read()?,
-            cu_seqlens: params.cu_seqlens.read()?,
-            input_state: params.input_state.as_ref().map(|state| state.read()).transpose()?,
-            alpha: params.alpha.as_ref().map(|alpha| alpha.read()).transpose()?,
-            beta: params.beta.as_ref().map(|beta| beta.read()).transpose()?,
+            output: params.output.write(),
+            output_state: params.output_state.write(),
+            q: params.q.read(),
+            k: params.k.read(),
+            v: params.v.read(),
+            cu_seqlens: params.cu_seqlens.read(),
+            input_state: params.input_state.as_ref().map(|state| state.read()),
+            alpha: params.alpha.as_ref().map(|alpha| alpha.read()),
+            beta: params.beta.as_ref().map(|beta| beta.read()),
             scale: params.scale,
-            workspace: params.workspace.write()?,
+            workspace: params.workspace.write(),
         };
         gdn::gdn_prefill(args, Stream::from_raw(params.stream))
     }

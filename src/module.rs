@@ -1,6 +1,6 @@
 //! Modules and functions: calling anything that speaks TVM-FFI.
 
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr;
@@ -119,16 +119,58 @@ impl Function {
     /// # Safety
     /// The function must be sound to call with these arguments: tensors of the shapes, types and devices that it
     /// expects, whose memory stays valid until what it queued has run, and that it may write where it writes.
+    #[inline]
     pub unsafe fn call(&self, args: &[Arg<'_>]) -> Result<Value> {
-        let mut result = Any::NONE;
-        // SAFETY: `Arg` is `Any` with a lifetime, which keeps what the arguments point to alive during the call. That
-        // the function is sound with them is the caller's promise. The handle of an exported function is null.
-        let code = unsafe { (self.call)(ptr::null_mut(), args.as_ptr().cast::<Any>(), args.len() as i32, &mut result) };
+        // SAFETY: the caller's promise.
+        let (code, result) = unsafe { self.invoke(args) };
         if code != 0 {
             return Err(self.api.take_error(&self.name, code));
         }
         // SAFETY: a function that answers 0 left a valid result, whose object, if it is one, is now ours.
         Ok(unsafe { Value::from_owned(result, self.api) })
+    }
+
+    /// [`call`](Self::call), for a function that returns nothing, as kernels do. What it returns all the same is dropped.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    pub unsafe fn launch(&self, args: &[Arg<'_>]) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let (code, result) = unsafe { self.invoke(args) };
+        if code == 0 && result.type_index == type_index::NONE {
+            return Ok(());
+        }
+        // SAFETY: both come from the call.
+        unsafe { self.outcome(code, result) }
+    }
+
+    /// What a call came to that did not just return nothing.
+    ///
+    /// # Safety
+    /// `code` and `result` must be those of a call of this function, just now.
+    #[cold]
+    unsafe fn outcome(&self, code: c_int, result: Any) -> Result<()> {
+        if code != 0 {
+            return Err(self.api.take_error(&self.name, code));
+        }
+        // SAFETY: a function that answers 0 left a valid result, whose object, if it is one, is now ours.
+        drop(unsafe { Value::from_owned(result, self.api) });
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`call`](Self::call).
+    #[inline]
+    unsafe fn invoke(&self, args: &[Arg<'_>]) -> (c_int, Any) {
+        let mut result = Any::NONE;
+        // SAFETY: `Arg` is `Any` with a lifetime, which keeps what the arguments point to alive during the call. That
+        // the function is sound with them is the caller's promise. The handle of an exported function is null.
+        let code = unsafe { (self.call)(ptr::null_mut(), args.as_ptr().cast::<Any>(), args.len() as i32, &mut result) };
+        (code, result)
     }
 }
 

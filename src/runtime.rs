@@ -146,8 +146,12 @@ impl FlashInferRuntime {
     ///
     /// # Errors
     /// [`NotInitialized`](FlashInferError::NotInitialized).
+    #[inline]
     pub fn global() -> Result<&'static Self> {
-        RUNTIME.get().ok_or(FlashInferError::NotInitialized)
+        match RUNTIME.get() {
+            Some(runtime) => Ok(runtime),
+            None => Err(FlashInferError::NotInitialized),
+        }
     }
 
     fn load(config: RuntimeConfig) -> Result<Self> {
@@ -212,10 +216,16 @@ impl FlashInferRuntime {
         Ok(self.devices()?.len() as i32)
     }
 
+    #[inline]
     fn devices(&self) -> Result<&[GpuState]> {
-        if let Some(devices) = self.devices.get() {
-            return Ok(devices);
+        match self.devices.get() {
+            Some(devices) => Ok(devices),
+            None => self.count_devices(),
         }
+    }
+
+    #[cold]
+    fn count_devices(&self) -> Result<&[GpuState]> {
         let count = self.cudart()?.device_count()?;
         Ok(self.devices.get_or_init(|| (0..count).map(|_| GpuState::default()).collect()))
     }
@@ -325,6 +335,7 @@ impl FlashInferRuntime {
 
     /// Makes `stream` this thread's stream for kernels on a device until the guard is dropped, unless it is already: in a
     /// scope that no other interrupts. `device` comes from [`checked_device`](Self::checked_device).
+    #[inline(always)]
     pub(crate) fn set_stream(&'static self, device: i32, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
         if stream.set.is_some_and(|set| set.device == device && set.scope == SCOPE.get()) {
             return Ok(None);
@@ -335,6 +346,7 @@ impl FlashInferRuntime {
 
     /// As [`set_stream`](Self::set_stream), for a device that is checked here; nothing on the host. Called before a library
     /// is loaded for a device that may not exist.
+    #[inline(always)]
     pub(crate) fn queue(&'static self, device: Device, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
         match device {
             Device::Cpu => Ok(None),
@@ -343,16 +355,25 @@ impl FlashInferRuntime {
     }
 
     /// A CUDA device's number, once it is known to exist and to work.
+    #[inline]
     pub(crate) fn checked_device(&self, device: Device) -> Result<i32> {
         let Device::Cuda(id) = device else { return Ok(0) };
-        let devices = self.devices()?;
-        let Some(state) = devices.get(id as usize) else {
-            return Err(FlashInferError::DeviceOutOfRange { device: id.into(), count: devices.len() as i32 });
-        };
-        match state.lost.get() {
-            None => Ok(id as i32),
+        match self.devices()?.get(id as usize) {
+            Some(state) if state.lost.get().is_none() => Ok(id as i32),
+            state => Err(self.unusable(id, state)),
+        }
+    }
+
+    /// Why nothing runs on a device.
+    #[cold]
+    fn unusable(&self, id: u32, state: Option<&GpuState>) -> FlashInferError {
+        match state.and_then(|state| state.lost.get()) {
             Some((code, message)) => {
-                Err(FlashInferError::ContextLost { device: id as i32, code: *code, message: message.clone() })
+                FlashInferError::ContextLost { device: id as i32, code: *code, message: message.clone() }
+            }
+            None => {
+                let count = self.devices().map_or(0, |devices| devices.len() as i32);
+                FlashInferError::DeviceOutOfRange { device: id.into(), count }
             }
         }
     }
@@ -450,6 +471,11 @@ impl<'a> Stream<'a> {
     /// so for `'a`.
     pub const unsafe fn from_raw(stream: *mut c_void) -> Self {
         Self::new(stream)
+    }
+
+    /// A stream that is only compared with that of tensors.
+    pub(crate) const fn compared(stream: *mut c_void) -> Stream<'static> {
+        Stream::new(stream)
     }
 
     pub(crate) fn as_raw(self) -> *mut c_void {

@@ -3,7 +3,6 @@
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
-use std::ptr;
 
 use crate::error::{FlashInferError, Result};
 use crate::ffi::dlpack::{self, DLDataType, DLDevice, DLTensor};
@@ -55,6 +54,7 @@ impl DType {
         DTYPES[self as usize].2 as usize / 8
     }
 
+    #[inline]
     pub(crate) const fn to_dl(self) -> DLDataType {
         let (_, code, bits) = DTYPES[self as usize];
         DLDataType { code, bits, lanes: 1 }
@@ -90,6 +90,7 @@ pub enum Device {
 }
 
 impl Device {
+    #[inline]
     pub(crate) fn to_dl(self) -> DLDevice {
         match self {
             Self::Cpu => DLDevice { device_type: dlpack::CPU, device_id: 0 },
@@ -141,9 +142,8 @@ element! { half::f16 => F16, half::bf16 => BF16, f32 => F32, f64 => F64, u8 => U
 /// What is known of a tensor, wherever it is.
 #[derive(Clone, Copy)]
 pub(crate) struct Raw {
-    /// In the form that crosses the boundary, so that packing is a copy. Its shape and strides are set then: they point
-    /// into the tensor that is packed, which may move until it is.
-    packed: DLTensor,
+    /// As it crosses the boundary, so that packing is a copy.
+    head: Head,
     /// The one stream that may use it now, where its owner said so.
     stream: Option<*mut c_void>,
     device: Device,
@@ -154,54 +154,44 @@ pub(crate) struct Raw {
 
 impl fmt::Debug for Raw {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}{:?} strides {:?} on {} at {:p}",
-            self.dtype,
-            self.shape(),
-            self.strides(),
-            self.device,
-            self.data()
-        )
+        let (shape, strides, device, data) = (self.shape(), self.strides(), self.device, self.data());
+        write!(f, "{}{shape:?} strides {strides:?} on {device} at {data:p}", self.dtype)
     }
 }
 
 impl Raw {
+    #[inline]
     fn new(data: *mut c_void, device: Device, dtype: DType, shape: &[i64], strides: Option<&[i64]>) -> Result<Self> {
-        let invalid = |argument, found, expected: &str| {
-            Err(FlashInferError::InvalidArgument { function: "tensor", argument, found, expected: expected.to_owned() })
-        };
-        let ndim = shape.len();
-        if ndim > MAX_NDIM {
-            return invalid("shape", format!("{shape:?}"), &format!("at most {MAX_NDIM} dimensions"));
+        match Self::is_sound(data, shape, strides) {
+            true => Ok(Self::build(data, device, dtype, shape, strides)),
+            false => Err(fault(shape, strides)),
         }
-        if strides.is_some_and(|strides| strides.len() != ndim) {
-            return invalid("strides", format!("{strides:?}"), &format!("one for each of the {ndim} dimensions"));
-        }
-        let (shape_of_ones, strides_of_ones) = ([1; MAX_NDIM], [1; MAX_NDIM]);
-        let packed = DLTensor {
-            data,
-            device: device.to_dl(),
-            ndim: ndim as i32,
-            dtype: dtype.to_dl(),
-            shape: ptr::null(),
-            strides: ptr::null(),
-            byte_offset: 0,
-        };
-        let mut raw = Self { packed, stream: None, device, dtype, shape: shape_of_ones, strides: strides_of_ones };
-        raw.shape[..ndim].copy_from_slice(shape);
-        let numel = shape.iter().try_fold(1i64, |product, &n| if n < 0 { None } else { product.checked_mul(n) });
-        let Some(numel) = numel else {
-            return invalid(
-                "shape",
-                format!("{shape:?}"),
-                "sizes that are not negative and whose product fits 64 bits",
-            );
-        };
+    }
+
+    /// Whether a tensor can be made of these.
+    #[inline]
+    pub(crate) fn is_sound(data: *mut c_void, shape: &[i64], strides: Option<&[i64]>) -> bool {
+        let fits = shape.len() <= MAX_NDIM && strides.is_none_or(|strides| strides.len() == shape.len());
+        fits && numel(shape).is_some_and(|numel| numel == 0 || !data.is_null())
+    }
+
+    /// A tensor of what [`is_sound`](Self::is_sound); of anything else, some tensor.
+    #[inline]
+    pub(crate) fn build(
+        data: *mut c_void,
+        device: Device,
+        dtype: DType,
+        shape: &[i64],
+        strides: Option<&[i64]>,
+    ) -> Self {
+        let ndim = shape.len().min(MAX_NDIM);
+        let head = Head { data, device: device.to_dl(), ndim: ndim as i32, dtype: dtype.to_dl() };
+        let mut raw = Self { head, stream: None, device, dtype, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
+        raw.shape[..ndim].copy_from_slice(&shape[..ndim]);
         match strides {
-            Some(strides) => raw.strides[..ndim].copy_from_slice(strides),
+            Some(strides) => raw.strides.iter_mut().zip(strides).for_each(|(to, from)| *to = *from),
             None => {
-                let mut stride = 1;
+                let mut stride = 1i64;
                 for i in (0..ndim).rev() {
                     raw.strides[i] = stride;
                     // Overflow only beside an empty dimension, where strides mean nothing.
@@ -209,48 +199,55 @@ impl Raw {
                 }
             }
         }
-        if numel > 0 && data.is_null() {
-            return invalid("data", "a null pointer".to_owned(), "memory, for a tensor that is not empty");
-        }
-        Ok(raw)
+        raw
     }
 
+    #[inline]
     pub(crate) fn data(&self) -> *mut c_void {
-        self.packed.data
+        self.head.data
     }
 
+    #[inline]
     pub(crate) fn stream(&self) -> Option<*mut c_void> {
         self.stream
     }
 
+    #[inline]
     pub(crate) fn device(&self) -> Device {
         self.device
     }
 
+    #[inline]
     pub(crate) fn dtype(&self) -> DType {
         self.dtype
     }
 
+    #[inline]
     pub(crate) fn shape(&self) -> &[i64] {
-        &self.shape[..self.packed.ndim as usize]
+        &self.shape[..self.head.ndim as usize]
     }
 
+    #[inline]
     pub(crate) fn strides(&self) -> &[i64] {
-        &self.strides[..self.packed.ndim as usize]
+        &self.strides[..self.head.ndim as usize]
+    }
+
+    /// Whether both are of one type and on one device.
+    #[inline]
+    pub(crate) fn same_kind(&self, other: &Self) -> bool {
+        (self.head.device == other.head.device) & (self.head.dtype == other.head.dtype)
     }
 
     /// The number of elements; the constructor checked that it fits.
+    #[inline]
     pub(crate) fn numel(&self) -> i64 {
         self.shape().iter().product()
     }
 
     /// How many elements lie from the first to behind the last; `None` where that does not fit 64 bits.
+    #[inline]
     pub(crate) fn reach(&self) -> Option<i64> {
-        if self.numel() == 0 {
-            return Some(0);
-        }
-        let last = |(&size, &stride): (&i64, &i64)| (size - 1).checked_mul(stride);
-        self.shape().iter().zip(self.strides()).try_fold(1i64, |reach, pair| reach.checked_add(last(pair)?))
+        reach(self.shape(), self.strides())
     }
 
     /// The part of the first dimension from `start` on, `count` long. Both must be inside.
@@ -258,7 +255,7 @@ impl Raw {
         debug_assert!(start >= 0 && count >= 0 && start + count <= self.shape[0]);
         let mut part = *self;
         let offset = start * self.strides[0] * self.dtype.size() as i64;
-        part.packed.data = self.data().wrapping_byte_offset(offset as isize);
+        part.head.data = self.data().wrapping_byte_offset(offset as isize);
         part.shape[0] = count;
         part
     }
@@ -266,7 +263,7 @@ impl Raw {
     /// `count` elements of a vector from `start` on, wherever its own length ends.
     pub(crate) fn part(&self, start: i64, count: i64) -> Self {
         let mut part = *self;
-        part.packed.data = self.data().wrapping_byte_offset((start * self.dtype.size() as i64) as isize);
+        part.head.data = self.data().wrapping_byte_offset((start * self.dtype.size() as i64) as isize);
         part.shape[0] = count;
         part
     }
@@ -276,11 +273,12 @@ impl Raw {
         let mut part = *self;
         // From the other's own pointer, which alone may reach its memory.
         let offset = self.data().addr().wrapping_add_signed(bytes).wrapping_sub(whole.data().addr());
-        part.packed.data = whole.data().wrapping_byte_add(offset);
+        part.head.data = whole.data().wrapping_byte_add(offset);
         part
     }
 
     /// Whether the elements lie one after the other in row-major order.
+    #[inline]
     pub(crate) fn is_contiguous(&self) -> bool {
         let mut expected = 1i64;
         for (&size, &stride) in self.shape().iter().zip(self.strides()).rev() {
@@ -292,10 +290,72 @@ impl Raw {
         true
     }
 
+    /// Whether this is of that type, device and shape, in row-major order, with at most so many elements, and its memory
+    /// aligned to so many bytes, a power of two.
+    #[inline]
+    pub(crate) fn is_dense(&self, dtype: DType, device: Device, shape: &[i64], most: i64, alignment: usize) -> bool {
+        if self.shape().len() != shape.len() {
+            return false;
+        }
+        let (mut fits, mut numel) = (true, 1i64);
+        for ((&found, &size), &stride) in self.shape().iter().zip(shape).zip(self.strides()).rev() {
+            fits &= (found == size) & ((stride == numel) | (size == 1));
+            // Where it is more, no product of less is hidden.
+            numel = numel.saturating_mul(size);
+        }
+        let (device, dtype) = (self.head.device == device.to_dl(), self.head.dtype == dtype.to_dl());
+        fits & device & dtype & (numel <= most) & (self.data().addr() & (alignment - 1) == 0)
+    }
+
+    #[inline]
     pub(crate) fn pack(&self) -> PackedTensor<'_> {
-        let tensor = DLTensor { shape: self.shape.as_ptr(), strides: self.strides.as_ptr(), ..self.packed };
+        let Head { data, device, ndim, dtype } = self.head;
+        let (shape, strides) = (self.shape.as_ptr(), self.strides.as_ptr());
+        let tensor = DLTensor { data, device, ndim, dtype, shape, strides, byte_offset: 0 };
         PackedTensor(tensor, PhantomData)
     }
+}
+
+/// The first fields of [`DLTensor`], in its order.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Head {
+    data: *mut c_void,
+    device: DLDevice,
+    ndim: i32,
+    dtype: DLDataType,
+}
+
+/// The number of elements; `None` for a negative size, or where it does not fit 64 bits.
+#[inline]
+pub(crate) fn numel(shape: &[i64]) -> Option<i64> {
+    shape.iter().try_fold(1i64, |product, &n| if n < 0 { None } else { product.checked_mul(n) })
+}
+
+/// How many elements lie from the first to behind the last; `None` where that does not fit 64 bits.
+#[inline]
+pub(crate) fn reach(shape: &[i64], strides: &[i64]) -> Option<i64> {
+    if shape.contains(&0) {
+        return Some(0);
+    }
+    let last = |(&size, &stride): (&i64, &i64)| (size - 1).checked_mul(stride);
+    shape.iter().zip(strides).try_fold(1i64, |reach, pair| reach.checked_add(last(pair)?))
+}
+
+/// Why no tensor can be made of these.
+#[cold]
+pub(crate) fn fault(shape: &[i64], strides: Option<&[i64]>) -> FlashInferError {
+    let ndim = shape.len();
+    let (argument, found, expected) = if ndim > MAX_NDIM {
+        ("shape", format!("{shape:?}"), format!("at most {MAX_NDIM} dimensions"))
+    } else if let Some(strides) = strides.filter(|strides| strides.len() != ndim) {
+        ("strides", format!("{strides:?}"), format!("one for each of the {ndim} dimensions"))
+    } else if numel(shape).is_none() {
+        ("shape", format!("{shape:?}"), "sizes that are not negative and whose product fits 64 bits".to_owned())
+    } else {
+        ("data", "a null pointer".to_owned(), "memory, for a tensor that is not empty".to_owned())
+    };
+    FlashInferError::InvalidArgument { function: "tensor", argument, found, expected }
 }
 
 /// What must live until the kernel is queued: cudarc's guard, which orders uses of a buffer on different streams.
@@ -346,6 +406,7 @@ fn checked_reach(len: usize, raw: &Raw) -> Result<()> {
 }
 
 fn checked_len(len: usize, shape: &[i64]) -> Result<()> {
+    // Two negative sizes are found when the tensor is made.
     let numel = shape.iter().try_fold(1i64, |product, &n| product.checked_mul(n));
     if numel.and_then(|numel| usize::try_from(numel).ok()) == Some(len) {
         return Ok(());
@@ -380,6 +441,7 @@ macro_rules! accessors {
             self.raw.device()
         }
 
+        #[inline]
         pub(crate) fn raw(&self) -> &Raw {
             &self.raw
         }
@@ -416,6 +478,7 @@ impl<'a> TensorRef<'a> {
     /// # Safety
     /// Every element that shape and strides reach must be memory of `dtype` on `device`, readable for `'a` and until
     /// the kernels that were given the tensor have run, and written by nobody meanwhile.
+    #[inline]
     pub unsafe fn from_raw(
         data: *const c_void,
         device: Device,
@@ -425,6 +488,22 @@ impl<'a> TensorRef<'a> {
     ) -> Result<Self> {
         let raw = Raw::new(data.cast_mut(), device, dtype, shape, strides)?;
         Ok(Self { raw, _guard: None, borrow: PhantomData })
+    }
+
+    /// As [`from_raw`](Self::from_raw), of what [`Raw::is_sound`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    pub(crate) unsafe fn from_checked(
+        data: *const c_void,
+        device: Device,
+        dtype: DType,
+        shape: &[i64],
+        strides: &[i64],
+    ) -> Self {
+        let raw = Raw::build(data.cast_mut(), device, dtype, shape, Some(strides));
+        Self { raw, _guard: None, borrow: PhantomData }
     }
 
     accessors!();
@@ -443,6 +522,7 @@ impl<'a> TensorRef<'a> {
     }
 
     /// The form that crosses the boundary.
+    #[inline]
     pub fn pack(&self) -> PackedTensor<'_> {
         self.raw.pack()
     }
@@ -477,6 +557,7 @@ impl<'a> TensorMut<'a> {
     /// # Safety
     /// Every element that shape and strides reach must be memory of `dtype` on `device`, writable for `'a` and until
     /// the kernels that were given the tensor have run, and touched by nobody else meanwhile.
+    #[inline]
     pub unsafe fn from_raw(
         data: *mut c_void,
         device: Device,
@@ -486,6 +567,22 @@ impl<'a> TensorMut<'a> {
     ) -> Result<Self> {
         let raw = Raw::new(data, device, dtype, shape, strides)?;
         Ok(Self { raw, _guard: None, borrow: PhantomData })
+    }
+
+    /// As [`from_raw`](Self::from_raw), of what [`Raw::is_sound`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    pub(crate) unsafe fn from_checked(
+        data: *mut c_void,
+        device: Device,
+        dtype: DType,
+        shape: &[i64],
+        strides: &[i64],
+    ) -> Self {
+        let raw = Raw::build(data, device, dtype, shape, Some(strides));
+        Self { raw, _guard: None, borrow: PhantomData }
     }
 
     accessors!();
@@ -509,6 +606,7 @@ impl<'a> TensorMut<'a> {
     }
 
     /// The form that crosses the boundary.
+    #[inline]
     pub fn pack(&mut self) -> PackedTensor<'_> {
         self.raw.pack()
     }

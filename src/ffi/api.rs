@@ -69,6 +69,7 @@ impl Api {
     }
 
     /// Takes the error that a function which answered `code` raised on this thread.
+    #[cold]
     pub(crate) fn take_error(&self, function: &str, code: c_int) -> FlashInferError {
         let call = |kind: String, message: String, backtrace: String| FlashInferError::TvmFfiCall {
             function: function.to_owned(),
@@ -139,6 +140,7 @@ impl Api {
     /// # Safety
     /// `device` must be smaller than the number of CUDA devices: TVM-FFI 0.1.3 writes past its table for a negative
     /// one and answers 0.
+    #[inline(always)]
     pub(crate) unsafe fn set_stream(&'static self, device: i32, stream: *mut c_void) -> Result<StreamGuard> {
         debug_assert!(device >= 0);
         let mut before: *mut c_void = ptr::null_mut();
@@ -160,6 +162,7 @@ pub(crate) struct StreamGuard {
 }
 
 impl Drop for StreamGuard {
+    #[inline]
     fn drop(&mut self) {
         if let Some(stream) = self.restore {
             // SAFETY: the device was in range when the guard was made, and the stream is what TVM-FFI itself gave.

@@ -2,7 +2,7 @@
 //! `include/flashinfer/flat/` of FlashInfer 0.6.3.
 
 use super::Kernel;
-use super::prepared::{self, Argument, Prepared, Slot};
+use super::prepared::{Argument, Prepared, Slot};
 use crate::error::Result;
 use crate::module::{Arg, Function};
 use crate::runtime::{FlashInferRuntime, Stream};
@@ -89,42 +89,43 @@ pub unsafe fn gdn_prefill(args: GdnPrefill<'_>, stream: Stream<'_>) -> Result<()
 }
 
 impl GdnPrefill<'_> {
-    fn raw(&self) -> RawArgs {
+    #[inline]
+    fn raw(&self) -> RawArgs<'_> {
         RawArgs {
-            output: *self.output.raw(),
-            output_state: *self.output_state.raw(),
-            q: *self.q.raw(),
-            k: *self.k.raw(),
-            v: *self.v.raw(),
-            cu_seqlens: *self.cu_seqlens.raw(),
-            input_state: self.input_state.as_ref().map(|tensor| *tensor.raw()),
-            alpha: self.alpha.as_ref().map(|tensor| *tensor.raw()),
-            beta: self.beta.as_ref().map(|tensor| *tensor.raw()),
+            output: self.output.raw(),
+            output_state: self.output_state.raw(),
+            q: self.q.raw(),
+            k: self.k.raw(),
+            v: self.v.raw(),
+            cu_seqlens: self.cu_seqlens.raw(),
+            input_state: self.input_state.as_ref().map(TensorRef::raw),
+            alpha: self.alpha.as_ref().map(TensorRef::raw),
+            beta: self.beta.as_ref().map(TensorRef::raw),
             scale: self.scale,
-            workspace: *self.workspace.raw(),
+            workspace: self.workspace.raw(),
         }
     }
 }
 
 /// [`GdnPrefill`] without the borrows, to be cut into parts.
 #[derive(Clone, Copy)]
-pub(super) struct RawArgs {
-    pub(super) output: Raw,
-    pub(super) output_state: Raw,
-    pub(super) q: Raw,
-    pub(super) k: Raw,
-    pub(super) v: Raw,
-    pub(super) cu_seqlens: Raw,
-    pub(super) input_state: Option<Raw>,
-    pub(super) alpha: Option<Raw>,
-    pub(super) beta: Option<Raw>,
+pub(super) struct RawArgs<'a> {
+    pub(super) output: &'a Raw,
+    pub(super) output_state: &'a Raw,
+    pub(super) q: &'a Raw,
+    pub(super) k: &'a Raw,
+    pub(super) v: &'a Raw,
+    pub(super) cu_seqlens: &'a Raw,
+    pub(super) input_state: Option<&'a Raw>,
+    pub(super) alpha: Option<&'a Raw>,
+    pub(super) beta: Option<&'a Raw>,
     pub(super) scale: f64,
-    pub(super) workspace: Raw,
+    pub(super) workspace: &'a Raw,
 }
 
 /// # Safety
 /// As for [`gdn_prefill`], and the tensors' memory must stay valid until the kernel has run.
-unsafe fn launch(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
+unsafe fn launch(args: &RawArgs<'_>, stream: Stream<'_>) -> Result<()> {
     check(args, stream, 1)?;
     // SAFETY: the caller's promise.
     unsafe { run(args, stream) }
@@ -134,16 +135,16 @@ unsafe fn launch(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
 ///
 /// # Safety
 /// As for [`launch`]; [`check`] must have found nothing, here or in a whole that these arguments are a part of.
-pub(super) unsafe fn run(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
+pub(super) unsafe fn run(args: &RawArgs<'_>, stream: Stream<'_>) -> Result<()> {
     let device = args.q.device();
     let _stream = FlashInferRuntime::global()?.queue(device, stream)?;
     args.check_workspace()?;
     let function = GDN_PREFILL.on(device)?;
     let (output, output_state, workspace) = (args.output.pack(), args.output_state.pack(), args.workspace.pack());
     let (q, k, v, cu_seqlens) = (args.q.pack(), args.k.pack(), args.v.pack(), args.cu_seqlens.pack());
-    let input_state = args.input_state.as_ref().map(Raw::pack);
-    let alpha = args.alpha.as_ref().map(Raw::pack);
-    let beta = args.beta.as_ref().map(Raw::pack);
+    let input_state = args.input_state.map(Raw::pack);
+    let alpha = args.alpha.map(Raw::pack);
+    let beta = args.beta.map(Raw::pack);
     let optional = |tensor| Option::map_or(tensor, Arg::NONE, Arg::tensor);
     let packed = [
         Arg::tensor(&output),
@@ -170,7 +171,7 @@ pub(super) unsafe fn run(args: &RawArgs, stream: Stream<'_>) -> Result<()> {
 unsafe fn call(function: &Function, device: Device, variant: u32, args: &[Arg<'_>]) -> Result<()> {
     let runtime = FlashInferRuntime::global()?;
     // SAFETY: the caller's promise.
-    let call = || unsafe { function.call(args) }.map(drop).map_err(|error| runtime.diagnosed(error, device));
+    let call = || unsafe { function.launch(args) }.map_err(|error| runtime.diagnosed(error, device));
     let Device::Cuda(id) = device else { return call() };
     let cudart = runtime.cudart()?;
     // CUTLASS asks for the last error after the launch, whoever made it.
@@ -191,7 +192,12 @@ impl<'a> Prepared<'a> {
     /// As there, at every launch: also of a `cu_seqlens` or `workspace` that replaces the first.
     pub unsafe fn gdn_prefill(args: GdnPrefill<'a>) -> Result<Self> {
         let raw = args.raw();
-        let (device, scale) = (raw.q.device(), Slot::Number(Arg::float(args.scale)));
+        let (device, variant) = (raw.q.device(), raw.variant());
+        let stream = raw.all().find_map(Raw::stream).map_or(Stream::NULL, Stream::compared);
+        check(&raw, stream, 1)?;
+        FlashInferRuntime::global()?.checked_device(device)?;
+        raw.check_workspace()?;
+        let (scale, workspace) = (Slot::Number(Arg::float(args.scale)), *raw.workspace);
         let required = [
             Argument::written("output", args.output),
             Argument::written("output_state", args.output_state),
@@ -210,16 +216,13 @@ impl<'a> Prepared<'a> {
             });
             tensors.extend(tensor.map(|tensor| Argument::read(name, tensor)));
         }
-        slots.extend([scale, Slot::Tensor(tensors.len(), raw.workspace)]);
+        slots.extend([scale, Slot::Tensor(tensors.len(), workspace)]);
         tensors.push(Argument::written("workspace", args.workspace).aligned(WORKSPACE_ALIGNMENT));
-        check(&raw, prepared::stream_of(&tensors), 1)?;
-        FlashInferRuntime::global()?.checked_device(device)?;
-        raw.check_workspace()?;
-        Prepared::new(&GDN_PREFILL, device, call, raw.variant(), tensors, vec![slots])
+        Prepared::new(&GDN_PREFILL, device, call, variant, tensors, vec![slots])
     }
 }
 
-impl RawArgs {
+impl RawArgs<'_> {
     /// The workspace's size, which depends on the GPU; the device must exist.
     fn check_workspace(&self) -> Result<()> {
         let Device::Cuda(id) = self.q.device() else { return Ok(()) };
@@ -230,6 +233,11 @@ impl RawArgs {
         }
         let found = format_args!("{found} bytes");
         Err(GDN_PREFILL.invalid("workspace", found, format!("{needed} bytes or more")))
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Raw> {
+        let required = [self.output, self.output_state, self.q, self.k, self.v, self.cu_seqlens, self.workspace];
+        required.into_iter().chain([self.input_state, self.alpha, self.beta].into_iter().flatten())
     }
 
     /// Which of upstream's 32 kernels the arguments choose.
@@ -313,14 +321,14 @@ mod per_device {
 
 /// All of the contract that can be seen without reading device memory. `least` is how many tokens a sequence has at least:
 /// to the kernel one, since an empty sequence hangs the GPU.
-pub(super) fn check(args: &RawArgs, stream: Stream<'_>, least: i64) -> Result<()> {
+pub(super) fn check(args: &RawArgs<'_>, stream: Stream<'_>, least: i64) -> Result<()> {
     let kernel = &GDN_PREFILL;
-    let (q, k, v) = (&args.q, &args.k, &args.v);
+    let (q, k, v) = (args.q, args.k, args.v);
     let dtype = kernel.half("q", q)?;
     kernel.rank("q", q, 3)?;
     kernel.rank("k", k, 3)?;
     kernel.rank("v", v, 3)?;
-    kernel.rank("cu_seqlens", &args.cu_seqlens, 1)?;
+    kernel.rank("cu_seqlens", args.cu_seqlens, 1)?;
     let (tokens, size) = (q.shape()[0], q.shape()[2]);
     if size != HEAD_SIZE {
         let expected = format!("{HEAD_SIZE}, the only one that release 0.6.3 computes right");
@@ -343,36 +351,27 @@ pub(super) fn check(args: &RawArgs, stream: Stream<'_>, least: i64) -> Result<()
     let per_token = [tokens, heads];
     let states = [sequences, heads, size, size];
     let optional = [
-        ("alpha", &args.alpha, &per_token[..]),
-        ("beta", &args.beta, &per_token),
-        ("input_state", &args.input_state, &states),
+        ("alpha", args.alpha, &per_token[..]),
+        ("beta", args.beta, &per_token),
+        ("input_state", args.input_state, &states),
     ];
     let required = [
         ("q", q, &[tokens, q_heads, size][..], dtype),
         ("k", k, &[tokens, k_heads, size], dtype),
         ("v", v, &[tokens, v_heads, size], dtype),
-        ("output", &args.output, &[tokens, heads, size], dtype),
-        ("output_state", &args.output_state, &states, DType::F32),
-        ("cu_seqlens", &args.cu_seqlens, &[sequences + 1], DType::I64),
+        ("output", args.output, &[tokens, heads, size], dtype),
+        ("output_state", args.output_state, &states, DType::F32),
+        ("cu_seqlens", args.cu_seqlens, &[sequences + 1], DType::I64),
     ];
-    let optional =
-        optional.iter().filter_map(|(name, tensor, shape)| Some((*name, tensor.as_ref()?, *shape, DType::F32)));
-    for (name, tensor, shape, dtype) in required.into_iter().chain(optional) {
-        kernel.dtype(name, tensor, dtype)?;
-        kernel.shape(name, tensor, shape)?;
-        kernel.stream(name, tensor, stream)?;
-        memory(kernel, name, tensor, q.device())?;
+    for (name, tensor, shape, dtype) in required {
+        check_tensor(name, tensor, shape, dtype, q.device(), stream)?;
     }
-    let workspace = &args.workspace;
+    for (name, tensor, shape) in optional {
+        tensor.map_or(Ok(()), |tensor| check_tensor(name, tensor, shape, DType::F32, q.device(), stream))?;
+    }
+    let workspace = args.workspace;
     kernel.rank("workspace", workspace, 1)?;
-    kernel.dtype("workspace", workspace, DType::U8)?;
-    kernel.stream("workspace", workspace, stream)?;
-    memory(kernel, "workspace", workspace, q.device())?;
-    // A failed TMA descriptor prints to stderr and goes on.
-    for (name, tensor) in [("q", q), ("k", k), ("v", v), ("output", &args.output)] {
-        kernel.aligned(name, tensor, 16)?;
-    }
-    kernel.aligned("workspace", workspace, WORKSPACE_ALIGNMENT)?;
+    check_tensor("workspace", workspace, &[workspace.shape()[0]], DType::U8, q.device(), stream)?;
     // As the f32 that the kernel makes of it.
     let scale = args.scale as f32;
     if !(scale.is_finite() && args.scale >= 0.0) {
@@ -381,10 +380,49 @@ pub(super) fn check(args: &RawArgs, stream: Stream<'_>, least: i64) -> Result<()
     Ok(())
 }
 
-fn memory(kernel: &Kernel, name: &'static str, tensor: &Raw, device: Device) -> Result<()> {
+/// That a tensor is what the kernel takes: dense memory of its GPU, for its stream.
+#[inline]
+fn check_tensor(
+    name: &'static str,
+    tensor: &Raw,
+    shape: &[i64],
+    dtype: DType,
+    device: Device,
+    stream: Stream<'_>,
+) -> Result<()> {
+    // A failed TMA descriptor prints to stderr and goes on; f32 and offsets are read one by one.
+    let alignment = match dtype {
+        DType::U8 => WORKSPACE_ALIGNMENT,
+        DType::F16 | DType::BF16 => 16,
+        other => other.size(),
+    };
+    // Offsets and strides are 32-bit.
+    let most = i64::from(i32::MAX);
+    let fits = tensor.is_dense(dtype, device, shape, most, alignment)
+        && tensor.stream().is_none_or(|own| own == stream.as_raw())
+        && device != Device::Cpu;
+    if fits { Ok(()) } else { check_any(name, tensor, shape, dtype, device, most, alignment, stream) }
+}
+
+/// As [`check_tensor`], for what is not plainly right: knows what is wrong, if anything is.
+#[cold]
+#[allow(clippy::too_many_arguments, reason = "all that is checked")]
+fn check_any(
+    name: &'static str,
+    tensor: &Raw,
+    shape: &[i64],
+    dtype: DType,
+    device: Device,
+    most: i64,
+    alignment: usize,
+    stream: Stream<'_>,
+) -> Result<()> {
+    let kernel = &GDN_PREFILL;
+    kernel.dtype(name, tensor, dtype)?;
+    kernel.shape(name, tensor, shape)?;
+    kernel.stream(name, tensor, stream)?;
     kernel.device(name, tensor, device)?;
     kernel.contiguous(name, tensor)?;
-    kernel.aligned(name, tensor, tensor.dtype().size())?;
-    // Offsets and strides are 32-bit.
-    kernel.in_bounds(name, tensor.numel(), 0, i32::MAX.into())
+    kernel.aligned(name, tensor, alignment)?;
+    kernel.in_bounds(name, tensor.numel(), 0, most)
 }

@@ -134,23 +134,29 @@ pub fn gdn_prefill_on_host(tensors: GdnTensors<'_>, cu_seqlens: &CuSeqlens, opti
     let offsets = TensorRef::from_slice(&cu_seqlens.offsets, &[cu_seqlens.offsets.len() as i64])?;
     let mut nothing: [u8; 0] = [];
     let workspace = TensorMut::from_slice(&mut nothing, &[0])?;
-    let args = raw(&tensors, &options, *offsets.raw(), *workspace.raw());
+    let args = raw(&tensors, &options, offsets.raw(), workspace.raw());
     gdn::check(&args, Stream::NULL, 0)?;
     // SAFETY: the reference checks the offsets' contents, and everything is borrowed until it answers.
     unsafe { gdn::run(&args, Stream::NULL) }
 }
 
-fn raw(tensors: &GdnTensors<'_>, options: &GdnOptions<'_>, cu_seqlens: Raw, workspace: Raw) -> RawArgs {
+#[inline]
+fn raw<'a>(
+    tensors: &'a GdnTensors<'_>,
+    options: &'a GdnOptions<'_>,
+    cu_seqlens: &'a Raw,
+    workspace: &'a Raw,
+) -> RawArgs<'a> {
     RawArgs {
-        output: *tensors.output.raw(),
-        output_state: *tensors.output_state.raw(),
-        q: *tensors.q.raw(),
-        k: *tensors.k.raw(),
-        v: *tensors.v.raw(),
+        output: tensors.output.raw(),
+        output_state: tensors.output_state.raw(),
+        q: tensors.q.raw(),
+        k: tensors.k.raw(),
+        v: tensors.v.raw(),
         cu_seqlens,
-        input_state: options.input_state.as_ref().map(|tensor| *tensor.raw()),
-        alpha: options.alpha.as_ref().map(|tensor| *tensor.raw()),
-        beta: options.beta.as_ref().map(|tensor| *tensor.raw()),
+        input_state: options.input_state.as_ref().map(TensorRef::raw),
+        alpha: options.alpha.as_ref().map(TensorRef::raw),
+        beta: options.beta.as_ref().map(TensorRef::raw),
         scale: options.scale,
         workspace,
     }
@@ -163,7 +169,7 @@ fn raw(tensors: &GdnTensors<'_>, options: &GdnOptions<'_>, cu_seqlens: Raw, work
 /// one run after the other. All memory must stay valid until the stream has come so far, and the workspace be in use by
 /// no other stream.
 #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
-unsafe fn launch_runs(args: &RawArgs, cu_seqlens: &CuSeqlens, stream: Stream<'_>) -> Result<()> {
+unsafe fn launch_runs(args: &RawArgs<'_>, cu_seqlens: &CuSeqlens, stream: Stream<'_>) -> Result<()> {
     gdn::check(args, stream, 0)?;
     let fits = args.q.shape()[0] == cu_seqlens.tokens();
     if !fits {
@@ -174,34 +180,38 @@ unsafe fn launch_runs(args: &RawArgs, cu_seqlens: &CuSeqlens, stream: Stream<'_>
             expected: format!("{}, the end of cu_seqlens", cu_seqlens.tokens()),
         });
     }
+    if let [Run { empty: false, .. }] = cu_seqlens.runs[..] {
+        // SAFETY: the offsets start with 0, increase strictly, since no sequence is empty, and end with the number of
+        // tokens; the rest is the caller's promise.
+        return unsafe { gdn::run(args, stream) };
+    }
     let mut at = 0;
     for run in &cu_seqlens.runs {
         let (first, count) = (run.first as i64, run.count as i64);
         let (start, end) = (cu_seqlens.offsets[run.first], cu_seqlens.offsets[run.first + run.count]);
         let states = |tensor: &Raw| tensor.rows(first, count);
+        let (output_state, input_state) = (states(args.output_state), args.input_state.map(states));
         if run.empty {
             // SAFETY: the caller's promise; the sizes were checked.
-            unsafe {
-                keep_states(&states(&args.output_state), args.input_state.as_ref().map(states).as_ref(), stream)
-            }?;
+            unsafe { keep_states(&output_state, input_state.as_ref(), stream) }?;
             continue;
         }
         let tokens = |tensor: &Raw| tensor.rows(start, end - start);
+        let (alpha, beta) = (args.alpha.map(tokens), args.beta.map(tokens));
         let part = RawArgs {
-            output: tokens(&args.output),
-            output_state: states(&args.output_state),
-            q: tokens(&args.q),
-            k: tokens(&args.k),
-            v: tokens(&args.v),
-            cu_seqlens: args.cu_seqlens.part(at, count + 1),
-            input_state: args.input_state.as_ref().map(states),
-            alpha: args.alpha.as_ref().map(tokens),
-            beta: args.beta.as_ref().map(tokens),
+            output: &tokens(args.output),
+            output_state: &output_state,
+            q: &tokens(args.q),
+            k: &tokens(args.k),
+            v: &tokens(args.v),
+            cu_seqlens: &args.cu_seqlens.part(at, count + 1),
+            input_state: input_state.as_ref(),
+            alpha: alpha.as_ref(),
+            beta: beta.as_ref(),
             ..*args
         };
         at += count + 1;
-        // SAFETY: this run's offsets start with 0, increase strictly, since none of its sequences is empty, and end with
-        // its number of tokens; the rest is the caller's promise.
+        // SAFETY: as above, of this run's offsets.
         unsafe { gdn::run(&part, stream) }?;
     }
     Ok(())
@@ -351,7 +361,7 @@ mod on_gpu {
         ) -> Result<()> {
             let offsets = cu_seqlens.buffer.read(&[cu_seqlens.host.offsets.len() as i64])?;
             let workspace = self.0.write(&[WORKSPACE as i64])?;
-            let args = raw(&tensors, &options, *offsets.raw(), *workspace.raw());
+            let args = raw(&tensors, &options, offsets.raw(), workspace.raw());
             // SAFETY: as for the context's own: the graph owns the offsets and the workspace, and its launches follow one
             // another.
             unsafe { launch_runs(&args, cu_seqlens.host, stream) }
@@ -399,7 +409,7 @@ mod on_gpu {
             let length = cu_seqlens.host.offsets.len() as i64;
             let offsets = TensorRef::from_cudarc(&self.stream, &cu_seqlens.buffer, &[length])?;
             let workspace = TensorMut::from_cudarc(&self.stream, &mut self.workspace, &[WORKSPACE as i64])?;
-            let args = raw(&tensors, &options, *offsets.raw(), *workspace.raw());
+            let args = raw(&tensors, &options, offsets.raw(), workspace.raw());
             // SAFETY: the buffer was filled from the host's offsets, run by run, or vouched for as such; tensors, options,
             // offsets and workspace are borrowed, with cudarc's guards, until everything is queued; and the workspace is
             // this stream's alone.

@@ -49,11 +49,13 @@ impl Kernel {
     }
 
     /// The library's function.
+    #[inline]
     pub(crate) fn function(&self) -> Result<&Function> {
         once(&self.on_gpu, || FlashInferRuntime::global()?.module(self.library)?.function(self.name))
     }
 
     /// The function that serves tensors on `device`: the library's, or the reference on the host.
+    #[inline]
     fn on(&self, device: Device) -> Result<&Function> {
         match device {
             Device::Cpu => once(&self.on_host, || reference::module()?.function(self.name)),
@@ -72,13 +74,18 @@ impl Kernel {
         }
     }
 
+    #[inline]
     fn shape(&self, argument: &'static str, tensor: &Raw, expected: &[i64]) -> Result<()> {
-        if tensor.shape() == expected {
+        // Not by `==`, which calls memcmp.
+        if tensor.shape().len() == expected.len()
+            && tensor.shape().iter().zip(expected).all(|(found, size)| found == size)
+        {
             return Ok(());
         }
         Err(self.invalid(argument, format_args!("of shape {:?}", tensor.shape()), format!("shape {expected:?}")))
     }
 
+    #[inline]
     fn dtype(&self, argument: &'static str, tensor: &Raw, expected: DType) -> Result<()> {
         if tensor.dtype() == expected {
             return Ok(());
@@ -87,6 +94,7 @@ impl Kernel {
     }
 
     /// f16 and bf16 are all that these kernels compute with; the reference also does f32.
+    #[inline]
     fn half(&self, argument: &'static str, tensor: &Raw) -> Result<DType> {
         match (tensor.dtype(), tensor.device()) {
             (dtype @ (DType::F16 | DType::BF16), _) | (dtype @ DType::F32, Device::Cpu) => Ok(dtype),
@@ -94,6 +102,7 @@ impl Kernel {
         }
     }
 
+    #[inline]
     fn device(&self, argument: &'static str, tensor: &Raw, expected: Device) -> Result<()> {
         if tensor.device() == expected {
             return Ok(());
@@ -103,6 +112,7 @@ impl Kernel {
 
     /// That no tensor belongs to another stream than the one that the kernel will be queued on, nor to the host while a
     /// graph is captured, of which the host's work would be no part.
+    #[inline]
     fn stream(&self, argument: &'static str, tensor: &Raw, stream: Stream<'_>) -> Result<()> {
         match (tensor.stream(), stream.capture()) {
             (Some(own), _) if own != stream.as_raw() => {
@@ -117,6 +127,7 @@ impl Kernel {
         }
     }
 
+    #[inline]
     fn rank(&self, argument: &'static str, tensor: &Raw, expected: usize) -> Result<()> {
         if tensor.shape().len() == expected {
             return Ok(());
@@ -125,6 +136,7 @@ impl Kernel {
         Err(self.invalid(argument, found, format!("{expected} dimensions")))
     }
 
+    #[inline]
     fn contiguous(&self, argument: &'static str, tensor: &Raw) -> Result<()> {
         if tensor.is_contiguous() {
             return Ok(());
@@ -134,6 +146,7 @@ impl Kernel {
     }
 
     /// On a GPU only: the reference reads and writes wherever elements are.
+    #[inline]
     fn aligned(&self, argument: &'static str, tensor: &Raw, bytes: usize) -> Result<()> {
         let matters = tensor.device() != Device::Cpu && tensor.numel() > 0;
         if !matters || tensor.data().addr().is_multiple_of(bytes) {
@@ -142,6 +155,7 @@ impl Kernel {
         Err(self.invalid(argument, format_args!("at {:p}", tensor.data()), format!("memory aligned to {bytes} bytes")))
     }
 
+    #[inline]
     fn in_bounds<T: PartialOrd + Debug>(&self, argument: &'static str, value: T, low: T, high: T) -> Result<()> {
         if value >= low && value <= high {
             return Ok(());
@@ -151,6 +165,7 @@ impl Kernel {
 }
 
 /// `get_or_try_init`, which the standard library has not yet.
+#[inline]
 fn once(cell: &OnceLock<Function>, make: impl FnOnce() -> Result<Function>) -> Result<&Function> {
     match cell.get() {
         Some(function) => Ok(function),

@@ -15,7 +15,7 @@
 //! answers; and [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what the kernel raised.
 
 use super::Kernel;
-use super::prepared::{self, Argument, Prepared, Slot};
+use super::prepared::{Argument, Prepared, Slot};
 use crate::error::Result;
 use crate::module::{Arg, Function};
 use crate::runtime::{FlashInferRuntime, Stream};
@@ -50,12 +50,16 @@ pub(super) static KERNELS: &[&Kernel] = &[
 
 /// Elements that one memory access moves at the most: 16 bytes of f16 or bf16.
 const VECTOR: i64 = 8;
+const ALIGNMENT: usize = 16;
 
 /// Element offsets are computed in 32 bits.
 const OFFSET_LIMIT: i64 = 1 << 32;
 
 /// Shared memory that a block can have on the largest GPUs (compute capability 9.0): the fused forms keep a row of f32.
 const SHARED_MEMORY: i64 = 227 << 10;
+
+/// So many columns fit in whatever way they are divided among warps.
+const SHARED_COLUMNS: i64 = SHARED_MEMORY / 4 - 32;
 
 /// Whether the norms run on a device: on the host always, on a GPU by its compute capability. A wheel may have been
 /// compiled for fewer; then the first call raises `no kernel image`.
@@ -115,7 +119,7 @@ pub fn rmsnorm(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    RMSNORM.call(None, options).run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
+    RMSNORM.call(None, options).run([("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
 }
 
 /// Gemma's RMSNorm: `out[i] = input[i] / √(mean(input[i]²) + eps) · (1 + weight)`, row by row.
@@ -127,6 +131,7 @@ pub fn rmsnorm(
 ///
 /// # Errors
 /// See the [module](self).
+#[inline]
 pub fn gemma_rmsnorm(
     out: &mut TensorMut<'_>,
     input: &TensorRef<'_>,
@@ -134,7 +139,7 @@ pub fn gemma_rmsnorm(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    GEMMA_RMSNORM.call(None, options).run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
+    GEMMA_RMSNORM.call(None, options).run([("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
 }
 
 /// Adds and norms: `residual ← input + residual`, then `input ← residual / √(mean(residual²) + eps) · weight`, row by
@@ -155,7 +160,7 @@ pub fn fused_add_rmsnorm(
     stream: Stream<'_>,
 ) -> Result<()> {
     FUSED_ADD_RMSNORM.call(None, options).run(
-        &[("input", input.raw()), ("residual", residual.raw())],
+        [("input", input.raw()), ("residual", residual.raw())],
         weight.raw(),
         stream,
     )
@@ -173,7 +178,7 @@ pub fn gemma_fused_add_rmsnorm(
     stream: Stream<'_>,
 ) -> Result<()> {
     GEMMA_FUSED_ADD_RMSNORM.call(None, options).run(
-        &[("input", input.raw()), ("residual", residual.raw())],
+        [("input", input.raw()), ("residual", residual.raw())],
         weight.raw(),
         stream,
     )
@@ -197,7 +202,7 @@ pub fn rmsnorm_quant(
     options: &NormOptions,
     stream: Stream<'_>,
 ) -> Result<()> {
-    RMSNORM_QUANT.call(Some(scale), options).run(&[("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
+    RMSNORM_QUANT.call(Some(scale), options).run([("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
 }
 
 /// [`fused_add_rmsnorm`] with an 8-bit output: `residual ← input + residual`, then
@@ -222,7 +227,7 @@ pub fn fused_add_rmsnorm_quant(
     stream: Stream<'_>,
 ) -> Result<()> {
     FUSED_ADD_RMSNORM_QUANT.call(Some(scale), options).run(
-        &[("out", out.raw()), ("input", input.raw()), ("residual", residual.raw())],
+        [("out", out.raw()), ("input", input.raw()), ("residual", residual.raw())],
         weight.raw(),
         stream,
     )
@@ -400,7 +405,7 @@ pub fn layernorm(
         args[4] = Arg::float(eps);
         // SAFETY: the arguments keep the kernel's contract, checked above; whoever made the tensors vouched for their
         // memory, and whoever made the stream for the stream.
-        unsafe { function.call(&args) }.map_err(|error| runtime.diagnosed(error, input.device()))?;
+        unsafe { function.launch(&args) }.map_err(|error| runtime.diagnosed(error, input.device()))?;
     }
     Ok(())
 }
@@ -448,7 +453,26 @@ struct Call<'a> {
 
 impl Call<'_> {
     /// Checks and launches. `tensors` are in the kernel's order; the weight follows them.
-    fn run(&self, tensors: &[(&'static str, &Raw)], weight: &Raw, stream: Stream<'_>) -> Result<()> {
+    #[inline(always)]
+    fn run<const N: usize>(&self, tensors: [(&'static str, &Raw); N], weight: &Raw, stream: Stream<'_>) -> Result<()> {
+        if self.is_plain(&tensors, weight, stream) {
+            debug_assert!(self.check(&tensors, weight, stream).is_ok() && tensors[0].1.numel() > 0);
+            let runtime = FlashInferRuntime::global()?;
+            let device = tensors[0].1.device();
+            let _stream = runtime.queue(device, stream)?;
+            return self.launch(self.norm.kernel.on(device)?, tensors.map(|(_, tensor)| tensor), weight, stream);
+        }
+        self.run_any(&tensors, weight, stream)
+    }
+
+    /// As [`run`](Self::run), for a call that may be anything.
+    #[cold]
+    fn run_any<const N: usize>(
+        &self,
+        tensors: &[(&'static str, &Raw); N],
+        weight: &Raw,
+        stream: Stream<'_>,
+    ) -> Result<()> {
         self.check(tensors, weight, stream)?;
         let first = tensors[0].1;
         if first.numel() == 0 {
@@ -457,42 +481,86 @@ impl Call<'_> {
         let device = first.device();
         let _stream = FlashInferRuntime::global()?.queue(device, stream)?;
         let function = self.norm.kernel.on(device)?;
-        let launch = |parts: [&Raw; 3]| {
-            let packed = parts.map(Raw::pack);
-            let packed_weight = weight.pack();
-            let mut args = [Arg::NONE; 7];
-            let mut n = 0;
-            let mut push = |arg| {
-                args[n] = arg;
-                n += 1;
-            };
-            packed[..tensors.len()].iter().for_each(|tensor| push(Arg::tensor(tensor)));
-            push(Arg::tensor(&packed_weight));
-            self.numbers(stream).for_each(|number| push(number));
-            // SAFETY: the arguments keep the kernel's contract, checked above; whoever made the tensors vouched for
-            // their memory, and whoever made the stream for the stream.
-            unsafe { launch(function, device, 0, &args[..n]) }
-        };
-        // Of two tensors the second stands for the third, which is not passed on.
-        let all = [first, tensors[1].1, tensors[tensors.len() - 1].1];
-        let rows = first.shape()[0];
-        // Nothing is cut where everything fits, which is nearly always.
-        match step(tensors.iter().map(|(_, tensor)| *tensor)) {
-            step if step >= rows => launch(all),
-            step => starts(rows, step).try_for_each(|(start, count)| {
-                let parts = all.map(|tensor| tensor.rows(start, count));
-                launch([&parts[0], &parts[1], &parts[2]])
-            }),
+        let step = step(tensors.iter().map(|(_, tensor)| *tensor));
+        starts(first.shape()[0], step).try_for_each(|(start, count)| {
+            let parts = tensors.map(|(_, tensor)| tensor.rows(start, count));
+            self.launch(function, parts.each_ref(), weight, stream)
+        })
+    }
+
+    /// Packs and calls what was checked; this thread's stream is set.
+    #[inline(always)]
+    fn launch<const N: usize>(
+        &self,
+        function: &Function,
+        tensors: [&Raw; N],
+        weight: &Raw,
+        stream: Stream<'_>,
+    ) -> Result<()> {
+        // One by one and written out: arrays that are filled in a loop are moved, which costs more than all of this.
+        let (first, second, last) = (tensors[0].pack(), tensors[1].pack(), tensors[N - 1].pack());
+        let (first, second, last) = (Arg::tensor(&first), Arg::tensor(&second), Arg::tensor(&last));
+        let weight = weight.pack();
+        let (weight, eps, pdl) = (Arg::tensor(&weight), Arg::float(self.options.eps), Arg::bool(self.pdl(stream)));
+        // SAFETY: the arguments keep the kernel's contract, which was checked; whoever made the tensors vouched for their
+        // memory, and whoever made the stream for the stream.
+        let call = |args: &[Arg<'_>]| unsafe { launch(function, tensors[0].device(), 0, args) };
+        match self.scale.map(Arg::float) {
+            None => call(&[first, second, weight, eps, pdl]),
+            Some(scale) if N == 2 => call(&[first, second, weight, scale, eps, pdl]),
+            Some(scale) => call(&[first, second, last, weight, scale, eps, pdl]),
         }
+    }
+
+    /// Whether a call is what nearly every one is: rows on a GPU, whole vectors long and apart, few enough for one launch.
+    /// Then it keeps the whole contract; any other is looked at by [`check`](Self::check), which knows what is wrong, if
+    /// anything is.
+    #[inline(always)]
+    fn is_plain<const N: usize>(&self, tensors: &[(&'static str, &Raw); N], weight: &Raw, stream: Stream<'_>) -> bool {
+        let input = tensors[usize::from(self.norm.out != Out::InPlace)].1;
+        let (&[rows, columns], &[weights], &[weights_apart]) = (input.shape(), weight.shape(), weight.strides()) else {
+            return false;
+        };
+        let dtype = input.dtype();
+        let at_home = |tensor: &Raw| {
+            let own = tensor.stream().unwrap_or(stream.as_raw());
+            tensor.same_kind(input) & (own == stream.as_raw()) & tensor.data().addr().is_multiple_of(ALIGNMENT)
+        };
+        let of_rows = |tensor: &Raw| {
+            let (&[r, c], &[apart, within]) = (tensor.shape(), tensor.strides()) else { return false };
+            // With as many rows as are allowed, and so far apart, this fits 64 bits.
+            let reach = (r - 1).wrapping_mul(apart).wrapping_add(c);
+            let strided = (within == 1) & (apart >= c) & (apart <= OFFSET_LIMIT) & (apart % VECTOR == 0);
+            at_home(tensor) & (r == rows) & (c == columns) & strided & (reach <= OFFSET_LIMIT)
+        };
+        let eps = self.options.eps as f32;
+        (rows > 0)
+            & (rows <= i32::MAX.into())
+            // As many as the fused forms take.
+            & (columns > 0)
+            & (columns <= SHARED_COLUMNS)
+            & (columns % VECTOR == 0)
+            & (eps > 0.0)
+            & eps.is_finite()
+            // An 8-bit output is another matter.
+            & self.scale.is_none()
+            & matches!(dtype, DType::F16 | DType::BF16)
+            & matches!(input.device(), Device::Cuda(_))
+            & (weights == columns)
+            & (weights_apart == 1)
+            & at_home(weight)
+            & tensors.iter().fold(true, |all, (_, tensor)| all & of_rows(tensor))
     }
 
     /// As [`run`](Self::run), to be launched later, any number of times.
     fn prepare<'a>(&self, tensors: Vec<Argument<'a>>) -> Result<Prepared<'a>> {
         let named: Vec<_> = tensors.iter().map(|tensor| (tensor.name, tensor.raw())).collect();
         let Some((weight, inputs)) = named.split_last() else { unreachable!("every norm has a weight") };
-        let stream = prepared::stream_of(&tensors);
+        let stream = named.iter().find_map(|(_, tensor)| tensor.stream()).map_or(Stream::NULL, Stream::compared);
         self.check(inputs, weight.1, stream)?;
-        let (first, numbers) = (inputs[0].1, self.numbers(stream).map(Slot::Number));
+        let first = inputs[0].1;
+        let numbers = [Arg::float(self.options.eps), Arg::bool(self.pdl(stream))];
+        let numbers = self.scale.map(Arg::float).into_iter().chain(numbers).map(Slot::Number);
         let rows = if first.numel() == 0 { 0 } else { first.shape()[0] };
         let step = step(inputs.iter().map(|(_, tensor)| *tensor));
         let launches = starts(rows, step).map(|(start, count)| {
@@ -503,10 +571,8 @@ impl Call<'_> {
         Prepared::new(&self.norm.kernel, first.device(), launch, 0, tensors, launches)
     }
 
-    /// The arguments behind the tensors.
-    fn numbers(&self, stream: Stream<'_>) -> impl Iterator<Item = Arg<'static>> + Clone {
-        let pdl = self.options.pdl || stream.capture().is_some_and(|capture| capture.pdl);
-        self.scale.map(Arg::float).into_iter().chain([Arg::float(self.options.eps), Arg::bool(pdl)])
+    fn pdl(&self, stream: Stream<'_>) -> bool {
+        self.options.pdl || stream.capture().is_some_and(|capture| capture.pdl)
     }
 
     /// The contract. Upstream looks at the input's dtype and at some sizes only: an f32 output beside a bf16 input, for
@@ -605,8 +671,8 @@ impl Call<'_> {
 /// As for [`Function::call`].
 unsafe fn launch(function: &Function, device: Device, _variant: u32, args: &[Arg<'_>]) -> Result<()> {
     // SAFETY: the caller's promise.
-    match unsafe { function.call(args) } {
-        Ok(_) => Ok(()),
+    match unsafe { function.launch(args) } {
+        Ok(()) => Ok(()),
         Err(error) => Err(FlashInferRuntime::global()?.diagnosed(error, device)),
     }
 }

@@ -102,15 +102,6 @@ impl<'a> Argument<'a> {
     }
 }
 
-/// The stream that tensors belong to, to check them against: that of the first which belongs to one.
-pub(super) fn stream_of(tensors: &[Argument<'_>]) -> Stream<'static> {
-    match tensors.iter().find_map(|tensor| tensor.raw().stream()) {
-        // SAFETY: it is only compared.
-        Some(own) => unsafe { Stream::from_raw(own) },
-        None => Stream::NULL,
-    }
-}
-
 impl fmt::Debug for Prepared<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tensors = self.tensors.iter().map(|tensor| (tensor.name, tensor.raw()));

@@ -1,4 +1,5 @@
-//! `cargo xtask gpu-bundle`: what a GPU machine without Rust needs to run the GPU tests and the quick start.
+//! `cargo xtask gpu-bundle`: what a GPU machine without Rust needs to run the GPU tests, the quick start and the
+//! benchmarks.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::bench;
 use crate::jit_cache::Family;
 use crate::provision;
 use crate::shell::{self, say};
@@ -15,7 +17,7 @@ use crate::vendoring::store::publish_bytes;
 
 /// What is built, with which features, under which name it goes in, and how many seconds it may take: kernels can hang a
 /// GPU.
-struct Program {
+pub struct Program {
     kind: &'static str,
     name: &'static str,
     features: &'static str,
@@ -49,6 +51,11 @@ const PROGRAMS: [Program; 13] = [
     program("bench", "startup", "embed", "startup", 120),
 ];
 
+/// What `cargo xtask bench` measures; `run` leaves it out.
+pub const LAUNCH: Program = program("bench", "launch", "cudarc", "launch", 0);
+/// What `cargo xtask bench --check` counts; it stays here.
+pub const INSTRUCTIONS: Program = program("bench", "instructions", "cudarc", "instructions", 0);
+
 /// The one that must run without the folder of libraries.
 const EMBEDDED: &str = "quickstart_embedded";
 
@@ -71,7 +78,7 @@ pub fn command(out: &Path) -> Result<()> {
     provision::kernels(&[Family::Norm, Family::GdnPrefill])?;
     say("building in release mode");
     let mut libraries = None;
-    for program in &PROGRAMS {
+    for program in PROGRAMS.iter().chain([&LAUNCH]) {
         let (executables, found) = collect(&build(program)?);
         let Some(executable) = executables.get(program.name) else { refuse!("cargo built no {}", program.name) };
         let copy = out.join("bin").join(program.file);
@@ -86,14 +93,49 @@ pub fn command(out: &Path) -> Result<()> {
     if !out.join("lib/gdn_prefill_sm90.so").is_file() {
         refuse!("the kernels at hand have no gdn_prefill_sm90.so; run `cargo xtask wheel` for both families first");
     }
+    benchmarks(out)?;
     publish_bytes(&out.join("run"), script().as_bytes())?;
     executable_mode(&out.join("run"))?;
-    say(format!("packed; on the GPU machine run {}/run", out.display()));
+    say(format!("packed; on the GPU machine run {0}/run, and {0}/bench to measure", out.display()));
     Ok(())
 }
 
+/// xtask itself, what it compiles and starts there, and a script that starts it.
+fn benchmarks(out: &Path) -> Result<()> {
+    let mut cargo = shell::cargo();
+    cargo.args(["build", "--release", "--package", "xtask", "--message-format=json-render-diagnostics"]);
+    let (executables, _) = collect(&shell::output(&mut cargo)?);
+    let Some(executable) = executables.get("xtask") else { refuse!("cargo built no xtask") };
+    let copy = out.join("bin/xtask");
+    shell::copy(executable, &copy)?;
+    executable_mode(&copy)?;
+    for folder in ["benches/c", "benches/python"] {
+        let from = shell::root().join(folder);
+        for entry in fs::read_dir(&from).map_err(|e| Error::io("reading", &from, &e))?.flatten() {
+            // Python leaves folders beside its sources.
+            if entry.path().is_file() {
+                shell::copy(&entry.path(), &out.join(folder).join(entry.file_name()))?;
+            }
+        }
+    }
+    // Compiled again on the GPU machine, where it has a C compiler.
+    bench::compile_caller(&shell::root().join("benches"), &out.join("bin/caller"))?;
+    publish_bytes(&out.join("bench"), BENCH.as_bytes())?;
+    executable_mode(&out.join("bench"))
+}
+
+/// The first argument is the folder for the results; what follows goes to xtask.
+const BENCH: &str = "#!/bin/sh
+# Measures flashinfer-rs's launches: bench [FOLDER [OPTION...]]. Needs the NVIDIA driver, glibc and libstdc++.
+here=$(cd \"$(dirname \"$0\")\" && pwd) || exit 1
+out=${1:-\"$here/performance\"}
+[ $# -eq 0 ] || shift
+export FLASHINFER_RS_LIB_DIR=\"$here/lib\"
+exec \"$here/bin/xtask\" bench --bundle \"$here\" --out \"$out\" \"$@\"
+";
+
 /// Builds without running, and answers cargo's messages.
-fn build(program: &Program) -> Result<String> {
+pub fn build(program: &Program) -> Result<String> {
     let mut cargo = shell::cargo();
     let (command, no_run) = match program.kind {
         "example" => ("build", None),

@@ -66,9 +66,8 @@ enum Command {
     Cache(cache::CacheCommand),
     /// The long forms of the cache's tests: many builds at once, many kills
     Stress,
-    /// Measure
-    #[command(subcommand)]
-    Bench(bench::Bench),
+    /// Measure what a launch costs, from Rust, C and Python, on a GPU
+    Bench(bench::Options),
     /// Fill in artifacts.lock from verified copies of the wheels: each member's place, sizes, method, CRC and digest
     Lock {
         /// Fail where the file would change, and write nothing
@@ -82,9 +81,9 @@ enum Command {
         #[arg(long)]
         file: Option<PathBuf>,
     },
-    /// Pack the GPU tests, the quick start and the libraries into a folder for a GPU machine without Rust
+    /// Pack the GPU tests, the quick start, the benchmarks and the libraries into a folder for a GPU machine without Rust
     GpuBundle {
-        /// The folder; `run` in it is the program to start
+        /// The folder; `run` in it starts the tests, `bench` the benchmarks
         #[arg(long)]
         out: PathBuf,
     },
@@ -109,7 +108,7 @@ fn run(command: Command) -> Result<()> {
         Command::Cache(command) => cache::command(command),
         Command::Features => features::command(),
         Command::Stress => stress::command(),
-        Command::Bench(bench) => bench::command(bench),
+        Command::Bench(options) => bench::command(options),
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
         Command::GpuBundle { out } => bundle::command(&out),
     }

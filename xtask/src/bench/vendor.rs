@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
@@ -34,23 +33,6 @@ const WANTED: [(&str, usize); 2] = [("norm", 1_400_000), ("gdn_prefill_sm90", 4_
 /// 100 Mbit/s
 const RATE: u64 = 12_500_000;
 
-#[derive(Subcommand)]
-pub enum Bench {
-    /// Vendoring from a synthetic 2 GB wheel on a loopback server limited to 100 Mbit/s
-    Vendor,
-    /// One arm of `vendor`, in a process of its own
-    #[command(hide = true)]
-    VendorArm { folder: PathBuf, lock: PathBuf },
-}
-
-/// `cargo xtask bench`
-pub fn command(bench: Bench) -> Result<()> {
-    match bench {
-        Bench::Vendor => compare(),
-        Bench::VendorArm { folder, lock } => arm(&folder, &lock),
-    }
-}
-
 /// What an arm measured of itself.
 #[derive(Serialize, Deserialize)]
 struct Measured {
@@ -58,7 +40,7 @@ struct Measured {
     peak_mb: f64,
 }
 
-fn compare() -> Result<()> {
+pub fn compare() -> Result<()> {
     let temporary = tempfile::tempdir().map_err(|e| Error::io("creating a folder in", &std::env::temp_dir(), &e))?;
     let wheel = temporary.path().join("flashinfer_jit_cache-0.6.3+cu130-cp39-abi3-manylinux_2_28_x86_64.whl");
     say("writing a wheel of 2 GB");
@@ -219,7 +201,7 @@ fn child(folder: &Path, lock: &Path) -> Result<Measured> {
 }
 
 /// Vendors into a new target folder, with the cache that belongs to the arm.
-fn arm(folder: &Path, lock: &Path) -> Result<()> {
+pub fn arm(folder: &Path, lock: &Path) -> Result<()> {
     let started = Instant::now();
     let lock = Lock::read(lock)?;
     let environment = Env::fixed([(env::CACHE_DIR, folder.join("cache"))]);

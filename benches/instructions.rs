@@ -1,0 +1,140 @@
+//! `instructions CASE N FOLDER` makes N calls of a gemma_rmsnorm that does nothing, for counting instructions: `cargo xtask
+//! bench --check` runs it, beside a C program that does the same. FOLDER holds the `norm.so` with that function and a
+//! stand-in for `libcudart.so.13` that counts a GPU.
+
+use std::error::Error;
+use std::ffi::c_void;
+use std::hint::black_box;
+use std::path::PathBuf;
+
+use flashinfer_rs::kernels::gdn::{GdnPrefill, gdn_prefill};
+use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
+use flashinfer_rs::{
+    Arg, DType, Device, FlashInferError, FlashInferRuntime, Function, GemmaRmsNormParams, Prepared, RuntimeConfig,
+    Stream, Tensor1DDesc, Tensor2DDesc, TensorMut, TensorRef,
+};
+
+const SHAPE: [i64; 2] = [1, 4096];
+const COLUMNS: [i64; 1] = [4096];
+const DTYPE: DType = DType::BF16;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    let [case, count, folder] = &args[..] else { return Err("expected: instructions CASE N FOLDER".into()) };
+    let (count, folder): (u64, PathBuf) = (count.parse()?, folder.into());
+    // SAFETY: the folder's libraries were made for this program.
+    let config = unsafe { RuntimeConfig::default().lib_dir(&folder).without_verification() };
+    let runtime = FlashInferRuntime::initialize(config)?;
+    let mut memory = [[0u64; 2]; 3];
+    let [out, input, weight] = memory.each_mut().map(|place| std::ptr::from_mut(place).cast::<c_void>());
+    // SAFETY: the function that is called touches no memory.
+    let tensors = || unsafe {
+        let out = TensorMut::from_raw(out, Device::Cuda(0), DTYPE, &SHAPE, None)?;
+        let input = TensorRef::from_raw(input, Device::Cuda(0), DTYPE, &SHAPE, None)?;
+        let weight = TensorRef::from_raw(weight, Device::Cuda(0), DTYPE, &COLUMNS, None)?;
+        Ok::<_, FlashInferError>((out, input, weight))
+    };
+    let (mut out_tensor, input_tensor, weight_tensor) = tensors()?;
+    let options = NormOptions::default();
+    // SAFETY: nothing is launched on it.
+    let stream = unsafe { Stream::from_raw(0x10 as *mut c_void) };
+    match case.as_str() {
+        "pack-and-call" => {
+            // SAFETY: made for this program.
+            let module = unsafe { runtime.load_module(folder.join("norm.so")) }?;
+            let function = module.function("gemma_rmsnorm")?;
+            for _ in 0..count {
+                pack_and_call(&function, &mut out_tensor, &input_tensor, &weight_tensor, options.eps, options.pdl)?;
+            }
+        }
+        "raw" => {
+            let (rows, cols) = (SHAPE[0], SHAPE[1]);
+            let matrix =
+                |ptr| Tensor2DDesc { ptr, rows, cols, stride_row: cols, stride_col: 1, dtype: DTYPE, device_id: 0 };
+            let weight = Tensor1DDesc { ptr: weight, len: cols, stride: 1, dtype: DTYPE, device_id: 0 };
+            let params = GemmaRmsNormParams::new(matrix(input), weight, matrix(out), options.eps, 0x10 as *mut c_void);
+            for _ in 0..count {
+                // SAFETY: as above.
+                unsafe { flashinfer_rs::gemma_rmsnorm(black_box(&params)) }?;
+            }
+        }
+        "tensors" => {
+            for _ in 0..count {
+                gemma_rmsnorm(black_box(&mut out_tensor), &input_tensor, &weight_tensor, &options, stream)?;
+            }
+        }
+        "scope" => runtime.on((Device::Cuda(0), stream), |stream| {
+            for _ in 0..count {
+                gemma_rmsnorm(black_box(&mut out_tensor), &input_tensor, &weight_tensor, &options, stream)?;
+            }
+            Ok::<_, FlashInferError>(())
+        })??,
+        "prepared" | "prepared-scope" => {
+            let (out, input, weight) = tensors()?;
+            let prepared = Prepared::gemma_rmsnorm(out, input, weight, &options)?;
+            let all = |stream: Stream<'_>| (0..count).try_for_each(|_| black_box(&prepared).launch(stream));
+            match case.as_str() {
+                "prepared" => all(stream)?,
+                _ => runtime.on((Device::Cuda(0), stream), all)??,
+            }
+        }
+        "gdn" => {
+            let bf16 = |address: usize, shape: &[i64]| {
+                // SAFETY: the function that is called touches no memory.
+                unsafe { TensorRef::from_raw(address as *const c_void, Device::Cuda(0), DTYPE, shape, None) }
+            };
+            let f32 = |address: usize, shape: &[i64]| {
+                // SAFETY: likewise.
+                unsafe { TensorRef::from_raw(address as *const c_void, Device::Cuda(0), DType::F32, shape, None) }
+            };
+            let written = |address: usize, dtype, shape: &[i64]| {
+                // SAFETY: likewise.
+                unsafe { TensorMut::from_raw(address as *mut c_void, Device::Cuda(0), dtype, shape, None) }
+            };
+            // SAFETY: likewise.
+            let offsets =
+                unsafe { TensorRef::from_raw(0x1000 as *const c_void, Device::Cuda(0), DType::I64, &[2], None) }?;
+            let (q, k, v) =
+                (bf16(0x2000, &[64, 16, 128])?, bf16(0x3000, &[64, 16, 128])?, bf16(0x4000, &[64, 32, 128])?);
+            let (alpha, beta) = (f32(0x5000, &[64, 32])?, f32(0x6000, &[64, 32])?);
+            let mut output = written(0x7000, DTYPE, &[64, 32, 128])?;
+            let mut output_state = written(0x8000, DType::F32, &[1, 32, 128, 128])?;
+            let mut workspace = written(0x9000, DType::U8, &[128 * 1024])?;
+            for _ in 0..count {
+                let args = GdnPrefill {
+                    output: output.reborrow(),
+                    output_state: output_state.reborrow(),
+                    q: q.reborrow(),
+                    k: k.reborrow(),
+                    v: v.reborrow(),
+                    cu_seqlens: offsets.reborrow(),
+                    input_state: None,
+                    alpha: Some(alpha.reborrow()),
+                    beta: Some(beta.reborrow()),
+                    scale: 0.0,
+                    workspace: workspace.reborrow(),
+                };
+                // SAFETY: likewise.
+                unsafe { gdn_prefill(black_box(args), stream) }?;
+            }
+        }
+        other => return Err(format!("there is no case {other}").into()),
+    }
+    Ok(())
+}
+
+/// One call, everything packed on the stack, as the C program makes it.
+#[inline(never)]
+fn pack_and_call(
+    function: &Function,
+    out: &mut TensorMut<'_>,
+    input: &TensorRef<'_>,
+    weight: &TensorRef<'_>,
+    eps: f64,
+    enable_pdl: bool,
+) -> flashinfer_rs::Result<()> {
+    let (out, input, weight) = (out.pack(), input.pack(), weight.pack());
+    let args = [Arg::tensor(&out), Arg::tensor(&input), Arg::tensor(&weight), Arg::float(eps), Arg::bool(enable_pdl)];
+    // SAFETY: the function takes these arguments, and touches no memory.
+    unsafe { function.launch(&args) }
+}

@@ -1,0 +1,185 @@
+//! What a run leaves behind: every value, and a description of the machine. Everything that is drawn or written is a
+//! function of these two files.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+
+use super::plan;
+use crate::vendoring::digest::hash_reader;
+use crate::vendoring::error::{Error, Result, refuse};
+
+pub const VALUES: &str = "launches.csv";
+/// The values of a run that is under way, or failed.
+pub const PARTIAL: &str = "launches.partial.csv";
+pub const MACHINE: &str = "launches.json";
+
+/// One answer of one arm.
+#[derive(Serialize, Deserialize)]
+pub struct Sample {
+    block: usize,
+    arm: String,
+    case: String,
+    value: f64,
+    unit: String,
+}
+
+impl Sample {
+    pub fn new(block: usize, arm: &str, case: &str, value: f64) -> Self {
+        Self { block, arm: arm.to_owned(), case: case.to_owned(), value, unit: plan::unit(case).to_owned() }
+    }
+}
+
+/// By arm and case, then by block.
+pub struct Samples(BTreeMap<(String, String), BTreeMap<usize, f64>>);
+
+impl FromIterator<Sample> for Samples {
+    fn from_iter<T: IntoIterator<Item = Sample>>(samples: T) -> Self {
+        let mut all: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+        for Sample { block, arm, case, value, .. } in samples {
+            all.entry((arm, case)).or_default().insert(block, value);
+        }
+        Self(all)
+    }
+}
+
+impl Samples {
+    pub fn read(path: &Path) -> Result<Self> {
+        let mut reader = csv::Reader::from_path(path).map_err(|e| csv_error("reading", path, &e))?;
+        reader.deserialize().collect::<csv::Result<Self>>().map_err(|e| csv_error("reading", path, &e))
+    }
+
+    pub fn blocks(&self, arm: &str, case: &str) -> Option<&BTreeMap<usize, f64>> {
+        self.0.get(&(arm.to_owned(), case.to_owned()))
+    }
+
+    pub fn values(&self, arm: &str, case: &str) -> Vec<f64> {
+        self.blocks(arm, case).into_iter().flat_map(BTreeMap::values).copied().collect()
+    }
+}
+
+fn csv_error(doing: &str, path: &Path, error: &csv::Error) -> Error {
+    match error.kind() {
+        csv::ErrorKind::Io(e) => Error::io(doing, path, e),
+        _ => Error::Refused(format!(
+            "{doing} {} failed: {error}; expected what `cargo xtask bench` writes: block,arm,case,value,unit",
+            path.display()
+        )),
+    }
+}
+
+/// Writes values as they come.
+pub struct Writer<'a> {
+    path: &'a Path,
+    csv: csv::Writer<File>,
+}
+
+impl<'a> Writer<'a> {
+    pub fn create(path: &'a Path) -> Result<Self> {
+        let csv = csv::Writer::from_path(path).map_err(|e| csv_error("creating", path, &e))?;
+        Ok(Self { path, csv })
+    }
+
+    pub fn add(&mut self, sample: &Sample) -> Result<()> {
+        self.csv.serialize(sample).map_err(|e| csv_error("writing", self.path, &e))
+    }
+
+    pub fn flush(&mut self) -> Result<()> {
+        self.csv.flush().map_err(|e| Error::io("writing", self.path, &e))
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Machine {
+    /// As nvidia-smi says; none where it is not there.
+    pub gpu: Option<String>,
+    pub driver: Option<String>,
+    pub cpu: String,
+    pub cores: usize,
+    pub kernel: String,
+    /// Of flashinfer-rs.
+    pub version: String,
+    pub libraries: Vec<Library>,
+    pub blocks: usize,
+    /// How to repeat it.
+    pub command: String,
+    pub missing: Vec<Missing>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Library {
+    pub file: String,
+    pub sha256: String,
+}
+
+/// An arm that could not be measured here.
+#[derive(Serialize, Deserialize)]
+pub struct Missing {
+    pub arm: String,
+    pub reason: String,
+}
+
+impl Machine {
+    pub fn look(libraries: &Path, blocks: usize, command: String, missing: Vec<Missing>) -> Result<Self> {
+        let (gpu, driver) = gpu().unzip();
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let cpu =
+            cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name);
+        Ok(Self {
+            gpu,
+            driver,
+            cpu: cpu.unwrap_or("unknown").trim().to_owned(),
+            cores: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
+            kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+            version: version()?,
+            libraries: digests(libraries)?,
+            blocks,
+            command,
+            missing,
+        })
+    }
+
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read(path).map_err(|e| Error::io("reading", path, &e))?;
+        serde_json::from_slice(&text).map_err(|e| {
+            Error::Refused(format!("{} is not what `cargo xtask bench` writes: {e}; measure again", path.display()))
+        })
+    }
+}
+
+/// Name and driver of the first GPU.
+fn gpu() -> Option<(String, String)> {
+    let query = ["--query-gpu=name,driver_version", "--format=csv,noheader"];
+    let output = Command::new("nvidia-smi").args(query).output().ok().filter(|output| output.status.success())?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (name, driver) = text.lines().next()?.split_once(", ")?;
+    Some((name.trim().to_owned(), driver.trim().to_owned()))
+}
+
+/// Of flashinfer-rs, as this program was compiled beside it: a bundle has no checkout.
+fn version() -> Result<String> {
+    let manifest: toml::Table = include_str!("../../../Cargo.toml")
+        .parse()
+        .map_err(|e| Error::Refused(format!("the Cargo.toml that xtask was compiled with cannot be read: {e}")))?;
+    let version = manifest.get("package").and_then(|package| package.get("version")).and_then(toml::Value::as_str);
+    let Some(version) = version else { refuse!("the Cargo.toml that xtask was compiled with names no version") };
+    Ok(version.to_owned())
+}
+
+fn digests(folder: &Path) -> Result<Vec<Library>> {
+    let mut libraries = Vec::new();
+    for entry in fs::read_dir(folder).map_err(|e| Error::io("reading", folder, &e))?.flatten() {
+        let file = entry.file_name().to_string_lossy().into_owned();
+        if file.contains(".so") {
+            let path = entry.path();
+            let reader = File::open(&path).map_err(|e| Error::io("opening", &path, &e))?;
+            let (digest, _) = hash_reader(reader).map_err(|e| Error::io("reading", &path, &e))?;
+            libraries.push(Library { file, sha256: digest.to_string() });
+        }
+    }
+    libraries.sort_by(|a, b| a.file.cmp(&b.file));
+    Ok(libraries)
+}
