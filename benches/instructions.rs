@@ -9,91 +9,68 @@ use std::path::PathBuf;
 
 use flashinfer_rs::kernels::gdn::{GdnPrefill, gdn_prefill};
 use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
-use flashinfer_rs::{
-    Arg, DType, Device, FlashInferError, FlashInferRuntime, Function, GemmaRmsNormParams, Prepared, RuntimeConfig,
-    Stream, Tensor1DDesc, Tensor2DDesc, TensorMut, TensorRef,
-};
+use flashinfer_rs::{Arg, DType, FlashInferError, Function, Prepared, Stream, TensorMut, TensorRef};
 
-const SHAPE: [i64; 2] = [1, 4096];
-const COLUMNS: [i64; 1] = [4096];
-const DTYPE: DType = DType::BF16;
+#[path = "support/calls.rs"]
+mod calls;
+
+use calls::{DEVICE, DTYPE};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     let [case, count, folder] = &args[..] else { return Err("expected: instructions CASE N FOLDER".into()) };
     let (count, folder): (u64, PathBuf) = (count.parse()?, folder.into());
-    // SAFETY: the folder's libraries were made for this program.
-    let config = unsafe { RuntimeConfig::default().lib_dir(&folder).without_verification() };
-    let runtime = FlashInferRuntime::initialize(config)?;
-    let mut memory = [[0u64; 2]; 3];
-    let [out, input, weight] = memory.each_mut().map(|place| std::ptr::from_mut(place).cast::<c_void>());
-    // SAFETY: the function that is called touches no memory.
-    let tensors = || unsafe {
-        let out = TensorMut::from_raw(out, Device::Cuda(0), DTYPE, &SHAPE, None)?;
-        let input = TensorRef::from_raw(input, Device::Cuda(0), DTYPE, &SHAPE, None)?;
-        let weight = TensorRef::from_raw(weight, Device::Cuda(0), DTYPE, &COLUMNS, None)?;
-        Ok::<_, FlashInferError>((out, input, weight))
-    };
-    let (mut out_tensor, input_tensor, weight_tensor) = tensors()?;
-    let options = NormOptions::default();
-    // SAFETY: nothing is launched on it.
-    let stream = unsafe { Stream::from_raw(0x10 as *mut c_void) };
+    let runtime = calls::initialize(&folder)?;
+    let (mut out, input, weight) = calls::tensors()?;
+    let (options, stream) = (NormOptions::default(), calls::stream());
     match case.as_str() {
         "pack-and-call" => {
-            // SAFETY: made for this program.
-            let module = unsafe { runtime.load_module(folder.join("norm.so")) }?;
-            let function = module.function("gemma_rmsnorm")?;
+            let function = calls::function(runtime)?;
             for _ in 0..count {
-                pack_and_call(&function, &mut out_tensor, &input_tensor, &weight_tensor, options.eps, options.pdl)?;
+                pack_and_call(&function, &mut out, &input, &weight, options.eps, options.pdl)?;
             }
         }
         "raw" => {
-            let (rows, cols) = (SHAPE[0], SHAPE[1]);
-            let matrix =
-                |ptr| Tensor2DDesc { ptr, rows, cols, stride_row: cols, stride_col: 1, dtype: DTYPE, device_id: 0 };
-            let weight = Tensor1DDesc { ptr: weight, len: cols, stride: 1, dtype: DTYPE, device_id: 0 };
-            let params = GemmaRmsNormParams::new(matrix(input), weight, matrix(out), options.eps, 0x10 as *mut c_void);
+            let params = calls::params(options.eps);
             for _ in 0..count {
-                // SAFETY: as above.
+                // SAFETY: the function touches no memory.
                 unsafe { flashinfer_rs::gemma_rmsnorm(black_box(&params)) }?;
             }
         }
         "tensors" => {
             for _ in 0..count {
-                gemma_rmsnorm(black_box(&mut out_tensor), &input_tensor, &weight_tensor, &options, stream)?;
+                gemma_rmsnorm(black_box(&mut out), &input, &weight, &options, stream)?;
             }
         }
-        "scope" => runtime.on((Device::Cuda(0), stream), |stream| {
+        "scope" => runtime.on((DEVICE, stream), |stream| {
             for _ in 0..count {
-                gemma_rmsnorm(black_box(&mut out_tensor), &input_tensor, &weight_tensor, &options, stream)?;
+                gemma_rmsnorm(black_box(&mut out), &input, &weight, &options, stream)?;
             }
             Ok::<_, FlashInferError>(())
         })??,
         "prepared" | "prepared-scope" => {
-            let (out, input, weight) = tensors()?;
             let prepared = Prepared::gemma_rmsnorm(out, input, weight, &options)?;
             let all = |stream: Stream<'_>| (0..count).try_for_each(|_| black_box(&prepared).launch(stream));
             match case.as_str() {
                 "prepared" => all(stream)?,
-                _ => runtime.on((Device::Cuda(0), stream), all)??,
+                _ => runtime.on((DEVICE, stream), all)??,
             }
         }
         "gdn" => {
             let bf16 = |address: usize, shape: &[i64]| {
                 // SAFETY: the function that is called touches no memory.
-                unsafe { TensorRef::from_raw(address as *const c_void, Device::Cuda(0), DTYPE, shape, None) }
+                unsafe { TensorRef::from_raw(address as *const c_void, DEVICE, DTYPE, shape, None) }
             };
             let f32 = |address: usize, shape: &[i64]| {
                 // SAFETY: likewise.
-                unsafe { TensorRef::from_raw(address as *const c_void, Device::Cuda(0), DType::F32, shape, None) }
+                unsafe { TensorRef::from_raw(address as *const c_void, DEVICE, DType::F32, shape, None) }
             };
             let written = |address: usize, dtype, shape: &[i64]| {
                 // SAFETY: likewise.
-                unsafe { TensorMut::from_raw(address as *mut c_void, Device::Cuda(0), dtype, shape, None) }
+                unsafe { TensorMut::from_raw(address as *mut c_void, DEVICE, dtype, shape, None) }
             };
             // SAFETY: likewise.
-            let offsets =
-                unsafe { TensorRef::from_raw(0x1000 as *const c_void, Device::Cuda(0), DType::I64, &[2], None) }?;
+            let offsets = unsafe { TensorRef::from_raw(0x1000 as *const c_void, DEVICE, DType::I64, &[2], None) }?;
             let (q, k, v) =
                 (bf16(0x2000, &[64, 16, 128])?, bf16(0x3000, &[64, 16, 128])?, bf16(0x4000, &[64, 32, 128])?);
             let (alpha, beta) = (f32(0x5000, &[64, 32])?, f32(0x6000, &[64, 32])?);

@@ -15,7 +15,7 @@ use crate::graph::check_byte;
 use crate::kernels::gdn::{self, GdnPrefill};
 use crate::kernels::norm::{self, NormOptions};
 use crate::runtime::{DeviceStream, Stream};
-use crate::tensor::{DType, Device, Element, TensorMut, TensorRef};
+use crate::tensor::{DType, Device, Element, Raw, TensorMut, TensorRef, fault, numel, reach};
 
 mod sealed {
     pub trait Sealed {}
@@ -58,6 +58,7 @@ half16! { half::f16: F16, half::bf16: BF16, u16: F16 | BF16 }
 
 impl<'a> Stream<'a> {
     /// A stream of cudarc's.
+    #[inline]
     pub fn cudarc(stream: &'a CudaStream) -> Self {
         // SAFETY: cudarc keeps the stream alive for as long as it is borrowed.
         unsafe { Self::from_raw(stream.cu_stream().cast()) }
@@ -85,6 +86,7 @@ impl<'a> TensorRef<'a> {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer that is too short, or of another context than
     /// the stream's.
+    #[inline(always)]
     pub fn from_cudarc<T: Element>(
         stream: &'a CudaStream,
         buffer: &'a impl DeviceBuffer<T>,
@@ -97,6 +99,7 @@ impl<'a> TensorRef<'a> {
     ///
     /// # Errors
     /// As there, and where an element would lie outside of the buffer.
+    #[inline(always)]
     pub fn from_cudarc_strided<T: Element>(
         stream: &'a CudaStream,
         buffer: &'a impl DeviceBuffer<T>,
@@ -113,6 +116,7 @@ impl<'a> TensorMut<'a> {
     ///
     /// # Errors
     /// As there.
+    #[inline(always)]
     pub fn from_cudarc<T: Element>(
         stream: &'a CudaStream,
         buffer: &'a mut impl DeviceBufferMut<T>,
@@ -125,6 +129,7 @@ impl<'a> TensorMut<'a> {
     ///
     /// # Errors
     /// As there, and where an element would lie outside of the buffer.
+    #[inline(always)]
     pub fn from_cudarc_strided<T: Element>(
         stream: &'a CudaStream,
         buffer: &'a mut impl DeviceBufferMut<T>,
@@ -138,6 +143,7 @@ impl<'a> TensorMut<'a> {
     ///
     /// # Errors
     /// As for [`from_cudarc`](Self::from_cudarc), and for a `dtype` that is not F8E4M3 or F8E5M2.
+    #[inline(always)]
     pub fn from_cudarc_bytes(
         stream: &'a CudaStream,
         buffer: &'a mut impl DeviceBufferMut<u8>,
@@ -150,6 +156,7 @@ impl<'a> TensorMut<'a> {
 }
 
 /// `T` must fit `dtype`.
+#[inline(always)]
 fn read<'a, T>(
     function: &'static str,
     argument: &'static str,
@@ -159,17 +166,17 @@ fn read<'a, T>(
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> Result<TensorRef<'a>> {
-    check(function, argument, buffer, stream, dtype, shape, strides)?;
+    check(function, argument, buffer, stream, shape, strides)?;
     let (pointer, guard) = buffer.device_ptr(stream);
-    let pointer = pointer as *const c_void;
+    let (device, own) = (device(stream.context()), Some(stream.cu_stream().cast()));
     // SAFETY: cudarc owns the memory, which is on its context's device and holds the elements that `check` counted, each of
     // a Rust type that fits the element type. The guard, held until the kernel is queued, orders it before any later write
     // on another stream.
-    let tensor = unsafe { TensorRef::from_raw(pointer, device(stream.context()), dtype, shape, strides) }?;
-    Ok(tensor.bound(stream.cu_stream().cast(), Some(guard)))
+    Ok(unsafe { TensorRef::from_checked(pointer as *const c_void, device, dtype, shape, strides, own, Some(guard)) })
 }
 
 /// As [`read`]; the buffer is borrowed mutably, so nothing else refers to it.
+#[inline(always)]
 fn write<'a, T>(
     function: &'static str,
     argument: &'static str,
@@ -179,14 +186,14 @@ fn write<'a, T>(
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> Result<TensorMut<'a>> {
-    check(function, argument, buffer, stream, dtype, shape, strides)?;
+    check(function, argument, buffer, stream, shape, strides)?;
     let (pointer, guard) = buffer.device_ptr_mut(stream);
-    let pointer = pointer as *mut c_void;
+    let (device, own) = (device(stream.context()), Some(stream.cu_stream().cast()));
     // SAFETY: as for `read`; nothing else refers to the buffer.
-    let tensor = unsafe { TensorMut::from_raw(pointer, device(stream.context()), dtype, shape, strides) }?;
-    Ok(tensor.bound(stream.cu_stream().cast(), Some(guard)))
+    Ok(unsafe { TensorMut::from_checked(pointer as *mut c_void, device, dtype, shape, strides, own, Some(guard)) })
 }
 
+#[inline]
 pub(crate) fn device(context: &CudaContext) -> Device {
     // cudarc got the number from CUDA, which counts in 32 bits.
     Device::Cuda(context.ordinal() as u32)
@@ -198,47 +205,70 @@ pub(crate) fn driver(doing: &'static str) -> impl Fn(DriverError) -> FlashInferE
 }
 
 /// That a buffer belongs to the stream's context and holds every element.
+#[inline(always)]
 fn check<T>(
     function: &'static str,
     argument: &'static str,
     buffer: &impl DeviceSlice<T>,
     stream: &CudaStream,
-    dtype: DType,
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> Result<()> {
-    if buffer.stream().context() != stream.context() {
-        let (found, expected) = (buffer.stream().context().ordinal(), stream.context().ordinal());
-        let found = format!("in a context of cuda:{found}");
-        let expected = format!("memory in the stream's context, of cuda:{expected}");
-        return Err(FlashInferError::InvalidArgument { function, argument, found, expected });
+    let (own, context) = (buffer.stream().context(), stream.context());
+    if Arc::ptr_eq(own, context) || own == context {
+        return check_len(function, argument, buffer.len(), shape, strides);
     }
-    check_len(function, argument, buffer.len(), dtype, shape, strides)
+    Err(foreign(function, argument, own, context))
 }
 
-/// That memory of `len` elements holds every one of a tensor's.
+#[cold]
+fn foreign(
+    function: &'static str,
+    argument: &'static str,
+    found: &CudaContext,
+    expected: &CudaContext,
+) -> FlashInferError {
+    let found = format!("in a context of cuda:{}", found.ordinal());
+    let expected = format!("memory in the stream's context, of cuda:{}", expected.ordinal());
+    FlashInferError::InvalidArgument { function, argument, found, expected }
+}
+
+/// That memory of `len` elements holds every one of a tensor's, and that there can be such a tensor.
+#[inline]
 pub(crate) fn check_len(
     function: &'static str,
     argument: &'static str,
     len: usize,
-    dtype: DType,
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> Result<()> {
-    // SAFETY: no element is reached through this tensor; it only counts them.
-    let reach = unsafe {
-        TensorRef::from_raw(NonNull::<u128>::dangling().as_ptr().cast(), Device::Cpu, dtype, shape, strides)
-    }?;
-    let reach = reach.raw();
-    let forward = reach.strides().iter().all(|&stride| stride >= 0);
-    match reach.reach().and_then(|reach| usize::try_from(reach).ok()) {
-        Some(needed) if forward && needed <= len => Ok(()),
-        _ => {
-            let strides = strides.map(|strides| format!(" and strides {strides:?}")).unwrap_or_default();
-            let (found, expected) = (format!("{len} elements long"), format!("enough for shape {shape:?}{strides}"));
-            Err(FlashInferError::InvalidArgument { function, argument, found, expected })
-        }
+    let count = numel(shape);
+    let needed = match strides {
+        None => count,
+        Some(strides) => count.and(reach(shape, strides)).filter(|_| strides.iter().all(|&stride| stride >= 0)),
+    };
+    let possible = Raw::is_sound(NonNull::dangling().as_ptr(), shape, strides);
+    // Neither is negative.
+    if possible && needed.is_some_and(|needed| needed as u64 <= len as u64) {
+        return Ok(());
     }
+    Err(too_short(function, argument, len, shape, strides))
+}
+
+#[cold]
+fn too_short(
+    function: &'static str,
+    argument: &'static str,
+    len: usize,
+    shape: &[i64],
+    strides: Option<&[i64]>,
+) -> FlashInferError {
+    if !Raw::is_sound(NonNull::dangling().as_ptr(), shape, strides) {
+        return fault(shape, strides);
+    }
+    let strides = strides.map(|strides| format!(" and strides {strides:?}")).unwrap_or_default();
+    let (found, expected) = (format!("{len} elements long"), format!("enough for shape {shape:?}{strides}"));
+    FlashInferError::InvalidArgument { function, argument, found, expected }
 }
 
 fn check_dtype<T: Half16>(function: &'static str, dtype: DType) -> Result<()> {

@@ -44,7 +44,7 @@ macro_rules! descriptor {
             unsafe fn read<'a>(&self) -> TensorRef<'a> {
                 let (shape, strides) = ([$(self.$size),*], [$(self.$stride),*]);
                 // SAFETY: the caller's promise.
-                unsafe { TensorRef::from_checked(self.ptr, Device::Cuda(self.device_id as u32), self.dtype, &shape, &strides) }
+                unsafe { TensorRef::from_checked(self.ptr, Device::Cuda(self.device_id as u32), self.dtype, &shape, Some(&strides), None, None) }
             }
 
             /// # Safety
@@ -55,7 +55,7 @@ macro_rules! descriptor {
                 let (shape, strides) = ([$(self.$size),*], [$(self.$stride),*]);
                 let device = Device::Cuda(self.device_id as u32);
                 // SAFETY: the caller's promise.
-                unsafe { TensorMut::from_checked(self.ptr.cast_mut(), device, self.dtype, &shape, &strides) }
+                unsafe { TensorMut::from_checked(self.ptr.cast_mut(), device, self.dtype, &shape, Some(&strides), None, None) }
             }
         }
     };

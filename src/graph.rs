@@ -96,12 +96,11 @@ impl<'a, T: Element> GraphRef<'a, T> {
     }
 
     fn tensor(&self, shape: &[i64], strides: Option<&[i64]>) -> Result<TensorRef<'a>> {
-        check_len("graph", "buffer", self.len, T::DTYPE, shape, strides)?;
-        let pointer = self.address as *const _;
+        check_len("graph", "buffer", self.len, shape, strides)?;
+        let (pointer, stream) = (self.address as *const _, Some(self.site.stream.cast()));
         // SAFETY: the graph owns the memory, which holds the elements that were counted, and keeps it for as long as it can
         // be launched; its launches are ordered with all other uses.
-        let tensor = unsafe { TensorRef::from_raw(pointer, self.site.device, T::DTYPE, shape, strides) }?;
-        Ok(tensor.bound(self.site.stream.cast(), None))
+        Ok(unsafe { TensorRef::from_checked(pointer, self.site.device, T::DTYPE, shape, strides, stream, None) })
     }
 }
 
@@ -174,10 +173,10 @@ impl<'a, T: Element> GraphMut<'a, T> {
 
     fn tensor(&mut self, dtype: DType, shape: &[i64], strides: Option<&[i64]>) -> Result<TensorMut<'_>> {
         let GraphRef { address, len, site, .. } = self.buffer;
-        check_len("graph", "buffer", len, dtype, shape, strides)?;
+        let stream = Some(site.stream.cast());
+        check_len("graph", "buffer", len, shape, strides)?;
         // SAFETY: as for `GraphRef`; this part of the buffer is borrowed mutably.
-        let tensor = unsafe { TensorMut::from_raw(address as *mut _, site.device, dtype, shape, strides) }?;
-        Ok(tensor.bound(site.stream.cast(), None))
+        Ok(unsafe { TensorMut::from_checked(address as *mut _, site.device, dtype, shape, strides, stream, None) })
     }
 }
 

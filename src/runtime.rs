@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::path::PathBuf;
+use std::ptr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::artifact::{self, Artifact, Location};
@@ -12,7 +13,7 @@ use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::kernels;
-use crate::loader::{self, Library, Scope};
+use crate::loader::{self, Library, Scope as Visibility};
 use crate::module::Module;
 use crate::report::{self, Report};
 use crate::tensor::Device;
@@ -172,7 +173,7 @@ impl FlashInferRuntime {
         };
         let tvm_ffi = match foreign {
             Some(address) => Library::global(TVM_FFI, loader::mapped_file(address)),
-            None => open(TVM_FFI, &config, Scope::Global)?,
+            None => open(TVM_FFI, &config, Visibility::Global)?,
         };
         // SAFETY: the library was checked against the vendored TVM-FFI, or the caller vouched for it.
         let api = unsafe { Api::resolve(&tvm_ffi) }?;
@@ -269,7 +270,7 @@ impl FlashInferRuntime {
         if let Some(module) = modules.get(soname) {
             return Ok(module);
         }
-        let library = open(soname, &self.config, Scope::Local)?;
+        let library = open(soname, &self.config, Visibility::Local)?;
         let module: &'static Module = Box::leak(Box::new(Module::loaded(soname, library, &self.api)));
         modules.insert(soname.to_owned(), module);
         Ok(module)
@@ -286,12 +287,12 @@ impl FlashInferRuntime {
         let path = path.into();
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         // SAFETY: the caller's promise.
-        let library = unsafe { Library::open(&name, &path, None, Scope::Local) }?;
+        let library = unsafe { Library::open(&name, &path, None, Visibility::Local) }?;
         Ok(Module::loaded(&name, library, &self.api))
     }
 
-    /// Runs `f` with a stream set once for all the calls in it, which is otherwise done and undone for each. `f` is given
-    /// the stream to queue them on; a call on another stream, or in a scope within this one, still sets its own.
+    /// Runs `f` with a stream set once for all the calls on it, which is otherwise done and undone for each. A call on another
+    /// stream, or another device, still sets its own.
     ///
     /// The stream is this thread's for TVM-FFI meanwhile, for [`Function::call`](crate::Function::call) too, and what was
     /// set before comes back after it, also when `f` panics. On the host there is no stream and `f` is just run.
@@ -328,16 +329,16 @@ impl FlashInferRuntime {
         let DeviceStream { device, stream } = stream.into();
         let Device::Cuda(_) = device else { return Ok(f(stream)) };
         let id = self.checked_device(device)?;
-        let scope = ScopeGuard::enter();
-        let _stream = self.set_stream(id, Stream { set: None, ..stream })?;
-        Ok(f(Stream { set: Some(Setting { scope: scope.id, device: id }), ..stream }))
+        let _stream = self.set_stream(id, stream)?;
+        let _scope = Scope { outer: SCOPE.replace(Setting { device: id, stream: stream.raw }) };
+        Ok(f(stream))
     }
 
-    /// Makes `stream` this thread's stream for kernels on a device until the guard is dropped, unless it is already: in a
-    /// scope that no other interrupts. `device` comes from [`checked_device`](Self::checked_device).
+    /// Makes `stream` this thread's stream for kernels on a device until the guard is dropped, unless a scope did so already.
+    /// `device` comes from [`checked_device`](Self::checked_device).
     #[inline(always)]
     pub(crate) fn set_stream(&'static self, device: i32, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
-        if stream.set.is_some_and(|set| set.device == device && set.scope == SCOPE.get()) {
+        if SCOPE.get() == (Setting { device, stream: stream.raw }) {
             return Ok(None);
         }
         // SAFETY: the device was found to be one of those that exist.
@@ -427,8 +428,6 @@ impl FlashInferRuntime {
 #[derive(Debug, Clone, Copy)]
 pub struct Stream<'a> {
     raw: *mut c_void,
-    /// The scope that set it.
-    set: Option<Setting>,
     /// What is queued becomes part of a graph, whose kernels may start before the one ahead of them has ended.
     capture: Option<Capture>,
     borrow: PhantomData<&'a ()>,
@@ -441,13 +440,6 @@ pub(crate) struct Capture {
     pub(crate) pdl: bool,
 }
 
-/// Who set this thread's stream, and for which device.
-#[derive(Debug, Clone, Copy)]
-struct Setting {
-    scope: u64,
-    device: i32,
-}
-
 impl PartialEq for Stream<'_> {
     fn eq(&self, other: &Self) -> bool {
         self.raw == other.raw
@@ -458,10 +450,10 @@ impl Eq for Stream<'_> {}
 
 impl<'a> Stream<'a> {
     /// The null stream, which orders itself with every other blocking stream of the device.
-    pub const NULL: Self = Self::new(std::ptr::null_mut());
+    pub const NULL: Self = Self::new(ptr::null_mut());
 
     const fn new(raw: *mut c_void) -> Self {
-        Self { raw, set: None, capture: None, borrow: PhantomData }
+        Self { raw, capture: None, borrow: PhantomData }
     }
 
     /// A stream of one's own.
@@ -507,34 +499,32 @@ impl<'a> From<(Device, Stream<'a>)> for DeviceStream<'a> {
     }
 }
 
+/// A thread's stream for a device.
+#[derive(Clone, Copy, PartialEq)]
+struct Setting {
+    /// Negative for none.
+    device: i32,
+    stream: *mut c_void,
+}
+
 thread_local! {
-    /// The innermost scope of this thread; 0 outside of any. A stream that an outer one set is not this thread's now.
-    static SCOPE: Cell<u64> = const { Cell::new(0) };
-    /// How many scopes there were.
-    static SCOPES: Cell<u64> = const { Cell::new(0) };
+    /// What this thread's innermost scope set. It is so for as long as the scope lasts: a call on another stream gives it
+    /// back, and so does a scope within.
+    static SCOPE: Cell<Setting> = const { Cell::new(Setting { device: -1, stream: ptr::null_mut() }) };
 }
 
 /// A scope, until it is dropped.
-struct ScopeGuard {
-    id: u64,
-    outer: u64,
+struct Scope {
+    outer: Setting,
 }
 
-impl ScopeGuard {
-    fn enter() -> Self {
-        let id = SCOPES.get() + 1;
-        SCOPES.set(id);
-        Self { id, outer: SCOPE.replace(id) }
-    }
-}
-
-impl Drop for ScopeGuard {
+impl Drop for Scope {
     fn drop(&mut self) {
         SCOPE.set(self.outer);
     }
 }
 
-fn open(soname: &str, config: &RuntimeConfig, scope: Scope) -> Result<Library> {
+fn open(soname: &str, config: &RuntimeConfig, scope: Visibility) -> Result<Library> {
     let row = artifact::vendored(soname);
     let path = match artifact::locate(soname, config.lib_dir.as_deref())? {
         Location::File(path) => path,
@@ -567,7 +557,7 @@ fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Ve
     if let Ok(library) = unsafe { Library::by_name(CUDART, true) } {
         return Ok(Ok(library));
     }
-    let mut searched = match open(CUDART, config, Scope::Local) {
+    let mut searched = match open(CUDART, config, Visibility::Local) {
         Ok(library) => return Ok(Ok(library)),
         Err(FlashInferError::ArtifactMissing { searched, .. }) => searched,
         Err(error) => return Err(error),
@@ -577,7 +567,7 @@ fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Ve
     for path in usual.flat_map(|home| ["lib64", "lib"].map(|folder| home.join(folder).join(CUDART))) {
         if path.is_file() {
             // SAFETY: CUDA's runtime where CUDA's installer puts it, as any CUDA program would load it.
-            return unsafe { Library::open(CUDART, &path, None, Scope::Local) }.map(Ok);
+            return unsafe { Library::open(CUDART, &path, None, Visibility::Local) }.map(Ok);
         }
         searched.push(path.display().to_string());
     }

@@ -163,7 +163,7 @@ impl Raw {
     #[inline]
     fn new(data: *mut c_void, device: Device, dtype: DType, shape: &[i64], strides: Option<&[i64]>) -> Result<Self> {
         match Self::is_sound(data, shape, strides) {
-            true => Ok(Self::build(data, device, dtype, shape, strides)),
+            true => Ok(Self::build(data, device, dtype, shape, strides, None)),
             false => Err(fault(shape, strides)),
         }
     }
@@ -176,17 +176,18 @@ impl Raw {
     }
 
     /// A tensor of what [`is_sound`](Self::is_sound); of anything else, some tensor.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn build(
         data: *mut c_void,
         device: Device,
         dtype: DType,
         shape: &[i64],
         strides: Option<&[i64]>,
+        stream: Option<*mut c_void>,
     ) -> Self {
         let ndim = shape.len().min(MAX_NDIM);
         let head = Head { data, device: device.to_dl(), ndim: ndim as i32, dtype: dtype.to_dl() };
-        let mut raw = Self { head, stream: None, device, dtype, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
+        let mut raw = Self { head, stream, device, dtype, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
         raw.shape[..ndim].copy_from_slice(&shape[..ndim]);
         match strides {
             Some(strides) => raw.strides.iter_mut().zip(strides).for_each(|(to, from)| *to = *from),
@@ -292,7 +293,7 @@ impl Raw {
 
     /// Whether this is of that type, device and shape, in row-major order, with at most so many elements, and its memory
     /// aligned to so many bytes, a power of two.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn is_dense(&self, dtype: DType, device: Device, shape: &[i64], most: i64, alignment: usize) -> bool {
         if self.shape().len() != shape.len() {
             return false;
@@ -490,20 +491,23 @@ impl<'a> TensorRef<'a> {
         Ok(Self { raw, _guard: None, borrow: PhantomData })
     }
 
-    /// As [`from_raw`](Self::from_raw), of what [`Raw::is_sound`].
+    /// As [`from_raw`](Self::from_raw), of what [`Raw::is_sound`]; where there is a stream, for it alone and until the guard is
+    /// dropped. Made where it is used: moved, it would cost more than a call.
     ///
     /// # Safety
     /// As there.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn from_checked(
         data: *const c_void,
         device: Device,
         dtype: DType,
         shape: &[i64],
-        strides: &[i64],
+        strides: Option<&[i64]>,
+        stream: Option<*mut c_void>,
+        guard: Guard<'a>,
     ) -> Self {
-        let raw = Raw::build(data.cast_mut(), device, dtype, shape, Some(strides));
-        Self { raw, _guard: None, borrow: PhantomData }
+        let raw = Raw::build(data.cast_mut(), device, dtype, shape, strides, stream);
+        Self { raw, _guard: guard, borrow: PhantomData }
     }
 
     accessors!();
@@ -511,14 +515,6 @@ impl<'a> TensorRef<'a> {
     /// The same tensor, for as long as this one is there.
     pub fn reborrow(&self) -> TensorRef<'_> {
         TensorRef { raw: self.raw, _guard: None, borrow: PhantomData }
-    }
-
-    /// The same tensor, for one stream alone and until the guard is dropped.
-    #[cfg(feature = "cudarc")]
-    pub(crate) fn bound(mut self, stream: *mut c_void, guard: Guard<'a>) -> Self {
-        self.raw.stream = Some(stream);
-        self._guard = guard;
-        self
     }
 
     /// The form that crosses the boundary.
@@ -569,20 +565,23 @@ impl<'a> TensorMut<'a> {
         Ok(Self { raw, _guard: None, borrow: PhantomData })
     }
 
-    /// As [`from_raw`](Self::from_raw), of what [`Raw::is_sound`].
+    /// As [`from_raw`](Self::from_raw), of what [`Raw::is_sound`]; where there is a stream, for it alone and until the guard is
+    /// dropped. Made where it is used: moved, it would cost more than a call.
     ///
     /// # Safety
     /// As there.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn from_checked(
         data: *mut c_void,
         device: Device,
         dtype: DType,
         shape: &[i64],
-        strides: &[i64],
+        strides: Option<&[i64]>,
+        stream: Option<*mut c_void>,
+        guard: Guard<'a>,
     ) -> Self {
-        let raw = Raw::build(data, device, dtype, shape, Some(strides));
-        Self { raw, _guard: None, borrow: PhantomData }
+        let raw = Raw::build(data, device, dtype, shape, strides, stream);
+        Self { raw, _guard: guard, borrow: PhantomData }
     }
 
     accessors!();
@@ -595,14 +594,6 @@ impl<'a> TensorMut<'a> {
     /// The same tensor, to be read, for as long as this one is not used otherwise.
     pub fn as_ref(&self) -> TensorRef<'_> {
         TensorRef { raw: self.raw, _guard: None, borrow: PhantomData }
-    }
-
-    /// The same tensor, for one stream alone and until the guard is dropped.
-    #[cfg(feature = "cudarc")]
-    pub(crate) fn bound(mut self, stream: *mut c_void, guard: Guard<'a>) -> Self {
-        self.raw.stream = Some(stream);
-        self._guard = guard;
-        self
     }
 
     /// The form that crosses the boundary.

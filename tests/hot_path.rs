@@ -21,6 +21,10 @@ use flashinfer_rs::{
     Tensor1DDesc, Tensor2DDesc, TensorMut, TensorRef,
 };
 use libloading::os::unix::Library;
+#[cfg(debug_assertions)]
+use proptest::prelude::*;
+#[cfg(debug_assertions)]
+use proptest::test_runner::{Config, TestRng, TestRunner};
 
 /// Counts what this thread allocates.
 struct Counting;
@@ -448,4 +452,150 @@ fn a_prepared_call_that_fails_says_why_and_can_be_launched_again() {
     let (out, input) = (write(0x1000, DType::F16, &[1, 8]), read(0x2000, DType::F16, &[1, 8]));
     let error = Prepared::rmsnorm(out, input, read(0x3000, DType::F32, &[8]), &NormOptions::default()).unwrap_err();
     assert!(error.to_string().contains("weight is F32, expected F16"), "{error}");
+}
+
+/// A number of a dimension or a stride, where something changes: small, even, whole vectors, around 32 bits, absurd.
+fn sizes() -> impl Strategy<Value = i64> {
+    prop_oneof![
+        4 => (0i64..20).prop_map(|n| n * 8),
+        2 => -2i64..40,
+        2 => prop_oneof![Just(29_024i64), Just(58_080), Just(58_088), Just(131_072)],
+        1 => (-9i64..10, 30u32..34).prop_map(|(n, bits)| n + (1i64 << bits)),
+        1 => any::<i64>(),
+    ]
+}
+
+#[derive(Debug, Clone)]
+struct Odd {
+    address: usize,
+    gpu: bool,
+    dtype: DType,
+    shape: Vec<i64>,
+    strides: Option<Vec<i64>>,
+}
+
+impl Odd {
+    fn device(&self) -> Device {
+        if self.gpu { GPU } else { Device::Cuda(0) }
+    }
+
+    fn read(&self) -> Option<TensorRef<'static>> {
+        let (data, strides) = (self.address as *const c_void, self.strides.as_deref());
+        // SAFETY: the stand-ins read nothing.
+        unsafe { TensorRef::from_raw(data, self.device(), self.dtype, &self.shape, strides) }.ok()
+    }
+
+    fn write(&self) -> Option<TensorMut<'static>> {
+        let (data, strides) = (self.address as *mut c_void, self.strides.as_deref());
+        // SAFETY: the stand-ins write nothing.
+        unsafe { TensorMut::from_raw(data, self.device(), self.dtype, &self.shape, strides) }.ok()
+    }
+}
+
+/// What mostly is as the first part says, and sometimes as the second.
+fn mostly<T: Clone + std::fmt::Debug + 'static>(
+    usual: T,
+    other: impl Strategy<Value = T> + 'static,
+) -> impl Strategy<Value = T> {
+    prop_oneof![12 => Just(usual), 1 => other]
+}
+
+/// Tensors that nearly fit each other.
+fn tensors(ranks: [usize; 4]) -> impl Strategy<Value = [Odd; 4]> {
+    let dtypes = prop_oneof![Just(DType::F16), Just(DType::BF16), Just(DType::F32), Just(DType::U8), Just(DType::I64)];
+    (sizes(), sizes(), dtypes).prop_flat_map(move |(rows, columns, dtype)| {
+        ranks.map(|rank| {
+            let shape: Vec<i64> = [rows, columns][2 - rank.min(2)..].to_vec();
+            let dense = if rank == 2 { vec![columns, 1] } else { vec![1] };
+            let rank = shape.len();
+            let other = move || proptest::collection::vec(sizes(), rank);
+            let strides = mostly(Some(dense), prop_oneof![Just(None), other().prop_map(Some)]);
+            let address = mostly(0x1000usize, (0usize..0x40).prop_map(|n| 0x1000 + n));
+            let dtypes = prop_oneof![Just(DType::F16), Just(DType::F32), Just(DType::F8E4M3), Just(DType::I32)];
+            (address, mostly(true, Just(false)), mostly(dtype, dtypes), mostly(shape, other()), strides)
+                .prop_map(|(address, gpu, dtype, shape, strides)| Odd { address, gpu, dtype, shape, strides })
+        })
+    })
+}
+
+/// Calls that are plainly right are not looked at closely. In a debug build they are, and must pass.
+#[test]
+#[cfg(debug_assertions)]
+fn what_is_plainly_right_keeps_the_whole_contract() {
+    let _alone = StandIns::load();
+    let (accepted, refused) = (Cell::new(0), Cell::new(0));
+    let mut runner = TestRunner::new_with_rng(
+        Config { cases: 20_000, failure_persistence: None, ..Config::default() },
+        TestRng::deterministic_rng(Default::default()),
+    );
+    let options = (mostly(1e-6, prop_oneof![Just(-1.0), Just(1e300), Just(1e-60), Just(f64::NAN)]), any::<bool>());
+    let outcome = runner.run(&(tensors([2, 2, 1, 2]), options), |([a, b, w, c], (eps, fused))| {
+        let (Some(mut a), Some(mut b), Some(c), Some(w)) = (a.write(), b.write(), c.read(), w.read()) else {
+            return Ok(());
+        };
+        // Of so many launches each, no memory could hold the tensors.
+        if a.shape()[0] > 1 << 20 && [a.strides(), b.strides(), c.strides()].iter().any(|s| s[0] > 1 << 20) {
+            return Ok(());
+        }
+        let options = NormOptions::default().with_eps(eps);
+        let result = if fused {
+            gemma_fused_add_rmsnorm(&mut a, &mut b, &w, &options, stream(0x10))
+        } else {
+            rmsnorm(&mut a, &c, &w, &options, stream(0x10))
+        };
+        let count = if result.is_ok() { &accepted } else { &refused };
+        count.set(count.get() + 1);
+        Ok(())
+    });
+    outcome.unwrap();
+    assert!(accepted.get() > 1000 && refused.get() > 1000, "{accepted:?} {refused:?}");
+}
+
+/// The same for GDN prefill, one thing changed at a time.
+#[test]
+#[cfg(debug_assertions)]
+fn prefills_that_are_plainly_right_keep_the_whole_contract() {
+    let _alone = StandIns::load();
+    let (accepted, refused) = (Cell::new(0), Cell::new(0));
+    let mut runner = TestRunner::new_with_rng(
+        Config { cases: 5_000, failure_persistence: None, ..Config::default() },
+        TestRng::deterministic_rng(Default::default()),
+    );
+    let strides = proptest::collection::vec(sizes(), 1..5);
+    let odd = (
+        0usize..9,
+        prop_oneof![Just(0x1000usize), 0x1000usize..0x1100],
+        prop_oneof![Just(None), strides.prop_map(Some)],
+    );
+    let outcome = runner.run(&(odd, mostly(64, 1i64..300)), |((which, address, strides), tokens)| {
+        let mut args = gdn_args(64);
+        let shape = match which {
+            0..=3 => vec![tokens, 2, 128],
+            4 => vec![1, 2, 128, 128],
+            5 => vec![2],
+            6 | 7 => vec![tokens, 2],
+            _ => vec![132 * 128 + tokens],
+        };
+        let dtype = [DType::BF16, DType::F32, DType::I64, DType::U8][[0, 0, 0, 0, 1, 2, 1, 1, 3][which]];
+        let odd = Odd { address, gpu: true, dtype, shape, strides };
+        let (Some(read), Some(write)) = (odd.read(), odd.write()) else { return Ok(()) };
+        match which {
+            0 => args.q = read,
+            1 => args.k = read,
+            2 => args.v = read,
+            3 => args.output = write,
+            4 => args.output_state = write,
+            5 => args.cu_seqlens = read,
+            6 => args.alpha = Some(read),
+            7 => args.beta = Some(read),
+            _ => args.workspace = write,
+        }
+        // SAFETY: the stand-in touches nothing.
+        let result = unsafe { gdn_prefill(args, stream(0x10)) };
+        let count = if result.is_ok() { &accepted } else { &refused };
+        count.set(count.get() + 1);
+        Ok(())
+    });
+    outcome.unwrap();
+    assert!(accepted.get() > 500 && refused.get() > 500, "{accepted:?} {refused:?}");
 }

@@ -348,30 +348,26 @@ pub(super) fn check(args: &RawArgs<'_>, stream: Stream<'_>, least: i64) -> Resul
     kernel.in_bounds("the number of sequences, the length of cu_seqlens less one,", sequences, 1, i32::MAX.into())?;
     kernel.in_bounds("the number of tokens", tokens, sequences * least, i32::MAX.into())?;
 
-    let per_token = [tokens, heads];
-    let states = [sequences, heads, size, size];
-    let optional = [
-        ("alpha", args.alpha, &per_token[..]),
-        ("beta", args.beta, &per_token),
-        ("input_state", args.input_state, &states),
-    ];
-    let required = [
-        ("q", q, &[tokens, q_heads, size][..], dtype),
-        ("k", k, &[tokens, k_heads, size], dtype),
-        ("v", v, &[tokens, v_heads, size], dtype),
-        ("output", args.output, &[tokens, heads, size], dtype),
-        ("output_state", args.output_state, &states, DType::F32),
-        ("cu_seqlens", args.cu_seqlens, &[sequences + 1], DType::I64),
-    ];
-    for (name, tensor, shape, dtype) in required {
-        check_tensor(name, tensor, shape, dtype, q.device(), stream)?;
+    let (on, f32) = (q.device(), DType::F32);
+    let (per_token, states) = ([tokens, heads], [sequences, heads, size, size]);
+    // One by one, so that each is compiled for its rank.
+    check_tensor("q", q, dtype, &[tokens, q_heads, size], on, stream)?;
+    check_tensor("k", k, dtype, &[tokens, k_heads, size], on, stream)?;
+    check_tensor("v", v, dtype, &[tokens, v_heads, size], on, stream)?;
+    check_tensor("output", args.output, dtype, &[tokens, heads, size], on, stream)?;
+    check_tensor("output_state", args.output_state, f32, &states, on, stream)?;
+    check_tensor("cu_seqlens", args.cu_seqlens, DType::I64, &[sequences + 1], on, stream)?;
+    if let Some(input_state) = args.input_state {
+        check_tensor("input_state", input_state, f32, &states, on, stream)?;
     }
-    for (name, tensor, shape) in optional {
-        tensor.map_or(Ok(()), |tensor| check_tensor(name, tensor, shape, DType::F32, q.device(), stream))?;
+    if let Some(alpha) = args.alpha {
+        check_tensor("alpha", alpha, f32, &per_token, on, stream)?;
     }
-    let workspace = args.workspace;
-    kernel.rank("workspace", workspace, 1)?;
-    check_tensor("workspace", workspace, &[workspace.shape()[0]], DType::U8, q.device(), stream)?;
+    if let Some(beta) = args.beta {
+        check_tensor("beta", beta, f32, &per_token, on, stream)?;
+    }
+    kernel.rank("workspace", args.workspace, 1)?;
+    check_tensor("workspace", args.workspace, DType::U8, &[args.workspace.shape()[0]], on, stream)?;
     // As the f32 that the kernel makes of it.
     let scale = args.scale as f32;
     if !(scale.is_finite() && args.scale >= 0.0) {
@@ -381,12 +377,12 @@ pub(super) fn check(args: &RawArgs<'_>, stream: Stream<'_>, least: i64) -> Resul
 }
 
 /// That a tensor is what the kernel takes: dense memory of its GPU, for its stream.
-#[inline]
+#[inline(always)]
 fn check_tensor(
     name: &'static str,
     tensor: &Raw,
-    shape: &[i64],
     dtype: DType,
+    shape: &[i64],
     device: Device,
     stream: Stream<'_>,
 ) -> Result<()> {
@@ -401,7 +397,9 @@ fn check_tensor(
     let fits = tensor.is_dense(dtype, device, shape, most, alignment)
         && tensor.stream().is_none_or(|own| own == stream.as_raw())
         && device != Device::Cpu;
-    if fits { Ok(()) } else { check_any(name, tensor, shape, dtype, device, most, alignment, stream) }
+    let any = || check_any(name, tensor, shape, dtype, device, most, alignment, stream);
+    debug_assert!(!fits || any().is_ok());
+    if fits { Ok(()) } else { any() }
 }
 
 /// As [`check_tensor`], for what is not plainly right: knows what is wrong, if anything is.

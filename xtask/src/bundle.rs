@@ -35,7 +35,7 @@ const fn program(
     Program { kind, name, features, file, seconds }
 }
 
-const PROGRAMS: [Program; 13] = [
+const PROGRAMS: [Program; 14] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
@@ -47,6 +47,7 @@ const PROGRAMS: [Program; 13] = [
     program("test", "norm_gpu", "cudarc", "norm_gpu", 240),
     program("test", "gdn_context_gpu", "cudarc", "gdn_context_gpu", 240),
     program("test", "properties_gpu", "cudarc", "properties_gpu", 400),
+    program("test", "launch_gpu", "cudarc", "launch_gpu", 240),
     program("test", "errors_gpu", "cudarc", "errors_gpu", 300),
     program("bench", "startup", "embed", "startup", 120),
 ];
