@@ -148,6 +148,8 @@ pub(crate) struct Raw {
     stream: Option<*mut c_void>,
     device: Device,
     dtype: DType,
+    /// Whether the elements lie one after the other in row-major order.
+    dense: bool,
     shape: [i64; MAX_NDIM],
     strides: [i64; MAX_NDIM],
 }
@@ -187,18 +189,15 @@ impl Raw {
     ) -> Self {
         let ndim = shape.len().min(MAX_NDIM);
         let head = Head { data, device: device.to_dl(), ndim: ndim as i32, dtype: dtype.to_dl() };
-        let mut raw = Self { head, stream, device, dtype, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
+        let mut raw = Self { head, stream, device, dtype, dense: true, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
         raw.shape[..ndim].copy_from_slice(&shape[..ndim]);
-        match strides {
-            Some(strides) => raw.strides.iter_mut().zip(strides).for_each(|(to, from)| *to = *from),
-            None => {
-                let mut stride = 1i64;
-                for i in (0..ndim).rev() {
-                    raw.strides[i] = stride;
-                    // Overflow only beside an empty dimension, where strides mean nothing.
-                    stride = stride.saturating_mul(shape[i].max(1));
-                }
-            }
+        let mut expected = 1i64;
+        for i in (0..ndim).rev() {
+            let stride = strides.and_then(|strides| strides.get(i).copied()).unwrap_or(expected);
+            raw.dense &= (stride == expected) | (shape[i] == 1);
+            raw.strides[i] = stride;
+            // Overflow only beside an empty dimension, where strides mean nothing.
+            expected = expected.wrapping_mul(shape[i].max(1));
         }
         raw
     }
@@ -281,31 +280,29 @@ impl Raw {
     /// Whether the elements lie one after the other in row-major order.
     #[inline]
     pub(crate) fn is_contiguous(&self) -> bool {
-        let mut expected = 1i64;
-        for (&size, &stride) in self.shape().iter().zip(self.strides()).rev() {
-            if size != 1 && stride != expected {
-                return false;
-            }
-            expected = expected.saturating_mul(size);
-        }
-        true
+        self.dense
     }
 
-    /// Whether this is of that type, device and shape, in row-major order, with at most so many elements, and its memory
-    /// aligned to so many bytes, a power of two.
+    /// Whether this is row-major, of that type, device and shape, with at most so many elements, and its memory aligned to so
+    /// many bytes, a power of two. Without a branch: after a launch nothing of this is predicted.
     #[inline(always)]
-    pub(crate) fn is_dense(&self, dtype: DType, device: Device, shape: &[i64], most: i64, alignment: usize) -> bool {
-        if self.shape().len() != shape.len() {
-            return false;
+    pub(crate) fn is_dense<const N: usize>(
+        &self,
+        dtype: DType,
+        device: Device,
+        shape: [i64; N],
+        most: i64,
+        alignment: usize,
+    ) -> bool {
+        let mut fits = self.dense & (self.head.ndim == N as i32) & (self.dtype == dtype);
+        fits &= self.head.device == device.to_dl();
+        let mut numel = 1i64;
+        for i in 0..N {
+            fits &= self.shape[i] == shape[i];
+            // Does not wrap where they are the same: this one's number of elements fits.
+            numel = numel.wrapping_mul(shape[i]);
         }
-        let (mut fits, mut numel) = (true, 1i64);
-        for ((&found, &size), &stride) in self.shape().iter().zip(shape).zip(self.strides()).rev() {
-            fits &= (found == size) & ((stride == numel) | (size == 1));
-            // Where it is more, no product of less is hidden.
-            numel = numel.saturating_mul(size);
-        }
-        let (device, dtype) = (self.head.device == device.to_dl(), self.head.dtype == dtype.to_dl());
-        fits & device & dtype & (numel <= most) & (self.data().addr() & (alignment - 1) == 0)
+        fits & (numel <= most) & (self.data().addr() & (alignment - 1) == 0)
     }
 
     #[inline]

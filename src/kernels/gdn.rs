@@ -82,6 +82,8 @@ pub struct GdnPrefill<'a> {
 /// `cu_seqlens`, if it is on a GPU, must start with 0, increase strictly, and end with `T`, when the kernel runs: its
 /// contents steer the kernel's addressing, and a sequence without tokens hangs the GPU. The workspace must not be in
 /// use by another stream.
+// Where it is called, the tensors are not moved.
+#[inline(always)]
 pub unsafe fn gdn_prefill(args: GdnPrefill<'_>, stream: Stream<'_>) -> Result<()> {
     let raw = args.raw();
     // SAFETY: the caller's promise; `args` keeps the memory borrowed until the kernel is queued.
@@ -190,6 +192,8 @@ impl<'a> Prepared<'a> {
     ///
     /// # Safety
     /// As there, at every launch: also of a `cu_seqlens` or `workspace` that replaces the first.
+    // Where it is called, the tensors are not moved.
+    #[inline(always)]
     pub unsafe fn gdn_prefill(args: GdnPrefill<'a>) -> Result<Self> {
         let raw = args.raw();
         let (device, variant) = (raw.q.device(), raw.variant());
@@ -348,26 +352,36 @@ pub(super) fn check(args: &RawArgs<'_>, stream: Stream<'_>, least: i64) -> Resul
     kernel.in_bounds("the number of sequences, the length of cu_seqlens less one,", sequences, 1, i32::MAX.into())?;
     kernel.in_bounds("the number of tokens", tokens, sequences * least, i32::MAX.into())?;
 
-    let (on, f32) = (q.device(), DType::F32);
     let (per_token, states) = ([tokens, heads], [sequences, heads, size, size]);
-    // One by one, so that each is compiled for its rank.
-    check_tensor("q", q, dtype, &[tokens, q_heads, size], on, stream)?;
-    check_tensor("k", k, dtype, &[tokens, k_heads, size], on, stream)?;
-    check_tensor("v", v, dtype, &[tokens, v_heads, size], on, stream)?;
-    check_tensor("output", args.output, dtype, &[tokens, heads, size], on, stream)?;
-    check_tensor("output_state", args.output_state, f32, &states, on, stream)?;
-    check_tensor("cu_seqlens", args.cu_seqlens, DType::I64, &[sequences + 1], on, stream)?;
-    if let Some(input_state) = args.input_state {
-        check_tensor("input_state", input_state, f32, &states, on, stream)?;
+    let (f32, on) = (DType::F32, On { device: q.device(), stream });
+    let workspace = args.workspace;
+    let plain = on.fits(q, dtype, [tokens, q_heads, size])
+        & on.fits(k, dtype, [tokens, k_heads, size])
+        & on.fits(v, dtype, [tokens, v_heads, size])
+        & on.fits(args.output, dtype, [tokens, heads, size])
+        & on.fits(args.output_state, f32, states)
+        & on.fits(args.cu_seqlens, DType::I64, [sequences + 1])
+        & on.fits(workspace, DType::U8, [workspace.numel()])
+        & args.input_state.is_none_or(|tensor| on.fits(tensor, f32, states))
+        & args.alpha.is_none_or(|tensor| on.fits(tensor, f32, per_token))
+        & args.beta.is_none_or(|tensor| on.fits(tensor, f32, per_token));
+    let closely = || {
+        on.check("q", q, dtype, &[tokens, q_heads, size])?;
+        on.check("k", k, dtype, &[tokens, k_heads, size])?;
+        on.check("v", v, dtype, &[tokens, v_heads, size])?;
+        on.check("output", args.output, dtype, &[tokens, heads, size])?;
+        on.check("output_state", args.output_state, f32, &states)?;
+        on.check("cu_seqlens", args.cu_seqlens, DType::I64, &[sequences + 1])?;
+        args.alpha.map_or(Ok(()), |tensor| on.check("alpha", tensor, f32, &per_token))?;
+        args.beta.map_or(Ok(()), |tensor| on.check("beta", tensor, f32, &per_token))?;
+        args.input_state.map_or(Ok(()), |tensor| on.check("input_state", tensor, f32, &states))?;
+        kernel.rank("workspace", workspace, 1)?;
+        on.check("workspace", workspace, DType::U8, &[workspace.numel()])
+    };
+    debug_assert!(!plain || closely().is_ok());
+    if !plain {
+        closely()?;
     }
-    if let Some(alpha) = args.alpha {
-        check_tensor("alpha", alpha, f32, &per_token, on, stream)?;
-    }
-    if let Some(beta) = args.beta {
-        check_tensor("beta", beta, f32, &per_token, on, stream)?;
-    }
-    kernel.rank("workspace", args.workspace, 1)?;
-    check_tensor("workspace", args.workspace, DType::U8, &[args.workspace.shape()[0]], on, stream)?;
     // As the f32 that the kernel makes of it.
     let scale = args.scale as f32;
     if !(scale.is_finite() && args.scale >= 0.0) {
@@ -376,51 +390,45 @@ pub(super) fn check(args: &RawArgs<'_>, stream: Stream<'_>, least: i64) -> Resul
     Ok(())
 }
 
-/// That a tensor is what the kernel takes: dense memory of its GPU, for its stream.
-#[inline(always)]
-fn check_tensor(
-    name: &'static str,
-    tensor: &Raw,
-    dtype: DType,
-    shape: &[i64],
+/// Where a call is to run.
+#[derive(Clone, Copy)]
+struct On<'a> {
     device: Device,
-    stream: Stream<'_>,
-) -> Result<()> {
-    // A failed TMA descriptor prints to stderr and goes on; f32 and offsets are read one by one.
-    let alignment = match dtype {
+    stream: Stream<'a>,
+}
+
+/// Offsets and strides are 32-bit.
+const MOST: i64 = i32::MAX as i64;
+
+/// A failed TMA descriptor prints to stderr and goes on; f32 and offsets are read one by one.
+const fn alignment(dtype: DType) -> usize {
+    match dtype {
         DType::U8 => WORKSPACE_ALIGNMENT,
         DType::F16 | DType::BF16 => 16,
         other => other.size(),
-    };
-    // Offsets and strides are 32-bit.
-    let most = i64::from(i32::MAX);
-    let fits = tensor.is_dense(dtype, device, shape, most, alignment)
-        && tensor.stream().is_none_or(|own| own == stream.as_raw())
-        && device != Device::Cpu;
-    let any = || check_any(name, tensor, shape, dtype, device, most, alignment, stream);
-    debug_assert!(!fits || any().is_ok());
-    if fits { Ok(()) } else { any() }
+    }
 }
 
-/// As [`check_tensor`], for what is not plainly right: knows what is wrong, if anything is.
-#[cold]
-#[allow(clippy::too_many_arguments, reason = "all that is checked")]
-fn check_any(
-    name: &'static str,
-    tensor: &Raw,
-    shape: &[i64],
-    dtype: DType,
-    device: Device,
-    most: i64,
-    alignment: usize,
-    stream: Stream<'_>,
-) -> Result<()> {
-    let kernel = &GDN_PREFILL;
-    kernel.dtype(name, tensor, dtype)?;
-    kernel.shape(name, tensor, shape)?;
-    kernel.stream(name, tensor, stream)?;
-    kernel.device(name, tensor, device)?;
-    kernel.contiguous(name, tensor)?;
-    kernel.aligned(name, tensor, alignment)?;
-    kernel.in_bounds(name, tensor.numel(), 0, most)
+impl On<'_> {
+    /// Whether a tensor is plainly what the kernel takes: dense memory of this GPU, for this stream.
+    #[inline(always)]
+    fn fits<const N: usize>(&self, tensor: &Raw, dtype: DType, shape: [i64; N]) -> bool {
+        let own = tensor.stream().unwrap_or(self.stream.as_raw());
+        tensor.is_dense(dtype, self.device, shape, MOST, alignment(dtype))
+            & (own == self.stream.as_raw())
+            & matches!(self.device, Device::Cuda(_))
+    }
+
+    /// As [`fits`](Self::fits), for any tensor: knows what is wrong, if anything is.
+    #[cold]
+    fn check(&self, name: &'static str, tensor: &Raw, dtype: DType, shape: &[i64]) -> Result<()> {
+        let kernel = &GDN_PREFILL;
+        kernel.dtype(name, tensor, dtype)?;
+        kernel.shape(name, tensor, shape)?;
+        kernel.stream(name, tensor, self.stream)?;
+        kernel.device(name, tensor, self.device)?;
+        kernel.contiguous(name, tensor)?;
+        kernel.aligned(name, tensor, alignment(dtype))?;
+        kernel.in_bounds(name, tensor.numel(), 0, MOST)
+    }
 }

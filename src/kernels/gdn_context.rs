@@ -400,16 +400,28 @@ mod on_gpu {
         /// # Errors
         /// As for [`gdn_prefill`](crate::kernels::gdn::gdn_prefill), and
         /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a tensor of another stream.
+        // Where it is called, the tensors are not moved.
+        #[inline(always)]
         pub fn prefill(
             &mut self,
             tensors: GdnTensors<'_>,
             cu_seqlens: &DeviceCuSeqlens,
             options: GdnOptions<'_>,
         ) -> Result<()> {
+            self.queue(&tensors, cu_seqlens, &options)
+        }
+
+        /// [`prefill`](Self::prefill), of tensors that stay borrowed until it is queued.
+        fn queue(
+            &mut self,
+            tensors: &GdnTensors<'_>,
+            cu_seqlens: &DeviceCuSeqlens,
+            options: &GdnOptions<'_>,
+        ) -> Result<()> {
             let length = cu_seqlens.host.offsets.len() as i64;
             let offsets = TensorRef::from_cudarc(&self.stream, &cu_seqlens.buffer, &[length])?;
             let workspace = TensorMut::from_cudarc(&self.stream, &mut self.workspace, &[WORKSPACE as i64])?;
-            let args = raw(&tensors, &options, offsets.raw(), workspace.raw());
+            let args = raw(tensors, options, offsets.raw(), workspace.raw());
             // SAFETY: the buffer was filled from the host's offsets, run by run, or vouched for as such; tensors, options,
             // offsets and workspace are borrowed, with cudarc's guards, until everything is queued; and the workspace is
             // this stream's alone.
