@@ -28,7 +28,7 @@ use half::bf16;
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
-const BATCHES: usize = 9;
+const BATCHES: usize = 3;
 const GEMMA_BATCH: usize = 200;
 const GDN_BATCH: usize = 50;
 const Q_HEADS: i64 = 16;

@@ -297,10 +297,10 @@ impl Raw {
         let mut fits = self.dense & (self.head.ndim == N as i32) & (self.dtype == dtype);
         fits &= self.head.device == device.to_dl();
         let mut numel = 1i64;
-        for i in 0..N {
-            fits &= self.shape[i] == shape[i];
+        for (&found, &size) in self.shape.iter().zip(&shape) {
+            fits &= found == size;
             // Does not wrap where they are the same: this one's number of elements fits.
-            numel = numel.wrapping_mul(shape[i]);
+            numel = numel.wrapping_mul(size);
         }
         fits & (numel <= most) & (self.data().addr() & (alignment - 1) == 0)
     }

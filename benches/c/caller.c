@@ -16,7 +16,7 @@
 
 #include "tvm_ffi.h"
 
-enum { BATCHES = 9, GEMMA_BATCH = 200, GDN_BATCH = 50 };
+enum { BATCHES = 3, GEMMA_BATCH = 200, GDN_BATCH = 50 };
 enum { Q_HEADS = 16, K_HEADS = 16, V_HEADS = 32, HEAD = 128, WORKSPACE = 128 << 10 };
 /* Bounds on the launches of a captured graph, and how long a timed run of it should last. */
 enum { MOST_SETS = 256, LEAST_NODES = 16, TIMINGS = 5 };

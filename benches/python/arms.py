@@ -30,7 +30,7 @@ ARMS = {
 LIBRARIES = ["norm.so", "gdn_prefill_sm90.so"]
 EPS = 1e-6
 PDL = os.environ.get("ARMS_PDL") == "1"
-BATCHES = 9
+BATCHES = 3
 Q_HEADS, K_HEADS, V_HEADS, SIZE = 16, 16, 32, 128
 
 

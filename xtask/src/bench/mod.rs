@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: what a launch costs, from Rust, C and Python, on a GPU.
 //!
-//! One process per arm, all alive through the run. In each block every arm is asked each of its cases once, in turn, so
-//! that a machine whose speed drifts drifts for all, and what is compared is compared within a block.
+//! One process per arm, all alive at once and on one core, where one at a time works. In each block every arm is asked each
+//! of its cases, in turn, so that a machine whose speed drifts drifts for all, and what is compared is compared within a
+//! block. Between parts of the run all processes are started anew.
 
 mod check;
 mod figures;
@@ -20,8 +21,9 @@ use std::thread;
 
 use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use self::plan::{ARMS, Program, Verdict};
+use self::plan::{ARMS, GENERATIONS, Program, Verdict};
 use self::process::{Arm, PATIENCE};
 use self::record::{Machine, Missing, Sample, Samples, Writer};
 use crate::bundle;
@@ -43,7 +45,7 @@ pub struct Options {
     #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict"])]
     check: bool,
     /// How often each arm is asked each of its cases
-    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u16).range(30..=1000))]
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u16).range(30..=1000))]
     blocks: u16,
     /// Where the report, the figures and every single value go; default: docs/performance of the checkout
     #[arg(long)]
@@ -119,11 +121,21 @@ fn measure(options: &Options) -> Result<()> {
     for Missing { arm, reason } in &missing {
         say(format!("without the arm {arm}: {reason}"));
     }
-    let mut arms = start(&place, &caller, &missing)?;
     let (partial, values) = (out.join(record::PARTIAL), out.join(record::VALUES));
-    ask(&mut arms, blocks, &partial)?;
+    let mut writer = Writer::create(&partial)?;
+    pin()?;
+    let bar = ProgressBar::new(blocks as u64);
+    for generation in 0..GENERATIONS {
+        let mut arms = start(&place, &caller, &missing)?;
+        let part = generation * blocks / GENERATIONS..(generation + 1) * blocks / GENERATIONS;
+        for block in part {
+            ask(&mut arms, block, blocks, &mut writer)?;
+            bar.inc(1);
+        }
+        arms.into_iter().for_each(Arm::finish);
+    }
+    bar.finish_and_clear();
     fs::rename(&partial, &values).map_err(|e| Error::io("renaming", &partial, &e))?;
-    arms.into_iter().for_each(Arm::finish);
     let machine = Machine::look(&place.libraries, blocks, place.command, missing)?;
     let mut text = serde_json::to_string_pretty(&machine).unwrap_or_default();
     text.push('\n');
@@ -224,33 +236,42 @@ fn start(place: &Place, caller: &Path, missing: &[Missing]) -> Result<Vec<Arm>> 
     Ok(arms)
 }
 
-/// Asks everything, and writes each answer as it comes: a run that fails leaves what it had, under another name.
-fn ask(arms: &mut [Arm], blocks: usize, values: &Path) -> Result<()> {
-    let questions = plan::questions();
+/// Keeps this process and the arms that it starts on one core: moved from one to another, a process finds cold caches, which
+/// costs more than what is compared.
+fn pin() -> Result<()> {
+    let fault = |error| Error::Refused(format!("this process cannot be kept on one core: {error}"));
+    let allowed = sched_getaffinity(None).map_err(fault)?;
+    // The last: the first ones serve interrupts more often.
+    let core = (0..CpuSet::MAX_CPU).rev().find(|&core| allowed.is_set(core));
+    let mut one = CpuSet::new();
+    core.into_iter().for_each(|core| one.set(core));
+    sched_setaffinity(None, &one).map_err(fault)
+}
+
+/// Asks everything of a block, and writes each answer as it comes: a run that fails leaves what it had, under another name.
+fn ask(arms: &mut [Arm], block: usize, blocks: usize, writer: &mut Writer) -> Result<()> {
     let place: BTreeMap<String, usize> = arms.iter().enumerate().map(|(i, arm)| (arm.name().to_owned(), i)).collect();
-    let mut writer = Writer::create(values)?;
-    let bar = ProgressBar::new(blocks as u64);
-    for block in 0..blocks {
-        for question in questions.iter().filter(|question| question.blocks.includes(block, blocks)) {
-            // Each block begins with another arm, so that none always follows the same one.
-            let turn = block % question.arms.len();
-            let (last, first) = question.arms.split_at(turn);
-            for name in first.iter().chain(last) {
-                let Some(arm) = place.get(*name).and_then(|&i| arms.get_mut(i)) else { continue };
+    for question in plan::questions().iter().filter(|question| question.blocks.includes(block, blocks)) {
+        let mut answers = vec![Vec::new(); question.arms.len()];
+        for round in 0..question.rounds {
+            // Each round begins with another arm, so that none always follows the same one.
+            let first = (block * question.rounds + round) % question.arms.len();
+            for turn in (first..question.arms.len()).chain(0..first) {
+                let Some(arm) = place.get(question.arms[turn]).and_then(|&i| arms.get_mut(i)) else { continue };
                 let answer = arm.ask(&question.case);
                 if answer.is_err() {
                     writer.flush()?;
                 }
-                if let Some(value) = answer? {
-                    writer.add(&Sample::new(block, name, &question.case, value))?;
-                }
+                answers[turn].extend(answer?);
             }
         }
-        writer.flush()?;
-        bar.inc(1);
+        for (name, answers) in question.arms.iter().zip(&answers) {
+            if let Some(summary) = stats::summary(answers) {
+                writer.add(&Sample::new(block, name, &question.case, summary.median))?;
+            }
+        }
     }
-    bar.finish_and_clear();
-    Ok(())
+    writer.flush()
 }
 
 /// Writes the report and the figures from the values; answers the bounds that were not kept.

@@ -148,6 +148,9 @@ pub struct Question {
     pub case: String,
     pub arms: &'static [&'static str],
     pub blocks: Blocks,
+    /// How often each arm is asked within a block, in turn with the others; its value there is the median. Host times
+    /// are short and drift from one millisecond to the next.
+    pub rounds: usize,
 }
 
 pub fn gemma_case((rows, cols): (u64, u64)) -> String {
@@ -162,9 +165,18 @@ pub fn copy_case(bytes: u64) -> String {
     format!("gpu copy {bytes}")
 }
 
+pub const HOST_ROUNDS: usize = 9;
+
+/// How many processes an arm has in a run, one after the other, for an equal part of the blocks each: where a process's
+/// memory lies makes it some nanoseconds faster or slower for good.
+pub const GENERATIONS: usize = 3;
+
 /// Which arm is asked which case.
 pub fn questions() -> Vec<Question> {
-    let ask = |case: &str, arms, blocks| Question { case: case.to_owned(), arms, blocks };
+    let ask = |case: &str, arms, blocks| {
+        let rounds = if case.starts_with("host ") { HOST_ROUNDS } else { 1 };
+        Question { case: case.to_owned(), arms, blocks, rounds }
+    };
     let mut all = vec![
         ask(HOST_GEMMA, EAGER, Blocks::Every),
         ask(HOST_GDN, GDN, Blocks::Every),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::plan::{self, ARMS, Arm, COMPARISONS, Comparison, Formula, Limit, Verdict};
+use super::plan::{self, ARMS, Arm, COMPARISONS, Comparison, Formula, GENERATIONS, HOST_ROUNDS, Limit, Verdict};
 use super::record::{Machine, Samples};
 use super::stats::{self, Estimate, Summary};
 
@@ -37,9 +37,13 @@ fn alone(samples: &Samples) -> String {
 
 fn introduction(machine: &Machine) -> String {
     let mut text = format!(
-        "# Launches\n\nOne process per arm, all alive through the run, asked in turn in each of {} blocks. Every value is in \
+        "# Launches\n\nOne process per arm, all alive at once and on one core, asked in turn in each of {} blocks; after each \
+         {} of the run all are started anew. A block's host time is the median of {} turns. Every value is in \
          [launches.csv](launches.csv).\n\n`{}`\n\n| | |\n|---|---|\n",
-        machine.blocks, machine.command
+        machine.blocks,
+        if GENERATIONS == 3 { "third".to_owned() } else { format!("{GENERATIONS}th part") },
+        HOST_ROUNDS,
+        machine.command
     );
     let unknown = || "unknown: nvidia-smi is not there".to_owned();
     let rows = [
