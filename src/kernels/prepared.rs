@@ -178,17 +178,27 @@ impl<'a> Prepared<'a> {
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for another stream than that of the tensors,
     /// [`ContextLost`](crate::FlashInferError::ContextLost), and
     /// [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what the kernel raised.
+    #[inline]
     pub fn launch(&self, stream: Stream<'_>) -> Result<()> {
         if self.stream.is_some_and(|own| own != stream.as_raw()) || stream.capture().is_some() {
-            self.tensors.iter().try_for_each(|tensor| self.kernel.stream(tensor.name, tensor.raw(), stream))?;
+            self.check_stream(stream)?;
         }
-        let _stream = self.runtime.queue(self.device, stream)?;
+        // The device was looked at when the call was prepared; where its context is lost since, the kernel says so.
+        let _stream = match self.device {
+            Device::Cuda(id) => self.runtime.set_stream(id as i32, stream)?,
+            Device::Cpu => None,
+        };
         for args in self.args.chunks_exact(self.per_launch) {
             // SAFETY: the arguments keep the kernel's contract, which was checked before they were packed; whoever made
             // the tensors vouched for their memory, which they keep borrowed, and whoever made the stream for the stream.
             unsafe { (self.launch)(self.function, self.device, self.variant, args) }?;
         }
         Ok(())
+    }
+
+    #[cold]
+    fn check_stream(&self, stream: Stream<'_>) -> Result<()> {
+        self.tensors.iter().try_for_each(|tensor| self.kernel.stream(tensor.name, tensor.raw(), stream))
     }
 
     /// Puts another tensor in the place of one that is read, by the argument's name, without an allocation. What was

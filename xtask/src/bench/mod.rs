@@ -20,6 +20,7 @@ use std::process::Command;
 use std::thread;
 
 use clap::{Args, Subcommand};
+use fastrand::Rng;
 use indicatif::ProgressBar;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
@@ -254,9 +255,10 @@ fn ask(arms: &mut [Arm], block: usize, blocks: usize, writer: &mut Writer) -> Re
     for question in plan::questions().iter().filter(|question| question.blocks.includes(block, blocks)) {
         let mut answers = vec![Vec::new(); question.arms.len()];
         for round in 0..question.rounds {
-            // Each round begins with another arm, so that none always follows the same one.
-            let first = (block * question.rounds + round) % question.arms.len();
-            for turn in (first..question.arms.len()).chain(0..first) {
+            // In any order, the same in every run, so that none always follows the same one.
+            let mut turns: Vec<usize> = (0..question.arms.len()).collect();
+            Rng::with_seed((block * question.rounds + round) as u64).shuffle(&mut turns);
+            for turn in turns {
                 let Some(arm) = place.get(question.arms[turn]).and_then(|&i| arms.get_mut(i)) else { continue };
                 let answer = arm.ask(&question.case);
                 if answer.is_err() {
