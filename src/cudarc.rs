@@ -214,11 +214,22 @@ fn check<T>(
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> Result<()> {
-    let (own, context) = (buffer.stream().context(), stream.context());
-    if Arc::ptr_eq(own, context) || own == context {
-        return check_len(function, argument, buffer.len(), shape, strides);
+    check_context(function, argument, buffer.stream().context(), stream.context())?;
+    check_len(function, argument, buffer.len(), shape, strides)
+}
+
+/// That memory is of this context.
+#[inline(always)]
+pub(crate) fn check_context(
+    function: &'static str,
+    argument: &'static str,
+    found: &Arc<CudaContext>,
+    expected: &Arc<CudaContext>,
+) -> Result<()> {
+    if Arc::ptr_eq(found, expected) || found == expected {
+        return Ok(());
     }
-    Err(foreign(function, argument, own, context))
+    Err(foreign(function, argument, found, expected))
 }
 
 #[cold]

@@ -1,17 +1,23 @@
 //! The flat functions and structs: raw device pointers in, one call, thin over `kernels`.
 
 use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::mem::offset_of;
+use std::ptr;
 
 use crate::error::{FlashInferError, Result};
+use crate::ffi::dlpack::{self, DLDevice, DLTensor};
 use crate::kernels::gdn::{self, GdnPrefill};
 use crate::kernels::norm::{self, NormOptions};
+use crate::module::PackedTensor;
 use crate::runtime::{FlashInferRuntime, Stream};
-use crate::tensor::{self, DType, Device, Raw, TensorMut, TensorRef};
+use crate::tensor::{self, DType, Device, Lines, Pack, Raw, TensorMut, TensorRef};
 
 macro_rules! descriptor {
-    ($(#[$doc:meta])* $name:ident { $($size:ident),* ; $($stride:ident),* }) => {
+    ($(#[$doc:meta])* $name:ident { $($size:ident),* ; $($stride:ident),* } $first_size:ident $first_stride:ident) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy)]
+        #[repr(C)]
         pub struct $name {
             /// Device memory.
             pub ptr: *const c_void,
@@ -27,6 +33,24 @@ macro_rules! descriptor {
             pub dtype: DType,
             /// CUDA's number for the GPU.
             pub device_id: i32,
+        }
+
+        impl Pack for $name {
+            #[inline(always)]
+            fn packed(&self) -> PackedTensor<'_> {
+                // From the whole: each is the first of as many numbers, one after the other in C's layout.
+                let numbers = |offset| ptr::from_ref(self).wrapping_byte_add(offset).cast::<i64>();
+                let tensor = DLTensor {
+                    data: self.ptr.cast_mut(),
+                    device: DLDevice { device_type: dlpack::CUDA, device_id: self.device_id },
+                    ndim: [$(stringify!($size)),*].len() as i32,
+                    dtype: self.dtype.to_dl(),
+                    shape: numbers(offset_of!($name, $first_size)),
+                    strides: numbers(offset_of!($name, $first_stride)),
+                    byte_offset: 0,
+                };
+                PackedTensor(tensor, PhantomData)
+            }
         }
 
         impl $name {
@@ -63,19 +87,19 @@ macro_rules! descriptor {
 
 descriptor! {
     /// A vector in device memory.
-    Tensor1DDesc { len; stride }
+    Tensor1DDesc { len; stride } len stride
 }
 descriptor! {
     /// A matrix in device memory.
-    Tensor2DDesc { rows, cols; stride_row, stride_col }
+    Tensor2DDesc { rows, cols; stride_row, stride_col } rows stride_row
 }
 descriptor! {
     /// A `[tokens, heads, head size]` tensor in device memory.
-    Tensor3DDesc { dim0, dim1, dim2; stride0, stride1, stride2 }
+    Tensor3DDesc { dim0, dim1, dim2; stride0, stride1, stride2 } dim0 stride0
 }
 descriptor! {
     /// A `[sequences, heads, value dimension, key dimension]` tensor in device memory.
-    Tensor4DDesc { dim0, dim1, dim2, dim3; stride0, stride1, stride2, stride3 }
+    Tensor4DDesc { dim0, dim1, dim2, dim3; stride0, stride1, stride2, stride3 } dim0 stride0
 }
 
 /// That a descriptor can be a tensor's.
@@ -141,19 +165,47 @@ impl GemmaRmsNormParams {
 /// kernel has run; `out` may be the input itself, and otherwise overlaps nothing. The stream must be null or a live
 /// stream of the descriptors' device.
 pub unsafe fn gemma_rmsnorm(params: &GemmaRmsNormParams) -> Result<()> {
+    let options = NormOptions::default().with_eps(params.eps).with_pdl(params.enable_pdl);
+    // SAFETY: the caller's promise, for the stream.
+    let stream = unsafe { Stream::from_raw(params.stream) };
+    let matrix = |matrix: &Tensor2DDesc| Lines {
+        rows: matrix.rows,
+        columns: matrix.cols,
+        apart: matrix.stride_row,
+        within: matrix.stride_col,
+        ..lines(matrix.ptr, matrix.dtype, matrix.device_id)
+    };
+    let Tensor1DDesc { ptr, len, stride, dtype, device_id } = params.weight;
+    let vector = Lines { columns: len, apart: len, within: stride, ..lines(ptr, dtype, device_id) };
+    let matrices = [(&params.out, matrix(&params.out)), (&params.input, matrix(&params.input))];
+    // SAFETY: the caller's promise, for the memory.
+    match unsafe { norm::described_gemma_rmsnorm(matrices, (&params.weight, vector), &options, stream) } {
+        Some(done) => done,
+        // SAFETY: the caller's promise.
+        None => unsafe { any_gemma_rmsnorm(params, &options, stream) },
+    }
+}
+
+/// As [`gemma_rmsnorm`], for what may be anything.
+///
+/// # Safety
+/// As there.
+#[cold]
+unsafe fn any_gemma_rmsnorm(params: &GemmaRmsNormParams, options: &NormOptions, stream: Stream<'_>) -> Result<()> {
     params.out.check()?;
     params.input.check()?;
     params.weight.check()?;
     // SAFETY: the caller's promise.
-    let mut out = unsafe { params.out.write() };
-    // SAFETY: likewise.
-    let input = unsafe { params.input.read() };
-    // SAFETY: likewise.
-    let weight = unsafe { params.weight.read() };
-    // SAFETY: likewise, for the stream.
-    let stream = unsafe { Stream::from_raw(params.stream) };
-    let options = NormOptions::default().with_eps(params.eps).with_pdl(params.enable_pdl);
-    norm::gemma_rmsnorm(&mut out, &input, &weight, &options, stream)
+    let (mut out, input, weight) = unsafe { (params.out.write(), params.input.read(), params.weight.read()) };
+    norm::gemma_rmsnorm(&mut out, &input, &weight, options, stream)
+}
+
+/// What every description has; one row. A device that cannot be is the host, which is not what is plain.
+#[inline(always)]
+fn lines(ptr: *const c_void, dtype: DType, device_id: i32) -> Lines {
+    let device_type = if device_id < 0 { dlpack::CPU } else { dlpack::CUDA };
+    let device = DLDevice { device_type, device_id };
+    Lines { data: ptr.cast_mut(), dtype, device, stream: None, rows: 1, columns: 0, apart: 0, within: 1 }
 }
 
 /// The arguments of [`gdn_prefill_sm90`]; shapes and types as in [`GdnPrefill`].

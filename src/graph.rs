@@ -14,7 +14,7 @@ use cudarc::driver::result::{graph as driver_graph, stream as driver_stream};
 use cudarc::driver::sys::{self, CUgraph, CUgraphExec, CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError};
 
-use crate::cudarc_buffers::{check_len, device, driver};
+use crate::cudarc_buffers::{check_context, check_len, device, driver};
 use crate::error::{FlashInferError, Result};
 use crate::runtime::{Capture, FlashInferRuntime, Stream};
 use crate::tensor::{DType, Device, Element, TensorMut, TensorRef};
@@ -40,6 +40,10 @@ pub trait GraphBuffers: sealed::Sealed + 'static {
 
     /// What the program is given between launches: cudarc's views.
     type Views<'a>;
+
+    /// That all memory is of this context.
+    #[doc(hidden)]
+    fn check(&self, context: &Arc<CudaContext>) -> Result<()>;
 
     #[doc(hidden)]
     fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> Self::Captured<'a>;
@@ -205,6 +209,10 @@ impl<T: Element> GraphBuffers for CudaSlice<T> {
     type Captured<'a> = GraphMut<'a, T>;
     type Views<'a> = CudaViewMut<'a, T>;
 
+    fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+        check_context("graph", "buffer", self.stream().context(), context)
+    }
+
     fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> GraphMut<'a, T> {
         let len = self.len();
         let (address, _guard) = self.device_ptr_mut(stream);
@@ -226,6 +234,10 @@ impl<T: Element> GraphBuffers for Arc<CudaSlice<T>> {
     type Captured<'a> = GraphRef<'a, T>;
     type Views<'a> = &'a CudaSlice<T>;
 
+    fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+        check_context("graph", "buffer", self.stream().context(), context)
+    }
+
     fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> GraphRef<'a, T> {
         let (address, _guard) = self.device_ptr(stream);
         GraphRef { address, len: self.len(), site, borrow: PhantomData }
@@ -246,6 +258,10 @@ impl<B: GraphBuffers> GraphBuffers for Vec<B> {
     type Captured<'a> = Vec<B::Captured<'a>>;
     type Views<'a> = Vec<B::Views<'a>>;
 
+    fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+        self.iter().try_for_each(|buffer| buffer.check(context))
+    }
+
     fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> Self::Captured<'a> {
         self.iter_mut().map(|buffer| buffer.captured(stream, site)).collect()
     }
@@ -263,6 +279,10 @@ impl<B, const N: usize> sealed::Sealed for [B; N] {}
 impl<B: GraphBuffers, const N: usize> GraphBuffers for [B; N] {
     type Captured<'a> = [B::Captured<'a>; N];
     type Views<'a> = [B::Views<'a>; N];
+
+    fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+        self.iter().try_for_each(|buffer| buffer.check(context))
+    }
 
     fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> Self::Captured<'a> {
         self.each_mut().map(|buffer| buffer.captured(stream, site))
@@ -291,6 +311,11 @@ macro_rules! tuple {
         impl<$($name: GraphBuffers),*> GraphBuffers for ($($name,)*) {
             type Captured<'a> = ($($name::Captured<'a>,)*);
             type Views<'a> = ($($name::Views<'a>,)*);
+
+            fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+                $(self.$at.check(context)?;)*
+                Ok(())
+            }
 
             fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> Self::Captured<'a> {
                 ($(self.$at.captured(stream, site),)*)
@@ -384,14 +409,16 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// A graph without calls yet, to be launched on `stream`, which may be any, the null stream too.
     ///
     /// # Errors
-    /// [`NotInitialized`](FlashInferError::NotInitialized), or [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange).
+    /// [`NotInitialized`](FlashInferError::NotInitialized); [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange); or
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer of another context than the stream's.
     pub fn new(stream: &Arc<CudaStream>, buffers: B) -> Result<Self> {
         FlashInferRuntime::global()?.checked_device(device(stream.context()))?;
+        buffers.check(stream.context())?;
         Ok(Self { stream: Arc::clone(stream), pdl: true, executable: None, buffers })
     }
 
-    /// With programmatic dependent launch on or off for every captured kernel that has it; it is on by default. Such a
-    /// kernel may start before the one ahead of it has ended and waits for that one's results by itself, so the results
+    /// With programmatic dependent launch on or off for every captured kernel that has it; it is on by default. A call with
+    /// the option on has it in any case, and a [prepared](crate::Prepared) one keeps its own. Such a kernel may start before the one ahead of it has ended and waits for that one's results by itself, so the results
     /// are the same.
     #[must_use]
     pub fn with_pdl(mut self, pdl: bool) -> Self {

@@ -36,6 +36,9 @@
 //!   are computed by the [reference](kernels::reference), in f64.
 //! - The flat functions, [`gemma_rmsnorm`] and [`gdn_prefill_sm90`], on raw device pointers; with the feature `cudarc`
 //!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options`.
+//! - For many small launches: [`FlashInferRuntime::on`], which sets a stream once for a series of calls; [`Prepared`], a call
+//!   that is checked and packed once; and with the feature `cudarc` `LaunchGraph`, a series that is captured into a CUDA
+//!   graph and replayed with one launch.
 //! - [`Module`], [`Function`], [`Arg`] and [`Value`]: any TVM-FFI function of any module.
 //!
 //! Every call is checked against the kernel's contract before anything is launched, is asynchronous on the stream it is
@@ -48,7 +51,7 @@
 //! | `gdn-prefill` | yes | vendors `gdn_prefill_sm90.so` |
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
-//! | `cudarc` | no | functions on cudarc's buffers and streams |
+//! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
 //!
 //! The API is there with or without a kernel's feature; a kernel that was not vendored answers
 //! [`ArtifactMissing`](FlashInferError::ArtifactMissing).

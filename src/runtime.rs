@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::ptr;
@@ -217,16 +217,10 @@ impl FlashInferRuntime {
         Ok(self.devices()?.len() as i32)
     }
 
-    #[inline]
     fn devices(&self) -> Result<&[GpuState]> {
-        match self.devices.get() {
-            Some(devices) => Ok(devices),
-            None => self.count_devices(),
+        if let Some(devices) = self.devices.get() {
+            return Ok(devices);
         }
-    }
-
-    #[cold]
-    fn count_devices(&self) -> Result<&[GpuState]> {
         let count = self.cudart()?.device_count()?;
         Ok(self.devices.get_or_init(|| (0..count).map(|_| GpuState::default()).collect()))
     }
@@ -329,36 +323,64 @@ impl FlashInferRuntime {
         let DeviceStream { device, stream } = stream.into();
         let Device::Cuda(_) = device else { return Ok(f(stream)) };
         let id = self.checked_device(device)?;
-        let _stream = self.set_stream(id, stream)?;
+        let _stream = self.set_stream(id, stream).map_err(|code| self.api.stream_error(code))?;
         let _scope = Scope { outer: SCOPE.replace(Setting { device: id, stream: stream.raw }) };
         Ok(f(stream))
     }
 
-    /// Makes `stream` this thread's stream for kernels on a device until the guard is dropped, unless a scope did so already.
-    /// `device` comes from [`checked_device`](Self::checked_device).
+    /// Makes `stream` this thread's stream for kernels on a device until the guard is dropped, unless a scope did so already;
+    /// else the code for [`Api::stream_error`]. `device` comes from [`usable`](Self::usable).
     #[inline(always)]
-    pub(crate) fn set_stream(&'static self, device: i32, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
+    pub(crate) fn set_stream(
+        &'static self,
+        device: i32,
+        stream: Stream<'_>,
+    ) -> std::result::Result<StreamGuard, c_int> {
         if SCOPE.get() == (Setting { device, stream: stream.raw }) {
-            return Ok(None);
+            return Ok(StreamGuard::nothing(&self.api, device));
         }
         // SAFETY: the device was found to be one of those that exist.
-        unsafe { self.api.set_stream(device, stream.raw) }.map(Some)
+        unsafe { self.api.set_stream(device, stream.raw) }
     }
 
     /// As [`set_stream`](Self::set_stream), for a device that is checked here; nothing on the host. Called before a library
     /// is loaded for a device that may not exist.
-    #[inline(always)]
     pub(crate) fn queue(&'static self, device: Device, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
         match device {
             Device::Cpu => Ok(None),
-            Device::Cuda(_) => self.set_stream(self.checked_device(device)?, stream),
+            Device::Cuda(_) => match self.set_stream(self.checked_device(device)?, stream) {
+                Ok(guard) => Ok(Some(guard)),
+                Err(code) => Err(self.api.stream_error(code)),
+            },
         }
     }
 
-    /// A CUDA device's number, once it is known to exist and to work.
+    /// The runtime, if it was initialized before.
+    #[inline(always)]
+    pub(crate) fn get() -> Option<&'static Self> {
+        RUNTIME.get()
+    }
+
+    /// A CUDA device's number, if it is known to exist and to work.
+    #[inline(always)]
+    pub(crate) fn usable(&self, device: Device) -> Option<i32> {
+        let Device::Cuda(id) = device else { return None };
+        self.devices.get()?.get(id as usize)?.lost.get().is_none().then_some(id as i32)
+    }
+
+    /// A CUDA device's number, once it is known to exist and to work; 0 for the host.
     #[inline]
     pub(crate) fn checked_device(&self, device: Device) -> Result<i32> {
-        let Device::Cuda(id) = device else { return Ok(0) };
+        match (self.usable(device), device) {
+            (Some(id), _) => Ok(id),
+            (None, Device::Cpu) => Ok(0),
+            (None, Device::Cuda(id)) => self.look(id),
+        }
+    }
+
+    /// As [`checked_device`](Self::checked_device), of a device that is not known yet, or that nothing runs on.
+    #[cold]
+    fn look(&self, id: u32) -> Result<i32> {
         match self.devices()?.get(id as usize) {
             Some(state) if state.lost.get().is_none() => Ok(id as i32),
             state => Err(self.unusable(id, state)),
@@ -366,7 +388,6 @@ impl FlashInferRuntime {
     }
 
     /// Why nothing runs on a device.
-    #[cold]
     fn unusable(&self, id: u32, state: Option<&GpuState>) -> FlashInferError {
         match state.and_then(|state| state.lost.get()) {
             Some((code, message)) => {

@@ -232,10 +232,22 @@ impl Raw {
         &self.strides[..self.head.ndim as usize]
     }
 
-    /// Whether both are of one type and on one device.
-    #[inline]
-    pub(crate) fn same_kind(&self, other: &Self) -> bool {
-        (self.head.device == other.head.device) & (self.head.dtype == other.head.dtype)
+    /// The rows of two dimensions; of any other number of them, less than none.
+    #[inline(always)]
+    pub(crate) fn rows_of_two(&self) -> Lines {
+        let ([rows, columns, ..], [apart, within, ..]) = (self.shape, self.strides);
+        let rows = if self.head.ndim == 2 { rows } else { -1 };
+        let Self { head: Head { data, device, .. }, dtype, stream, .. } = *self;
+        Lines { data, dtype, device, stream, rows, columns, apart, within }
+    }
+
+    /// The row that a vector is; of anything else, one of less than no columns.
+    #[inline(always)]
+    pub(crate) fn vector(&self) -> Lines {
+        let ([columns, ..], [within, ..]) = (self.shape, self.strides);
+        let columns = if self.head.ndim == 1 { columns } else { -1 };
+        let Self { head: Head { data, device, .. }, dtype, stream, .. } = *self;
+        Lines { data, dtype, device, stream, rows: 1, columns, apart: columns, within }
     }
 
     /// The number of elements; the constructor checked that it fits.
@@ -354,6 +366,33 @@ pub(crate) fn fault(shape: &[i64], strides: Option<&[i64]>) -> FlashInferError {
         ("data", "a null pointer".to_owned(), "memory, for a tensor that is not empty".to_owned())
     };
     FlashInferError::InvalidArgument { function: "tensor", argument, found, expected }
+}
+
+/// What crosses the boundary.
+pub(crate) trait Pack {
+    fn packed(&self) -> PackedTensor<'_>;
+}
+
+impl Pack for Raw {
+    #[inline(always)]
+    fn packed(&self) -> PackedTensor<'_> {
+        self.pack()
+    }
+}
+
+/// A tensor of one or two dimensions, seen as rows; a vector is one.
+#[derive(Clone, Copy)]
+pub(crate) struct Lines {
+    pub(crate) data: *mut c_void,
+    pub(crate) dtype: DType,
+    pub(crate) device: DLDevice,
+    pub(crate) stream: Option<*mut c_void>,
+    pub(crate) rows: i64,
+    pub(crate) columns: i64,
+    /// From row to row.
+    pub(crate) apart: i64,
+    /// From column to column.
+    pub(crate) within: i64,
 }
 
 /// What must live until the kernel is queued: cudarc's guard, which orders uses of a buffer on different streams.

@@ -21,9 +21,7 @@ use flashinfer_rs::{
     Tensor1DDesc, Tensor2DDesc, TensorMut, TensorRef,
 };
 use libloading::os::unix::Library;
-#[cfg(debug_assertions)]
 use proptest::prelude::*;
-#[cfg(debug_assertions)]
 use proptest::test_runner::{Config, TestRng, TestRunner};
 
 /// Counts what this thread allocates.
@@ -596,6 +594,82 @@ fn prefills_that_are_plainly_right_keep_the_whole_contract() {
         count.set(count.get() + 1);
         Ok(())
     });
+    outcome.unwrap();
+    assert!(accepted.get() > 500 && refused.get() > 500, "{accepted:?} {refused:?}");
+}
+
+/// Descriptors of raw memory are not made into tensors where they are plainly right: it must not matter.
+#[test]
+fn the_flat_form_decides_as_tensors_do() {
+    let seen = StandIns::load();
+    let (accepted, refused) = (Cell::new(0), Cell::new(0));
+    let mut runner = TestRunner::new_with_rng(
+        Config { cases: 10_000, failure_persistence: None, ..Config::default() },
+        TestRng::deterministic_rng(Default::default()),
+    );
+    let addresses = mostly(false, Just(true));
+    let outcome =
+        runner.run(&(tensors([2, 2, 1, 1]), addresses, mostly(0, -3i32..5)), |([a, b, w, _], null, device)| {
+            let strides = |odd: &Odd| odd.strides.clone().unwrap_or_else(|| vec![1; odd.shape.len()]);
+            if a.shape[0] > 1 << 20 {
+                return Ok(());
+            }
+            let id = |odd: &Odd| if odd.gpu { 1 } else { device };
+            let matrix = |odd: &Odd| Tensor2DDesc {
+                ptr: if null { std::ptr::null() } else { odd.address as *const c_void },
+                rows: odd.shape[0],
+                cols: odd.shape[1],
+                stride_row: strides(odd)[0],
+                stride_col: strides(odd)[1],
+                dtype: odd.dtype,
+                device_id: id(odd),
+            };
+            let vector = Tensor1DDesc {
+                ptr: w.address as *const c_void,
+                len: w.shape[0],
+                stride: strides(&w)[0],
+                dtype: w.dtype,
+                device_id: id(&w),
+            };
+            let params = GemmaRmsNormParams::new(matrix(&a), vector, matrix(&b), 1e-6, 0x10 as *mut c_void);
+            let called = |result: flashinfer_rs::Result<()>, before: i64| {
+                let launches = seen.calls() - before;
+                result
+                    .map(|()| (launches, seen.values(), seen.rows(), seen.stream()))
+                    .map_err(|error| error.to_string())
+            };
+            let before = seen.calls();
+            // SAFETY: the stand-in touches nothing.
+            let flat = called(unsafe { flashinfer_rs::gemma_rmsnorm(&params) }, before);
+            let on = |device_id| u32::try_from(device_id).map(Device::Cuda);
+            let tensors = |m: &Tensor2DDesc| {
+                let (shape, strides, device) = ([m.rows, m.cols], [m.stride_row, m.stride_col], on(m.device_id).ok()?);
+                // SAFETY: likewise.
+                unsafe { TensorRef::from_raw(m.ptr, device, m.dtype, &shape, Some(&strides)) }.ok()
+            };
+            let plain = (|| {
+                let (input, out) = (tensors(&params.input)?, &params.out);
+                let (shape, strides, device) =
+                    ([out.rows, out.cols], [out.stride_row, out.stride_col], on(out.device_id).ok()?);
+                // SAFETY: likewise.
+                let out = unsafe { TensorMut::from_raw(out.ptr.cast_mut(), device, out.dtype, &shape, Some(&strides)) };
+                let (device, v) = (on(vector.device_id).ok()?, vector);
+                // SAFETY: likewise.
+                let weight = unsafe { TensorRef::from_raw(v.ptr, device, v.dtype, &[v.len], Some(&[v.stride])) };
+                let before = seen.calls();
+                let options = NormOptions::default();
+                let result = gemma_rmsnorm(&mut out.ok()?, &input, &weight.ok()?, &options, stream(0x10));
+                Some(called(result, before))
+            })();
+            match plain {
+                Some(plain) => prop_assert_eq!(&flat, &plain),
+                // No tensor can be made of it.
+                None => prop_assert!(flat.is_err()),
+            }
+            let count = if flat.is_ok() { &accepted } else { &refused };
+            count.set(count.get() + 1);
+            Ok(())
+        });
     outcome.unwrap();
     assert!(accepted.get() > 500 && refused.get() > 500, "{accepted:?} {refused:?}");
 }

@@ -714,6 +714,13 @@ fn uncapturable(gpu: &Gpu) {
     assert!(panicked.is_err());
     usable("a panic");
 
+    // Memory of another GPU, where there is one.
+    if FlashInferRuntime::global().unwrap().device_count().unwrap() > 1 {
+        let other = cudarc::driver::CudaContext::new(1).unwrap().new_stream().unwrap();
+        let error = LaunchGraph::new(stream, (matrix(stream, 1), vec![matrix(&other, 1)])).unwrap_err();
+        assert!(error.to_string().contains("in a context of cuda:1"), "{error}");
+    }
+
     // A middle past the end, and a shape that does not fit.
     let error = graph.capture(|_, (input, ..)| input.split_at(ROWS * COLUMNS + 1).map(drop)).unwrap_err();
     assert!(error.to_string().contains("at most the buffer's length"), "{error}");

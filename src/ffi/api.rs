@@ -135,21 +135,26 @@ impl Api {
         Ok(object)
     }
 
-    /// Sets this thread's stream for a CUDA device until the guard is dropped.
+    /// Sets this thread's stream for a CUDA device until the guard is dropped; else the code for
+    /// [`stream_error`](Self::stream_error), which is for the caller to look at: an error is large, and moved where it may be.
     ///
     /// # Safety
     /// `device` must be smaller than the number of CUDA devices: TVM-FFI 0.1.3 writes past its table for a negative
     /// one and answers 0.
     #[inline(always)]
-    pub(crate) unsafe fn set_stream(&'static self, device: i32, stream: *mut c_void) -> Result<StreamGuard> {
+    pub(crate) unsafe fn set_stream(&'static self, device: i32, stream: *mut c_void) -> Result<StreamGuard, c_int> {
         debug_assert!(device >= 0);
         let mut before: *mut c_void = ptr::null_mut();
         // SAFETY: the device is in range by the caller's promise; the stream is only recorded, never used, here.
-        let code = unsafe { (self.env_set_stream)(dlpack::CUDA, device, stream, &mut before) };
-        if code != 0 {
-            return Err(self.take_error("TVMFFIEnvSetStream", code));
+        match unsafe { (self.env_set_stream)(dlpack::CUDA, device, stream, &mut before) } {
+            0 => Ok(StreamGuard { api: self, device, restore: (before != stream).then_some(before) }),
+            code => Err(code),
         }
-        Ok(StreamGuard { api: self, device, restore: (before != stream).then_some(before) })
+    }
+
+    /// What [`set_stream`](Self::set_stream) failed with.
+    pub(crate) fn stream_error(&self, code: c_int) -> FlashInferError {
+        self.take_error("TVMFFIEnvSetStream", code)
     }
 }
 
@@ -159,6 +164,14 @@ pub(crate) struct StreamGuard {
     device: i32,
     /// Nothing where the stream was the same before.
     restore: Option<*mut c_void>,
+}
+
+impl StreamGuard {
+    /// Where the stream was set already.
+    #[inline(always)]
+    pub(crate) fn nothing(api: &'static Api, device: i32) -> Self {
+        Self { api, device, restore: None }
+    }
 }
 
 impl Drop for StreamGuard {

@@ -235,7 +235,7 @@ unsafe fn keep_states(to: &Raw, from: Option<&Raw>, stream: Stream<'_>) -> Resul
 mod on_gpu {
     use std::sync::Arc;
 
-    use cudarc::driver::{CudaSlice, CudaStream};
+    use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 
     use super::{CuSeqlens, GdnOptions, GdnTensors, launch_runs, raw};
     use crate::cudarc_buffers::{device, driver};
@@ -314,6 +314,10 @@ mod on_gpu {
         type Captured<'a> = CapturedCuSeqlens<'a>;
         type Views<'a> = &'a CuSeqlens;
 
+        fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+            self.buffer.check(context)
+        }
+
         fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> CapturedCuSeqlens<'a> {
             CapturedCuSeqlens { host: &self.host, buffer: self.buffer.captured(stream, site).into_ref() }
         }
@@ -335,6 +339,10 @@ mod on_gpu {
     impl GraphBuffers for GdnPrefillContext {
         type Captured<'a> = CapturedPrefill<'a>;
         type Views<'a> = ();
+
+        fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+            self.workspace.check(context)
+        }
 
         fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> CapturedPrefill<'a> {
             CapturedPrefill(self.workspace.captured(stream, site))

@@ -63,6 +63,12 @@ impl Kernel {
         }
     }
 
+    /// The library's function, if it was resolved before.
+    #[inline(always)]
+    fn resolved(&self) -> Option<&Function> {
+        self.on_gpu.get()
+    }
+
     /// An argument that breaks the kernel's contract.
     #[cold]
     fn invalid(&self, argument: &'static str, found: impl Display, expected: impl Into<String>) -> FlashInferError {

@@ -17,9 +17,10 @@
 use super::Kernel;
 use super::prepared::{Argument, Prepared, Slot};
 use crate::error::Result;
+use crate::ffi::dlpack;
 use crate::module::{Arg, Function};
 use crate::runtime::{FlashInferRuntime, Stream};
-use crate::tensor::{DType, Device, Raw, TensorMut, TensorRef};
+use crate::tensor::{DType, Device, Lines, Pack, Raw, TensorMut, TensorRef};
 
 const LIBRARY: &str = "norm.so";
 
@@ -140,6 +141,27 @@ pub fn gemma_rmsnorm(
     stream: Stream<'_>,
 ) -> Result<()> {
     GEMMA_RMSNORM.call(None, options).run([("out", out.raw()), ("input", input.raw())], weight.raw(), stream)
+}
+
+/// [`gemma_rmsnorm`] of tensors that are only described; `None` where nothing was launched, since their description does not
+/// show that all is well.
+///
+/// # Safety
+/// The memory must be as described, and stay valid until the kernel has run.
+#[inline(always)]
+pub(crate) unsafe fn described_gemma_rmsnorm<M: Pack, V: Pack>(
+    [out, input]: [(&M, Lines); 2],
+    weight: (&V, Lines),
+    options: &NormOptions,
+    stream: Stream<'_>,
+) -> Option<Result<()>> {
+    let call = GEMMA_RMSNORM.call(None, options);
+    let plain = call.is_plain([out.1, input.1], weight.1, stream);
+    if !plain {
+        return None;
+    }
+    // SAFETY: what is plain keeps the kernel's contract; the rest is the caller's promise.
+    unsafe { call.launch_plain([out.0, input.0], weight.0, Device::Cuda(input.1.device.device_id as u32), stream) }
 }
 
 /// Adds and norms: `residual ← input + residual`, then `input ← residual / √(mean(residual²) + eps) · weight`, row by
@@ -455,12 +477,13 @@ impl Call<'_> {
     /// Checks and launches. `tensors` are in the kernel's order; the weight follows them.
     #[inline(always)]
     fn run<const N: usize>(&self, tensors: [(&'static str, &Raw); N], weight: &Raw, stream: Stream<'_>) -> Result<()> {
-        if self.is_plain(&tensors, weight, stream) {
+        if self.is_plain(tensors.map(|(_, tensor)| tensor.rows_of_two()), weight.vector(), stream) {
             debug_assert!(self.check(&tensors, weight, stream).is_ok() && tensors[0].1.numel() > 0);
-            let runtime = FlashInferRuntime::global()?;
-            let device = tensors[0].1.device();
-            let _stream = runtime.queue(device, stream)?;
-            return self.launch(self.norm.kernel.on(device)?, tensors.map(|(_, tensor)| tensor), weight, stream);
+            let (parts, device) = (tensors.map(|(_, tensor)| tensor), tensors[0].1.device());
+            // SAFETY: the arguments keep the kernel's contract; whoever made the tensors vouched for their memory.
+            if let Some(done) = unsafe { self.launch_plain(parts, weight, device, stream) } {
+                return done;
+            }
         }
         self.run_any(&tensors, weight, stream)
     }
@@ -484,27 +507,49 @@ impl Call<'_> {
         let step = step(tensors.iter().map(|(_, tensor)| *tensor));
         starts(first.shape()[0], step).try_for_each(|(start, count)| {
             let parts = tensors.map(|(_, tensor)| tensor.rows(start, count));
-            self.launch(function, parts.each_ref(), weight, stream)
+            // SAFETY: the arguments keep the kernel's contract; whoever made the tensors vouched for their memory.
+            unsafe { self.launch(function, parts.each_ref(), weight, device, stream) }
         })
     }
 
-    /// Packs and calls what was checked; this thread's stream is set.
+    /// Launches what is plain, if everything is loaded and the device is known.
+    ///
+    /// # Safety
+    /// As for [`launch`](Self::launch).
     #[inline(always)]
-    fn launch<const N: usize>(
+    unsafe fn launch_plain<const N: usize>(
+        &self,
+        tensors: [&impl Pack; N],
+        weight: &impl Pack,
+        device: Device,
+        stream: Stream<'_>,
+    ) -> Option<Result<()>> {
+        let (runtime, function) = (FlashInferRuntime::get()?, self.norm.kernel.resolved()?);
+        let _stream = runtime.set_stream(runtime.usable(device)?, stream).ok()?;
+        // SAFETY: the caller's promise.
+        Some(unsafe { self.launch(function, tensors, weight, device, stream) })
+    }
+
+    /// Packs and calls; this thread's stream is set.
+    ///
+    /// # Safety
+    /// The arguments must keep the kernel's contract, and their memory stay valid until it has run.
+    #[inline(always)]
+    unsafe fn launch<const N: usize>(
         &self,
         function: &Function,
-        tensors: [&Raw; N],
-        weight: &Raw,
+        tensors: [&impl Pack; N],
+        weight: &impl Pack,
+        device: Device,
         stream: Stream<'_>,
     ) -> Result<()> {
         // One by one and written out: arrays that are filled in a loop are moved, which costs more than all of this.
-        let (first, second, last) = (tensors[0].pack(), tensors[1].pack(), tensors[N - 1].pack());
+        let (first, second, last) = (tensors[0].packed(), tensors[1].packed(), tensors[N - 1].packed());
         let (first, second, last) = (Arg::tensor(&first), Arg::tensor(&second), Arg::tensor(&last));
-        let weight = weight.pack();
+        let weight = weight.packed();
         let (weight, eps, pdl) = (Arg::tensor(&weight), Arg::float(self.options.eps), Arg::bool(self.pdl(stream)));
-        // SAFETY: the arguments keep the kernel's contract, which was checked; whoever made the tensors vouched for their
-        // memory, and whoever made the stream for the stream.
-        let call = |args: &[Arg<'_>]| unsafe { launch(function, tensors[0].device(), 0, args) };
+        // SAFETY: the caller's promise, and for the stream that of whoever made it.
+        let call = |args: &[Arg<'_>]| unsafe { launch(function, device, 0, args) };
         match self.scale.map(Arg::float) {
             None => call(&[first, second, weight, eps, pdl]),
             Some(scale) if N == 2 => call(&[first, second, weight, scale, eps, pdl]),
@@ -516,22 +561,17 @@ impl Call<'_> {
     /// Then it keeps the whole contract; any other is looked at by [`check`](Self::check), which knows what is wrong, if
     /// anything is.
     #[inline(always)]
-    fn is_plain<const N: usize>(&self, tensors: &[(&'static str, &Raw); N], weight: &Raw, stream: Stream<'_>) -> bool {
-        let input = tensors[usize::from(self.norm.out != Out::InPlace)].1;
-        let (&[rows, columns], &[weights], &[weights_apart]) = (input.shape(), weight.shape(), weight.strides()) else {
-            return false;
-        };
-        let dtype = input.dtype();
-        let at_home = |tensor: &Raw| {
-            let own = tensor.stream().unwrap_or(stream.as_raw());
-            tensor.same_kind(input) & (own == stream.as_raw()) & tensor.data().addr().is_multiple_of(ALIGNMENT)
-        };
-        let of_rows = |tensor: &Raw| {
-            let (&[r, c], &[apart, within]) = (tensor.shape(), tensor.strides()) else { return false };
+    fn is_plain<const N: usize>(&self, tensors: [Lines; N], weight: Lines, stream: Stream<'_>) -> bool {
+        let input = tensors[usize::from(self.norm.out != Out::InPlace)];
+        let Lines { dtype, device, rows, columns, .. } = input;
+        let fits = |lines: &Lines| {
+            let (own, address) = (lines.stream.unwrap_or(stream.as_raw()), lines.data.addr());
+            let here = (lines.dtype == dtype) & (lines.device == device) & (own == stream.as_raw());
             // With as many rows as are allowed, and so far apart, this fits 64 bits.
-            let reach = (r - 1).wrapping_mul(apart).wrapping_add(c);
-            let strided = (within == 1) & (apart >= c) & (apart <= OFFSET_LIMIT) & (apart % VECTOR == 0);
-            at_home(tensor) & (r == rows) & (c == columns) & strided & (reach <= OFFSET_LIMIT)
+            let reach = lines.rows.wrapping_sub(1).wrapping_mul(lines.apart).wrapping_add(lines.columns);
+            let strided = (lines.within == 1) & (lines.apart >= columns) & (lines.apart <= OFFSET_LIMIT);
+            let aligned = (address != 0) & address.is_multiple_of(ALIGNMENT) & (lines.apart % VECTOR == 0);
+            here & (lines.columns == columns) & strided & aligned & (reach <= OFFSET_LIMIT)
         };
         let eps = self.options.eps as f32;
         (rows > 0)
@@ -545,11 +585,9 @@ impl Call<'_> {
             // An 8-bit output is another matter.
             & self.scale.is_none()
             & matches!(dtype, DType::F16 | DType::BF16)
-            & matches!(input.device(), Device::Cuda(_))
-            & (weights == columns)
-            & (weights_apart == 1)
-            & at_home(weight)
-            & tensors.iter().fold(true, |all, (_, tensor)| all & of_rows(tensor))
+            & (device.device_type == dlpack::CUDA)
+            & fits(&weight)
+            & tensors.iter().fold(true, |all, lines| all & fits(lines) & (lines.rows == rows))
     }
 
     /// As [`run`](Self::run), to be launched later, any number of times.

@@ -185,7 +185,10 @@ impl<'a> Prepared<'a> {
         }
         // The device was looked at when the call was prepared; where its context is lost since, the kernel says so.
         let _stream = match self.device {
-            Device::Cuda(id) => self.runtime.set_stream(id as i32, stream)?,
+            Device::Cuda(id) => match self.runtime.set_stream(id as i32, stream) {
+                Ok(guard) => Some(guard),
+                Err(code) => return Err(self.runtime.api().stream_error(code)),
+            },
             Device::Cpu => None,
         };
         for args in self.args.chunks_exact(self.per_launch) {

@@ -35,13 +35,14 @@ const fn program(
     Program { kind, name, features, file, seconds }
 }
 
-const PROGRAMS: [Program; 14] = [
+const PROGRAMS: [Program; 15] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
     program("example", "01_norm", "cudarc", "01_norm", 60),
     program("example", "02_gdn", "cudarc", "02_gdn", 60),
     program("example", "03_two_gpus", "cudarc", "03_two_gpus", 60),
+    program("example", "04_graph", "cudarc", "04_graph", 60),
     program("test", "gemma_rmsnorm_gpu", "cudarc", "gemma_rmsnorm_gpu", 120),
     program("test", "gdn_prefill_gpu", "cudarc", "gdn_prefill_gpu", 240),
     program("test", "norm_gpu", "cudarc", "norm_gpu", 240),
@@ -165,7 +166,7 @@ pub fn collect(messages: &str) -> (BTreeMap<String, PathBuf>, Option<PathBuf>) {
 /// Runs each program under a time limit, all of them whatever happens, and fails if one did.
 fn script() -> String {
     let mut text = String::from(
-        "#!/bin/sh\n# Runs the GPU tests and the quick start of flashinfer-rs. Needs the NVIDIA driver, glibc and libstdc++.\n\
+        "#!/bin/sh\n# Runs the GPU tests and the examples of flashinfer-rs. Needs the NVIDIA driver, glibc and libstdc++.\n\
          here=$(cd \"$(dirname \"$0\")\" && pwd) || exit 1\nexport FLASHINFER_RS_LIB_DIR=\"$here/lib\" \
          FLASHINFER_RS_RUN_GPU_TESTS=1\nfailed=0\n",
     );
