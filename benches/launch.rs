@@ -28,7 +28,9 @@ use half::bf16;
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
-const BATCHES: usize = 3;
+const BATCHES: usize = 15;
+/// Those before them, which warm up.
+const FIRST: usize = 5;
 const GEMMA_BATCH: usize = 200;
 const GDN_BATCH: usize = 50;
 const Q_HEADS: i64 = 16;
@@ -327,10 +329,10 @@ impl Bench {
         }
     }
 
-    /// The median time of what `timing` says, in ns. The first round warms up; each starts from an idle GPU.
+    /// The median time of what `timing` says, in ns. The first rounds warm up; each starts from an idle GPU.
     fn time(&self, timing: Timing, launches: &mut Launches<'_>) -> Result<f64> {
         let mut values = Vec::new();
-        for round in 0..=BATCHES {
+        for round in 0..FIRST + BATCHES {
             self.stream.synchronize()?;
             let start = Instant::now();
             launches(timing.launches)?;
@@ -338,7 +340,7 @@ impl Bench {
                 self.stream.synchronize()?;
             }
             let ns = start.elapsed().as_nanos() as f64;
-            values.extend((round > 0).then_some(ns));
+            values.extend((round >= FIRST).then_some(ns));
         }
         self.stream.synchronize()?;
         Ok(median(values))

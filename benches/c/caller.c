@@ -16,7 +16,7 @@
 
 #include "tvm_ffi.h"
 
-enum { BATCHES = 3, GEMMA_BATCH = 200, GDN_BATCH = 50 };
+enum { BATCHES = 15, FIRST = 5, GEMMA_BATCH = 200, GDN_BATCH = 50 };
 enum { Q_HEADS = 16, K_HEADS = 16, V_HEADS = 32, HEAD = 128, WORKSPACE = 128 << 10 };
 /* Bounds on the launches of a captured graph, and how long a timed run of it should last. */
 enum { MOST_SETS = 256, LEAST_NODES = 16, TIMINGS = 5 };
@@ -436,17 +436,17 @@ static double median(double *values, size_t count) {
 /* What is measured: launch number `i` of something, on `stream`. */
 typedef void launcher(const void *context, size_t i);
 
-/* Nanoseconds of host time per launch: batches from an idle GPU, short enough for the launch queue; the first warms up. */
+/* Nanoseconds of host time per launch: batches from an idle GPU, short enough for the launch queue; the FIRST warm up. */
 static double host_ns(launcher *launch, const void *context, size_t batch) {
-    double values[BATCHES + 1];
-    for (size_t i = 0; i <= BATCHES; i++) {
+    double values[FIRST + BATCHES];
+    for (size_t i = 0; i < FIRST + BATCHES; i++) {
         CUDA(cuda.stream_wait(stream));
         double start = now_ns();
         for (size_t j = 0; j < batch; j++) launch(context, j);
         values[i] = (now_ns() - start) / (double)batch;
     }
     CUDA(cuda.stream_wait(stream));
-    return median(values + 1, BATCHES);
+    return median(values + FIRST, BATCHES);
 }
 
 static graph_exec_t capture(launcher *launch, const void *context, size_t count) {
@@ -568,8 +568,8 @@ static double series(const struct arm *arm, int64_t count, int64_t rows, int64_t
     launch(&work, 0);
     CUDA(cuda.stream_wait(stream));
     graph_exec_t exec = arm->graph ? capture(launch, &work, (size_t)count) : NULL;
-    double values[BATCHES + 1];
-    for (size_t i = 0; i <= BATCHES; i++) {
+    double values[FIRST + BATCHES];
+    for (size_t i = 0; i < FIRST + BATCHES; i++) {
         double start = now_ns();
         if (exec != NULL) CUDA(cuda.graph_launch(exec, stream));
         else
@@ -579,7 +579,7 @@ static double series(const struct arm *arm, int64_t count, int64_t rows, int64_t
     }
     if (exec != NULL) CUDA(cuda.graph_exec_destroy(exec));
     free(gemma);
-    return median(values + 1, BATCHES);
+    return median(values + FIRST, BATCHES);
 }
 
 static double gpu_gemma(const struct arm *arm, int64_t rows, int64_t cols) {

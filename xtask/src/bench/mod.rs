@@ -242,10 +242,10 @@ fn start(place: &Place, caller: &Path, missing: &[Missing]) -> Result<Vec<Arm>> 
 fn pin() -> Result<()> {
     let fault = |error| Error::Refused(format!("this process cannot be kept on one core: {error}"));
     let allowed = sched_getaffinity(None).map_err(fault)?;
-    // The last: the first ones serve interrupts more often.
-    let core = (0..CpuSet::MAX_CPU).rev().find(|&core| allowed.is_set(core));
+    // Neither the first nor the last, which are more often given other work.
+    let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&core| allowed.is_set(core)).collect();
     let mut one = CpuSet::new();
-    core.into_iter().for_each(|core| one.set(core));
+    cores.get(cores.len() / 3).into_iter().for_each(|&core| one.set(core));
     sched_setaffinity(None, &one).map_err(fault)
 }
 

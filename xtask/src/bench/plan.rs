@@ -165,7 +165,7 @@ pub fn copy_case(bytes: u64) -> String {
     format!("gpu copy {bytes}")
 }
 
-pub const HOST_ROUNDS: usize = 9;
+pub const HOST_ROUNDS: usize = 3;
 
 /// How many processes an arm has in a run, one after the other, for an equal part of the blocks each: where a process's
 /// memory lies makes it some nanoseconds faster or slower for good.
