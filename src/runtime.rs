@@ -361,6 +361,12 @@ impl FlashInferRuntime {
         RUNTIME.get()
     }
 
+    /// Whether it is known that this process sees one GPU and no more.
+    #[inline]
+    pub(crate) fn has_one_device(&self) -> bool {
+        self.devices.get().is_some_and(|devices| devices.len() == 1)
+    }
+
     /// A CUDA device's number, if it is known to exist and to work.
     #[inline(always)]
     pub(crate) fn usable(&self, device: Device) -> Option<i32> {

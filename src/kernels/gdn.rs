@@ -178,8 +178,8 @@ unsafe fn call(function: &Function, device: Device, variant: u32, args: &[Arg<'_
     let cudart = runtime.cudart()?;
     // CUTLASS asks for the last error after the launch, whoever made it.
     cudart.forget_stale_error();
-    // Upstream asks the thread's current device, not the tensors'.
-    let _current = cudart.set_current(id as i32)?;
+    // Upstream asks the thread's current device, not the tensors'. Where there is one alone, it is that.
+    let _current = if runtime.has_one_device() { None } else { Some(cudart.set_current(id as i32)?) };
     per_device::call(runtime, id as i32, variant, call)
 }
 
