@@ -7,7 +7,6 @@ use std::ffi::c_void;
 use std::hint::black_box;
 use std::path::PathBuf;
 
-use flashinfer_rs::kernels::gdn::{GdnPrefill, gdn_prefill};
 use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
 use flashinfer_rs::{Arg, DType, FlashInferError, Function, Prepared, Stream, TensorMut, TensorRef};
 
@@ -54,45 +53,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             match case.as_str() {
                 "prepared" => all(stream)?,
                 _ => runtime.on((DEVICE, stream), all)??,
-            }
-        }
-        "gdn" => {
-            let bf16 = |address: usize, shape: &[i64]| {
-                // SAFETY: the function that is called touches no memory.
-                unsafe { TensorRef::from_raw(address as *const c_void, DEVICE, DTYPE, shape, None) }
-            };
-            let f32 = |address: usize, shape: &[i64]| {
-                // SAFETY: likewise.
-                unsafe { TensorRef::from_raw(address as *const c_void, DEVICE, DType::F32, shape, None) }
-            };
-            let written = |address: usize, dtype, shape: &[i64]| {
-                // SAFETY: likewise.
-                unsafe { TensorMut::from_raw(address as *mut c_void, DEVICE, dtype, shape, None) }
-            };
-            // SAFETY: likewise.
-            let offsets = unsafe { TensorRef::from_raw(0x1000 as *const c_void, DEVICE, DType::I64, &[2], None) }?;
-            let (q, k, v) =
-                (bf16(0x2000, &[64, 16, 128])?, bf16(0x3000, &[64, 16, 128])?, bf16(0x4000, &[64, 32, 128])?);
-            let (alpha, beta) = (f32(0x5000, &[64, 32])?, f32(0x6000, &[64, 32])?);
-            let mut output = written(0x7000, DTYPE, &[64, 32, 128])?;
-            let mut output_state = written(0x8000, DType::F32, &[1, 32, 128, 128])?;
-            let mut workspace = written(0x9000, DType::U8, &[128 * 1024])?;
-            for _ in 0..count {
-                let args = GdnPrefill {
-                    output: output.reborrow(),
-                    output_state: output_state.reborrow(),
-                    q: q.reborrow(),
-                    k: k.reborrow(),
-                    v: v.reborrow(),
-                    cu_seqlens: offsets.reborrow(),
-                    input_state: None,
-                    alpha: Some(alpha.reborrow()),
-                    beta: Some(beta.reborrow()),
-                    scale: 0.0,
-                    workspace: workspace.reborrow(),
-                };
-                // SAFETY: likewise.
-                unsafe { gdn_prefill(black_box(args), stream) }?;
             }
         }
         other => return Err(format!("there is no case {other}").into()),

@@ -114,13 +114,21 @@ fn stream(address: usize) -> Stream<'static> {
 }
 
 fn read(address: usize, dtype: DType, shape: &[i64]) -> TensorRef<'static> {
+    read_on(GPU, address, dtype, shape)
+}
+
+fn read_on(device: Device, address: usize, dtype: DType, shape: &[i64]) -> TensorRef<'static> {
     // SAFETY: the stand-ins read nothing.
-    unsafe { TensorRef::from_raw(address as *const c_void, GPU, dtype, shape, None) }.unwrap()
+    unsafe { TensorRef::from_raw(address as *const c_void, device, dtype, shape, None) }.unwrap()
 }
 
 fn write(address: usize, dtype: DType, shape: &[i64]) -> TensorMut<'static> {
+    write_on(GPU, address, dtype, shape)
+}
+
+fn write_on(device: Device, address: usize, dtype: DType, shape: &[i64]) -> TensorMut<'static> {
     // SAFETY: the stand-ins write nothing.
-    unsafe { TensorMut::from_raw(address as *mut c_void, GPU, dtype, shape, None) }.unwrap()
+    unsafe { TensorMut::from_raw(address as *mut c_void, device, dtype, shape, None) }.unwrap()
 }
 
 /// How often `f` allocates.
@@ -133,6 +141,12 @@ fn allocations(mut f: impl FnMut()) -> usize {
 }
 
 fn gdn_args(tokens: i64) -> GdnPrefill<'static> {
+    gdn_args_on(GPU, tokens)
+}
+
+fn gdn_args_on(device: Device, tokens: i64) -> GdnPrefill<'static> {
+    let read = |address, dtype, shape: &[i64]| read_on(device, address, dtype, shape);
+    let write = |address, dtype, shape: &[i64]| write_on(device, address, dtype, shape);
     let (heads, bf16, f32) = (2, DType::BF16, DType::F32);
     GdnPrefill {
         output: write(0x10_0000, bf16, &[tokens, heads, 128]),
@@ -672,4 +686,27 @@ fn the_flat_form_decides_as_tensors_do() {
         });
     outcome.unwrap();
     assert!(accepted.get() > 500 && refused.get() > 500, "{accepted:?} {refused:?}");
+}
+
+/// Upstream's `run failed` on a second GPU, with threads that make the first calls of two kernels on two GPUs at once, and
+/// go on while others are made.
+#[test]
+fn every_kernels_first_call_on_a_device_finds_its_flag_cleared() {
+    native::isolated("every_kernels_first_call_on_a_device_finds_its_flag_cleared", || {
+        let seen = StandIns::load();
+        std::thread::scope(|scope| {
+            for thread in 0..8u32 {
+                scope.spawn(move || {
+                    for turn in 0..400u32 {
+                        let choice = (turn / 100 + thread) % 4;
+                        let args = gdn_args_on(Device::Cuda(choice % 2), 64);
+                        let alpha = args.alpha.as_ref().map(TensorRef::reborrow).filter(|_| choice > 1);
+                        // SAFETY: the stand-in touches nothing.
+                        unsafe { gdn_prefill(GdnPrefill { alpha, ..args }, stream(0x10)) }.unwrap();
+                    }
+                });
+            }
+        });
+        assert!(StandIns::read::<i64>(&seen.gdn, "seen_calls") > 0);
+    });
 }
