@@ -3,17 +3,16 @@
 //! stand-in for `libcudart.so.13` that counts a GPU.
 
 use std::error::Error;
-use std::ffi::c_void;
 use std::hint::black_box;
 use std::path::PathBuf;
 
 use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
-use flashinfer_rs::{Arg, DType, FlashInferError, Function, Prepared, Stream, TensorMut, TensorRef};
+use flashinfer_rs::{Arg, FlashInferError, Function, Prepared, Stream, TensorMut, TensorRef};
 
 #[path = "support/calls.rs"]
 mod calls;
 
-use calls::{DEVICE, DTYPE};
+use calls::DEVICE;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
