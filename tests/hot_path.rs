@@ -2,10 +2,11 @@
 //! what they were. The kernels' libraries are stand-ins that remember how they were called, behind the real libtvm_ffi.so;
 //! no memory of a GPU is touched.
 
+#[path = "support/counting.rs"]
+mod counting;
 #[path = "support/native.rs"]
 mod native;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::fs;
@@ -23,30 +24,6 @@ use flashinfer_rs::{
 use libloading::os::unix::Library;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRng, TestRunner};
-
-/// Counts what this thread allocates.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: the system's allocator does the work.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 const GPU: Device = Device::Cuda(1);
 
@@ -131,13 +108,9 @@ fn write_on(device: Device, address: usize, dtype: DType, shape: &[i64]) -> Tens
     unsafe { TensorMut::from_raw(address as *mut c_void, device, dtype, shape, None) }.unwrap()
 }
 
-/// How often `f` allocates.
+/// How often a hundred turns of `f` allocate.
 fn allocations(mut f: impl FnMut()) -> usize {
-    // What is done once is done now.
-    f();
-    let before = ALLOCATIONS.get();
-    (0..100).for_each(|_| f());
-    ALLOCATIONS.get() - before
+    counting::allocations(100, &mut f)
 }
 
 fn gdn_args(tokens: i64) -> GdnPrefill<'static> {

@@ -1,13 +1,13 @@
 //! Scopes, prepared calls and graphs on a GPU. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc --test launch_gpu`
 //! runs them.
 
+#[path = "support/counting.rs"]
+mod counting;
 #[path = "support/data.rs"]
 mod data;
 #[path = "support/gpu.rs"]
 mod gpu;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -24,30 +24,6 @@ use flashinfer_rs::{
 };
 use gpu::Gpu;
 use half::{bf16, f16};
-
-/// Counts what this thread allocates.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: the system's allocator does the work.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 fn main() -> ExitCode {
     gpu::main(&[
@@ -132,10 +108,7 @@ fn allocations(gpu: &Gpu) {
     let (input, weight, mut out) = (matrix(stream, 1), vector(stream, 2), matrix(stream, 3));
     let options = NormOptions::default();
     let count = |f: &mut dyn FnMut()| {
-        f();
-        let before = ALLOCATIONS.get();
-        (0..50).for_each(|_| f());
-        let found = ALLOCATIONS.get() - before;
+        let found = counting::allocations(50, f);
         stream.synchronize().unwrap();
         found
     };
