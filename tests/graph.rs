@@ -8,11 +8,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
-use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceSlice};
+use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm, rmsnorm_quant};
 use flashinfer_rs::{
-    Captured, Device, FlashInferError, FlashInferRuntime, GraphMut, GraphRef, LaunchGraph, RuntimeConfig, Stream,
-    TensorMut, TensorRef,
+    Captured, DType, Device, FlashInferError, FlashInferRuntime, GraphMut, GraphRef, LaunchGraph, RuntimeConfig,
+    Stream, TensorMut, TensorRef,
 };
 use half::bf16;
 use libloading::os::unix::Library;
@@ -231,5 +231,56 @@ fn memory_that_is_not_the_graphs_is_refused() {
         assert!(refused.unwrap_err().to_string().contains("for stream"));
         assert_eq!(stream.context().ordinal(), 0);
         assert!(FlashInferRuntime::global().unwrap().on((Device::Cuda(1), Stream::NULL), |_| ()).is_ok());
+    });
+}
+
+#[test]
+fn parts_of_buffers_are_where_they_should_be() {
+    with_driver("parts_of_buffers_are_where_they_should_be", |driver| {
+        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        let zeros = |count| stream.alloc_zeros::<bf16>(count).unwrap();
+        let (eight, weight) = (stream.alloc_zeros::<u8>(128).unwrap(), Arc::new(zeros(64)));
+        let mut graph = LaunchGraph::new(&stream, ([zeros(128), zeros(256)], eight, weight)).unwrap();
+        let values = || Driver::read::<[i64; 11]>(&driver.norm, "seen_values");
+        let options = NormOptions::default();
+        let capture = graph.capture(|s, ([input, rest], mut eight, weight)| {
+            assert_eq!((input.len(), rest.len(), eight.len(), weight.len()), (128, 256, 128, 64));
+            assert!(!input.is_empty() && !weight.is_empty());
+            let (none, input) = input.split_at(0)?;
+            assert!(none.is_empty() && none.len() == 0 && none.read(&[0]).is_ok() && none.read(&[1]).is_err());
+            let weight_tensor = weight.read(&LENGTH)?;
+            // Two rows of each half of 256, in place of each other.
+            let (mut first, second) = rest.split_at(128)?;
+            rmsnorm(&mut first.write(&SHAPE)?, &second.read(&SHAPE)?, &weight_tensor, &options, s)?;
+            assert_eq!(values()[1] - values()[0], 128 * 2, "the second half of bf16");
+            let apart = second.read_strided(&[1, 64], &[64, 1])?;
+            rmsnorm(&mut first.write_strided(&[1, 64], &[128, 1])?, &apart, &weight_tensor, &options, s)?;
+            assert!(
+                second.read_strided(&[2, 64], &[65, 1]).is_err() && first.write_strided(&[2, 64], &[-64, 1]).is_err()
+            );
+            assert!(
+                weight.read_strided(&[2, 32], &[32, 1]).is_ok() && weight.read_strided(&[2, 32], &[33, 1]).is_err()
+            );
+            let bytes = DType::F8E4M3;
+            let input_tensor = input.read(&SHAPE)?;
+            rmsnorm_quant(&mut eight.write_bytes(bytes, &SHAPE)?, &input_tensor, &weight_tensor, 0.5, &options, s)?;
+            assert!(eight.write_bytes(DType::BF16, &SHAPE).is_err() && first.into_ref().read(&SHAPE).is_ok());
+            drop(input_tensor);
+            assert!(input.split_at(129).is_err());
+            Ok(())
+        });
+        capture.unwrap();
+        let ([input, rest], eight, weight) = graph.buffers();
+        assert_eq!((input.len(), rest.len(), eight.len(), weight.len()), (128, 256, 128, 64));
+        assert_eq!(format!("{graph:?}"), "LaunchGraph { nodes: 7, pdl: true, .. }");
+        assert_eq!(graph.stream().cu_stream(), stream.cu_stream());
+        let before = (driver.count("waits"), driver.count("records"));
+        graph.launch().unwrap();
+        assert_eq!((driver.count("waits") - before.0, driver.count("records") - before.1), (7, 4));
+        let ([_, rest], ..) = graph.into_buffers();
+        assert_eq!(rest.len(), 256);
+        let other = CudaContext::new(1).unwrap().new_stream().unwrap();
+        let foreign = [zeros(8), other.alloc_zeros::<bf16>(8).unwrap()];
+        assert!(LaunchGraph::new(&stream, foreign).is_err());
     });
 }
