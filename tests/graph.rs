@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceSlice};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm, rmsnorm_quant};
 use flashinfer_rs::{
     Captured, DType, Device, FlashInferError, FlashInferRuntime, GraphMut, GraphRef, LaunchGraph, RuntimeConfig,
@@ -247,7 +247,7 @@ fn parts_of_buffers_are_where_they_should_be() {
             assert_eq!((input.len(), rest.len(), eight.len(), weight.len()), (128, 256, 128, 64));
             assert!(!input.is_empty() && !weight.is_empty());
             let (none, input) = input.split_at(0)?;
-            assert!(none.is_empty() && none.len() == 0 && none.read(&[0]).is_ok() && none.read(&[1]).is_err());
+            assert!(none.is_empty() && none.read(&[0]).is_ok() && none.read(&[1]).is_err());
             let weight_tensor = weight.read(&LENGTH)?;
             // Two rows of each half of 256, in place of each other.
             let (mut first, second) = rest.split_at(128)?;
