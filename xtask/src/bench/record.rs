@@ -122,6 +122,12 @@ pub struct Missing {
     pub reason: String,
 }
 
+/// The kernel's release; what a distribution or a provider appends says nothing of speed.
+fn kernel() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().split('-').next().unwrap_or_default().to_owned()
+}
+
 impl Machine {
     pub fn look(libraries: &Path, blocks: usize, command: String, missing: Vec<Missing>) -> Result<Self> {
         let (gpu, driver) = gpu().unzip();
@@ -133,7 +139,7 @@ impl Machine {
             driver,
             cpu: cpu.unwrap_or("unknown").trim().to_owned(),
             cores: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
-            kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+            kernel: kernel(),
             version: version()?,
             libraries: digests(libraries)?,
             blocks,
