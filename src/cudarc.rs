@@ -11,7 +11,6 @@ use cudarc::driver::{
 };
 
 use crate::error::{FlashInferError, Result};
-use crate::graph::check_byte;
 use crate::kernels::gdn::{self, GdnPrefill};
 use crate::kernels::norm::{self, NormOptions};
 use crate::runtime::{DeviceStream, Stream};
@@ -280,6 +279,15 @@ fn too_short(
     let strides = strides.map(|strides| format!(" and strides {strides:?}")).unwrap_or_default();
     let (found, expected) = (format!("{len} elements long"), format!("enough for shape {shape:?}{strides}"));
     FlashInferError::InvalidArgument { function, argument, found, expected }
+}
+
+/// That elements of this type are bytes.
+pub(crate) fn check_byte(dtype: DType) -> Result<()> {
+    if dtype.size() == 1 {
+        return Ok(());
+    }
+    let (found, expected) = (dtype.to_string(), "a type of one byte".to_owned());
+    Err(FlashInferError::InvalidArgument { function: "tensor", argument: "dtype", found, expected })
 }
 
 fn check_dtype<T: Half16>(function: &'static str, dtype: DType) -> Result<()> {

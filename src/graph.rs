@@ -14,7 +14,7 @@ use cudarc::driver::result::{graph as driver_graph, stream as driver_stream};
 use cudarc::driver::sys::{self, CUgraph, CUgraphExec, CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError};
 
-use crate::cudarc_buffers::{check_context, check_len, device, driver};
+use crate::cudarc_buffers::{check_byte, check_context, check_len, device, driver};
 use crate::error::{FlashInferError, Result};
 use crate::runtime::{Capture, FlashInferRuntime, Stream};
 use crate::tensor::{DType, Device, Element, TensorMut, TensorRef};
@@ -193,15 +193,6 @@ impl GraphMut<'_, u8> {
         check_byte(dtype)?;
         self.tensor(dtype, shape, None)
     }
-}
-
-/// That elements of this type are bytes.
-pub(crate) fn check_byte(dtype: DType) -> Result<()> {
-    if dtype.size() == 1 {
-        return Ok(());
-    }
-    let (found, expected) = (dtype.to_string(), "a type of one byte".to_owned());
-    Err(FlashInferError::InvalidArgument { function: "tensor", argument: "dtype", found, expected })
 }
 
 impl<T> sealed::Sealed for CudaSlice<T> {}

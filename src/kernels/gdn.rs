@@ -192,8 +192,6 @@ impl<'a> Prepared<'a> {
     ///
     /// # Safety
     /// As there, at every launch: also of a `cu_seqlens` or `workspace` that replaces the first.
-    // Where it is called, the tensors are not moved.
-    #[inline(always)]
     pub unsafe fn gdn_prefill(args: GdnPrefill<'a>) -> Result<Self> {
         let raw = args.raw();
         let (device, variant) = (raw.q.device(), raw.variant());
