@@ -387,22 +387,13 @@ impl FlashInferRuntime {
     /// As [`checked_device`](Self::checked_device), of a device that is not known yet, or that nothing runs on.
     #[cold]
     fn look(&self, id: u32) -> Result<i32> {
-        match self.devices()?.get(id as usize) {
-            Some(state) if state.lost.get().is_none() => Ok(id as i32),
-            state => Err(self.unusable(id, state)),
-        }
-    }
-
-    /// Why nothing runs on a device.
-    fn unusable(&self, id: u32, state: Option<&GpuState>) -> FlashInferError {
-        match state.and_then(|state| state.lost.get()) {
-            Some((code, message)) => {
-                FlashInferError::ContextLost { device: id as i32, code: *code, message: message.clone() }
+        let devices = self.devices()?;
+        match devices.get(id as usize).map(|state| state.lost.get()) {
+            Some(None) => Ok(id as i32),
+            Some(Some((code, message))) => {
+                Err(FlashInferError::ContextLost { device: id as i32, code: *code, message: message.clone() })
             }
-            None => {
-                let count = self.devices().map_or(0, |devices| devices.len() as i32);
-                FlashInferError::DeviceOutOfRange { device: id.into(), count }
-            }
+            None => Err(FlashInferError::DeviceOutOfRange { device: id.into(), count: devices.len() as i32 }),
         }
     }
 

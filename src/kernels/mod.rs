@@ -80,18 +80,13 @@ impl Kernel {
         }
     }
 
-    #[inline]
     fn shape(&self, argument: &'static str, tensor: &Raw, expected: &[i64]) -> Result<()> {
-        // Not by `==`, which calls memcmp.
-        if tensor.shape().len() == expected.len()
-            && tensor.shape().iter().zip(expected).all(|(found, size)| found == size)
-        {
+        if tensor.shape() == expected {
             return Ok(());
         }
         Err(self.invalid(argument, format_args!("of shape {:?}", tensor.shape()), format!("shape {expected:?}")))
     }
 
-    #[inline]
     fn dtype(&self, argument: &'static str, tensor: &Raw, expected: DType) -> Result<()> {
         if tensor.dtype() == expected {
             return Ok(());
@@ -108,7 +103,6 @@ impl Kernel {
         }
     }
 
-    #[inline]
     fn device(&self, argument: &'static str, tensor: &Raw, expected: Device) -> Result<()> {
         if tensor.device() == expected {
             return Ok(());
@@ -118,7 +112,6 @@ impl Kernel {
 
     /// That no tensor belongs to another stream than the one that the kernel will be queued on, nor to the host while a
     /// graph is captured, of which the host's work would be no part.
-    #[inline]
     fn stream(&self, argument: &'static str, tensor: &Raw, stream: Stream<'_>) -> Result<()> {
         match (tensor.stream(), stream.capture()) {
             (Some(own), _) if own != stream.as_raw() => {
@@ -142,7 +135,6 @@ impl Kernel {
         Err(self.invalid(argument, found, format!("{expected} dimensions")))
     }
 
-    #[inline]
     fn contiguous(&self, argument: &'static str, tensor: &Raw) -> Result<()> {
         if tensor.is_contiguous() {
             return Ok(());
@@ -152,7 +144,6 @@ impl Kernel {
     }
 
     /// On a GPU only: the reference reads and writes wherever elements are.
-    #[inline]
     fn aligned(&self, argument: &'static str, tensor: &Raw, bytes: usize) -> Result<()> {
         let matters = tensor.device() != Device::Cpu && tensor.numel() > 0;
         if !matters || tensor.data().addr().is_multiple_of(bytes) {
