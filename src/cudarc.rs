@@ -13,7 +13,7 @@ use cudarc::driver::{
 use crate::error::{FlashInferError, Result};
 use crate::kernels::gdn::{self, GdnPrefill};
 use crate::kernels::norm::{self, NormOptions};
-use crate::runtime::{DeviceStream, Stream};
+use crate::stream::{DeviceStream, Stream};
 use crate::tensor::{DType, Device, Element, Raw, TensorMut, TensorRef, fault, numel, reach};
 
 mod sealed {

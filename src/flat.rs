@@ -10,7 +10,8 @@ use crate::ffi::dlpack::{self, DLDevice, DLTensor};
 use crate::kernels::gdn::{self, GdnPrefill};
 use crate::kernels::norm::{self, NormOptions};
 use crate::module::PackedTensor;
-use crate::runtime::{FlashInferRuntime, Stream};
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
 use crate::tensor::{self, DType, Device, Lines, Pack, Raw, TensorMut, TensorRef};
 
 macro_rules! descriptor {

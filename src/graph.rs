@@ -16,7 +16,8 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaViewMut, DevicePtr,
 
 use crate::cudarc_buffers::{check_byte, check_context, check_len, device, driver};
 use crate::error::{FlashInferError, Result};
-use crate::runtime::{Capture, FlashInferRuntime, Stream};
+use crate::runtime::FlashInferRuntime;
+use crate::stream::{Capture, Stream};
 use crate::tensor::{DType, Device, Element, TensorMut, TensorRef};
 
 pub(crate) mod sealed {

@@ -80,6 +80,7 @@ mod loader;
 mod module;
 mod report;
 mod runtime;
+mod stream;
 mod tensor;
 
 /// The cudarc that this crate's functions take buffers of. A new minor version of it is a new minor version of this crate.
@@ -105,7 +106,8 @@ pub use flat::{
 pub use kernels::Prepared;
 pub use module::{Arg, Function, Module, Object, PackedTensor, Value};
 pub use report::{DeviceReport, Report, SelfTest};
-pub use runtime::{DeviceStream, FlashInferRuntime, RuntimeConfig, Stream};
+pub use runtime::{FlashInferRuntime, RuntimeConfig};
+pub use stream::{DeviceStream, Stream};
 pub use tensor::{DType, Device, Element, MAX_NDIM, TensorMut, TensorRef};
 
 /// README's code compiles.

@@ -11,7 +11,8 @@ use crate::error::Result;
 use crate::kernels::gdn::{GdnPrefill, HEAD_SIZE, gdn_prefill};
 use crate::kernels::norm::{NormOptions, gemma_rmsnorm};
 use crate::kernels::{self};
-use crate::runtime::{FlashInferRuntime, Stream};
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
 use crate::tensor::{DType, Device, Element, TensorMut, TensorRef};
 
 /// What [`FlashInferRuntime::report`] found. Its Display form is for people.

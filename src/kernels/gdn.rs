@@ -5,7 +5,8 @@ use super::Kernel;
 use super::prepared::{Argument, Prepared, Slot};
 use crate::error::Result;
 use crate::module::{Arg, Function};
-use crate::runtime::{FlashInferRuntime, Stream};
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
 use crate::tensor::{DType, Device, Raw, TensorMut, TensorRef};
 
 const LIBRARY: &str = "gdn_prefill_sm90.so";

@@ -5,7 +5,8 @@
 
 use super::gdn::{self, RawArgs};
 use crate::error::{FlashInferError, Result};
-use crate::runtime::{FlashInferRuntime, Stream};
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
 use crate::tensor::{DType, Device, Raw, TensorMut, TensorRef};
 
 /// Where the sequences of a packed batch start: `0 = c0 ≤ c1 ≤ … ≤ cN = T`. Sequences may be empty.
@@ -242,7 +243,8 @@ mod on_gpu {
     use crate::error::{FlashInferError, Result};
     use crate::graph::sealed::Sealed;
     use crate::graph::{GraphBuffers, GraphMut, GraphRef, Site};
-    use crate::runtime::{FlashInferRuntime, Stream};
+    use crate::runtime::FlashInferRuntime;
+    use crate::stream::Stream;
     use crate::tensor::{TensorMut, TensorRef};
 
     /// TMA descriptors of 128 bytes for as many multiprocessors as any GPU may number them: on a MIG slice the numbers go

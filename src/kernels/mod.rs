@@ -13,7 +13,8 @@ use std::sync::OnceLock;
 
 use crate::error::{FlashInferError, Result};
 use crate::module::Function;
-use crate::runtime::{FlashInferRuntime, Stream};
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
 use crate::tensor::{DType, Device, Raw};
 
 /// Every kernel, for warming up.

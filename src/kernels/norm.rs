@@ -19,7 +19,8 @@ use super::prepared::{Argument, Prepared, Slot};
 use crate::error::Result;
 use crate::ffi::dlpack;
 use crate::module::{Arg, Function};
-use crate::runtime::{FlashInferRuntime, Stream};
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
 use crate::tensor::{DType, Device, Lines, Pack, Raw, TensorMut, TensorRef};
 
 const LIBRARY: &str = "norm.so";

@@ -7,7 +7,8 @@ use std::marker::PhantomData;
 use super::Kernel;
 use crate::error::Result;
 use crate::module::{Arg, Function, PackedTensor};
-use crate::runtime::{FlashInferRuntime, Stream};
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
 use crate::tensor::{Device, Raw, TensorMut, TensorRef};
 
 /// How a family calls its kernel with arguments that were checked, on this thread's stream: on a device that exists, with a

@@ -1,0 +1,108 @@
+//! CUDA streams: for kernels to be queued on, and set for a series of calls.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::ptr;
+
+use crate::tensor::Device;
+
+/// A CUDA stream, for kernels to be queued on.
+#[derive(Debug, Clone, Copy)]
+pub struct Stream<'a> {
+    pub(crate) raw: *mut c_void,
+    /// What is queued becomes part of a graph, whose kernels may start before the one ahead of them has ended.
+    capture: Option<Capture>,
+    borrow: PhantomData<&'a ()>,
+}
+
+/// What a graph that is being captured asks of its calls.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Capture {
+    /// Programmatic dependent launch wherever a kernel has it.
+    pub(crate) pdl: bool,
+}
+
+impl PartialEq for Stream<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.raw == other.raw
+    }
+}
+
+impl Eq for Stream<'_> {}
+
+impl<'a> Stream<'a> {
+    /// The null stream, which orders itself with every other blocking stream of the device.
+    pub const NULL: Self = Self::new(ptr::null_mut());
+
+    const fn new(raw: *mut c_void) -> Self {
+        Self { raw, capture: None, borrow: PhantomData }
+    }
+
+    /// A stream of one's own.
+    ///
+    /// # Safety
+    /// `stream` must be null or a live `cudaStream_t` (`CUstream`) of the device whose kernels it is used for, and stay
+    /// so for `'a`.
+    pub const unsafe fn from_raw(stream: *mut c_void) -> Self {
+        Self::new(stream)
+    }
+
+    /// A stream that is only compared with that of tensors.
+    pub(crate) const fn compared(stream: *mut c_void) -> Stream<'static> {
+        Stream::new(stream)
+    }
+
+    pub(crate) fn as_raw(self) -> *mut c_void {
+        self.raw
+    }
+
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn capturing(self, capture: Capture) -> Self {
+        Self { capture: Some(capture), ..self }
+    }
+
+    pub(crate) fn capture(self) -> Option<Capture> {
+        self.capture
+    }
+}
+
+/// A stream and the device it is of: a reference to a stream of cudarc's is one.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceStream<'a> {
+    /// Whose stream it is.
+    pub device: Device,
+    /// The stream.
+    pub stream: Stream<'a>,
+}
+
+impl<'a> From<(Device, Stream<'a>)> for DeviceStream<'a> {
+    fn from((device, stream): (Device, Stream<'a>)) -> Self {
+        Self { device, stream }
+    }
+}
+
+/// A thread's stream for a device.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct Setting {
+    /// Negative for none.
+    pub(crate) device: i32,
+    pub(crate) stream: *mut c_void,
+}
+
+thread_local! {
+    /// What this thread's innermost scope set. It is so for as long as the scope lasts: a call on another stream gives it
+    /// back, and so does a scope within.
+    pub(crate) static SCOPE: Cell<Setting> = const { Cell::new(Setting { device: -1, stream: ptr::null_mut() }) };
+}
+
+/// A scope, until it is dropped.
+pub(crate) struct Scope {
+    pub(crate) outer: Setting,
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        SCOPE.set(self.outer);
+    }
+}
