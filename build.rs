@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use vendoring::emit;
 use vendoring::env::{self, Env};
 use vendoring::error::Result;
+use vendoring::families;
 use vendoring::local;
 use vendoring::lock::Lock;
 use vendoring::source::Ladder;
@@ -32,6 +33,9 @@ fn build() -> Result<()> {
     let lock_file = manifest.join("artifacts.lock");
     let own = [manifest.join("build.rs"), manifest.join("build"), lock_file.clone()];
     emit::rerun(&own.each_ref().map(PathBuf::as_path), &[]);
+
+    let folders = families::list(&manifest, &out_dir)?;
+    emit::rerun(&folders.each_ref().map(PathBuf::as_path), &[]);
 
     // Only CARGO_CFG_*: `cfg!` here would speak of the machine that builds.
     let target = format!("{}-{}", cargo_text("CARGO_CFG_TARGET_ARCH"), cargo_text("CARGO_CFG_TARGET_OS"));

@@ -7,6 +7,7 @@ pub mod digest;
 pub mod emit;
 pub mod env;
 pub mod error;
+pub mod families;
 pub mod fetch;
 pub mod index;
 pub mod layout;

@@ -1,18 +1,14 @@
 //! The little of the CUDA runtime that guards need: devices, their attributes, the current one.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::marker::PhantomData;
 use std::ptr;
 
 use crate::error::{FlashInferError, Result};
 use crate::loader::Library;
-use crate::tensor::Element;
 
 /// The CUDA release that the pinned kernels were built for; drivers are compatible backwards.
 const NEEDED_DRIVER: c_int = 13000;
 
-/// `cudaDevAttrMultiProcessorCount`.
-const MULTIPROCESSORS: c_int = 16;
 /// `cudaDevAttrComputeCapabilityMajor` and `…Minor`.
 const CAPABILITY: [c_int; 2] = [75, 76];
 /// `cudaMemcpyDefault`: by the pointers.
@@ -21,6 +17,11 @@ const COPY: c_int = 4;
 /// stack, illegal instruction, misaligned address, invalid address space, invalid program counter, launch failure, an
 /// error that only a restart mends, and unknown.
 const STICKY: [c_int; 12] = [214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 226, 999];
+/// Whether nothing runs on a device any more after this error.
+pub(crate) fn is_sticky(code: c_int) -> bool {
+    STICKY.contains(&code)
+}
+
 /// `cudaErrorNoDevice`.
 const NO_DEVICE: c_int = 100;
 /// `cudaErrorGraphExecUpdateFailure`.
@@ -39,6 +40,8 @@ pub(crate) struct Cudart {
     graph_exec_update: Option<GraphExecUpdate>,
     /// What calls that go well do not need; a stand-in for CUDA's runtime may lack them.
     memory: Option<Memory>,
+    last_error: Option<LastError>,
+    capture_state: Option<CaptureState>,
 }
 
 /// The last argument is a `cudaGraphExecUpdateResultInfo`.
@@ -51,8 +54,20 @@ struct Memory {
     memcpy: unsafe extern "C" fn(*mut c_void, *const c_void, usize, c_int) -> c_int,
     memcpy_async: unsafe extern "C" fn(*mut c_void, *const c_void, usize, c_int, *mut c_void) -> c_int,
     memset_async: unsafe extern "C" fn(*mut c_void, c_int, usize, *mut c_void) -> c_int,
+}
+
+/// The last error of the thread's own calls.
+#[derive(Clone, Copy)]
+struct LastError {
     peek_at_last_error: unsafe extern "C" fn() -> c_int,
     get_last_error: unsafe extern "C" fn() -> c_int,
+}
+
+/// What a probe of the context needs so that it breaks no capture.
+#[derive(Clone, Copy)]
+struct CaptureState {
+    stream_is_capturing: unsafe extern "C" fn(*mut c_void, *mut c_int) -> c_int,
+    thread_exchange_stream_capture_mode: unsafe extern "C" fn(*mut c_int) -> c_int,
 }
 
 impl Memory {
@@ -67,8 +82,34 @@ impl Memory {
                 memcpy: library.symbol(c"cudaMemcpy")?,
                 memcpy_async: library.symbol(c"cudaMemcpyAsync")?,
                 memset_async: library.symbol(c"cudaMemsetAsync")?,
+            })
+        }
+    }
+}
+
+impl LastError {
+    /// # Safety
+    /// `library` must be libcudart.so.13.
+    unsafe fn resolve(library: &Library) -> Result<Self> {
+        // SAFETY: the caller's promise; the types are those of cuda_runtime_api.h.
+        unsafe {
+            Ok(Self {
                 peek_at_last_error: library.symbol(c"cudaPeekAtLastError")?,
                 get_last_error: library.symbol(c"cudaGetLastError")?,
+            })
+        }
+    }
+}
+
+impl CaptureState {
+    /// # Safety
+    /// `library` must be libcudart.so.13.
+    unsafe fn resolve(library: &Library) -> Result<Self> {
+        // SAFETY: the caller's promise; the types are those of cuda_runtime_api.h.
+        unsafe {
+            Ok(Self {
+                stream_is_capturing: library.symbol(c"cudaStreamIsCapturing")?,
+                thread_exchange_stream_capture_mode: library.symbol(c"cudaThreadExchangeStreamCaptureMode")?,
             })
         }
     }
@@ -89,6 +130,8 @@ impl Cudart {
                 get_error_string: library.symbol(c"cudaGetErrorString")?,
                 graph_exec_update: library.symbol(c"cudaGraphExecUpdate").ok(),
                 memory: Memory::resolve(library).ok(),
+                last_error: LastError::resolve(library).ok(),
+                capture_state: CaptureState::resolve(library).ok(),
             })
         }
     }
@@ -108,11 +151,6 @@ impl Cudart {
             Err(FlashInferError::Cuda { code: NO_DEVICE, .. }) => Ok(0),
             other => other,
         }
-    }
-
-    /// The number of multiprocessors of a GPU.
-    pub(crate) fn multiprocessors(&self, device: c_int) -> Result<c_int> {
-        self.attribute(MULTIPROCESSORS, device)
     }
 
     /// A GPU's compute capability, major and minor.
@@ -154,16 +192,35 @@ impl Cudart {
         self.check("cudaMemsetAsync", code)
     }
 
-    /// Forgets an error that some other call left on this thread, so that a kernel's wrapper, which looks at the last
-    /// error after its launch, does not take it for its own.
+    /// Forgets an error that some other call left on this thread, so that it is not taken for a kernel's: a kernel's wrapper
+    /// may ask for the last error after its launch, whoever made it.
+    #[inline]
     pub(crate) fn forget_stale_error(&self) {
-        let Some(memory) = &self.memory else { return };
+        let Some(last) = self.last_error else { return };
         // SAFETY: both functions take nothing and answer a number.
         unsafe {
-            if (memory.peek_at_last_error)() != 0 {
-                (memory.get_last_error)();
+            if (last.peek_at_last_error)() != 0 {
+                (last.get_last_error)();
             }
         }
+    }
+
+    /// The last error of this thread, which it keeps; 0 for none.
+    #[inline]
+    pub(crate) fn last_error(&self) -> c_int {
+        // SAFETY: the function takes nothing and answers a number.
+        self.last_error.map_or(0, |last| unsafe { (last.peek_at_last_error)() })
+    }
+
+    /// An error by its number.
+    #[cold]
+    pub(crate) fn error(&self, call: &'static str, code: c_int) -> FlashInferError {
+        FlashInferError::Cuda { call, code, message: self.describe(code) }
+    }
+
+    /// An error after which nothing runs on the device, with CUDA's words for it.
+    pub(crate) fn as_sticky(&self, code: c_int) -> Option<(c_int, String)> {
+        is_sticky(code).then(|| (code, self.describe(code)))
     }
 
     /// Changes what can be launched into what was captured; whether CUDA could.
@@ -185,12 +242,39 @@ impl Cudart {
         }
     }
 
-    /// The error that makes every call on the current device fail from now on, if there is one.
-    pub(crate) fn sticky_error(&self) -> Option<(c_int, String)> {
-        let memory = self.memory.as_ref()?;
+    /// The error that makes every call on the current device fail from now on, if there is one and asking for it breaks no
+    /// capture on this stream.
+    pub(crate) fn sticky_error(&self, stream: *mut c_void) -> Option<(c_int, String)> {
+        const NOT_CAPTURING: c_int = 0;
+        const RELAXED: c_int = 2;
+        let (memory, capture) = (self.memory.as_ref()?, self.capture_state);
+        if let Some(capture) = capture {
+            let mut status = NOT_CAPTURING;
+            // SAFETY: one number is written through a pointer that is valid for the call.
+            let code = unsafe { (capture.stream_is_capturing)(stream, &mut status) };
+            if let Some(sticky) = self.as_sticky(code) {
+                return Some(sticky);
+            }
+            if code != 0 || status != NOT_CAPTURING {
+                self.forget_stale_error();
+                return None;
+            }
+        }
+        // Another stream or thread may capture: what is relaxed breaks none.
+        let mut mode = RELAXED;
+        let exchange = |mode: &mut c_int| {
+            // SAFETY: one number is exchanged through a pointer that is valid for the call.
+            capture.map_or(0, |capture| unsafe { (capture.thread_exchange_stream_capture_mode)(mode) })
+        };
+        let exchanged = exchange(&mut mode) == 0;
         // SAFETY: freeing nothing does nothing, but answers what is wrong with the context.
         let code = unsafe { (memory.free)(ptr::null_mut()) };
-        STICKY.contains(&code).then(|| (code, self.describe(code)))
+        if exchanged {
+            exchange(&mut mode);
+        }
+        let sticky = self.as_sticky(code);
+        self.forget_stale_error();
+        sticky
     }
 
     fn describe(&self, code: c_int) -> String {
@@ -204,12 +288,12 @@ impl Cudart {
     }
 
     /// Memory on the current device with these values.
-    pub(crate) fn upload<T: Element>(&'static self, values: &[T]) -> Result<Buffer<T>> {
+    pub(crate) fn upload(&'static self, values: &[u8]) -> Result<Buffer> {
         let memory = self.memory()?;
-        let (mut pointer, bytes) = (ptr::null_mut(), size_of_val(values));
+        let (mut pointer, bytes) = (ptr::null_mut(), values.len());
         // SAFETY: one pointer is written through a pointer that is valid for the call.
         self.check("cudaMalloc", unsafe { (memory.malloc)(&mut pointer, bytes) })?;
-        let buffer = Buffer { cudart: self, memory, pointer, len: values.len(), element: PhantomData };
+        let buffer = Buffer { cudart: self, memory, pointer, len: values.len() };
         // SAFETY: both are memory of this many bytes; the call returns when they were copied.
         self.check("cudaMemcpy", unsafe { (memory.memcpy)(pointer, values.as_ptr().cast(), bytes, COPY) })?;
         Ok(buffer)
@@ -237,37 +321,35 @@ impl Cudart {
         if code == 0 {
             return Ok(());
         }
-        Err(FlashInferError::Cuda { call, code, message: self.describe(code) })
+        Err(self.error(call, code))
     }
 }
 
 /// Device memory of the report's own.
-pub(crate) struct Buffer<T> {
+pub(crate) struct Buffer {
     cudart: &'static Cudart,
     memory: Memory,
     pointer: *mut c_void,
     len: usize,
-    element: PhantomData<T>,
 }
 
-impl<T: Element + Default> Buffer<T> {
+impl Buffer {
     pub(crate) fn pointer(&self) -> *mut c_void {
         self.pointer
     }
 
     /// The values, once the null stream has come so far.
-    pub(crate) fn download(&self) -> Result<Vec<T>> {
-        let mut values = vec![T::default(); self.len];
-        let bytes = size_of_val(values.as_slice());
-        // SAFETY: both are memory of this many bytes, and every bit pattern is an element; the call returns when they
-        // were copied.
+    pub(crate) fn download(&self) -> Result<Vec<u8>> {
+        let mut values = vec![0; self.len];
+        let bytes = values.len();
+        // SAFETY: both are memory of this many bytes; the call returns when they were copied.
         let code = unsafe { (self.memory.memcpy)(values.as_mut_ptr().cast(), self.pointer, bytes, COPY) };
         self.cudart.check("cudaMemcpy", code)?;
         Ok(values)
     }
 }
 
-impl<T> Drop for Buffer<T> {
+impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: allocated by the same library, and given up here, once; the call waits for what uses it.
         unsafe { (self.memory.free)(self.pointer) };

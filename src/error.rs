@@ -173,7 +173,7 @@ pub enum FlashInferError {
     InvalidArgument {
         /// The kernel.
         function: &'static str,
-        /// The argument.
+        /// The argument's name, or that of the dimension that is wrong: one word, to be matched on.
         argument: &'static str,
         /// What it is.
         found: String,
@@ -215,4 +215,22 @@ pub enum FlashInferError {
     /// The runtime was not initialized.
     #[error("the runtime is not initialized; call FlashInferRuntime::initialize first")]
     NotInitialized,
+}
+
+impl FlashInferError {
+    /// Whether nothing runs on the GPU any more until the process is started again. Any other error leaves the GPU, and what
+    /// was queued before, as it was.
+    pub fn is_fatal(&self) -> bool {
+        match self {
+            Self::ContextLost { .. } => true,
+            Self::Cuda { code, .. } => crate::cuda::is_sticky(*code),
+            _ => false,
+        }
+    }
+}
+
+/// What went wrong when cudarc was doing this.
+#[cfg(feature = "cudarc")]
+pub(crate) fn driver(doing: &'static str) -> impl Fn(cudarc::driver::DriverError) -> FlashInferError {
+    move |error| FlashInferError::Cuda { call: doing, code: error.0 as i32, message: error.to_string() }
 }

@@ -1,21 +1,17 @@
 //! The flat functions and structs: raw device pointers in, one call, thin over `kernels`.
 
 use std::ffi::c_void;
-use std::marker::PhantomData;
-use std::mem::offset_of;
-use std::ptr;
 
 use crate::error::{FlashInferError, Result};
-use crate::ffi::dlpack::{self, DLDevice, DLTensor};
-use crate::kernels::gdn::{self, GdnPrefill};
+use crate::kernels::gdn::{self, GdnOptions, GdnTensors};
 use crate::kernels::norm::{self, NormOptions};
-use crate::module::PackedTensor;
+use crate::owner::Owner;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
-use crate::tensor::{self, DType, Device, Lines, Pack, Raw, TensorMut, TensorRef};
+use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef, impossible};
 
 macro_rules! descriptor {
-    ($(#[$doc:meta])* $name:ident { $($size:ident),* ; $($stride:ident),* } $first_size:ident $first_stride:ident) => {
+    ($(#[$doc:meta])* $name:ident { $($size:ident),* ; $($stride:ident),* }) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy)]
         #[repr(C)]
@@ -36,24 +32,6 @@ macro_rules! descriptor {
             pub device_id: i32,
         }
 
-        impl Pack for $name {
-            #[inline(always)]
-            fn packed(&self) -> PackedTensor<'_> {
-                // From the whole: each is the first of as many numbers, one after the other in C's layout.
-                let numbers = |offset| ptr::from_ref(self).wrapping_byte_add(offset).cast::<i64>();
-                let tensor = DLTensor {
-                    data: self.ptr.cast_mut(),
-                    device: DLDevice { device_type: dlpack::CUDA, device_id: self.device_id },
-                    ndim: [$(stringify!($size)),*].len() as i32,
-                    dtype: self.dtype.to_dl(),
-                    shape: numbers(offset_of!($name, $first_size)),
-                    strides: numbers(offset_of!($name, $first_stride)),
-                    byte_offset: 0,
-                };
-                PackedTensor(tensor, PhantomData)
-            }
-        }
-
         impl $name {
             /// That a tensor can be made of it.
             #[inline]
@@ -61,26 +39,30 @@ macro_rules! descriptor {
                 check(self.device_id, self.ptr, &[$(self.$size),*], &[$(self.$stride),*])
             }
 
+            #[inline(always)]
+            fn layout(&self) -> Layout {
+                let (shape, strides) = ([$(self.$size),*], [$(self.$stride),*]);
+                let device = Device::Cuda(self.device_id as u32);
+                Layout::build(self.ptr.cast_mut(), device, self.dtype, &shape, Some(&strides), None)
+            }
+
             /// The tensor, once it was checked. It is made where it is used: moved, it would cost more than the call.
             ///
             /// # Safety
             /// As for [`TensorRef::from_raw`].
-            #[inline]
+            #[inline(always)]
             unsafe fn read<'a>(&self) -> TensorRef<'a> {
-                let (shape, strides) = ([$(self.$size),*], [$(self.$stride),*]);
                 // SAFETY: the caller's promise.
-                unsafe { TensorRef::from_checked(self.ptr, Device::Cuda(self.device_id as u32), self.dtype, &shape, Some(&strides), None, None) }
+                unsafe { TensorRef::from_layout(self.layout(), Owner::NONE) }
             }
 
             /// # Safety
             /// As for [`TensorMut::from_raw`].
-            #[inline]
+            #[inline(always)]
             #[allow(dead_code, reason = "some shapes are only read")]
             unsafe fn write<'a>(&self) -> TensorMut<'a> {
-                let (shape, strides) = ([$(self.$size),*], [$(self.$stride),*]);
-                let device = Device::Cuda(self.device_id as u32);
                 // SAFETY: the caller's promise.
-                unsafe { TensorMut::from_checked(self.ptr.cast_mut(), device, self.dtype, &shape, Some(&strides), None, None) }
+                unsafe { TensorMut::from_layout(self.layout(), Owner::NONE) }
             }
         }
     };
@@ -88,25 +70,25 @@ macro_rules! descriptor {
 
 descriptor! {
     /// A vector in device memory.
-    Tensor1DDesc { len; stride } len stride
+    Tensor1DDesc { len; stride }
 }
 descriptor! {
     /// A matrix in device memory.
-    Tensor2DDesc { rows, cols; stride_row, stride_col } rows stride_row
+    Tensor2DDesc { rows, cols; stride_row, stride_col }
 }
 descriptor! {
     /// A `[tokens, heads, head size]` tensor in device memory.
-    Tensor3DDesc { dim0, dim1, dim2; stride0, stride1, stride2 } dim0 stride0
+    Tensor3DDesc { dim0, dim1, dim2; stride0, stride1, stride2 }
 }
 descriptor! {
     /// A `[sequences, heads, value dimension, key dimension]` tensor in device memory.
-    Tensor4DDesc { dim0, dim1, dim2, dim3; stride0, stride1, stride2, stride3 } dim0 stride0
+    Tensor4DDesc { dim0, dim1, dim2, dim3; stride0, stride1, stride2, stride3 }
 }
 
 /// That a descriptor can be a tensor's.
 #[inline]
 fn check(device_id: i32, ptr: *const c_void, shape: &[i64], strides: &[i64]) -> Result<()> {
-    if device_id >= 0 && Raw::is_sound(ptr.cast_mut(), shape, Some(strides)) {
+    if device_id >= 0 && Layout::is_possible(ptr.cast_mut(), shape, Some(strides)) {
         return Ok(());
     }
     Err(unfit(device_id, shape, strides))
@@ -115,7 +97,7 @@ fn check(device_id: i32, ptr: *const c_void, shape: &[i64], strides: &[i64]) -> 
 #[cold]
 fn unfit(device_id: i32, shape: &[i64], strides: &[i64]) -> FlashInferError {
     if device_id >= 0 {
-        return tensor::fault(shape, Some(strides));
+        return impossible(shape, Some(strides));
     }
     // TVM-FFI 0.1.3 would write past its table of streams, and say nothing.
     match FlashInferRuntime::global().and_then(|runtime| runtime.device_count()) {
@@ -166,50 +148,18 @@ impl GemmaRmsNormParams {
 /// kernel has run; `out` may be the input itself, and otherwise overlaps nothing. The stream must be null or a live
 /// stream of the descriptors' device.
 pub unsafe fn gemma_rmsnorm(params: &GemmaRmsNormParams) -> Result<()> {
-    let options = NormOptions::default().with_eps(params.eps).with_pdl(params.enable_pdl);
-    // SAFETY: the caller's promise, for the stream.
-    let stream = unsafe { Stream::from_raw(params.stream) };
-    let matrix = |matrix: &Tensor2DDesc| Lines {
-        rows: matrix.rows,
-        columns: matrix.cols,
-        apart: matrix.stride_row,
-        within: matrix.stride_col,
-        ..lines(matrix.ptr, matrix.dtype, matrix.device_id)
-    };
-    let Tensor1DDesc { ptr, len, stride, dtype, device_id } = params.weight;
-    let vector = Lines { columns: len, apart: len, within: stride, ..lines(ptr, dtype, device_id) };
-    let matrices = [(&params.out, matrix(&params.out)), (&params.input, matrix(&params.input))];
-    // SAFETY: the caller's promise, for the memory.
-    match unsafe { norm::described_gemma_rmsnorm(matrices, (&params.weight, vector), &options, stream) } {
-        Some(done) => done,
-        // SAFETY: the caller's promise.
-        None => unsafe { any_gemma_rmsnorm(params, &options, stream) },
-    }
-}
-
-/// As [`gemma_rmsnorm`], for what may be anything.
-///
-/// # Safety
-/// As there.
-#[cold]
-unsafe fn any_gemma_rmsnorm(params: &GemmaRmsNormParams, options: &NormOptions, stream: Stream<'_>) -> Result<()> {
     params.out.check()?;
     params.input.check()?;
     params.weight.check()?;
-    // SAFETY: the caller's promise.
-    let (mut out, input, weight) = unsafe { (params.out.write(), params.input.read(), params.weight.read()) };
-    norm::gemma_rmsnorm(&mut out, &input, &weight, options, stream)
+    let options = NormOptions::default().with_eps(params.eps).with_pdl(params.enable_pdl);
+    // SAFETY: the caller's promise, for the memory and for the stream.
+    unsafe {
+        let (mut out, input, weight) = (params.out.write(), params.input.read(), params.weight.read());
+        norm::gemma_rmsnorm(&mut out, &input, &weight, &options, Stream::from_raw(params.stream))
+    }
 }
 
-/// What every description has; one row. A device that cannot be is the host, which is not what is plain.
-#[inline(always)]
-fn lines(ptr: *const c_void, dtype: DType, device_id: i32) -> Lines {
-    let device_type = if device_id < 0 { dlpack::CPU } else { dlpack::CUDA };
-    let device = DLDevice { device_type, device_id };
-    Lines { data: ptr.cast_mut(), dtype, device, stream: None, rows: 1, columns: 0, apart: 0, within: 1 }
-}
-
-/// The arguments of [`gdn_prefill_sm90`]; shapes and types as in [`GdnPrefill`].
+/// The arguments of [`gdn_prefill_sm90`]; shapes and types as in [`GdnTensors`].
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct GdnPrefillSm90Params {
@@ -307,19 +257,20 @@ pub unsafe fn gdn_prefill_sm90(params: &GdnPrefillSm90Params) -> Result<()> {
     params.beta.as_ref().map_or(Ok(()), Tensor2DDesc::check)?;
     // SAFETY: the caller's promise, for the memory, for the contents of cu_seqlens and for the stream.
     unsafe {
-        let args = GdnPrefill {
+        let mut tensors = GdnTensors {
             output: params.output.write(),
             output_state: params.output_state.write(),
             q: params.q.read(),
             k: params.k.read(),
             v: params.v.read(),
-            cu_seqlens: params.cu_seqlens.read(),
+        };
+        let options = GdnOptions {
             input_state: params.input_state.as_ref().map(|state| state.read()),
             alpha: params.alpha.as_ref().map(|alpha| alpha.read()),
             beta: params.beta.as_ref().map(|beta| beta.read()),
-            scale: params.scale,
-            workspace: params.workspace.write(),
+            scale: (params.scale != 0.0).then_some(params.scale),
         };
-        gdn::gdn_prefill(args, Stream::from_raw(params.stream))
+        let (cu_seqlens, mut workspace) = (params.cu_seqlens.read(), params.workspace.write());
+        gdn::gdn_prefill(&mut tensors, &cu_seqlens, &mut workspace, &options, Stream::from_raw(params.stream))
     }
 }

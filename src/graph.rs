@@ -2,60 +2,205 @@
 //!
 //! A graph refers to memory by its address, for as long as it may be replayed. So it owns its buffers, and a capture knows
 //! no others: it runs on a stream of its own, and only tensors over the graph's buffers are made for that stream. cudarc's
-//! event tracking, whose waits and records cannot be captured, is left out there; [`LaunchGraph::launch`] waits and records
-//! for every buffer instead.
+//! event tracking, whose waits and records cannot be captured, is left out there. Instead a graph takes its buffers over
+//! before a launch, once the program may have used them, and hands them back before the program may use them again; between
+//! launches that follow one another nothing is waited for or recorded.
 
+use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
+use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::result::{graph as driver_graph, stream as driver_stream};
 use cudarc::driver::sys::{self, CUgraph, CUgraphExec, CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
+};
 
-use crate::cudarc_buffers::{check_byte, check_context, check_len, device, driver};
-use crate::error::{FlashInferError, Result};
+use crate::buffers::{check_byte, check_context, check_len, device, refuse_per_thread};
+use crate::error::{FlashInferError, Result, driver};
+use crate::owner::{CurrentContext, Owner};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::{Capture, Stream};
-use crate::tensor::{DType, Device, Element, TensorMut, TensorRef};
-
-pub(crate) mod sealed {
-    pub trait Sealed {}
-}
+use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
 
 /// Where a capture happens: what its tensors are made for.
-#[doc(hidden)]
 #[derive(Debug, Clone, Copy)]
 pub struct Site {
     device: Device,
     stream: CUstream,
 }
 
+/// What was launched on a graph's stream, for others to wait for.
+pub struct Launched<'a> {
+    stream: &'a CudaStream,
+    /// Recorded behind all launches; only when the buffers leave the graph.
+    last: Option<&'a CudaEvent>,
+}
+
 /// What a [`LaunchGraph`] owns: `CudaSlice<T>`, `Arc<CudaSlice<T>>` for what is only read and shared (weights),
-/// [`GdnPrefillContext`](crate::kernels::gdn_context::GdnPrefillContext),
-/// [`DeviceCuSeqlens`](crate::kernels::gdn_context::DeviceCuSeqlens), and tuples, arrays and vectors of these.
-pub trait GraphBuffers: sealed::Sealed + 'static {
+/// [`GdnPrefillContext`](crate::kernels::gdn::GdnPrefillContext), [`DeviceCuSeqlens`](crate::DeviceCuSeqlens), tuples, arrays
+/// and vectors of these, and structs that [`graph_buffers!`](crate::graph_buffers) declares.
+pub trait GraphBuffers: Sized + 'static {
+    /// What the graph keeps: buffers, and tuples, arrays and vectors of them.
+    #[doc(hidden)]
+    type Owned: Leaf;
+
     /// What the captured calls are given: [`GraphMut`] for a buffer, [`GraphRef`] for a shared one.
     type Captured<'a>;
 
     /// What the program is given between launches: cudarc's views.
     type Views<'a>;
 
-    /// That all memory is of this context.
     #[doc(hidden)]
+    fn into_owned(self) -> Self::Owned;
+
+    #[doc(hidden)]
+    fn from_owned(owned: Self::Owned) -> Self;
+
+    #[doc(hidden)]
+    fn captured<'a>(captured: <Self::Owned as Leaf>::Captured<'a>) -> Self::Captured<'a>;
+
+    #[doc(hidden)]
+    fn views<'a>(views: <Self::Owned as Leaf>::Views<'a>) -> Self::Views<'a>;
+}
+
+/// What a graph can keep. Named nowhere outside of this crate, so that nobody else implements it: a graph relies on it.
+pub trait Leaf: 'static {
+    type Captured<'a>;
+    type Views<'a>;
+
+    /// That all memory is of this context.
     fn check(&self, context: &Arc<CudaContext>) -> Result<()>;
 
-    #[doc(hidden)]
-    fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> Self::Captured<'a>;
+    fn captured<'a>(&'a mut self, site: Site) -> Self::Captured<'a>;
 
-    #[doc(hidden)]
     fn views(&mut self) -> Self::Views<'_>;
 
-    /// Runs `launch` behind what used the buffers before, and before what will.
-    #[doc(hidden)]
-    fn ordered(&mut self, stream: &CudaStream, launch: &mut dyn FnMut());
+    /// Makes the stream wait for what used the memory elsewhere.
+    fn take_over(&mut self, stream: &CudaStream);
+
+    /// Makes what uses the memory elsewhere from now on wait for what was launched.
+    fn hand_back(&mut self, launched: &Launched<'_>);
 }
+
+/// A type that a graph keeps as it is.
+macro_rules! graph_leaf {
+    ($({$($generics:tt)*})? $leaf:ty) => {
+        impl $(<$($generics)*>)? $crate::graph::GraphBuffers for $leaf {
+            type Owned = Self;
+            type Captured<'a> = <Self as $crate::graph::Leaf>::Captured<'a>;
+            type Views<'a> = <Self as $crate::graph::Leaf>::Views<'a>;
+
+            fn into_owned(self) -> Self {
+                self
+            }
+
+            fn from_owned(owned: Self) -> Self {
+                owned
+            }
+
+            fn captured<'a>(captured: Self::Captured<'a>) -> Self::Captured<'a> {
+                captured
+            }
+
+            fn views<'a>(views: Self::Views<'a>) -> Self::Views<'a> {
+                views
+            }
+        }
+    };
+}
+pub(crate) use graph_leaf;
+
+/// Declares a struct of a [`LaunchGraph`]'s buffers, and those of what captured calls and the program are given in their
+/// places, with the same fields.
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use flashinfer_rs::cudarc::driver::CudaSlice;
+/// # use half::bf16;
+/// flashinfer_rs::graph_buffers! {
+///     /// A decoder step's buffers.
+///     pub struct Step / StepCaptured / StepViews {
+///         pub hidden: CudaSlice<bf16>,
+///         pub weights: Vec<Arc<CudaSlice<bf16>>>,
+///     }
+/// }
+/// ```
+///
+/// A graph of `Step` captures with a `StepCaptured`, whose `hidden` is a [`GraphMut`] and whose `weights` are [`GraphRef`]s, and
+/// answers [`buffers`](LaunchGraph::buffers) with `StepViews`.
+#[macro_export]
+macro_rules! graph_buffers {
+    (
+        $(#[$meta:meta])*
+        $vis:vis struct $name:ident / $captured:ident / $views:ident {
+            $($(#[$field_meta:meta])* $field_vis:vis $field:ident: $type:ty),+ $(,)?
+        }
+    ) => {
+        $(#[$meta])*
+        $vis struct $name {
+            $($(#[$field_meta])* $field_vis $field: $type,)+
+        }
+
+        #[doc = concat!("[`", stringify!($name), "`] in a capture.")]
+        $vis struct $captured<'a> {
+            $($(#[$field_meta])* $field_vis $field: <$type as $crate::GraphBuffers>::Captured<'a>,)+
+        }
+
+        #[doc = concat!("[`", stringify!($name), "`] between launches.")]
+        $vis struct $views<'a> {
+            $($(#[$field_meta])* $field_vis $field: <$type as $crate::GraphBuffers>::Views<'a>,)+
+        }
+
+        impl $crate::GraphBuffers for $name {
+            type Owned = $crate::graph_buffers!(@type $([$type])+);
+            type Captured<'a> = $captured<'a>;
+            type Views<'a> = $views<'a>;
+
+            fn into_owned(self) -> Self::Owned {
+                let Self { $($field),+ } = self;
+                $crate::graph_buffers!(@into $($field)+)
+            }
+
+            fn from_owned(owned: Self::Owned) -> Self {
+                let $crate::graph_buffers!(@pattern $($field)+) = owned;
+                Self { $($field: $crate::GraphBuffers::from_owned($field)),+ }
+            }
+
+            fn captured<'a>(captured: $crate::GraphCaptured<'a, Self>) -> $captured<'a> {
+                let $crate::graph_buffers!(@pattern $($field)+) = captured;
+                $captured { $($field: <$type as $crate::GraphBuffers>::captured($field)),+ }
+            }
+
+            fn views<'a>(views: $crate::GraphViews<'a, Self>) -> $views<'a> {
+                let $crate::graph_buffers!(@pattern $($field)+) = views;
+                $views { $($field: <$type as $crate::GraphBuffers>::views($field)),+ }
+            }
+        }
+    };
+    // Pairs within pairs, so that a struct may have any number of fields.
+    (@type) => { () };
+    (@type [$first:ty] $($rest:tt)*) => {
+        (<$first as $crate::GraphBuffers>::Owned, $crate::graph_buffers!(@type $($rest)*))
+    };
+    (@into) => { () };
+    (@into $first:ident $($rest:ident)*) => {
+        ($crate::GraphBuffers::into_owned($first), $crate::graph_buffers!(@into $($rest)*))
+    };
+    (@pattern) => { () };
+    (@pattern $first:ident $($rest:ident)*) => { ($first, $crate::graph_buffers!(@pattern $($rest)*)) };
+}
+
+/// What the captured calls of a graph's buffers are made of.
+#[doc(hidden)]
+pub type GraphCaptured<'a, B> = <<B as GraphBuffers>::Owned as Leaf>::Captured<'a>;
+
+/// What the views of a graph's buffers are made of.
+#[doc(hidden)]
+pub type GraphViews<'a, B> = <<B as GraphBuffers>::Owned as Leaf>::Views<'a>;
 
 /// A buffer that captured calls read.
 #[derive(Debug, Clone, Copy)]
@@ -84,6 +229,12 @@ impl<'a, T: Element> GraphRef<'a, T> {
         self.len == 0
     }
 
+    /// The buffer's address on the GPU, for kernels of one's own that are captured on the same stream. The graph keeps the
+    /// buffer for as long as it can be launched; whoever captures a kernel on it sees to it that it is only read.
+    pub fn as_ptr(&self) -> *const T {
+        self.address as *const T
+    }
+
     /// The first elements as a contiguous, row-major tensor. The buffer may be longer.
     ///
     /// # Errors
@@ -102,10 +253,11 @@ impl<'a, T: Element> GraphRef<'a, T> {
 
     fn tensor(&self, shape: &[i64], strides: Option<&[i64]>) -> Result<TensorRef<'a>> {
         check_len("graph", "buffer", self.len, shape, strides)?;
-        let (pointer, stream) = (self.address as *const _, Some(self.site.stream.cast()));
+        let (address, stream) = (self.address as *mut c_void, Some(self.site.stream.cast()));
+        let layout = Layout::build(address, self.site.device, T::DTYPE, shape, strides, stream);
         // SAFETY: the graph owns the memory, which holds the elements that were counted, and keeps it for as long as it can
         // be launched; its launches are ordered with all other uses.
-        Ok(unsafe { TensorRef::from_checked(pointer, self.site.device, T::DTYPE, shape, strides, stream, None) })
+        Ok(unsafe { TensorRef::from_layout(layout, Owner::NONE) })
     }
 }
 
@@ -118,6 +270,11 @@ impl<'a, T: Element> GraphMut<'a, T> {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.buffer.is_empty()
+    }
+
+    /// The buffer's address on the GPU, as [`GraphRef::as_ptr`], to be written.
+    pub fn as_mut_ptr(&mut self) -> *mut T {
+        self.buffer.address as *mut T
     }
 
     /// The buffer, only to be read from now on.
@@ -180,8 +337,9 @@ impl<'a, T: Element> GraphMut<'a, T> {
         let GraphRef { address, len, site, .. } = self.buffer;
         let stream = Some(site.stream.cast());
         check_len("graph", "buffer", len, shape, strides)?;
+        let layout = Layout::build(address as *mut c_void, site.device, dtype, shape, strides, stream);
         // SAFETY: as for `GraphRef`; this part of the buffer is borrowed mutably.
-        Ok(unsafe { TensorMut::from_checked(address as *mut _, site.device, dtype, shape, strides, stream, None) })
+        Ok(unsafe { TensorMut::from_layout(layout, Owner::NONE) })
     }
 }
 
@@ -196,8 +354,12 @@ impl GraphMut<'_, u8> {
     }
 }
 
-impl<T> sealed::Sealed for CudaSlice<T> {}
-impl<T: Element> GraphBuffers for CudaSlice<T> {
+/// What a guard would record, once it has made its stream wait: nothing was used there.
+fn only_wait(guard: SyncOnDrop<'_>) {
+    mem::forget(guard);
+}
+
+impl<T: Element> Leaf for CudaSlice<T> {
     type Captured<'a> = GraphMut<'a, T>;
     type Views<'a> = CudaViewMut<'a, T>;
 
@@ -205,9 +367,10 @@ impl<T: Element> GraphBuffers for CudaSlice<T> {
         check_context("graph", "buffer", self.stream().context(), context)
     }
 
-    fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> GraphMut<'a, T> {
-        let len = self.len();
-        let (address, _guard) = self.device_ptr_mut(stream);
+    fn captured<'a>(&'a mut self, site: Site) -> GraphMut<'a, T> {
+        let (len, own) = (self.len(), Arc::clone(self.stream()));
+        let (address, guard) = self.device_ptr(&own);
+        only_wait(guard);
         GraphMut { buffer: GraphRef { address, len, site, borrow: PhantomData }, borrow: PhantomData }
     }
 
@@ -215,14 +378,27 @@ impl<T: Element> GraphBuffers for CudaSlice<T> {
         self.as_view_mut()
     }
 
-    fn ordered(&mut self, stream: &CudaStream, launch: &mut dyn FnMut()) {
-        let (_, _guard) = self.device_ptr_mut(stream);
-        launch();
+    fn take_over(&mut self, stream: &CudaStream) {
+        let (_, guard) = self.device_ptr_mut(stream);
+        only_wait(guard);
+    }
+
+    fn hand_back(&mut self, launched: &Launched<'_>) {
+        // The guard records that the graph's stream wrote.
+        drop(self.device_ptr_mut(launched.stream));
+        if let Some(event) = launched.last {
+            // Whatever cudarc tracks by then: memory is released on its own stream.
+            let own = self.stream();
+            own.context().record_err(own.wait(event));
+        }
     }
 }
 
-impl<T> sealed::Sealed for Arc<CudaSlice<T>> {}
-impl<T: Element> GraphBuffers for Arc<CudaSlice<T>> {
+graph_leaf!({T: Element} CudaSlice<T>);
+
+/// While a graph has its share, nobody can write the buffer: what it waited for once stays so, and its reads need to be known
+/// only when it gives its share up.
+impl<T: Element> Leaf for Arc<CudaSlice<T>> {
     type Captured<'a> = GraphRef<'a, T>;
     type Views<'a> = &'a CudaSlice<T>;
 
@@ -230,8 +406,9 @@ impl<T: Element> GraphBuffers for Arc<CudaSlice<T>> {
         check_context("graph", "buffer", self.stream().context(), context)
     }
 
-    fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> GraphRef<'a, T> {
-        let (address, _guard) = self.device_ptr(stream);
+    fn captured<'a>(&'a mut self, site: Site) -> GraphRef<'a, T> {
+        let (address, guard) = self.device_ptr(self.stream());
+        only_wait(guard);
         GraphRef { address, len: self.len(), site, borrow: PhantomData }
     }
 
@@ -239,95 +416,178 @@ impl<T: Element> GraphBuffers for Arc<CudaSlice<T>> {
         self
     }
 
-    fn ordered(&mut self, stream: &CudaStream, launch: &mut dyn FnMut()) {
-        let (_, _guard) = self.device_ptr(stream);
-        launch();
+    fn take_over(&mut self, stream: &CudaStream) {
+        let (_, guard) = self.device_ptr(stream);
+        only_wait(guard);
+    }
+
+    fn hand_back(&mut self, launched: &Launched<'_>) {
+        let Some(event) = launched.last else { return };
+        let own = self.stream();
+        let context = own.context();
+        context.record_err(own.wait(event));
+        let (_, guard) = self.device_ptr(own);
+        if let SyncOnDrop::Record(Some((reads, _))) = &guard
+            && context.is_managing_stream_synchronization()
+        {
+            // The one event that stands for all reads is recorded anew, behind those that it stood for.
+            context.record_err(own.wait(reads));
+        }
     }
 }
 
-impl<B> sealed::Sealed for Vec<B> {}
-impl<B: GraphBuffers> GraphBuffers for Vec<B> {
+graph_leaf!({T: Element} Arc<CudaSlice<T>>);
+
+/// Buffers of buffers: each is asked in turn.
+macro_rules! each {
+    () => {
+        fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+            self.iter().try_for_each(|buffer| buffer.check(context))
+        }
+
+        fn take_over(&mut self, stream: &CudaStream) {
+            self.iter_mut().for_each(|buffer| buffer.take_over(stream));
+        }
+
+        fn hand_back(&mut self, launched: &Launched<'_>) {
+            self.iter_mut().for_each(|buffer| buffer.hand_back(launched));
+        }
+    };
+}
+
+impl<B: Leaf> Leaf for Vec<B> {
     type Captured<'a> = Vec<B::Captured<'a>>;
     type Views<'a> = Vec<B::Views<'a>>;
 
-    fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
-        self.iter().try_for_each(|buffer| buffer.check(context))
-    }
+    each!();
 
-    fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> Self::Captured<'a> {
-        self.iter_mut().map(|buffer| buffer.captured(stream, site)).collect()
+    fn captured<'a>(&'a mut self, site: Site) -> Self::Captured<'a> {
+        self.iter_mut().map(|buffer| buffer.captured(site)).collect()
     }
 
     fn views(&mut self) -> Self::Views<'_> {
         self.iter_mut().map(B::views).collect()
     }
+}
 
-    fn ordered(&mut self, stream: &CudaStream, launch: &mut dyn FnMut()) {
-        ordered(self, stream, launch);
+impl<B: GraphBuffers> GraphBuffers for Vec<B> {
+    type Owned = Vec<B::Owned>;
+    type Captured<'a> = Vec<B::Captured<'a>>;
+    type Views<'a> = Vec<B::Views<'a>>;
+
+    fn into_owned(self) -> Self::Owned {
+        self.into_iter().map(B::into_owned).collect()
+    }
+
+    fn from_owned(owned: Self::Owned) -> Self {
+        owned.into_iter().map(B::from_owned).collect()
+    }
+
+    fn captured<'a>(captured: GraphCaptured<'a, Self>) -> Self::Captured<'a> {
+        captured.into_iter().map(B::captured).collect()
+    }
+
+    fn views<'a>(views: GraphViews<'a, Self>) -> Self::Views<'a> {
+        views.into_iter().map(B::views).collect()
     }
 }
 
-impl<B, const N: usize> sealed::Sealed for [B; N] {}
-impl<B: GraphBuffers, const N: usize> GraphBuffers for [B; N] {
+impl<B: Leaf, const N: usize> Leaf for [B; N] {
     type Captured<'a> = [B::Captured<'a>; N];
     type Views<'a> = [B::Views<'a>; N];
 
-    fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
-        self.iter().try_for_each(|buffer| buffer.check(context))
-    }
+    each!();
 
-    fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> Self::Captured<'a> {
-        self.each_mut().map(|buffer| buffer.captured(stream, site))
+    fn captured<'a>(&'a mut self, site: Site) -> Self::Captured<'a> {
+        self.each_mut().map(|buffer| buffer.captured(site))
     }
 
     fn views(&mut self) -> Self::Views<'_> {
         self.each_mut().map(B::views)
     }
-
-    fn ordered(&mut self, stream: &CudaStream, launch: &mut dyn FnMut()) {
-        ordered(self, stream, launch);
-    }
 }
 
-/// By recursion, so that the guards need no memory but the stack's.
-fn ordered<B: GraphBuffers>(buffers: &mut [B], stream: &CudaStream, launch: &mut dyn FnMut()) {
-    match buffers.split_first_mut() {
-        Some((first, rest)) => first.ordered(stream, &mut || ordered(rest, stream, launch)),
-        None => launch(),
+impl<B: GraphBuffers, const N: usize> GraphBuffers for [B; N] {
+    type Owned = [B::Owned; N];
+    type Captured<'a> = [B::Captured<'a>; N];
+    type Views<'a> = [B::Views<'a>; N];
+
+    fn into_owned(self) -> Self::Owned {
+        self.map(B::into_owned)
+    }
+
+    fn from_owned(owned: Self::Owned) -> Self {
+        owned.map(B::from_owned)
+    }
+
+    fn captured<'a>(captured: GraphCaptured<'a, Self>) -> Self::Captured<'a> {
+        captured.map(B::captured)
+    }
+
+    fn views<'a>(views: GraphViews<'a, Self>) -> Self::Views<'a> {
+        views.map(B::views)
     }
 }
 
 macro_rules! tuple {
     ($($name:ident $at:tt),*) => {
-        impl<$($name),*> sealed::Sealed for ($($name,)*) {}
-        impl<$($name: GraphBuffers),*> GraphBuffers for ($($name,)*) {
+        impl<$($name: Leaf),*> Leaf for ($($name,)*) {
             type Captured<'a> = ($($name::Captured<'a>,)*);
             type Views<'a> = ($($name::Views<'a>,)*);
 
-            fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
-                $(self.$at.check(context)?;)*
+            fn check(&self, _context: &Arc<CudaContext>) -> Result<()> {
+                $(self.$at.check(_context)?;)*
                 Ok(())
             }
 
-            fn captured<'a>(&'a mut self, stream: &CudaStream, site: Site) -> Self::Captured<'a> {
-                ($(self.$at.captured(stream, site),)*)
+            #[allow(clippy::unused_unit, reason = "there is a tuple of nothing")]
+            fn captured<'a>(&'a mut self, _site: Site) -> Self::Captured<'a> {
+                ($(self.$at.captured(_site),)*)
             }
 
+            #[allow(clippy::unused_unit, reason = "there is a tuple of nothing")]
             fn views(&mut self) -> Self::Views<'_> {
                 ($(self.$at.views(),)*)
             }
 
-            fn ordered(&mut self, stream: &CudaStream, launch: &mut dyn FnMut()) {
-                tuple!(@nest self stream launch $($at)*);
+            fn take_over(&mut self, _stream: &CudaStream) {
+                $(self.$at.take_over(_stream);)*
+            }
+
+            fn hand_back(&mut self, _launched: &Launched<'_>) {
+                $(self.$at.hand_back(_launched);)*
+            }
+        }
+
+        impl<$($name: GraphBuffers),*> GraphBuffers for ($($name,)*) {
+            type Owned = ($($name::Owned,)*);
+            type Captured<'a> = ($($name::Captured<'a>,)*);
+            type Views<'a> = ($($name::Views<'a>,)*);
+
+            #[allow(clippy::unused_unit, reason = "there is a tuple of nothing")]
+            fn into_owned(self) -> Self::Owned {
+                ($(self.$at.into_owned(),)*)
+            }
+
+            #[allow(clippy::unused_unit, reason = "there is a tuple of nothing")]
+            fn from_owned(_owned: Self::Owned) -> Self {
+                ($($name::from_owned(_owned.$at),)*)
+            }
+
+            #[allow(clippy::unused_unit, reason = "there is a tuple of nothing")]
+            fn captured<'a>(_captured: GraphCaptured<'a, Self>) -> Self::Captured<'a> {
+                ($($name::captured(_captured.$at),)*)
+            }
+
+            #[allow(clippy::unused_unit, reason = "there is a tuple of nothing")]
+            fn views<'a>(_views: GraphViews<'a, Self>) -> Self::Views<'a> {
+                ($($name::views(_views.$at),)*)
             }
         }
     };
-    (@nest $tuple:ident $stream:ident $launch:ident $first:tt $($rest:tt)*) => {
-        $tuple.$first.ordered($stream, &mut || { tuple!(@nest $tuple $stream $launch $($rest)*); })
-    };
-    (@nest $tuple:ident $stream:ident $launch:ident) => { $launch() };
 }
 
+tuple!();
 tuple!(A 0);
 tuple!(A 0, B 1);
 tuple!(A 0, B 1, C 2);
@@ -383,12 +643,24 @@ pub enum Captured {
 /// # Ok(())
 /// # }
 /// ```
+///
+/// # Limits
+/// Upstream reports that the prefill of release 0.6.3, which is never mended but replaced in 0.6.14, was seen to hang when it
+/// was replayed from a CUDA graph (flashinfer#3329: 32 value heads, 49 sequences of which most had 6 tokens). It was not seen
+/// here; `DIR/stress` of the GPU bundle looks for it under a watchdog.
 pub struct LaunchGraph<B: GraphBuffers> {
     stream: Arc<CudaStream>,
     pdl: bool,
-    /// Before the buffers, so that it is gone before them.
+    /// Gone before the buffers, of which it has the addresses.
     executable: Option<Executable>,
-    buffers: B,
+    /// Nothing only while the graph is taken apart.
+    buffers: Option<B::Owned>,
+    /// Whether the program may have used the buffers since the last launch.
+    lent: bool,
+    /// Whether there was a launch.
+    launched: bool,
+    /// Whether there was one since the buffers were handed back.
+    unreported: bool,
 }
 
 impl<B: GraphBuffers> fmt::Debug for LaunchGraph<B> {
@@ -398,20 +670,25 @@ impl<B: GraphBuffers> fmt::Debug for LaunchGraph<B> {
 }
 
 impl<B: GraphBuffers> LaunchGraph<B> {
-    /// A graph without calls yet, to be launched on `stream`, which may be any, the null stream too.
+    /// A graph without calls yet, to be launched on `stream`, which may be the null stream too.
     ///
     /// # Errors
     /// [`NotInitialized`](FlashInferError::NotInitialized); [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange); or
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer of another context than the stream's.
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer of another context than the stream's, a context that
+    /// is not the GPU's primary one, or the per-thread stream, which is another in each thread.
     pub fn new(stream: &Arc<CudaStream>, buffers: B) -> Result<Self> {
+        refuse_per_thread("graph", stream)?;
+        check_context("graph", "stream", stream.context(), stream.context())?;
         FlashInferRuntime::global()?.checked_device(device(stream.context()))?;
+        let buffers = buffers.into_owned();
         buffers.check(stream.context())?;
-        Ok(Self { stream: Arc::clone(stream), pdl: true, executable: None, buffers })
+        let (stream, buffers) = (Arc::clone(stream), Some(buffers));
+        Ok(Self { stream, pdl: true, executable: None, buffers, lent: true, launched: false, unreported: false })
     }
 
-    /// With programmatic dependent launch on or off for every captured kernel that has it; it is on by default. A call with
-    /// the option on has it in any case, and a [prepared](crate::Prepared) one keeps its own. Such a kernel may start before the one ahead of it has ended and waits for that one's results by itself, so the results
-    /// are the same.
+    /// With programmatic dependent launch on or off for every captured kernel whose row says that it waits before it reads; it
+    /// is on by default. A call with the option on has it in any case. Such a kernel may start before the one ahead of it has
+    /// ended and waits for that one's results by itself, so the results are the same.
     #[must_use]
     pub fn with_pdl(mut self, pdl: bool) -> Self {
         self.pdl = pdl;
@@ -435,10 +712,11 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         let runtime = FlashInferRuntime::global()?;
         let context = self.stream.context();
         let device = device(context);
-        context.bind_to_thread().map_err(driver("binding the context"))?;
+        let _current = CurrentContext::bind(context)?;
         let private = PrivateStream::new(context)?;
         let site = Site { device, stream: private.stream };
-        let buffers = self.buffers.captured(&self.stream, site);
+        let Some(buffers) = &mut self.buffers else { unreachable!("only a graph that is taken apart has none") };
+        let buffers = B::captured(buffers.captured(site));
         // SAFETY: the stream lives until the end of this function, and of this device.
         let stream = unsafe { Stream::from_raw(private.stream.cast()) }.capturing(Capture { pdl: self.pdl });
         let capturing = private.begin()?;
@@ -477,27 +755,67 @@ impl<B: GraphBuffers> LaunchGraph<B> {
             let (problem, remedy) = ("nothing was captured".to_owned(), "call LaunchGraph::capture first");
             return Err(FlashInferError::Graph { problem, remedy });
         };
+        let runtime = FlashInferRuntime::global()?;
         let context = self.stream.context();
-        FlashInferRuntime::global()?.checked_device(device(context))?;
-        context.bind_to_thread().map_err(driver("binding the context"))?;
-        let mut result = Ok(());
-        let mut launch = || {
-            // SAFETY: both are live; the graph's memory is what `buffers` keeps, ordered with its other uses.
-            result = unsafe { driver_graph::launch(executable.handle, self.stream.cu_stream()) };
-        };
-        self.buffers.ordered(&self.stream, &mut launch);
-        result.map_err(driver("cuGraphLaunch"))
+        let id = runtime.checked_device(device(context))?;
+        let _current = CurrentContext::bind(context)?;
+        if self.lent {
+            self.buffers.iter_mut().for_each(|buffers| buffers.take_over(&self.stream));
+            context.check_err().map_err(driver("ordering a buffer's uses"))?;
+            self.lent = false;
+        }
+        (self.launched, self.unreported) = (true, true);
+        // SAFETY: both are live; the graph's memory is what `buffers` keeps, ordered with its other uses.
+        let result = unsafe { driver_graph::launch(executable.handle, self.stream.cu_stream()) };
+        result.map_err(|error| {
+            let stream = Stream::cudarc(&self.stream);
+            runtime.diagnosed(driver("cuGraphLaunch")(error), id, error.0 as i32, stream)
+        })
     }
 
     /// Views of the buffers, to be filled and read between launches. cudarc orders what is done through them with the
     /// launches, where it tracks events; without, what is done on the graph's own stream is in order.
     pub fn buffers(&mut self) -> B::Views<'_> {
-        self.buffers.views()
+        self.hand_back(None);
+        self.lent = true;
+        let Some(buffers) = &mut self.buffers else { unreachable!("only a graph that is taken apart has none") };
+        B::views(buffers.views())
+    }
+
+    /// Orders what uses the buffers elsewhere from now on behind what was launched.
+    fn hand_back(&mut self, last: Option<&CudaEvent>) {
+        if !self.unreported && last.is_none() {
+            return;
+        }
+        let _current = CurrentContext::bind(self.stream.context());
+        let launched = Launched { stream: &self.stream, last };
+        self.buffers.iter_mut().for_each(|buffers| buffers.hand_back(&launched));
+        self.unreported = false;
+    }
+
+    /// Lets go of the buffers: whatever becomes of them comes behind what was launched.
+    fn let_go(&mut self) -> Option<B::Owned> {
+        if self.launched {
+            let current = CurrentContext::bind(self.stream.context());
+            let event = self.stream.record_event(None);
+            if event.is_err() {
+                // Then there is nothing to wait for by an event.
+                self.stream.context().record_err(self.stream.synchronize());
+            }
+            self.hand_back(event.as_ref().ok());
+            drop(event);
+            drop(current);
+        }
+        self.executable = None;
+        self.buffers.take()
     }
 
     /// The buffers themselves; the graph is gone, once what was launched has run.
-    pub fn into_buffers(self) -> B {
-        self.buffers
+    pub fn into_buffers(mut self) -> B {
+        match self.let_go() {
+            Some(buffers) => B::from_owned(buffers),
+            None => unreachable!("only a graph that is taken apart has none"),
+        }
     }
 
     /// The stream that it is launched on.
@@ -508,6 +826,12 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// The number of kernels, copies and fills that a launch queues.
     pub fn nodes(&self) -> usize {
         self.executable.as_ref().map_or(0, |executable| executable.nodes)
+    }
+}
+
+impl<B: GraphBuffers> Drop for LaunchGraph<B> {
+    fn drop(&mut self) {
+        drop(self.let_go());
     }
 }
 
@@ -534,7 +858,7 @@ impl PrivateStream {
 
 impl Drop for PrivateStream {
     fn drop(&mut self) {
-        self.context.record_err(self.context.bind_to_thread());
+        let _current = CurrentContext::bind(&self.context);
         // SAFETY: made by `new`, and given up here, once.
         self.context.record_err(unsafe { driver_stream::destroy(self.stream) });
     }
@@ -550,7 +874,7 @@ impl Capturing<'_> {
 
     fn finish(&mut self) -> Result<Graph, DriverError> {
         let Some(private) = self.0.take() else { return Ok(Graph { handle: ptr::null_mut() }) };
-        private.context.bind_to_thread()?;
+        let _current = CurrentContext::bind(&private.context);
         // SAFETY: the stream is live.
         unsafe { driver_stream::end_capture(private.stream) }.map(|handle| Graph { handle })
     }
@@ -609,7 +933,7 @@ impl Executable {
 
 impl Drop for Executable {
     fn drop(&mut self) {
-        self.context.record_err(self.context.bind_to_thread());
+        let _current = CurrentContext::bind(&self.context);
         // SAFETY: made by `new`, and given up here, once; CUDA keeps it until what was launched has run.
         self.context.record_err(unsafe { driver_graph::exec_destroy(self.handle) });
     }

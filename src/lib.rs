@@ -31,9 +31,9 @@
 //!
 //! # What is here
 //! - [`FlashInferRuntime`]: finds, checks and loads the libraries, once per process.
-//! - [`kernels::norm`]: RMSNorm, its Gemma, fused and 8-bit forms, and LayerNorm; [`kernels::gdn_context`]: prefill of the
-//!   gated delta rule. Safe, on [`TensorRef`] and [`TensorMut`], over cudarc's buffers or host slices. Tensors on the host
-//!   are computed by the [reference](kernels::reference), in f64.
+//! - [`kernels::norm`]: RMSNorm, its Gemma, fused and 8-bit forms, and LayerNorm; [`kernels::gdn`]: prefill of the gated delta
+//!   rule. Safe, on [`TensorRef`] and [`TensorMut`], over cudarc's buffers or host slices. Tensors on the host
+//!   are computed by the [reference](reference), in f64.
 //! - The flat functions, [`gemma_rmsnorm`] and [`gdn_prefill_sm90`], on raw device pointers; with the feature `cudarc`
 //!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options`.
 //! - For many small launches: [`FlashInferRuntime::on`], which sets a stream once for a series of calls; [`Prepared`], a call
@@ -63,52 +63,65 @@
 //! contents, makes a function `unsafe`.
 
 mod artifact;
-mod cuda;
 #[cfg(feature = "cudarc")]
-#[path = "cudarc.rs"]
-mod cudarc_buffers;
+mod buffers;
+pub mod contract;
+mod cuda;
 #[path = "../build/digest.rs"]
 #[allow(dead_code, reason = "the build parses digests, the library only compares them")]
 mod digest;
+mod engine;
 mod error;
 mod ffi;
+mod first_call;
 mod flat;
 #[cfg(feature = "cudarc")]
 mod graph;
 pub mod kernels;
 mod loader;
 mod module;
+mod owner;
+mod prepared;
+pub mod reference;
 mod report;
 mod runtime;
+mod self_test;
+mod sequences;
 mod stream;
 mod tensor;
 
 /// The cudarc that this crate's functions take buffers of. A new minor version of it is a new minor version of this crate.
 #[cfg(feature = "cudarc")]
 pub use ::cudarc;
-#[cfg(feature = "cudarc")]
-pub use cudarc_buffers::{
-    DeviceBuffer, DeviceBufferMut, Half16, gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options,
-    gemma_rmsnorm_cudarc,
-};
-#[cfg(feature = "cudarc")]
-pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, LaunchGraph};
 /// The licences of what the build vendors, and what whoever passes it on must do: to be handed on with a program that was
 /// built with the feature `embed`.
 pub const THIRD_PARTY_NOTICES: &str = include_str!("../THIRD-PARTY.md");
 
 pub use artifact::{Artifact, Provenance, Source};
+#[cfg(feature = "cudarc")]
+pub use buffers::{
+    DeviceBuffer, DeviceBufferMut, Half16, gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options,
+    gemma_rmsnorm_cudarc,
+};
 pub use error::{FlashInferError, Result};
 pub use flat::{
     GdnPrefillSm90Params, GemmaRmsNormParams, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, gdn_prefill_sm90,
     gemma_rmsnorm,
 };
-pub use kernels::Prepared;
-pub use module::{Arg, Function, Module, Object, PackedTensor, Value};
+#[cfg(feature = "cudarc")]
+pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, LaunchGraph};
+#[cfg(feature = "cudarc")]
+#[doc(hidden)]
+pub use graph::{GraphCaptured, GraphViews};
+pub use module::{Arg, Function, Module, Object, Value};
+pub use prepared::Prepared;
 pub use report::{DeviceReport, Report, SelfTest};
 pub use runtime::{FlashInferRuntime, RuntimeConfig};
+pub use sequences::CuSeqlens;
+#[cfg(feature = "cudarc")]
+pub use sequences::{CapturedCuSeqlens, CuSeqlensMut, DeviceCuSeqlens, Sequences};
 pub use stream::{DeviceStream, Stream};
-pub use tensor::{DType, Device, Element, MAX_NDIM, TensorMut, TensorRef};
+pub use tensor::{DType, Device, Element, MAX_NDIM, PackedTensor, TensorMut, TensorRef};
 
 /// README's code compiles.
 #[cfg(all(doctest, feature = "cudarc"))]

@@ -10,7 +10,7 @@ use crate::ffi::abi::{self, Any, ByteArray, Payload, SafeCall, type_index};
 use crate::ffi::api::{self, Api};
 use crate::ffi::dlpack::DLTensor;
 use crate::loader::Library;
-use crate::tensor::{DType, Device, TensorMut, TensorRef};
+use crate::tensor::{DType, Device, PackedTensor};
 
 /// What TVM-FFI puts before an exported function's name.
 const PREFIX: &str = "__tvm_ffi_";
@@ -26,7 +26,7 @@ pub struct Module {
 #[derive(Debug)]
 enum Functions {
     Loaded(Library),
-    Here(&'static [(&'static str, SafeCall)]),
+    Here(Vec<(&'static str, SafeCall)>),
 }
 
 impl fmt::Debug for Api {
@@ -40,7 +40,7 @@ impl Module {
         Self { name: name.to_owned(), functions: Functions::Loaded(library), api }
     }
 
-    pub(crate) fn here(name: &str, functions: &'static [(&'static str, SafeCall)], api: &'static Api) -> Self {
+    pub(crate) fn here(name: &str, functions: Vec<(&'static str, SafeCall)>, api: &'static Api) -> Self {
         Self { name: name.to_owned(), functions: Functions::Here(functions), api }
     }
 
@@ -218,31 +218,20 @@ impl<'a> Arg<'a> {
         Self::new(type_index::OPAQUE_PTR, Payload { pointer: value })
     }
 
-    /// A tensor, as [`TensorRef::pack`] and [`TensorMut::pack`] make it.
+    /// A tensor, as [`TensorRef::pack`](crate::TensorRef::pack) and [`TensorMut::pack`](crate::TensorMut::pack) make it.
     pub const fn tensor(value: &'a PackedTensor<'_>) -> Self {
         Self::new(type_index::DL_TENSOR_PTR, Payload { tensor: &raw const value.0 })
+    }
+
+    /// A tensor that was packed.
+    #[inline(always)]
+    pub(crate) const fn dl_tensor(value: &'a DLTensor) -> Self {
+        Self::new(type_index::DL_TENSOR_PTR, Payload { tensor: value })
     }
 
     /// An object that a function returned.
     pub fn object(value: &'a Object) -> Self {
         Self::new(value.type_index(), Payload { object: value.handle })
-    }
-}
-
-/// A tensor in the form that crosses the boundary, borrowing the tensor's shape and strides.
-#[repr(transparent)]
-#[derive(Debug)]
-pub struct PackedTensor<'a>(pub(crate) DLTensor, pub(crate) PhantomData<&'a ()>);
-
-impl<'a> From<&'a TensorRef<'_>> for PackedTensor<'a> {
-    fn from(tensor: &'a TensorRef<'_>) -> Self {
-        tensor.pack()
-    }
-}
-
-impl<'a> From<&'a mut TensorMut<'_>> for PackedTensor<'a> {
-    fn from(tensor: &'a mut TensorMut<'_>) -> Self {
-        tensor.pack()
     }
 }
 
@@ -334,18 +323,6 @@ fn small(any: &Any) -> &[u8] {
     &bytes[..(any.extra as usize).min(bytes.len())]
 }
 
-impl PackedTensor<'_> {
-    /// A tensor object, for the few functions that take no plain tensor.
-    ///
-    /// # Safety
-    /// The object must be dropped, everywhere, before this tensor's shape and memory are gone.
-    pub(crate) unsafe fn to_object(&self, api: &'static Api) -> Result<Object> {
-        // SAFETY: the caller's promise.
-        let handle = unsafe { api.tensor_object(self.0) }?;
-        Ok(Object { handle, api })
-    }
-}
-
 /// A reference-counted object of TVM-FFI's, of which this holds one reference.
 pub struct Object {
     handle: *mut abi::Object,
@@ -353,6 +330,16 @@ pub struct Object {
 }
 
 impl Object {
+    /// A tensor object, for the few functions that take no plain tensor.
+    ///
+    /// # Safety
+    /// The object must be dropped, everywhere, before the tensor's shape, strides and memory are gone.
+    pub(crate) unsafe fn tensor(tensor: DLTensor, api: &'static Api) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        let handle = unsafe { api.tensor_object(tensor) }?;
+        Ok(Self { handle, api })
+    }
+
     /// TVM-FFI's type index.
     pub fn type_index(&self) -> i32 {
         // SAFETY: the object is live for as long as this holds its reference.

@@ -3,16 +3,16 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int};
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::artifact::{self, Artifact, Location};
 use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
+use crate::ffi::dlpack::DLTensor;
 use crate::kernels;
 use crate::loader::{self, Library, Scope as Visibility};
-use crate::module::Module;
-use crate::report::{self, Report};
+use crate::module::{Module, Object};
 use crate::stream::{DeviceStream, SCOPE, Scope, Setting, Stream};
 use crate::tensor::Device;
 
@@ -85,10 +85,10 @@ impl RuntimeConfig {
 /// What is remembered of a GPU.
 #[derive(Default)]
 struct GpuState {
-    /// The number of its multiprocessors, once that was asked for.
-    multiprocessors: OnceLock<i32>,
     /// The error that its context was lost to.
     lost: OnceLock<(i32, String)>,
+    /// Held by a call that sets something about its kernel and then launches it.
+    turn: Mutex<()>,
 }
 
 /// The process's one runtime: TVM-FFI, CUDA's runtime and the kernel modules, loaded and checked.
@@ -199,7 +199,7 @@ impl FlashInferRuntime {
     /// As for a kernel's first call.
     pub fn warm_up(&'static self) -> Result<()> {
         for kernel in kernels::all() {
-            if artifact::vendored(kernel.library()).is_some() {
+            if artifact::vendored(kernel.row.library).is_some() {
                 kernel.function()?;
             }
         }
@@ -223,16 +223,6 @@ impl FlashInferRuntime {
         Ok(self.devices.get_or_init(|| (0..count).map(|_| GpuState::default()).collect()))
     }
 
-    /// The number of multiprocessors of a device that exists.
-    pub(crate) fn multiprocessors(&self, device: i32) -> Result<i32> {
-        let cell = &self.devices()?[device as usize].multiprocessors;
-        if let Some(count) = cell.get() {
-            return Ok(*count);
-        }
-        let count = self.cudart()?.multiprocessors(device)?;
-        Ok(*cell.get_or_init(|| count))
-    }
-
     /// Whether this process sees a GPU, and a driver that is new enough for it.
     pub fn gpu_available(&self) -> bool {
         self.device_count().is_ok_and(|count| count > 0)
@@ -244,12 +234,6 @@ impl FlashInferRuntime {
         let modules = modules.iter().filter_map(|(name, module)| Some((name.clone(), module.path()?.to_owned())));
         let loaded: Vec<_> = self.loaded.iter().cloned().chain(modules).collect();
         artifact::list(&loaded)
-    }
-
-    /// Looks at everything that a kernel call depends on, and runs each kernel once against the reference. It allocates,
-    /// synchronizes and may take a second: for support requests, not for serving.
-    pub fn report(&'static self) -> Report {
-        report::make(self)
     }
 
     /// A vendored module by its soname, `norm.so` for example, to call functions that this crate has no wrapper for.
@@ -341,18 +325,6 @@ impl FlashInferRuntime {
         unsafe { self.api.set_stream(device, stream.raw) }
     }
 
-    /// As [`set_stream`](Self::set_stream), for a device that is checked here; nothing on the host. Called before a library
-    /// is loaded for a device that may not exist.
-    pub(crate) fn queue(&'static self, device: Device, stream: Stream<'_>) -> Result<Option<StreamGuard>> {
-        match device {
-            Device::Cpu => Ok(None),
-            Device::Cuda(_) => match self.set_stream(self.checked_device(device)?, stream) {
-                Ok(guard) => Ok(Some(guard)),
-                Err(code) => Err(self.api.stream_error(code)),
-            },
-        }
-    }
-
     /// The runtime, if it was initialized before.
     #[inline(always)]
     pub(crate) fn get() -> Option<&'static Self> {
@@ -395,29 +367,40 @@ impl FlashInferRuntime {
         }
     }
 
-    /// What an error of a kernel on a device really is: the device's context may be lost.
-    #[cold]
-    pub(crate) fn diagnosed(&'static self, error: FlashInferError, device: Device) -> FlashInferError {
-        let Ok(id) = self.checked_device(device) else { return error };
-        let (Device::Cuda(_), Ok(cudart), Ok(devices)) = (device, self.cudart(), self.devices()) else { return error };
-        let current = cudart.set_current(id);
-        // A lost context may refuse even to become the current one.
-        let sticky = cudart.sticky_error();
-        drop(current);
-        match sticky {
-            Some(lost) => {
-                let (code, message) = devices[id as usize].lost.get_or_init(|| lost);
-                FlashInferError::ContextLost { device: id, code: *code, message: message.clone() }
-            }
-            None => error,
+    /// This thread's turn on a device that exists, among calls that set something about their kernel before they launch it:
+    /// another that came between would launch with what this one set.
+    #[inline]
+    pub(crate) fn turn(&self, device: i32) -> Option<MutexGuard<'_, ()>> {
+        let turn = &self.devices.get()?.get(device as usize)?.turn;
+        match turn.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(_) => Some(wait_for_turn(turn)),
         }
     }
 
-    /// Whether kernels of this crate run on a device, by its compute capability.
-    pub(crate) fn supports(&self, supported: impl Fn((i32, i32)) -> bool, device: Device) -> Result<bool> {
-        match device {
-            Device::Cpu => Ok(true),
-            Device::Cuda(_) => Ok(supported(self.compute_capability(self.checked_device(device)?)?)),
+    /// What an error of a call on a device really is, with the last error's number that it left: the device's context may be
+    /// lost.
+    #[cold]
+    pub(crate) fn diagnosed(
+        &'static self,
+        error: FlashInferError,
+        device: i32,
+        code: c_int,
+        stream: Stream<'_>,
+    ) -> FlashInferError {
+        let (Ok(cudart), Ok(devices)) = (self.cudart(), self.devices()) else { return error };
+        let Some(state) = devices.get(device as usize) else { return error };
+        let lost = cudart.as_sticky(code).or_else(|| {
+            // A lost context may refuse even to become the current one.
+            let _current = cudart.set_current(device);
+            cudart.sticky_error(stream.as_raw())
+        });
+        match lost {
+            Some(lost) => {
+                let (code, message) = state.lost.get_or_init(|| lost);
+                FlashInferError::ContextLost { device, code: *code, message: message.clone() }
+            }
+            None => error,
         }
     }
 
@@ -430,6 +413,15 @@ impl FlashInferRuntime {
         self.cudart.as_ref().map_err(|searched| FlashInferError::CudartMissing { searched: searched.clone() })
     }
 
+    /// A tensor as an object of TVM-FFI's.
+    ///
+    /// # Safety
+    /// As for [`Object::tensor`].
+    pub(crate) unsafe fn tensor_object(&'static self, tensor: DLTensor) -> Result<Object> {
+        // SAFETY: the caller's promise.
+        unsafe { Object::tensor(tensor, &self.api) }
+    }
+
     pub(crate) fn api(&'static self) -> &'static Api {
         &self.api
     }
@@ -438,6 +430,19 @@ impl FlashInferRuntime {
     pub(crate) fn raise(&self, kind: &CStr, message: &CStr) {
         self.api.raise(kind, message);
     }
+}
+
+/// For a while without sleeping, since a launch takes some microseconds and waking a thread takes more.
+#[cold]
+fn wait_for_turn(turn: &Mutex<()>) -> MutexGuard<'_, ()> {
+    const SPINS: u32 = 2_000;
+    for _ in 0..SPINS {
+        std::hint::spin_loop();
+        if let Ok(guard) = turn.try_lock() {
+            return guard;
+        }
+    }
+    turn.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn open(soname: &str, config: &RuntimeConfig, scope: Visibility) -> Result<Library> {

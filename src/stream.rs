@@ -53,7 +53,11 @@ impl<'a> Stream<'a> {
         Stream::new(stream)
     }
 
-    pub(crate) fn as_raw(self) -> *mut c_void {
+    /// The handle (`cudaStream_t`, `CUstream`), for kernels of one's own and libraries such as cuBLAS. In a
+    /// capture, what is queued on it becomes part of the graph. Whoever uses it must keep it from outliving `'a`, and must not
+    /// destroy it.
+    #[inline(always)]
+    pub const fn as_raw(self) -> *mut c_void {
         self.raw
     }
 
@@ -62,8 +66,15 @@ impl<'a> Stream<'a> {
         Self { capture: Some(capture), ..self }
     }
 
+    #[inline(always)]
     pub(crate) fn capture(self) -> Option<Capture> {
         self.capture
+    }
+
+    /// Whether a graph is captured that wants programmatic dependent launch.
+    #[inline(always)]
+    pub(crate) fn captures_with_pdl(self) -> bool {
+        self.capture.is_some_and(|capture| capture.pdl)
     }
 }
 

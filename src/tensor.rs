@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 
 use crate::error::{FlashInferError, Result};
 use crate::ffi::dlpack::{self, DLDataType, DLDevice, DLTensor};
-use crate::module::PackedTensor;
+use crate::owner::Owner;
 
 /// The most dimensions a tensor of this crate may have; kernels use up to four.
 pub const MAX_NDIM: usize = 6;
@@ -58,6 +58,20 @@ impl DType {
     pub(crate) const fn to_dl(self) -> DLDataType {
         let (_, code, bits) = DTYPES[self as usize];
         DLDataType { code, bits, lanes: 1 }
+    }
+
+    /// This type as a list of one.
+    pub(crate) fn alone(self) -> &'static [Self] {
+        const EACH: [DType; DTYPES.len()] = {
+            let mut each = [DType::F16; DTYPES.len()];
+            let mut i = 0;
+            while i < each.len() {
+                each[i] = DTYPES[i].0;
+                i += 1;
+            }
+            each
+        };
+        &EACH[self as usize..=self as usize]
     }
 
     pub(crate) fn from_dl(found: DLDataType) -> Option<Self> {
@@ -139,45 +153,68 @@ macro_rules! element {
 
 element! { half::f16 => F16, half::bf16 => BF16, f32 => F32, f64 => F64, u8 => U8, i32 => I32, i64 => I64 }
 
-/// What is known of a tensor, wherever it is.
-#[derive(Clone, Copy)]
-pub(crate) struct Raw {
-    /// As it crosses the boundary, so that packing is a copy.
+/// The first fields of [`DLTensor`] behind the data pointer, in its order, so that packing is a copy.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq)]
+struct Head {
+    device: DLDevice,
+    ndim: i32,
+    dtype: DLDataType,
+}
+
+/// Everything about a tensor but where its memory is: what two calls must have in common for one check to serve both.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct Form {
     head: Head,
-    /// The one stream that may use it now, where its owner said so.
-    stream: Option<*mut c_void>,
     device: Device,
     dtype: DType,
     /// Whether the elements lie one after the other in row-major order.
     dense: bool,
+    /// Behind the last dimension 1, so that forms can be compared as a whole.
     shape: [i64; MAX_NDIM],
     strides: [i64; MAX_NDIM],
 }
 
-impl fmt::Debug for Raw {
+/// A tensor's description.
+#[derive(Clone, Copy)]
+pub(crate) struct Layout {
+    data: *mut c_void,
+    /// The one stream that may use it, where its owner said so.
+    stream: Option<*mut c_void>,
+    form: Form,
+}
+
+impl fmt::Display for Form {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (shape, strides, device, data) = (self.shape(), self.strides(), self.device, self.data());
-        write!(f, "{}{shape:?} strides {strides:?} on {device} at {data:p}", self.dtype)
+        let ndim = self.head.ndim as usize;
+        write!(f, "{}{:?} strided {:?} on {}", self.dtype, &self.shape[..ndim], &self.strides[..ndim], self.device)
     }
 }
 
-impl Raw {
+impl fmt::Debug for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (shape, strides, device, data) = (self.shape(), self.strides(), self.device(), self.data);
+        write!(f, "{}{shape:?} strides {strides:?} on {device} at {data:p}", self.dtype())
+    }
+}
+
+impl Layout {
     #[inline]
     fn new(data: *mut c_void, device: Device, dtype: DType, shape: &[i64], strides: Option<&[i64]>) -> Result<Self> {
-        match Self::is_sound(data, shape, strides) {
+        match Self::is_possible(data, shape, strides) {
             true => Ok(Self::build(data, device, dtype, shape, strides, None)),
-            false => Err(fault(shape, strides)),
+            false => Err(impossible(shape, strides)),
         }
     }
 
-    /// Whether a tensor can be made of these.
+    /// Whether there can be a tensor of this shape and these strides at this address.
     #[inline]
-    pub(crate) fn is_sound(data: *mut c_void, shape: &[i64], strides: Option<&[i64]>) -> bool {
+    pub(crate) fn is_possible(data: *mut c_void, shape: &[i64], strides: Option<&[i64]>) -> bool {
         let fits = shape.len() <= MAX_NDIM && strides.is_none_or(|strides| strides.len() == shape.len());
         fits && numel(shape).is_some_and(|numel| numel == 0 || !data.is_null())
     }
 
-    /// A tensor of what [`is_sound`](Self::is_sound); of anything else, some tensor.
+    /// The layout of what [`is_possible`](Self::is_possible); of anything else, some layout.
     #[inline(always)]
     pub(crate) fn build(
         data: *mut c_void,
@@ -188,23 +225,23 @@ impl Raw {
         stream: Option<*mut c_void>,
     ) -> Self {
         let ndim = shape.len().min(MAX_NDIM);
-        let head = Head { data, device: device.to_dl(), ndim: ndim as i32, dtype: dtype.to_dl() };
-        let mut raw = Self { head, stream, device, dtype, dense: true, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
-        raw.shape[..ndim].copy_from_slice(&shape[..ndim]);
+        let head = Head { device: device.to_dl(), ndim: ndim as i32, dtype: dtype.to_dl() };
+        let mut form = Form { head, device, dtype, dense: true, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
+        form.shape[..ndim].copy_from_slice(&shape[..ndim]);
         let mut expected = 1i64;
         for i in (0..ndim).rev() {
             let stride = strides.and_then(|strides| strides.get(i).copied()).unwrap_or(expected);
-            raw.dense &= (stride == expected) | (shape[i] == 1);
-            raw.strides[i] = stride;
-            // Overflow only beside an empty dimension, where strides mean nothing.
+            form.dense &= (stride == expected) | (shape[i] == 1);
+            form.strides[i] = stride;
+            // Overflows only beside an empty dimension, where strides mean nothing.
             expected = expected.wrapping_mul(shape[i].max(1));
         }
-        raw
+        Self { data, stream, form }
     }
 
     #[inline]
     pub(crate) fn data(&self) -> *mut c_void {
-        self.head.data
+        self.data
     }
 
     #[inline]
@@ -213,47 +250,70 @@ impl Raw {
     }
 
     #[inline]
+    pub(crate) fn form(&self) -> &Form {
+        &self.form
+    }
+
+    #[inline]
     pub(crate) fn device(&self) -> Device {
-        self.device
+        self.form.device
     }
 
     #[inline]
     pub(crate) fn dtype(&self) -> DType {
-        self.dtype
+        self.form.dtype
+    }
+
+    #[inline]
+    pub(crate) fn ndim(&self) -> usize {
+        self.form.head.ndim as usize
     }
 
     #[inline]
     pub(crate) fn shape(&self) -> &[i64] {
-        &self.shape[..self.head.ndim as usize]
+        &self.form.shape[..self.ndim()]
     }
 
     #[inline]
     pub(crate) fn strides(&self) -> &[i64] {
-        &self.strides[..self.head.ndim as usize]
+        &self.form.strides[..self.ndim()]
     }
 
-    /// The rows of two dimensions; of any other number of them, less than none.
-    #[inline(always)]
-    pub(crate) fn rows_of_two(&self) -> Lines {
-        let ([rows, columns, ..], [apart, within, ..]) = (self.shape, self.strides);
-        let rows = if self.head.ndim == 2 { rows } else { -1 };
-        let Self { head: Head { data, device, .. }, dtype, stream, .. } = *self;
-        Lines { data, dtype, device, stream, rows, columns, apart, within }
+    /// The sizes, and 1 behind the last.
+    #[inline]
+    pub(crate) fn sizes(&self) -> &[i64; MAX_NDIM] {
+        &self.form.shape
     }
 
-    /// The row that a vector is; of anything else, one of less than no columns.
-    #[inline(always)]
-    pub(crate) fn vector(&self) -> Lines {
-        let ([columns, ..], [within, ..]) = (self.shape, self.strides);
-        let columns = if self.head.ndim == 1 { columns } else { -1 };
-        let Self { head: Head { data, device, .. }, dtype, stream, .. } = *self;
-        Lines { data, dtype, device, stream, rows: 1, columns, apart: columns, within }
+    /// The strides, and 1 behind the last.
+    #[inline]
+    pub(crate) fn all_strides(&self) -> &[i64; MAX_NDIM] {
+        &self.form.strides
     }
 
-    /// The number of elements; the constructor checked that it fits.
+    /// The size of a dimension; 1 behind the last.
+    #[inline]
+    pub(crate) fn size(&self, dimension: usize) -> i64 {
+        self.form.shape[dimension]
+    }
+
+    /// The stride of a dimension, in elements; 1 behind the last.
+    #[inline]
+    pub(crate) fn stride(&self, dimension: usize) -> i64 {
+        self.form.strides[dimension]
+    }
+
+    /// The number of elements; the constructor checked that it fits 64 bits.
     #[inline]
     pub(crate) fn numel(&self) -> i64 {
-        self.shape().iter().product()
+        // Behind the last dimension each is 1.
+        self.form.shape.iter().fold(1, |product: i64, &size| product.wrapping_mul(size))
+    }
+
+    /// Whether the elements lie one after the other in row-major order.
+    #[inline]
+    pub(crate) fn is_contiguous(&self) -> bool {
+        self.form.dense
     }
 
     /// How many elements lie from the first to behind the last; `None` where that does not fit 64 bits.
@@ -262,78 +322,82 @@ impl Raw {
         reach(self.shape(), self.strides())
     }
 
-    /// The part of the first dimension from `start` on, `count` long. Both must be inside.
-    pub(crate) fn rows(&self, start: i64, count: i64) -> Self {
-        debug_assert!(start >= 0 && count >= 0 && start + count <= self.shape[0]);
+    /// The part of a dimension from `start` on, `count` long. Both must be inside.
+    pub(crate) fn narrow(&self, dimension: usize, start: i64, count: i64) -> Self {
+        debug_assert!(start >= 0 && count >= 0 && start + count <= self.size(dimension));
         let mut part = *self;
-        let offset = start * self.strides[0] * self.dtype.size() as i64;
-        part.head.data = self.data().wrapping_byte_offset(offset as isize);
-        part.shape[0] = count;
+        let offset = start.wrapping_mul(self.stride(dimension)).wrapping_mul(self.dtype().size() as i64);
+        part.data = self.data.wrapping_byte_offset(offset as isize);
+        part.form.shape[dimension] = count;
+        part.find_dense();
         part
     }
 
     /// `count` elements of a vector from `start` on, wherever its own length ends.
-    pub(crate) fn part(&self, start: i64, count: i64) -> Self {
+    pub(crate) fn window(&self, start: i64, count: i64) -> Self {
         let mut part = *self;
-        part.head.data = self.data().wrapping_byte_offset((start * self.dtype.size() as i64) as isize);
-        part.shape[0] = count;
+        part.data = self.data.wrapping_byte_offset((start * self.dtype().size() as i64) as isize);
+        part.form.shape[0] = count;
         part
     }
 
-    /// This part of a tensor in the memory of another of the same layout, so many bytes further on.
-    pub(crate) fn moved(&self, bytes: isize, whole: &Self) -> Self {
-        let mut part = *self;
-        // From the other's own pointer, which alone may reach its memory.
-        let offset = self.data().addr().wrapping_add_signed(bytes).wrapping_sub(whole.data().addr());
-        part.head.data = whole.data().wrapping_byte_add(offset);
-        part
-    }
-
-    /// Whether the elements lie one after the other in row-major order.
-    #[inline]
-    pub(crate) fn is_contiguous(&self) -> bool {
-        self.dense
-    }
-
-    /// Whether this is row-major, of that type, device and shape, with at most so many elements, and its memory aligned to so
-    /// many bytes, a power of two. Without a branch: after a launch nothing of this is predicted.
-    #[inline(always)]
-    pub(crate) fn is_dense<const N: usize>(
-        &self,
-        dtype: DType,
-        device: Device,
-        shape: [i64; N],
-        most: i64,
-        alignment: usize,
-    ) -> bool {
-        let mut fits = self.dense & (self.head.ndim == N as i32) & (self.dtype == dtype);
-        fits &= self.head.device == device.to_dl();
-        let mut numel = 1i64;
-        for (&found, &size) in self.shape.iter().zip(&shape) {
-            fits &= found == size;
-            // Does not wrap where they are the same: this one's number of elements fits.
-            numel = numel.wrapping_mul(size);
+    fn find_dense(&mut self) {
+        let mut expected = 1i64;
+        self.form.dense = true;
+        for i in (0..self.ndim()).rev() {
+            self.form.dense &= (self.form.strides[i] == expected) | (self.form.shape[i] == 1);
+            expected = expected.wrapping_mul(self.form.shape[i].max(1));
         }
-        fits & (numel <= most) & (self.data().addr() & (alignment - 1) == 0)
     }
 
-    #[inline]
-    pub(crate) fn pack(&self) -> PackedTensor<'_> {
-        let Head { data, device, ndim, dtype } = self.head;
-        let (shape, strides) = (self.shape.as_ptr(), self.strides.as_ptr());
-        let tensor = DLTensor { data, device, ndim, dtype, shape, strides, byte_offset: 0 };
-        PackedTensor(tensor, PhantomData)
+    fn checked_narrow(&self, dimension: usize, start: i64, count: i64) -> Result<Self> {
+        let Some(&size) = self.shape().get(dimension) else {
+            return Err(view("dimension", dimension.to_string(), format!("below {}, the number of them", self.ndim())));
+        };
+        if start < 0 || count < 0 || start.checked_add(count).is_none_or(|end| end > size) {
+            let found = format!("{start} to {}", start.saturating_add(count));
+            return Err(view("range", found, format!("within 0 to {size}, the size of dimension {dimension}")));
+        }
+        Ok(self.narrow(dimension, start, count))
+    }
+
+    /// The same elements in another shape; only of what is contiguous.
+    fn reshape(&self, shape: &[i64]) -> Result<Self> {
+        if shape.len() > MAX_NDIM || numel(shape) != Some(self.numel()) {
+            let expected = format!("sizes, {MAX_NDIM} at the most, whose product is {}", self.numel());
+            return Err(view("shape", format!("{shape:?}"), expected));
+        }
+        if !self.is_contiguous() {
+            let found = format!("strided {:?} with shape {:?}", self.strides(), self.shape());
+            return Err(view("tensor", found, "contiguous, to be given another shape".to_owned()));
+        }
+        Ok(Self::build(self.data, self.device(), self.dtype(), shape, None, self.stream))
+    }
+
+    /// With two dimensions in each other's place.
+    fn transpose(&self, first: usize, second: usize) -> Result<Self> {
+        if first.max(second) >= self.ndim() {
+            let expected = format!("both below {}, the number of dimensions", self.ndim());
+            return Err(view("dimensions", format!("{first} and {second}"), expected));
+        }
+        let mut other = *self;
+        other.form.shape.swap(first, second);
+        other.form.strides.swap(first, second);
+        other.find_dense();
+        Ok(other)
+    }
+
+    #[inline(always)]
+    pub(crate) fn pack(&self) -> DLTensor {
+        let Head { device, ndim, dtype } = self.form.head;
+        let (shape, strides) = (self.form.shape.as_ptr(), self.form.strides.as_ptr());
+        DLTensor { data: self.data, device, ndim, dtype, shape, strides, byte_offset: 0 }
     }
 }
 
-/// The first fields of [`DLTensor`], in its order.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Head {
-    data: *mut c_void,
-    device: DLDevice,
-    ndim: i32,
-    dtype: DLDataType,
+#[cold]
+fn view(argument: &'static str, found: String, expected: String) -> FlashInferError {
+    FlashInferError::InvalidArgument { function: "tensor", argument, found, expected }
 }
 
 /// The number of elements; `None` for a negative size, or where it does not fit 64 bits.
@@ -352,135 +416,144 @@ pub(crate) fn reach(shape: &[i64], strides: &[i64]) -> Option<i64> {
     shape.iter().zip(strides).try_fold(1i64, |reach, pair| reach.checked_add(last(pair)?))
 }
 
+/// Whether no two elements lie in the same place: every stride goes past all that the smaller ones reach.
+#[inline(always)]
+pub(crate) fn is_injective(shape: &[i64], strides: &[i64]) -> bool {
+    let mut apart = true;
+    for (i, (&size, &stride)) in shape.iter().zip(strides).enumerate() {
+        let mut inner = 1i64;
+        for (j, (&other_size, &other)) in shape.iter().zip(strides).enumerate() {
+            let within = (j != i) & (other_size > 1) & (other <= stride);
+            let span = (other_size - 1).saturating_mul(other);
+            inner = inner.saturating_add(if within { span } else { 0 });
+        }
+        apart &= (size <= 1) | (stride >= inner);
+    }
+    apart
+}
+
 /// Why no tensor can be made of these.
 #[cold]
-pub(crate) fn fault(shape: &[i64], strides: Option<&[i64]>) -> FlashInferError {
+pub(crate) fn impossible(shape: &[i64], strides: Option<&[i64]>) -> FlashInferError {
     let ndim = shape.len();
-    let (argument, found, expected) = if ndim > MAX_NDIM {
-        ("shape", format!("{shape:?}"), format!("at most {MAX_NDIM} dimensions"))
+    if ndim > MAX_NDIM {
+        view("shape", format!("{shape:?}"), format!("at most {MAX_NDIM} dimensions"))
     } else if let Some(strides) = strides.filter(|strides| strides.len() != ndim) {
-        ("strides", format!("{strides:?}"), format!("one for each of the {ndim} dimensions"))
+        view("strides", format!("{strides:?}"), format!("one for each of the {ndim} dimensions"))
     } else if numel(shape).is_none() {
-        ("shape", format!("{shape:?}"), "sizes that are not negative and whose product fits 64 bits".to_owned())
+        view("shape", format!("{shape:?}"), "sizes that are not negative and whose product fits 64 bits".to_owned())
     } else {
-        ("data", "a null pointer".to_owned(), "memory, for a tensor that is not empty".to_owned())
-    };
-    FlashInferError::InvalidArgument { function: "tensor", argument, found, expected }
-}
-
-/// What crosses the boundary.
-pub(crate) trait Pack {
-    fn packed(&self) -> PackedTensor<'_>;
-}
-
-impl Pack for Raw {
-    #[inline(always)]
-    fn packed(&self) -> PackedTensor<'_> {
-        self.pack()
+        view("data", "a null pointer".to_owned(), "memory, for a tensor that is not empty".to_owned())
     }
 }
 
-/// A tensor of one or two dimensions, seen as rows; a vector is one.
-#[derive(Clone, Copy)]
-pub(crate) struct Lines {
-    pub(crate) data: *mut c_void,
-    pub(crate) dtype: DType,
-    pub(crate) device: DLDevice,
-    pub(crate) stream: Option<*mut c_void>,
-    pub(crate) rows: i64,
-    pub(crate) columns: i64,
-    /// From row to row.
-    pub(crate) apart: i64,
-    /// From column to column.
-    pub(crate) within: i64,
+/// A tensor in the form that crosses the boundary, borrowing the tensor's shape and strides.
+#[repr(transparent)]
+#[derive(Debug)]
+pub struct PackedTensor<'a>(pub(crate) DLTensor, PhantomData<&'a ()>);
+
+impl PackedTensor<'_> {
+    #[inline(always)]
+    pub(crate) fn new(tensor: DLTensor) -> Self {
+        Self(tensor, PhantomData)
+    }
 }
 
-/// What must live until the kernel is queued: cudarc's guard, which orders uses of a buffer on different streams.
-#[cfg(feature = "cudarc")]
-pub(crate) type Guard<'a> = Option<cudarc::driver::SyncOnDrop<'a>>;
-#[cfg(not(feature = "cudarc"))]
-pub(crate) type Guard<'a> = Option<std::convert::Infallible>;
+impl<'a> From<&'a TensorRef<'_>> for PackedTensor<'a> {
+    fn from(tensor: &'a TensorRef<'_>) -> Self {
+        tensor.pack()
+    }
+}
 
-/// A tensor that is read.
+impl<'a> From<&'a mut TensorMut<'_>> for PackedTensor<'a> {
+    fn from(tensor: &'a mut TensorMut<'_>) -> Self {
+        tensor.pack()
+    }
+}
+
+/// A tensor that is read. It borrows its memory; it may be copied, and cut into [views](Self::narrow).
+#[derive(Clone)]
 pub struct TensorRef<'a> {
-    raw: Raw,
-    _guard: Guard<'a>,
+    layout: Layout,
+    owner: Owner<'a>,
     borrow: PhantomData<&'a [u8]>,
 }
 
 /// A tensor that is written; nothing else refers to its memory.
 pub struct TensorMut<'a> {
-    raw: Raw,
-    _guard: Guard<'a>,
+    layout: Layout,
+    owner: Owner<'a>,
     borrow: PhantomData<&'a mut [u8]>,
 }
 
 impl fmt::Debug for TensorRef<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.raw.fmt(f)
+        self.layout.fmt(f)
     }
 }
 
 impl fmt::Debug for TensorMut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.raw.fmt(f)
+        self.layout.fmt(f)
     }
 }
 
 /// That a strided tensor stays inside a slice of `len` elements.
-fn checked_reach(len: usize, raw: &Raw) -> Result<()> {
-    let inside = raw.strides().iter().all(|&stride| stride >= 0);
-    let reach = raw.reach().and_then(|reach| usize::try_from(reach).ok());
+fn check_reach(len: usize, layout: &Layout) -> Result<()> {
+    let inside = layout.strides().iter().all(|&stride| stride >= 0);
+    let reach = layout.reach().and_then(|reach| usize::try_from(reach).ok());
     if inside && reach.is_some_and(|reach| reach <= len) {
         return Ok(());
     }
-    Err(FlashInferError::InvalidArgument {
-        function: "tensor",
-        argument: "strides",
-        found: format!("{:?} with shape {:?}", raw.strides(), raw.shape()),
-        expected: format!("no negative stride and no element past the slice's {len}"),
-    })
+    let found = format!("{:?} with shape {:?}", layout.strides(), layout.shape());
+    Err(view("strides", found, format!("no negative stride and no element past the slice's {len}")))
 }
 
-fn checked_len(len: usize, shape: &[i64]) -> Result<()> {
+fn check_len(len: usize, shape: &[i64]) -> Result<()> {
     // Two negative sizes are found when the tensor is made.
     let numel = shape.iter().try_fold(1i64, |product, &n| product.checked_mul(n));
     if numel.and_then(|numel| usize::try_from(numel).ok()) == Some(len) {
         return Ok(());
     }
-    Err(FlashInferError::InvalidArgument {
-        function: "tensor",
-        argument: "shape",
-        found: format!("{shape:?}"),
-        expected: format!("sizes whose product is the slice's length, {len}"),
-    })
+    Err(view("shape", format!("{shape:?}"), format!("sizes whose product is the slice's length, {len}")))
 }
 
 macro_rules! accessors {
     () => {
         /// The sizes.
         pub fn shape(&self) -> &[i64] {
-            self.raw.shape()
+            self.layout.shape()
         }
 
         /// The strides, in elements.
         pub fn strides(&self) -> &[i64] {
-            self.raw.strides()
+            self.layout.strides()
         }
 
         /// The element type.
         pub fn dtype(&self) -> DType {
-            self.raw.dtype()
+            self.layout.dtype()
         }
 
         /// Where the memory is.
         pub fn device(&self) -> Device {
-            self.raw.device()
+            self.layout.device()
         }
 
-        #[inline]
-        pub(crate) fn raw(&self) -> &Raw {
-            &self.raw
+        /// The address of the first element, on the tensor's device: for a kernel of one's own, queued on the same stream.
+        /// Nothing orders what is done with it after the tensor is gone.
+        pub fn as_ptr(&self) -> *const c_void {
+            self.layout.data()
+        }
+
+        #[inline(always)]
+        pub(crate) fn layout(&self) -> &Layout {
+            &self.layout
+        }
+
+        #[inline(always)]
+        pub(crate) fn owner(&self) -> &Owner<'a> {
+            &self.owner
         }
     };
 }
@@ -491,9 +564,9 @@ impl<'a> TensorRef<'a> {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) where the shape does not fit the slice.
     pub fn from_slice<T: Element>(data: &'a [T], shape: &[i64]) -> Result<Self> {
-        checked_len(data.len(), shape)?;
-        let raw = Raw::new(data.as_ptr().cast_mut().cast(), Device::Cpu, T::DTYPE, shape, None)?;
-        Ok(Self { raw, _guard: None, borrow: PhantomData })
+        check_len(data.len(), shape)?;
+        let layout = Layout::new(data.as_ptr().cast_mut().cast(), Device::Cpu, T::DTYPE, shape, None)?;
+        Ok(Self { layout, owner: Owner::NONE, borrow: PhantomData })
     }
 
     /// A tensor on the host with strides of its own, in elements.
@@ -501,9 +574,9 @@ impl<'a> TensorRef<'a> {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) where an element would lie outside of the slice.
     pub fn from_slice_strided<T: Element>(data: &'a [T], shape: &[i64], strides: &[i64]) -> Result<Self> {
-        let raw = Raw::new(data.as_ptr().cast_mut().cast(), Device::Cpu, T::DTYPE, shape, Some(strides))?;
-        checked_reach(data.len(), &raw)?;
-        Ok(Self { raw, _guard: None, borrow: PhantomData })
+        let layout = Layout::new(data.as_ptr().cast_mut().cast(), Device::Cpu, T::DTYPE, shape, Some(strides))?;
+        check_reach(data.len(), &layout)?;
+        Ok(Self { layout, owner: Owner::NONE, borrow: PhantomData })
     }
 
     /// A tensor anywhere. `strides` count elements; `None` is row-major.
@@ -523,41 +596,75 @@ impl<'a> TensorRef<'a> {
         shape: &[i64],
         strides: Option<&[i64]>,
     ) -> Result<Self> {
-        let raw = Raw::new(data.cast_mut(), device, dtype, shape, strides)?;
-        Ok(Self { raw, _guard: None, borrow: PhantomData })
+        let layout = Layout::new(data.cast_mut(), device, dtype, shape, strides)?;
+        Ok(Self { layout, owner: Owner::NONE, borrow: PhantomData })
     }
 
-    /// As [`from_raw`](Self::from_raw), of what [`Raw::is_sound`]; where there is a stream, for it alone and until the guard is
-    /// dropped. Made where it is used: moved, it would cost more than a call.
+    /// A tensor of what [`Layout::is_possible`]. Made where it is used: moved, it would cost more than a call.
     ///
     /// # Safety
-    /// As there.
+    /// As for [`from_raw`](Self::from_raw), where `owner` does not see to it.
     #[inline(always)]
-    pub(crate) unsafe fn from_checked(
-        data: *const c_void,
-        device: Device,
-        dtype: DType,
-        shape: &[i64],
-        strides: Option<&[i64]>,
-        stream: Option<*mut c_void>,
-        guard: Guard<'a>,
-    ) -> Self {
-        let raw = Raw::build(data.cast_mut(), device, dtype, shape, strides, stream);
-        Self { raw, _guard: guard, borrow: PhantomData }
+    pub(crate) unsafe fn from_layout(layout: Layout, owner: Owner<'a>) -> Self {
+        Self { layout, owner, borrow: PhantomData }
     }
 
     accessors!();
 
+    fn viewed(&self, layout: Layout) -> Self {
+        Self { layout, owner: self.owner.clone(), borrow: PhantomData }
+    }
+
     /// The same tensor, for as long as this one is there.
     pub fn reborrow(&self) -> TensorRef<'_> {
-        TensorRef { raw: self.raw, _guard: None, borrow: PhantomData }
+        self.clone()
+    }
+
+    /// The part of a dimension from `start` on, `count` long.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a dimension that is not there, or a part that is not inside.
+    pub fn narrow(&self, dimension: usize, start: i64, count: i64) -> Result<Self> {
+        Ok(self.viewed(self.layout.checked_narrow(dimension, start, count)?))
+    }
+
+    /// The parts of a dimension before `middle` and from there on.
+    ///
+    /// # Errors
+    /// As for [`narrow`](Self::narrow).
+    pub fn split_at(&self, dimension: usize, middle: i64) -> Result<(Self, Self)> {
+        let (first, second) = halves(&self.layout, dimension, middle)?;
+        Ok((self.viewed(first), self.viewed(second)))
+    }
+
+    /// The same elements in the same order in another shape.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for another number of elements, or a tensor that is not
+    /// contiguous.
+    pub fn reshape(&self, shape: &[i64]) -> Result<Self> {
+        Ok(self.viewed(self.layout.reshape(shape)?))
+    }
+
+    /// With two dimensions in each other's place: `[tokens, heads, size]` as `[heads, tokens, size]`, for example. Nothing
+    /// is moved.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a dimension that is not there.
+    pub fn transpose(&self, first: usize, second: usize) -> Result<Self> {
+        Ok(self.viewed(self.layout.transpose(first, second)?))
     }
 
     /// The form that crosses the boundary.
     #[inline]
     pub fn pack(&self) -> PackedTensor<'_> {
-        self.raw.pack()
+        PackedTensor::new(self.layout.pack())
     }
+}
+
+fn halves(layout: &Layout, dimension: usize, middle: i64) -> Result<(Layout, Layout)> {
+    let first = layout.checked_narrow(dimension, 0, middle)?;
+    Ok((first, layout.narrow(dimension, middle, layout.size(dimension) - middle)))
 }
 
 impl<'a> TensorMut<'a> {
@@ -566,9 +673,9 @@ impl<'a> TensorMut<'a> {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) where the shape does not fit the slice.
     pub fn from_slice<T: Element>(data: &'a mut [T], shape: &[i64]) -> Result<Self> {
-        checked_len(data.len(), shape)?;
-        let raw = Raw::new(data.as_mut_ptr().cast(), Device::Cpu, T::DTYPE, shape, None)?;
-        Ok(Self { raw, _guard: None, borrow: PhantomData })
+        check_len(data.len(), shape)?;
+        let layout = Layout::new(data.as_mut_ptr().cast(), Device::Cpu, T::DTYPE, shape, None)?;
+        Ok(Self { layout, owner: Owner::NONE, borrow: PhantomData })
     }
 
     /// A tensor on the host with strides of its own, in elements.
@@ -576,9 +683,9 @@ impl<'a> TensorMut<'a> {
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) where an element would lie outside of the slice.
     pub fn from_slice_strided<T: Element>(data: &'a mut [T], shape: &[i64], strides: &[i64]) -> Result<Self> {
-        let raw = Raw::new(data.as_mut_ptr().cast(), Device::Cpu, T::DTYPE, shape, Some(strides))?;
-        checked_reach(data.len(), &raw)?;
-        Ok(Self { raw, _guard: None, borrow: PhantomData })
+        let layout = Layout::new(data.as_mut_ptr().cast(), Device::Cpu, T::DTYPE, shape, Some(strides))?;
+        check_reach(data.len(), &layout)?;
+        Ok(Self { layout, owner: Owner::NONE, borrow: PhantomData })
     }
 
     /// A tensor anywhere. `strides` count elements; `None` is row-major.
@@ -597,44 +704,84 @@ impl<'a> TensorMut<'a> {
         shape: &[i64],
         strides: Option<&[i64]>,
     ) -> Result<Self> {
-        let raw = Raw::new(data, device, dtype, shape, strides)?;
-        Ok(Self { raw, _guard: None, borrow: PhantomData })
+        let layout = Layout::new(data, device, dtype, shape, strides)?;
+        Ok(Self { layout, owner: Owner::NONE, borrow: PhantomData })
     }
 
-    /// As [`from_raw`](Self::from_raw), of what [`Raw::is_sound`]; where there is a stream, for it alone and until the guard is
-    /// dropped. Made where it is used: moved, it would cost more than a call.
+    /// A tensor of what [`Layout::is_possible`]. Made where it is used: moved, it would cost more than a call.
     ///
     /// # Safety
-    /// As there.
+    /// As for [`from_raw`](Self::from_raw), where `owner` does not see to it.
     #[inline(always)]
-    pub(crate) unsafe fn from_checked(
-        data: *mut c_void,
-        device: Device,
-        dtype: DType,
-        shape: &[i64],
-        strides: Option<&[i64]>,
-        stream: Option<*mut c_void>,
-        guard: Guard<'a>,
-    ) -> Self {
-        let raw = Raw::build(data, device, dtype, shape, strides, stream);
-        Self { raw, _guard: guard, borrow: PhantomData }
+    pub(crate) unsafe fn from_layout(layout: Layout, owner: Owner<'a>) -> Self {
+        Self { layout, owner, borrow: PhantomData }
     }
 
     accessors!();
 
+    /// As [`as_ptr`](Self::as_ptr), to be written.
+    pub fn as_mut_ptr(&mut self) -> *mut c_void {
+        self.layout.data()
+    }
+
     /// The same tensor, for as long as this one is not used otherwise.
     pub fn reborrow(&mut self) -> TensorMut<'_> {
-        TensorMut { raw: self.raw, _guard: None, borrow: PhantomData }
+        self.viewed(self.layout)
     }
 
     /// The same tensor, to be read, for as long as this one is not used otherwise.
     pub fn as_ref(&self) -> TensorRef<'_> {
-        TensorRef { raw: self.raw, _guard: None, borrow: PhantomData }
+        TensorRef { layout: self.layout, owner: self.owner.clone(), borrow: PhantomData }
+    }
+
+    /// Of the same memory: the caller sees to it that this one is not used meanwhile, or that both are disjoint.
+    fn viewed<'b>(&self, layout: Layout) -> TensorMut<'b>
+    where
+        'a: 'b,
+    {
+        TensorMut { layout, owner: self.owner.clone(), borrow: PhantomData }
+    }
+
+    /// The part of a dimension from `start` on, `count` long, for as long as this tensor is not used otherwise.
+    ///
+    /// # Errors
+    /// As for [`TensorRef::narrow`].
+    pub fn narrow(&mut self, dimension: usize, start: i64, count: i64) -> Result<TensorMut<'_>> {
+        Ok(self.viewed(self.layout.checked_narrow(dimension, start, count)?))
+    }
+
+    /// The parts of a dimension before `middle` and from there on, both to be written.
+    ///
+    /// # Errors
+    /// As for [`TensorRef::narrow`], and for a tensor two of whose elements lie in the same place, whose parts may meet.
+    pub fn split_at(&mut self, dimension: usize, middle: i64) -> Result<(TensorMut<'_>, TensorMut<'_>)> {
+        let (first, second) = halves(&self.layout, dimension, middle)?;
+        if !is_injective(self.layout.shape(), self.layout.strides()) {
+            let found = format!("strided {:?} with shape {:?}", self.strides(), self.shape());
+            return Err(view("tensor", found, "one whose elements each have a place of their own".to_owned()));
+        }
+        Ok((self.viewed(first), self.viewed(second)))
+    }
+
+    /// The same elements in the same order in another shape, for as long as this tensor is not used otherwise.
+    ///
+    /// # Errors
+    /// As for [`TensorRef::reshape`].
+    pub fn reshape(&mut self, shape: &[i64]) -> Result<TensorMut<'_>> {
+        Ok(self.viewed(self.layout.reshape(shape)?))
+    }
+
+    /// With two dimensions in each other's place, for as long as this tensor is not used otherwise.
+    ///
+    /// # Errors
+    /// As for [`TensorRef::transpose`].
+    pub fn transpose(&mut self, first: usize, second: usize) -> Result<TensorMut<'_>> {
+        Ok(self.viewed(self.layout.transpose(first, second)?))
     }
 
     /// The form that crosses the boundary.
     #[inline]
     pub fn pack(&mut self) -> PackedTensor<'_> {
-        self.raw.pack()
+        PackedTensor::new(self.layout.pack())
     }
 }

@@ -1,77 +1,326 @@
-//! `gdn_prefill_sm90.so`: prefill of the gated delta rule, for Hopper GPUs. Contract: `csrc/gdn_prefill_launcher.cu` and
-//! `include/flashinfer/flat/` of FlashInfer 0.6.3.
+//! `gdn_prefill_sm90.so`: prefill of the gated delta rule, for Hopper GPUs.
+//!
+//! Upstream, in release 0.6.3, hangs the GPU on a sequence without tokens, reads sequence offsets from device memory
+//! unchecked, and needs scratch memory that no two streams may share. [`GdnPrefillContext`] is the safe way to call it:
+//! it owns the scratch memory, belongs to one stream, takes offsets that were checked where they were made, and never
+//! launches an empty sequence. [`gdn_prefill`] is the kernel itself.
 
-use super::Kernel;
-use super::prepared::{Argument, Prepared, Slot};
-use crate::error::Result;
-use crate::module::{Arg, Function};
+use crate::contract::{
+    Alignment, Argument, Attributes, Checked, Contents, Convention, Dimension, Dimensions, Dtype, Extent, From, Kind,
+    Operand, Pdl, Relation, Role, Row, RunsOn, Size, Strides, Tensor, Variant, check, explain,
+};
+use crate::cuda;
+use crate::engine::{Entry, Kernel, State, call, kernels};
+use crate::error::{FlashInferError, Result};
+use crate::prepared::Prepared;
 use crate::runtime::FlashInferRuntime;
+use crate::sequences::{CuSeqlens, Run};
 use crate::stream::Stream;
-use crate::tensor::{DType, Device, Raw, TensorMut, TensorRef};
-
-const LIBRARY: &str = "gdn_prefill_sm90.so";
-
-static GDN_PREFILL: Kernel = Kernel::new(LIBRARY, "gdn_prefill", |capability| capability == HOPPER);
-
-/// The one compute capability that it is compiled for.
-const HOPPER: (i32, i32) = (9, 0);
-
-pub(super) static KERNELS: &[&Kernel] = &[&GDN_PREFILL];
+use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
 
 /// The one head size that release 0.6.3 computes right: with 64 and 96 the final state is wrong, 256 is refused.
 pub const HEAD_SIZE: i64 = 128;
 
-/// A TMA descriptor for every multiprocessor, which the kernel edits on partial tiles.
-const WORKSPACE_PER_MULTIPROCESSOR: i64 = 128;
+/// The scratch memory's size in bytes: a TMA descriptor of 128 bytes for as many multiprocessors as any GPU may number
+/// them. On a MIG slice the numbers go past the slice's own count.
+pub const WORKSPACE_SIZE: i64 = 128 * 1024;
 
-/// What TMA asks of its descriptors.
-const WORKSPACE_ALIGNMENT: usize = 64;
+const MOST: i64 = i32::MAX as i64;
+
+// The dimensions.
+const TOKENS: usize = 0;
+const Q_HEADS: usize = 1;
+const K_HEADS: usize = 2;
+const V_HEADS: usize = 3;
+const SIZE: usize = 4;
+const HEADS: usize = 5;
+const SEQUENCES: usize = 6;
+const BYTES: usize = 7;
+
+// The arguments that decide them.
+const Q: usize = 2;
+const K: usize = 3;
+const V: usize = 4;
+const CU_SEQLENS: usize = 5;
+const INPUT_STATE: usize = 6;
+const ALPHA: usize = 7;
+const BETA: usize = 8;
+const WORKSPACE: usize = 10;
+
+/// With at least so many tokens.
+const fn dimensions(tokens: i64) -> [Dimension; 8] {
+    const fn size(name: &'static str, from: From, examples: &'static [i64]) -> Dimension {
+        Dimension { name, from, least: 1, most: MOST, examples }
+    }
+    [
+        Dimension { least: tokens, ..size("tokens", From::Shape(Q, 0), &[100, 1, 64, 333]) },
+        size("q_heads", From::Shape(Q, 1), &[1, 4]),
+        size("k_heads", From::Shape(K, 1), &[1, 2]),
+        size("v_heads", From::Shape(V, 1), &[1, 2]),
+        Dimension { least: HEAD_SIZE, most: HEAD_SIZE, ..size("head_size", From::Shape(Q, 2), &[HEAD_SIZE]) },
+        size("heads", From::Larger(Q_HEADS, V_HEADS), &[]),
+        size("sequences", From::OneLess(CU_SEQLENS, 0), &[2, 1]),
+        Dimension { least: 0, ..size("bytes", From::Shape(WORKSPACE, 0), &[WORKSPACE_SIZE]) },
+    ]
+}
+
+const PER_HEAD: &[Size] = &[Size::Of(TOKENS), Size::Of(HEADS), Size::Of(SIZE)];
+const STATES: &[Size] = &[Size::Of(SEQUENCES), Size::Of(HEADS), Size::Of(SIZE), Size::Of(SIZE)];
+const PER_TOKEN: &[Size] = &[Size::Of(TOKENS), Size::Of(HEADS)];
+const UNIFORM: Contents = Contents::Uniform(1.0);
+
+/// A contiguous tensor, of the type and alignment in bytes that it must have.
+const fn tensor(
+    name: &'static str,
+    role: Role,
+    (dtype, alignment): (Dtype, usize),
+    shape: &'static [Size],
+    contents: Contents,
+) -> Argument {
+    let (strides, alignment) = (Strides::Contiguous, Alignment::Bytes(alignment));
+    Argument { name, kind: Kind::Tensor(Tensor { role, optional: false, dtype, shape, strides, alignment, contents }) }
+}
+
+const fn optional(argument: Argument) -> Argument {
+    match argument.kind {
+        Kind::Tensor(tensor) => {
+            Argument { name: argument.name, kind: Kind::Tensor(Tensor { optional: true, ..tensor }) }
+        }
+        kind => Argument { name: argument.name, kind },
+    }
+}
+
+/// Moved by TMA, in units of 16 bytes; a descriptor that fails prints a line and goes on.
+const HALF: (Dtype, usize) = (Dtype::As(Q), 16);
+/// States move in vectors of up to 16 bytes, decays and rates one by one.
+const STATE: (Dtype, usize) = (Dtype::Only(DType::F32), 16);
+const NUMBER: (Dtype, usize) = (Dtype::Only(DType::F32), 4);
+
+const GROUPS: Relation = Relation {
+    name: "heads",
+    only_on_gpu: false,
+    holds: |sizes| {
+        let (q, k, v) = (sizes[Q_HEADS], sizes[K_HEADS], sizes[V_HEADS]);
+        ((q >= v) & (k == v) && q % k == 0) || ((q < v) & (q == k) && v % q == 0)
+    },
+    found: |sizes| format!("{} query, {} key and {} value", sizes[Q_HEADS], sizes[K_HEADS], sizes[V_HEADS]),
+    expected: "key heads = value heads and query heads a multiple of them (GQA), or query heads = key heads and value heads \
+               a multiple of them (GVA)",
+};
+
+const ENOUGH_WORKSPACE: Relation = Relation {
+    name: "workspace",
+    only_on_gpu: true,
+    holds: |sizes| sizes[BYTES] >= WORKSPACE_SIZE,
+    found: |sizes| format!("{} bytes long", sizes[BYTES]),
+    expected: "131072 bytes or more",
+};
+
+const A_TOKEN_EACH: Relation = Relation {
+    name: "sequences",
+    only_on_gpu: false,
+    holds: |sizes| sizes[SEQUENCES] <= sizes[TOKENS],
+    found: |sizes| format!("{} of {} tokens", sizes[SEQUENCES], sizes[TOKENS]),
+    expected: "no more than there are tokens: a sequence without tokens hangs the GPU",
+};
+
+const ROW: Row = Row {
+    kernel: "gdn_prefill",
+    function: "gdn_prefill",
+    library: "gdn_prefill_sm90.so",
+    feature: "gdn-prefill",
+    summary: "Prefill of the gated delta rule: `S ← α S`, `S ← S + β (v − S k) kᵀ`, `o = scale · S q`, token by token.",
+    source: "`csrc/gdn_prefill_launcher.cu`, `include/flashinfer/flat`",
+    runs_on: RunsOn::Exactly(9, 0),
+    arguments: &[
+        tensor("output", Role::Out, HALF, PER_HEAD, UNIFORM),
+        tensor("output_state", Role::Out, STATE, STATES, UNIFORM),
+        tensor("q", Role::In, (Dtype::Half, 16), &[Size::Of(TOKENS), Size::Of(Q_HEADS), Size::Of(SIZE)], UNIFORM),
+        // Keys of about length 1, as the delta rule wants them.
+        tensor("k", Role::In, HALF, &[Size::Of(TOKENS), Size::Of(K_HEADS), Size::Of(SIZE)], Contents::Uniform(0.153)),
+        tensor("v", Role::In, HALF, &[Size::Of(TOKENS), Size::Of(V_HEADS), Size::Of(SIZE)], UNIFORM),
+        tensor(
+            "cu_seqlens",
+            Role::In,
+            (Dtype::Only(DType::I64), 8),
+            &[Size::OneMore(SEQUENCES)],
+            Contents::Offsets(SEQUENCES, TOKENS),
+        ),
+        optional(tensor("input_state", Role::In, STATE, STATES, UNIFORM)),
+        optional(tensor("alpha", Role::In, NUMBER, PER_TOKEN, Contents::Between(0.8, 1.0))),
+        optional(tensor("beta", Role::In, NUMBER, PER_TOKEN, Contents::Between(0.0, 1.0))),
+        Argument { name: "scale", kind: Kind::NotNegative },
+        // What TMA asks of its descriptors.
+        tensor("workspace", Role::Workspace, (Dtype::Only(DType::U8), 64), &[Size::Of(BYTES)], Contents::Zeros),
+    ],
+    lead: Q,
+    dimensions: &dimensions(1),
+    relations: &[GROUPS, ENOUGH_WORKSPACE, A_TOKEN_EACH],
+    // Offsets and strides are 32-bit and signed.
+    extent: Extent { most: 1 << 31, split: false },
+    pdl: Pdl::None,
+    attributes: Attributes::OncePerProcess { flag: "11initialized", variant },
+    uses_current_device: true,
+    convention: Convention::Views,
+    hazards: &[
+        "`cu_seqlens` must start with 0, increase strictly and end with the number of tokens when the kernel runs: nothing \
+         checks it, it steers the kernel's addresses, and a sequence without tokens hangs the GPU.",
+        "The workspace must not be in use on another stream.",
+        "Decays of 0 and below are computed as log2(alpha + 1e-10): 0 decays to 1e-10, and a negative one makes a head NaN.",
+        "Upstream reports that this release's kernel was seen to hang when it was replayed from a CUDA graph (flashinfer#3329).",
+    ],
+    tolerance: [6e-3, 8e-4],
+    tests: "`tests/gdn_prefill_gpu.rs`, `tests/gdn_context_gpu.rs`, `tests/properties_gpu.rs`, `tests/reference.rs`",
+};
+
+/// Which of upstream's 32 kernels the arguments choose.
+fn variant(call: &Variant<'_>) -> u32 {
+    let present = |argument: usize| call.present >> argument & 1 != 0;
+    let switches = [
+        call.dtype == DType::BF16,
+        call.dimensions[Q_HEADS] < call.dimensions[V_HEADS],
+        present(BETA),
+        present(ALPHA),
+        present(INPUT_STATE),
+    ];
+    switches.iter().fold(0, |bits, on| bits << 1 | u32::from(*on))
+}
+
+kernels! {
+    /// [`gdn_prefill`].
+    GdnPrefill = ROW;
+}
+
+/// What a batch must be that may have empty sequences, before it is divided into launches of those that are not.
+struct Batch;
+
+impl Kernel for Batch {
+    const ROW: &'static Row = &Row { dimensions: &dimensions(0), relations: &[GROUPS, ENOUGH_WORKSPACE], ..ROW };
+
+    fn state() -> &'static State {
+        GdnPrefill::state()
+    }
+}
 
 /// Whether the kernel runs on a device: on the host always, on a GPU of compute capability 9.0.
 ///
 /// # Errors
 /// [`DeviceOutOfRange`](crate::FlashInferError::DeviceOutOfRange), or why there is no GPU.
 pub fn is_supported(device: Device) -> Result<bool> {
-    FlashInferRuntime::global()?.supports(|capability| GDN_PREFILL.supports(capability), device)
+    Entry::of::<GdnPrefill>().is_supported(device)
 }
 
-/// The arguments of [`gdn_prefill`], with `T` tokens of `N` sequences one after the other, `D` = [`HEAD_SIZE`], and
-/// `H = max(query heads, value heads)`.
+/// The tensors of a prefill, with `tokens` of all sequences one after the other and `heads` = max(query heads, value heads).
 #[derive(Debug)]
-pub struct GdnPrefill<'a> {
-    /// `[T, H, D]`, as `q`.
+pub struct GdnTensors<'a> {
+    /// `[tokens, heads, 128]`, as `q`.
     pub output: TensorMut<'a>,
-    /// `[N, H, D, D]` F32, value dimension before key dimension: the states after the last token.
+    /// `[sequences, heads, 128, 128]` F32, value dimension before key dimension: the states after the last tokens. An empty
+    /// sequence's is its input state, or zeros.
     pub output_state: TensorMut<'a>,
-    /// `[T, query heads, D]` F16 or BF16.
+    /// `[tokens, query heads, 128]` F16 or BF16.
     pub q: TensorRef<'a>,
-    /// `[T, key heads, D]`, as `q`.
+    /// `[tokens, key heads, 128]`, as `q`.
     pub k: TensorRef<'a>,
-    /// `[T, value heads, D]`, as `q`.
+    /// `[tokens, value heads, 128]`, as `q`.
     pub v: TensorRef<'a>,
-    /// `[N + 1]` I64: where each sequence starts, and `T`. Strictly increasing from 0.
-    pub cu_seqlens: TensorRef<'a>,
-    /// As `output_state`: the states before the first token; zeros without.
-    pub input_state: Option<TensorRef<'a>>,
-    /// `[T, H]` F32: the decay, linear (not its logarithm); 1 without.
-    pub alpha: Option<TensorRef<'a>>,
-    /// `[T, H]` F32: how much of the correction is written; 1 without.
-    pub beta: Option<TensorRef<'a>>,
-    /// Multiplies the output; 0.0 means 1/√D.
-    pub scale: f64,
-    /// U8, at least 128 bytes for every multiprocessor of the GPU; no other stream may use it at the same time.
-    pub workspace: TensorMut<'a>,
 }
 
-/// Prefill of the gated delta rule. For every sequence and head, token by token:
+/// What is optional in a prefill.
+#[derive(Debug, Default, Clone)]
+#[non_exhaustive]
+pub struct GdnOptions<'a> {
+    /// `[sequences, heads, 128, 128]` F32: the states before the first tokens; zeros without.
+    pub input_state: Option<TensorRef<'a>>,
+    /// `[tokens, heads]` F32: the decay, linear (not its logarithm), above 0; 1 without.
+    pub alpha: Option<TensorRef<'a>>,
+    /// `[tokens, heads]` F32: how much of the correction is written; 1 without.
+    pub beta: Option<TensorRef<'a>>,
+    /// Multiplies the output, above 0; 1/√128 without.
+    pub scale: Option<f64>,
+}
+
+impl<'a> GdnOptions<'a> {
+    /// With states before the first tokens.
+    #[must_use]
+    pub fn with_input_state(mut self, input_state: TensorRef<'a>) -> Self {
+        self.input_state = Some(input_state);
+        self
+    }
+
+    /// With a decay.
+    #[must_use]
+    pub fn with_alpha(mut self, alpha: TensorRef<'a>) -> Self {
+        self.alpha = Some(alpha);
+        self
+    }
+
+    /// With a writing rate.
+    #[must_use]
+    pub fn with_beta(mut self, beta: TensorRef<'a>) -> Self {
+        self.beta = Some(beta);
+        self
+    }
+
+    /// With a scale of the output.
+    #[must_use]
+    pub fn with_scale(mut self, scale: f64) -> Self {
+        self.scale = Some(scale);
+        self
+    }
+}
+
+type Operands<'a, 'o> = [Operand<'a, 'o>; 11];
+
+#[inline(always)]
+fn operands<'a, 'o>(
+    tensors: &'a GdnTensors<'o>,
+    cu_seqlens: &'a TensorRef<'o>,
+    workspace: &'a TensorMut<'o>,
+    options: &'a GdnOptions<'o>,
+) -> Result<Operands<'a, 'o>> {
+    let optional = |tensor: &'a Option<TensorRef<'o>>| tensor.as_ref().map_or(Operand::Absent, TensorRef::operand);
+    // The kernel takes 0.0 for its default; as a scale it would be a slip.
+    let scale = match options.scale {
+        None => 0.0,
+        Some(0.0) => return Err(no_scale()),
+        Some(scale) => scale,
+    };
+    Ok([
+        tensors.output.operand(),
+        tensors.output_state.operand(),
+        tensors.q.operand(),
+        tensors.k.operand(),
+        tensors.v.operand(),
+        cu_seqlens.operand(),
+        optional(&options.input_state),
+        optional(&options.alpha),
+        optional(&options.beta),
+        Operand::Number(scale),
+        workspace.operand(),
+    ])
+}
+
+#[cold]
+fn no_scale() -> FlashInferError {
+    FlashInferError::InvalidArgument {
+        function: "gdn_prefill",
+        argument: "scale",
+        found: "0".to_owned(),
+        expected: "a positive number, or none for the default".to_owned(),
+    }
+}
+
+/// The kernel itself: prefill of the gated delta rule. For every sequence and head, token by token:
 /// `S ← α S`, `S ← S + β (v − S k) kᵀ`, `o = scale · S q`.
 ///
+/// @gdn_prefill
+///
 /// Heads: either key heads equal value heads and query heads are a multiple of them (GQA), or query heads equal key
-/// heads and value heads are a multiple of them (GVA). All tensors are contiguous; `q`, `k`, `v` and `output` aligned
-/// to 16 bytes, `workspace` to 64.
+/// heads and value heads are a multiple of them (GVA).
 ///
 /// On a GPU the call is asynchronous on `stream` and needs compute capability 9.0; tensors on the host are computed by
-/// the [reference](super::reference), at once. Every GPU of the process may be used, from any thread.
+/// the [reference](crate::reference), at once. Every GPU of the process may be used, from any thread.
 ///
 /// # Errors
 /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for whatever breaks the contract above and can be seen
@@ -80,354 +329,356 @@ pub struct GdnPrefill<'a> {
 /// an unsupported GPU for example.
 ///
 /// # Safety
-/// `cu_seqlens`, if it is on a GPU, must start with 0, increase strictly, and end with `T`, when the kernel runs: its
-/// contents steer the kernel's addressing, and a sequence without tokens hangs the GPU. The workspace must not be in
-/// use by another stream.
-// Where it is called, the tensors are not moved.
-#[inline(always)]
-pub unsafe fn gdn_prefill(args: GdnPrefill<'_>, stream: Stream<'_>) -> Result<()> {
-    let raw = args.raw();
-    // SAFETY: the caller's promise; `args` keeps the memory borrowed until the kernel is queued.
-    unsafe { launch(&raw, stream) }
-}
-
-impl GdnPrefill<'_> {
-    #[inline]
-    fn raw(&self) -> RawArgs<'_> {
-        RawArgs {
-            output: self.output.raw(),
-            output_state: self.output_state.raw(),
-            q: self.q.raw(),
-            k: self.k.raw(),
-            v: self.v.raw(),
-            cu_seqlens: self.cu_seqlens.raw(),
-            input_state: self.input_state.as_ref().map(TensorRef::raw),
-            alpha: self.alpha.as_ref().map(TensorRef::raw),
-            beta: self.beta.as_ref().map(TensorRef::raw),
-            scale: self.scale,
-            workspace: self.workspace.raw(),
-        }
-    }
-}
-
-/// [`GdnPrefill`] without the borrows, to be cut into parts.
-#[derive(Clone, Copy)]
-pub(super) struct RawArgs<'a> {
-    pub(super) output: &'a Raw,
-    pub(super) output_state: &'a Raw,
-    pub(super) q: &'a Raw,
-    pub(super) k: &'a Raw,
-    pub(super) v: &'a Raw,
-    pub(super) cu_seqlens: &'a Raw,
-    pub(super) input_state: Option<&'a Raw>,
-    pub(super) alpha: Option<&'a Raw>,
-    pub(super) beta: Option<&'a Raw>,
-    pub(super) scale: f64,
-    pub(super) workspace: &'a Raw,
-}
-
-/// # Safety
-/// As for [`gdn_prefill`], and the tensors' memory must stay valid until the kernel has run.
-unsafe fn launch(args: &RawArgs<'_>, stream: Stream<'_>) -> Result<()> {
-    check(args, stream, 1)?;
+/// `cu_seqlens`, if it is on a GPU, must start with 0, increase strictly, and end with the number of tokens, when the kernel
+/// runs: its contents steer the kernel's addressing, and a sequence without tokens hangs the GPU. The workspace must not
+/// be in use by another stream.
+pub unsafe fn gdn_prefill(
+    tensors: &mut GdnTensors<'_>,
+    cu_seqlens: &TensorRef<'_>,
+    workspace: &mut TensorMut<'_>,
+    options: &GdnOptions<'_>,
+    stream: Stream<'_>,
+) -> Result<()> {
+    let operands = operands(tensors, cu_seqlens, workspace, options)?;
     // SAFETY: the caller's promise.
-    unsafe { run(args, stream) }
+    unsafe { call::<GdnPrefill, 11>(operands, stream) }
 }
 
-/// What was checked before, now called.
-///
-/// # Safety
-/// As for [`launch`]; [`check`] must have found nothing, here or in a whole that these arguments are a part of.
-pub(super) unsafe fn run(args: &RawArgs<'_>, stream: Stream<'_>) -> Result<()> {
-    let device = args.q.device();
-    let _stream = FlashInferRuntime::global()?.queue(device, stream)?;
-    args.check_workspace()?;
-    let function = GDN_PREFILL.on(device)?;
-    let (output, output_state, workspace) = (args.output.pack(), args.output_state.pack(), args.workspace.pack());
-    let (q, k, v, cu_seqlens) = (args.q.pack(), args.k.pack(), args.v.pack(), args.cu_seqlens.pack());
-    let input_state = args.input_state.map(Raw::pack);
-    let alpha = args.alpha.map(Raw::pack);
-    let beta = args.beta.map(Raw::pack);
-    let optional = |tensor| Option::map_or(tensor, Arg::NONE, Arg::tensor);
-    let packed = [
-        Arg::tensor(&output),
-        Arg::tensor(&output_state),
-        Arg::tensor(&q),
-        Arg::tensor(&k),
-        Arg::tensor(&v),
-        Arg::tensor(&cu_seqlens),
-        optional(input_state.as_ref()),
-        optional(alpha.as_ref()),
-        optional(beta.as_ref()),
-        Arg::float(args.scale),
-        Arg::tensor(&workspace),
-    ];
-    // SAFETY: shapes, types, devices and sizes keep the kernel's contract, checked above; the contents of cu_seqlens
-    // are the caller's promise, the tensors' memory and the stream were vouched for by whoever made them.
-    unsafe { call(function, device, args.variant(), &packed) }
-}
-
-/// Calls the kernel with arguments that were checked, on this thread's stream.
-///
-/// # Safety
-/// As for [`Function::call`]; `variant` must be that of the arguments, and the device one that exists.
-unsafe fn call(function: &Function, device: Device, variant: u32, args: &[Arg<'_>]) -> Result<()> {
-    let runtime = FlashInferRuntime::global()?;
-    // SAFETY: the caller's promise.
-    let call = || unsafe { function.launch(args) }.map_err(|error| runtime.diagnosed(error, device));
-    let Device::Cuda(id) = device else { return call() };
-    let cudart = runtime.cudart()?;
-    // CUTLASS asks for the last error after the launch, whoever made it.
-    cudart.forget_stale_error();
-    // Upstream asks the thread's current device, not the tensors'. Where there is one alone, it is that.
-    let _current = if runtime.has_one_device() { None } else { Some(cudart.set_current(id as i32)?) };
-    per_device::call(runtime, id as i32, variant, call)
-}
-
-/// [`gdn_prefill`], packed once.
-impl<'a> Prepared<'a> {
-    /// [`gdn_prefill`], to be launched many times. Replaceable: every tensor, by its name in [`GdnPrefill`].
+impl Prepared<GdnPrefill> {
+    /// Checks the call once. Tensors of the same form, wherever they are, may stand in these tensors' places.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`gdn_prefill`].
+    pub fn new(
+        tensors: &GdnTensors<'_>,
+        cu_seqlens: &TensorRef<'_>,
+        workspace: &TensorMut<'_>,
+        options: &GdnOptions<'_>,
+    ) -> Result<Self> {
+        Self::checked(&operands(tensors, cu_seqlens, workspace, options)?)
+    }
+
+    /// Launches the kernel on these tensors. The scale is the prepared one.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a tensor that differs from the one that was prepared
+    /// in more than its memory, or is for another stream; and what the launch came to.
     ///
     /// # Safety
-    /// As there, at every launch: also of a `cu_seqlens` or `workspace` that replaces the first.
-    pub unsafe fn gdn_prefill(args: GdnPrefill<'a>) -> Result<Self> {
-        let raw = args.raw();
-        let (device, variant) = (raw.q.device(), raw.variant());
-        let stream = raw.all().find_map(Raw::stream).map_or(Stream::NULL, Stream::compared);
-        check(&raw, stream, 1)?;
-        FlashInferRuntime::global()?.checked_device(device)?;
-        raw.check_workspace()?;
-        let (scale, workspace) = (Slot::Number(Arg::float(args.scale)), *raw.workspace);
-        let required = [
-            Argument::written("output", args.output),
-            Argument::written("output_state", args.output_state),
-            Argument::read("q", args.q),
-            Argument::read("k", args.k),
-            Argument::read("v", args.v),
-            Argument::read("cu_seqlens", args.cu_seqlens),
-        ];
-        let optional = [("input_state", args.input_state), ("alpha", args.alpha), ("beta", args.beta)];
-        let mut tensors = Vec::from(required);
-        let mut slots: Vec<_> = tensors.iter().enumerate().map(|(i, tensor)| Slot::Tensor(i, *tensor.raw())).collect();
-        for (name, tensor) in optional {
-            slots.push(match &tensor {
-                Some(tensor) => Slot::Tensor(tensors.len(), *tensor.raw()),
-                None => Slot::Number(Arg::NONE),
-            });
-            tensors.extend(tensor.map(|tensor| Argument::read(name, tensor)));
-        }
-        slots.extend([scale, Slot::Tensor(tensors.len(), workspace)]);
-        tensors.push(Argument::written("workspace", args.workspace).aligned(WORKSPACE_ALIGNMENT));
-        Prepared::new(&GDN_PREFILL, device, call, variant, tensors, vec![slots])
-    }
-}
-
-impl RawArgs<'_> {
-    /// The workspace's size, which depends on the GPU; the device must exist.
-    fn check_workspace(&self) -> Result<()> {
-        let Device::Cuda(id) = self.q.device() else { return Ok(()) };
-        let multiprocessors = FlashInferRuntime::global()?.multiprocessors(id as i32)?;
-        let (needed, found) = (i64::from(multiprocessors) * WORKSPACE_PER_MULTIPROCESSOR, self.workspace.numel());
-        if found >= needed {
-            return Ok(());
-        }
-        let found = format_args!("{found} bytes");
-        Err(GDN_PREFILL.invalid("workspace", found, format!("{needed} bytes or more")))
-    }
-
-    fn all(&self) -> impl Iterator<Item = &Raw> {
-        let required = [self.output, self.output_state, self.q, self.k, self.v, self.cu_seqlens, self.workspace];
-        required.into_iter().chain([self.input_state, self.alpha, self.beta].into_iter().flatten())
-    }
-
-    /// Which of upstream's 32 kernels the arguments choose.
-    fn variant(&self) -> u32 {
-        let switches = [
-            self.q.dtype() == DType::BF16,
-            self.q.shape()[1] < self.v.shape()[1],
-            self.beta.is_some(),
-            self.alpha.is_some(),
-            self.input_state.is_some(),
-        ];
-        switches.iter().fold(0, |bits, on| bits << 1 | u32::from(*on))
-    }
-}
-
-/// Release 0.6.3 raises a kernel's shared-memory limit once per process, behind a `static bool initialized` for each of its
-/// kernels, but the limit belongs to the device: on a second GPU it fails with `run failed`. So the first call of a kernel
-/// on a device is made alone, with those flags cleared; the kernel then raises the limit there too.
-mod per_device {
-    use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-    use std::sync::{OnceLock, PoisonError, RwLock};
-
-    use super::LIBRARY;
-    use crate::error::Result;
-    use crate::runtime::FlashInferRuntime;
-
-    /// The end of the flags' mangled names.
-    const FLAG: &str = "11initialized";
-
-    /// For every device, a bit for each kernel that ran there.
-    static READY: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
-    /// A bit for each kernel that ran on every device, after which nobody clears its flag again.
-    static EVERYWHERE: AtomicU32 = AtomicU32::new(0);
-    /// Held shared by calls until their kernel ran on every device, and alone by its first call on each: that one must find
-    /// its flag cleared, which any other call of the kernel would set.
-    static GATE: RwLock<()> = RwLock::new(());
-
-    pub(super) fn call(
-        runtime: &'static FlashInferRuntime,
-        device: i32,
-        variant: u32,
-        call: impl FnOnce() -> Result<()>,
+    /// As for [`gdn_prefill`].
+    pub unsafe fn launch(
+        &self,
+        tensors: &mut GdnTensors<'_>,
+        cu_seqlens: &TensorRef<'_>,
+        workspace: &mut TensorMut<'_>,
+        options: &GdnOptions<'_>,
+        stream: Stream<'_>,
     ) -> Result<()> {
-        let bit = 1 << variant;
-        if EVERYWHERE.load(Ordering::Acquire) & bit != 0 {
-            return call();
-        }
-        let ready = READY.get(device as usize);
-        if ready.is_some_and(|ready| ready.load(Ordering::Acquire) & bit != 0) {
-            let _shared = GATE.read().unwrap_or_else(PoisonError::into_inner);
-            return call();
-        }
-        let _alone = GATE.write().unwrap_or_else(PoisonError::into_inner);
-        for flag in flags()? {
-            flag.store(0, Ordering::Relaxed);
-        }
-        call()?;
-        if let Some(ready) = ready {
-            ready.fetch_or(bit, Ordering::Release);
-        }
-        let devices = READY.get(..runtime.device_count()? as usize);
-        if devices.is_some_and(|devices| devices.iter().all(|ready| ready.load(Ordering::Acquire) & bit != 0)) {
-            EVERYWHERE.fetch_or(bit, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// The flags. None in a release that has no such fault.
-    fn flags() -> Result<&'static [&'static AtomicU8]> {
-        static FLAGS: OnceLock<Vec<&'static AtomicU8>> = OnceLock::new();
-        if let Some(flags) = FLAGS.get() {
-            return Ok(flags);
-        }
-        let addresses = FlashInferRuntime::global()?.module(LIBRARY)?.data_symbols(FLAG);
-        // SAFETY: each is a `bool` of a library that is never unloaded. Upstream reads and writes it only within calls,
-        // all of which go through the gate, so never while this side writes.
-        let flags = addresses.into_iter().map(|address| unsafe { AtomicU8::from_ptr(address) }).collect();
-        Ok(FLAGS.get_or_init(|| flags))
+        let all = operands(tensors, cu_seqlens, workspace, options)?;
+        let [output, output_state, q, k, v, cu_seqlens, input_state, alpha, beta, _, workspace] = all;
+        let tensors = [output, output_state, q, k, v, cu_seqlens, input_state, alpha, beta, workspace];
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with::<11>(&tensors, stream) }
     }
 }
 
-/// All of the contract that can be seen without reading device memory. `least` is how many tokens a sequence has at least:
-/// to the kernel one, since an empty sequence hangs the GPU.
-pub(super) fn check(args: &RawArgs<'_>, stream: Stream<'_>, least: i64) -> Result<()> {
-    let kernel = &GDN_PREFILL;
-    let (q, k, v) = (args.q, args.k, args.v);
-    let dtype = kernel.half("q", q)?;
-    kernel.rank("q", q, 3)?;
-    kernel.rank("k", k, 3)?;
-    kernel.rank("v", v, 3)?;
-    kernel.rank("cu_seqlens", args.cu_seqlens, 1)?;
-    let (tokens, size) = (q.shape()[0], q.shape()[2]);
-    if size != HEAD_SIZE {
-        let expected = format!("{HEAD_SIZE}, the only one that release 0.6.3 computes right");
-        return Err(kernel.invalid("head_size", size, expected));
+/// Launches every run of sequences that have tokens, and gives the others their states.
+///
+/// # Safety
+/// `cu_seqlens` must be device memory with the offsets of each run that has tokens, counted from that run's first token,
+/// one run after the other, or the host's offsets of the whole. The workspace must be in use by no other stream.
+#[cfg(feature = "cudarc")]
+#[inline(always)]
+unsafe fn launch_runs(operands: &Operands<'_, '_>, sequences: &CuSeqlens, stream: Stream<'_>) -> Result<()> {
+    if let [Run { empty: false, .. }] = sequences.runs() {
+        let tokens = operands[Q].layout().map_or(0, |q| q.size(0));
+        if tokens == sequences.tokens() {
+            // SAFETY: the offsets start with 0, increase strictly, since no sequence is empty, and end with the number of
+            // tokens; the rest is the caller's promise.
+            return unsafe { call::<GdnPrefill, 11>(*operands, stream) };
+        }
     }
-    let (q_heads, k_heads, v_heads) = (q.shape()[1], k.shape()[1], v.shape()[1]);
-    let grouped_queries = q_heads >= v_heads && k_heads == v_heads && k_heads > 0 && q_heads % k_heads == 0;
-    let grouped_values = q_heads < v_heads && q_heads == k_heads && q_heads > 0 && v_heads % q_heads == 0;
-    if !(grouped_queries || grouped_values) {
-        let found = format_args!("{q_heads} query, {k_heads} key and {v_heads} value");
-        let expected = "key heads = value heads and query heads a multiple of them (GQA), or query heads = key heads and \
-                        value heads a multiple of them (GVA)";
-        return Err(kernel.invalid("the number of heads", found, expected));
-    }
-    let heads = q_heads.max(v_heads);
-    let sequences = args.cu_seqlens.shape()[0] - 1;
-    kernel.in_bounds("the number of sequences, the length of cu_seqlens less one,", sequences, 1, i32::MAX.into())?;
-    kernel.in_bounds("the number of tokens", tokens, sequences * least, i32::MAX.into())?;
+    // SAFETY: the caller's promise.
+    unsafe { launch_any_runs(operands, sequences, stream) }
+}
 
-    let (per_token, states) = ([tokens, heads], [sequences, heads, size, size]);
-    let (f32, on) = (DType::F32, On { device: q.device(), stream });
-    let workspace = args.workspace;
-    let plain = on.fits(q, dtype, [tokens, q_heads, size])
-        & on.fits(k, dtype, [tokens, k_heads, size])
-        & on.fits(v, dtype, [tokens, v_heads, size])
-        & on.fits(args.output, dtype, [tokens, heads, size])
-        & on.fits(args.output_state, f32, states)
-        & on.fits(args.cu_seqlens, DType::I64, [sequences + 1])
-        & on.fits(workspace, DType::U8, [workspace.numel()])
-        & args.input_state.is_none_or(|tensor| on.fits(tensor, f32, states))
-        & args.alpha.is_none_or(|tensor| on.fits(tensor, f32, per_token))
-        & args.beta.is_none_or(|tensor| on.fits(tensor, f32, per_token));
-    let closely = || {
-        on.check("q", q, dtype, &[tokens, q_heads, size])?;
-        on.check("k", k, dtype, &[tokens, k_heads, size])?;
-        on.check("v", v, dtype, &[tokens, v_heads, size])?;
-        on.check("output", args.output, dtype, &[tokens, heads, size])?;
-        on.check("output_state", args.output_state, f32, &states)?;
-        on.check("cu_seqlens", args.cu_seqlens, DType::I64, &[sequences + 1])?;
-        args.alpha.map_or(Ok(()), |tensor| on.check("alpha", tensor, f32, &per_token))?;
-        args.beta.map_or(Ok(()), |tensor| on.check("beta", tensor, f32, &per_token))?;
-        args.input_state.map_or(Ok(()), |tensor| on.check("input_state", tensor, f32, &states))?;
-        kernel.rank("workspace", workspace, 1)?;
-        on.check("workspace", workspace, DType::U8, &[workspace.numel()])
-    };
-    debug_assert!(!plain || closely().is_ok());
-    if !plain {
-        closely()?;
+/// As [`launch_runs`], of any runs.
+///
+/// # Safety
+/// As there.
+#[cold]
+unsafe fn launch_any_runs(operands: &Operands<'_, '_>, sequences: &CuSeqlens, stream: Stream<'_>) -> Result<()> {
+    let checked = check(Batch::ROW, operands, stream).map_err(|fault| explain(Batch::ROW, operands, stream, fault))?;
+    check_tokens(&checked, sequences)?;
+    if checked.device == Device::Cpu {
+        // Without tokens there is still something to do: the states are kept.
+        let checked = Checked { empty: false, ..checked };
+        // SAFETY: the reference reads the offsets and checks them.
+        return unsafe { Entry::of::<Batch>().call_checked(operands, &checked, stream) };
     }
-    // As the f32 that the kernel makes of it.
-    let scale = args.scale as f32;
-    if !(scale.is_finite() && args.scale >= 0.0) {
-        return Err(kernel.invalid("scale", args.scale, "a finite number, 0.0 for 1/√(head size)"));
+    let mut at = 0;
+    for run in sequences.runs() {
+        let (first, count) = (run.first as i64, run.count as i64);
+        let (start, end) = (sequences.offsets()[run.first], sequences.offsets()[run.first + run.count]);
+        let part = |i: usize| match operands[i].layout() {
+            Some(layout) if i == CU_SEQLENS => Some(layout.window(at, count + 1)),
+            Some(layout) if i == 1 || i == INPUT_STATE => Some(layout.narrow(0, first, count)),
+            Some(layout) if i == WORKSPACE => Some(*layout),
+            Some(layout) => Some(layout.narrow(0, start, end - start)),
+            None => None,
+        };
+        let parts: [Option<Layout>; 11] = std::array::from_fn(part);
+        let mut run_operands = *operands;
+        for (operand, part) in run_operands.iter_mut().zip(&parts) {
+            if let (Operand::Tensor(_, owner), Some(part)) = (*operand, part) {
+                *operand = Operand::Tensor(part, owner);
+            }
+        }
+        if run.empty {
+            // SAFETY: the caller's promise; the sizes were checked.
+            unsafe { keep_states(&run_operands, stream) }?;
+        } else {
+            at += count + 1;
+            // SAFETY: as in `launch_runs`, of this run's offsets.
+            unsafe { Entry::of::<GdnPrefill>().call(&run_operands, stream) }?;
+        }
     }
     Ok(())
 }
 
-/// Where a call is to run.
-#[derive(Clone, Copy)]
-struct On<'a> {
-    device: Device,
-    stream: Stream<'a>,
+fn check_tokens(checked: &Checked, sequences: &CuSeqlens) -> Result<()> {
+    let dimensions: &Dimensions = &checked.dimensions;
+    if dimensions[TOKENS] == sequences.tokens() {
+        return Ok(());
+    }
+    Err(FlashInferError::InvalidArgument {
+        function: "gdn_prefill",
+        argument: "tokens",
+        found: dimensions[TOKENS].to_string(),
+        expected: format!("{}, the end of cu_seqlens", sequences.tokens()),
+    })
 }
 
-/// Offsets and strides are 32-bit.
-const MOST: i64 = i32::MAX as i64;
+/// The final states of sequences without tokens: their initial ones.
+///
+/// # Safety
+/// The states must be contiguous device memory of the same size.
+unsafe fn keep_states(operands: &Operands<'_, '_>, stream: Stream<'_>) -> Result<()> {
+    let (Some(to), from) = (operands[1].layout(), operands[INPUT_STATE].layout()) else { return Ok(()) };
+    let runtime = FlashInferRuntime::global()?;
+    let cudart = runtime.cudart()?;
+    let fill = || {
+        let _current: cuda::CurrentDevice = cudart.set_current(runtime.checked_device(to.device())?)?;
+        let bytes = to.numel() as usize * DType::F32.size();
+        // SAFETY: the caller's promise.
+        unsafe { cudart.fill(to.data(), from.map(|from| from.data().cast_const()), bytes, stream.as_raw()) }
+    };
+    crate::engine::ordered_like(Batch::ROW, operands, fill)
+}
 
-/// A failed TMA descriptor prints to stderr and goes on; f32 and offsets are read one by one.
-const fn alignment(dtype: DType) -> usize {
-    match dtype {
-        DType::U8 => WORKSPACE_ALIGNMENT,
-        DType::F16 | DType::BF16 => 16,
-        other => other.size(),
+/// Prefill of the gated delta rule, safely: the scratch memory that the kernel writes, for one stream, so that no two streams
+/// ever share one; or for tensors on the host, where the [reference](crate::reference) computes.
+///
+/// ```
+/// # use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors};
+/// # use flashinfer_rs::{CuSeqlens, FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
+/// # FlashInferRuntime::initialize(RuntimeConfig::default())?;
+/// // Three tokens of two sequences, one head.
+/// let (q, k, v) = ([1f32; 3 * 128], [0.1f32; 3 * 128], [1f32; 3 * 128]);
+/// let (mut output, mut states) = ([0f32; 3 * 128], vec![0f32; 2 * 128 * 128]);
+/// let mut tensors = GdnTensors {
+///     output: TensorMut::from_slice(&mut output, &[3, 1, 128])?,
+///     output_state: TensorMut::from_slice(&mut states, &[2, 1, 128, 128])?,
+///     q: TensorRef::from_slice(&q, &[3, 1, 128])?,
+///     k: TensorRef::from_slice(&k, &[3, 1, 128])?,
+///     v: TensorRef::from_slice(&v, &[3, 1, 128])?,
+/// };
+/// let sequences = CuSeqlens::from_lengths(&[1, 2])?;
+/// GdnPrefillContext::on_host().prefill(&mut tensors, &sequences, &GdnOptions::default())?;
+/// # Ok::<(), flashinfer_rs::FlashInferError>(())
+/// ```
+#[derive(Debug)]
+pub struct GdnPrefillContext {
+    #[cfg(feature = "cudarc")]
+    gpu: Option<gpu::OnStream>,
+}
+
+impl GdnPrefillContext {
+    /// A context for tensors on the host.
+    pub const fn on_host() -> Self {
+        Self {
+            #[cfg(feature = "cudarc")]
+            gpu: None,
+        }
     }
 }
 
-impl On<'_> {
-    /// Whether a tensor is plainly what the kernel takes: dense memory of this GPU, for this stream.
-    #[inline(always)]
-    fn fits<const N: usize>(&self, tensor: &Raw, dtype: DType, shape: [i64; N]) -> bool {
-        let own = tensor.stream().unwrap_or(self.stream.as_raw());
-        tensor.is_dense(dtype, self.device, shape, MOST, alignment(dtype))
-            & (own == self.stream.as_raw())
-            & matches!(self.device, Device::Cuda(_))
-    }
+fn prefill_on_host(tensors: &GdnTensors<'_>, sequences: &CuSeqlens, options: &GdnOptions<'_>) -> Result<()> {
+    let offsets = TensorRef::from_slice(sequences.offsets(), &[sequences.offsets().len() as i64])?;
+    let mut nothing: [u8; 0] = [];
+    let workspace = TensorMut::from_slice(&mut nothing, &[0])?;
+    let operands = operands(tensors, &offsets, &workspace, options)?;
+    // SAFETY: the reference checks the offsets' contents; they are on the host, and so is all else, or it is refused.
+    unsafe { launch_any_runs(&operands, sequences, Stream::NULL) }
+}
 
-    /// As [`fits`](Self::fits), for any tensor: knows what is wrong, if anything is.
-    #[cold]
-    fn check(&self, name: &'static str, tensor: &Raw, dtype: DType, shape: &[i64]) -> Result<()> {
-        let kernel = &GDN_PREFILL;
-        kernel.dtype(name, tensor, dtype)?;
-        kernel.shape(name, tensor, shape)?;
-        kernel.stream(name, tensor, self.stream)?;
-        kernel.device(name, tensor, self.device)?;
-        kernel.contiguous(name, tensor)?;
-        kernel.aligned(name, tensor, alignment(dtype))?;
-        kernel.in_bounds(name, tensor.numel(), 0, MOST)
+#[cfg(not(feature = "cudarc"))]
+impl GdnPrefillContext {
+    /// Prefill of the gated delta rule, of tensors on the host.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for what breaks [the contract](gdn_prefill), a tensor on a GPU
+    /// among it.
+    pub fn prefill(
+        &mut self,
+        tensors: &mut GdnTensors<'_>,
+        sequences: &CuSeqlens,
+        options: &GdnOptions<'_>,
+    ) -> Result<()> {
+        prefill_on_host(tensors, sequences, options)
     }
 }
+
+#[cfg(feature = "cudarc")]
+mod gpu {
+    use std::sync::Arc;
+
+    use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+
+    use super::{GdnOptions, GdnPrefillContext, GdnTensors, WORKSPACE_SIZE, launch_runs, operands, prefill_on_host};
+    use crate::buffers::{device, refuse_per_thread};
+    use crate::error::{FlashInferError, Result, driver};
+    use crate::graph::{GraphMut, Leaf, Site};
+    use crate::runtime::FlashInferRuntime;
+    use crate::sequences::{CapturedCuSeqlens, Sequences};
+    use crate::stream::Stream;
+    use crate::tensor::{TensorMut, TensorRef};
+
+    #[derive(Debug)]
+    pub(super) struct OnStream {
+        stream: Arc<CudaStream>,
+        workspace: CudaSlice<u8>,
+    }
+
+    impl GdnPrefillContext {
+        /// A context for a stream, with scratch memory of its own.
+        ///
+        /// # Errors
+        /// [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange), [`Cuda`](FlashInferError::Cuda) where there is no
+        /// memory, [`InvalidArgument`](FlashInferError::InvalidArgument) for the per-thread stream, which is another in each
+        /// thread, or why there is no GPU.
+        pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
+            refuse_per_thread("gdn_prefill", stream)?;
+            FlashInferRuntime::global()?.checked_device(device(stream.context()))?;
+            let workspace = stream.alloc_zeros(WORKSPACE_SIZE as usize).map_err(driver("allocating the workspace"))?;
+            Ok(Self { gpu: Some(OnStream { stream: Arc::clone(stream), workspace }) })
+        }
+
+        /// The stream that calls are queued on; none on the host.
+        pub fn stream(&self) -> Option<&Arc<CudaStream>> {
+            self.gpu.as_ref().map(|gpu| &gpu.stream)
+        }
+
+        /// [Prefill of the gated delta rule](super::gdn_prefill), asynchronous on this context's stream; on the host at once.
+        ///
+        /// Sequences without tokens keep their state, or get zeros; the others are computed as if those were not there,
+        /// with one launch for each stretch between them.
+        ///
+        /// # Errors
+        /// As for [`gdn_prefill`](super::gdn_prefill), and [`InvalidArgument`](FlashInferError::InvalidArgument) for a
+        /// tensor of another stream, or offsets that are not where the context is.
+        pub fn prefill<'s>(
+            &mut self,
+            tensors: &mut GdnTensors<'_>,
+            sequences: impl Into<Sequences<'s>>,
+            options: &GdnOptions<'_>,
+        ) -> Result<()> {
+            match (&mut self.gpu, sequences.into()) {
+                (None, Sequences::Host(sequences)) => prefill_on_host(tensors, sequences, options),
+                (Some(gpu), Sequences::Device(sequences)) => {
+                    let offsets = sequences.offsets(&gpu.stream)?;
+                    let workspace = TensorMut::from_cudarc(&gpu.stream, &mut gpu.workspace, &[WORKSPACE_SIZE])?;
+                    let operands = operands(tensors, &offsets, &workspace, options)?;
+                    // SAFETY: the buffer was filled from the host's offsets, run by run, or vouched for as such; the
+                    // workspace is this stream's alone.
+                    unsafe { launch_runs(&operands, sequences.host(), Stream::cudarc(&gpu.stream)) }
+                }
+                (gpu, _) => {
+                    let (found, expected) = match gpu {
+                        Some(_) => ("on the host", "on the GPU: CuSeqlens::to_device copies them"),
+                        None => ("on a GPU", "on the host, as the context is"),
+                    };
+                    Err(FlashInferError::InvalidArgument {
+                        function: "gdn_prefill",
+                        argument: "cu_seqlens",
+                        found: found.to_owned(),
+                        expected: expected.to_owned(),
+                    })
+                }
+            }
+        }
+    }
+
+    /// [`GdnPrefillContext`] in a capture.
+    #[derive(Debug)]
+    pub struct CapturedPrefill<'a>(Option<GraphMut<'a, u8>>);
+
+    impl Leaf for GdnPrefillContext {
+        type Captured<'a> = CapturedPrefill<'a>;
+        type Views<'a> = ();
+
+        fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+            self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.workspace.check(context))
+        }
+
+        fn captured<'a>(&'a mut self, site: Site) -> CapturedPrefill<'a> {
+            CapturedPrefill(self.gpu.as_mut().map(|gpu| gpu.workspace.captured(site)))
+        }
+
+        fn views(&mut self) {}
+
+        fn take_over(&mut self, stream: &CudaStream) {
+            self.gpu.iter_mut().for_each(|gpu| gpu.workspace.take_over(stream));
+        }
+
+        fn hand_back(&mut self, launched: &crate::graph::Launched<'_>) {
+            self.gpu.iter_mut().for_each(|gpu| gpu.workspace.hand_back(launched));
+        }
+    }
+
+    crate::graph::graph_leaf!(GdnPrefillContext);
+
+    impl CapturedPrefill<'_> {
+        /// [`GdnPrefillContext::prefill`], captured on the stream of the capture.
+        ///
+        /// # Errors
+        /// As there.
+        pub fn prefill(
+            &mut self,
+            tensors: &mut GdnTensors<'_>,
+            sequences: &CapturedCuSeqlens<'_>,
+            options: &GdnOptions<'_>,
+            stream: Stream<'_>,
+        ) -> Result<()> {
+            let Some(workspace) = &mut self.0 else { return Err(on_host()) };
+            let offsets: TensorRef<'_> = sequences.offsets()?;
+            let workspace = workspace.write(&[WORKSPACE_SIZE])?;
+            let operands = operands(tensors, &offsets, &workspace, options)?;
+            // SAFETY: as for the context's own: the graph owns the offsets and the workspace, and its launches follow one
+            // another.
+            unsafe { launch_runs(&operands, sequences.host(), stream) }
+        }
+    }
+
+    fn on_host() -> FlashInferError {
+        FlashInferError::InvalidArgument {
+            function: "gdn_prefill",
+            argument: "context",
+            found: "one for the host".to_owned(),
+            expected: "one for a stream, GdnPrefillContext::new".to_owned(),
+        }
+    }
+}
+
+#[cfg(feature = "cudarc")]
+pub use gpu::CapturedPrefill;

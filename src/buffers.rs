@@ -1,40 +1,76 @@
-//! The flat functions on cudarc's buffers and streams.
-//!
-//! cudarc's guards, which order a buffer's uses on different streams, are held until the kernel is queued.
+//! Tensors and the flat functions on cudarc's buffers and streams.
 
 use std::ffi::c_void;
+use std::mem;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, DriverError,
-};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 
 use crate::error::{FlashInferError, Result};
-use crate::kernels::gdn::{self, GdnPrefill};
+use crate::kernels::gdn::{self, GdnOptions, GdnTensors};
 use crate::kernels::norm::{self, NormOptions};
+use crate::owner::{CurrentContext, Owner, refuse_capture};
 use crate::stream::{DeviceStream, Stream};
-use crate::tensor::{DType, Device, Element, Raw, TensorMut, TensorRef, fault, numel, reach};
+use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef, impossible, numel, reach};
 
 mod sealed {
+    use cudarc::driver::{CudaView, CudaViewMut};
+
     pub trait Sealed {}
+
+    /// A buffer's bytes, with what cudarc tracks of it.
+    pub trait Bytes {
+        fn bytes(&self) -> CudaView<'_, u8>;
+    }
+
+    pub trait BytesMut {
+        fn bytes_mut(&mut self) -> CudaViewMut<'_, u8>;
+    }
 }
 
 /// cudarc's buffers that can be read: slices and views. Sealed, since cudarc's own `DevicePtr` is safe to implement and
 /// so promises nothing.
-pub trait DeviceBuffer<T>: sealed::Sealed + DevicePtr<T> {}
+pub trait DeviceBuffer<T>: sealed::Bytes + DevicePtr<T> {}
 
 /// cudarc's buffers that can be written.
-pub trait DeviceBufferMut<T>: sealed::Sealed + DevicePtrMut<T> {}
+pub trait DeviceBufferMut<T>: sealed::BytesMut + DevicePtrMut<T> {}
 
-impl<T> sealed::Sealed for CudaSlice<T> {}
-impl<T> sealed::Sealed for CudaView<'_, T> {}
-impl<T> sealed::Sealed for CudaViewMut<'_, T> {}
-impl<T> DeviceBuffer<T> for CudaSlice<T> {}
-impl<T> DeviceBuffer<T> for CudaView<'_, T> {}
-impl<T> DeviceBuffer<T> for CudaViewMut<'_, T> {}
-impl<T> DeviceBufferMut<T> for CudaSlice<T> {}
-impl<T> DeviceBufferMut<T> for CudaViewMut<'_, T> {}
+macro_rules! buffers {
+    ($($buffer:ty),+; $($mutable:ty),+) => {
+        $(
+            impl<T> sealed::Bytes for $buffer {
+                #[inline]
+                fn bytes(&self) -> CudaView<'_, u8> {
+                    let bytes = self.len() * size_of::<T>();
+                    // SAFETY: bytes may be of anything that a kernel wrote, and nothing is read through the view but by
+                    // kernels, which are told the element type.
+                    match unsafe { self.transmute(bytes) } {
+                        Some(bytes) => bytes,
+                        None => unreachable!("a view of as many bytes as there are"),
+                    }
+                }
+            }
+            impl<T> DeviceBuffer<T> for $buffer {}
+        )+
+        $(
+            impl<T> sealed::BytesMut for $mutable {
+                #[inline]
+                fn bytes_mut(&mut self) -> CudaViewMut<'_, u8> {
+                    let bytes = self.len() * size_of::<T>();
+                    // SAFETY: as above; what is written is of the element type, which the constructors compare with `T`.
+                    match unsafe { self.transmute_mut(bytes) } {
+                        Some(bytes) => bytes,
+                        None => unreachable!("a view of as many bytes as there are"),
+                    }
+                }
+            }
+            impl<T> DeviceBufferMut<T> for $mutable {}
+        )+
+    };
+}
+
+buffers! { CudaSlice<T>, CudaView<'_, T>, CudaViewMut<'_, T>; CudaSlice<T>, CudaViewMut<'_, T> }
 
 /// Rust types for 16-bit floating-point elements: `half`'s, or their bits.
 pub trait Half16: sealed::Sealed {
@@ -79,8 +115,8 @@ impl<'a> From<&'a Arc<CudaStream>> for DeviceStream<'a> {
 impl<'a> TensorRef<'a> {
     /// A contiguous, row-major tensor in a buffer of cudarc's, for kernels on `stream`. The buffer may be longer.
     ///
-    /// cudarc's guard is kept until the tensor is dropped: in cudarc's multi-stream mode it makes `stream` wait for what
-    /// wrote the buffer elsewhere, and later writes elsewhere wait for `stream`.
+    /// Each call takes cudarc's guard for the buffer: where cudarc tracks events, `stream` waits for what used the buffer
+    /// elsewhere, and what uses it elsewhere later waits for `stream`.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer that is too short, or of another context than
@@ -107,11 +143,26 @@ impl<'a> TensorRef<'a> {
     ) -> Result<Self> {
         read("tensor", "buffer", stream, buffer, T::DTYPE, shape, Some(strides))
     }
+
+    /// A contiguous, row-major tensor of 8-bit floating-point numbers in a buffer of bytes.
+    ///
+    /// # Errors
+    /// As for [`from_cudarc`](Self::from_cudarc), and for a `dtype` that is not of one byte.
+    #[inline(always)]
+    pub fn from_cudarc_bytes(
+        stream: &'a CudaStream,
+        buffer: &'a impl DeviceBuffer<u8>,
+        dtype: DType,
+        shape: &[i64],
+    ) -> Result<Self> {
+        check_byte(dtype)?;
+        read("tensor", "buffer", stream, buffer, dtype, shape, None)
+    }
 }
 
 impl<'a> TensorMut<'a> {
     /// A contiguous, row-major tensor in a buffer of cudarc's, to be written by kernels on `stream`. The buffer may be
-    /// longer. Guards are kept as [`TensorRef::from_cudarc`] does.
+    /// longer. Guards are taken as for [`TensorRef::from_cudarc`].
     ///
     /// # Errors
     /// As there.
@@ -141,7 +192,7 @@ impl<'a> TensorMut<'a> {
     /// A contiguous, row-major tensor of 8-bit floating-point numbers in a buffer of bytes.
     ///
     /// # Errors
-    /// As for [`from_cudarc`](Self::from_cudarc), and for a `dtype` that is not F8E4M3 or F8E5M2.
+    /// As for [`from_cudarc`](Self::from_cudarc), and for a `dtype` that is not of one byte.
     #[inline(always)]
     pub fn from_cudarc_bytes(
         stream: &'a CudaStream,
@@ -165,13 +216,17 @@ fn read<'a, T>(
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> Result<TensorRef<'a>> {
-    check(function, argument, buffer, stream, shape, strides)?;
-    let (pointer, guard) = buffer.device_ptr(stream);
+    check_context(function, argument, buffer.stream().context(), stream.context())?;
+    check_len(function, argument, buffer.len(), shape, strides)?;
+    let _context = before_address(function, stream)?;
+    let (address, guard) = buffer.device_ptr(stream);
+    // It would record a use that has not happened. Every call takes one of its own.
+    mem::forget(guard);
     let (device, own) = (device(stream.context()), Some(stream.cu_stream().cast()));
-    // SAFETY: cudarc owns the memory, which is on its context's device and holds the elements that `check` counted, each of
-    // a Rust type that fits the element type. The guard, held until the kernel is queued, orders it before any later write
-    // on another stream.
-    Ok(unsafe { TensorRef::from_checked(pointer as *const c_void, device, dtype, shape, strides, own, Some(guard)) })
+    let layout = Layout::build(address as *mut c_void, device, dtype, shape, strides, own);
+    // SAFETY: cudarc owns the memory, which is on its context's device and holds the elements that were counted, each of
+    // a Rust type that fits the element type. The owner orders every call with the buffer's other uses.
+    Ok(unsafe { TensorRef::from_layout(layout, Owner::shared(buffer.bytes(), stream)) })
 }
 
 /// As [`read`]; the buffer is borrowed mutably, so nothing else refers to it.
@@ -185,11 +240,28 @@ fn write<'a, T>(
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> Result<TensorMut<'a>> {
-    check(function, argument, buffer, stream, shape, strides)?;
-    let (pointer, guard) = buffer.device_ptr_mut(stream);
+    check_context(function, argument, buffer.stream().context(), stream.context())?;
+    check_len(function, argument, buffer.len(), shape, strides)?;
+    let _context = before_address(function, stream)?;
+    let (address, guard) = buffer.device_ptr_mut(stream);
+    // As for `read`.
+    mem::forget(guard);
     let (device, own) = (device(stream.context()), Some(stream.cu_stream().cast()));
+    let layout = Layout::build(address as *mut c_void, device, dtype, shape, strides, own);
     // SAFETY: as for `read`; nothing else refers to the buffer.
-    Ok(unsafe { TensorMut::from_checked(pointer as *mut c_void, device, dtype, shape, strides, own, Some(guard)) })
+    Ok(unsafe { TensorMut::from_layout(layout, Owner::exclusive(buffer.bytes_mut(), stream)) })
+}
+
+/// Before cudarc is asked for a buffer's address: where it tracks events it makes the stream wait on that occasion, which
+/// would break a capture and changes the thread's context.
+#[inline(always)]
+fn before_address(function: &'static str, stream: &CudaStream) -> Result<Option<CurrentContext>> {
+    if !stream.context().is_managing_stream_synchronization() {
+        return Ok(None);
+    }
+    let context = CurrentContext::bind(stream.context())?;
+    refuse_capture(function, stream)?;
+    Ok(Some(context))
 }
 
 #[inline]
@@ -198,26 +270,8 @@ pub(crate) fn device(context: &CudaContext) -> Device {
     Device::Cuda(context.ordinal() as u32)
 }
 
-/// What went wrong when cudarc was doing this.
-pub(crate) fn driver(doing: &'static str) -> impl Fn(DriverError) -> FlashInferError {
-    move |error| FlashInferError::Cuda { call: doing, code: error.0 as i32, message: error.to_string() }
-}
-
-/// That a buffer belongs to the stream's context and holds every element.
-#[inline(always)]
-fn check<T>(
-    function: &'static str,
-    argument: &'static str,
-    buffer: &impl DeviceSlice<T>,
-    stream: &CudaStream,
-    shape: &[i64],
-    strides: Option<&[i64]>,
-) -> Result<()> {
-    check_context(function, argument, buffer.stream().context(), stream.context())?;
-    check_len(function, argument, buffer.len(), shape, strides)
-}
-
-/// That memory is of this context.
+/// That memory is of this very context, and that it is the one that CUDA's runtime launches kernels in. Another object for
+/// the same context has other events and does not know of this one's streams.
 #[inline(always)]
 pub(crate) fn check_context(
     function: &'static str,
@@ -225,22 +279,45 @@ pub(crate) fn check_context(
     found: &Arc<CudaContext>,
     expected: &Arc<CudaContext>,
 ) -> Result<()> {
-    if Arc::ptr_eq(found, expected) || found == expected {
+    if Arc::ptr_eq(found, expected) && found.is_primary() {
         return Ok(());
     }
-    Err(foreign(function, argument, found, expected))
+    Err(other_context(function, argument, found, expected))
 }
 
 #[cold]
-fn foreign(
+fn other_context(
     function: &'static str,
     argument: &'static str,
-    found: &CudaContext,
-    expected: &CudaContext,
+    found: &Arc<CudaContext>,
+    expected: &Arc<CudaContext>,
 ) -> FlashInferError {
-    let found = format!("in a context of cuda:{}", found.ordinal());
-    let expected = format!("memory in the stream's context, of cuda:{}", expected.ordinal());
+    let (found, expected) = if !expected.is_primary() {
+        let found = format!("on a stream of a context that is not cuda:{}'s primary one", expected.ordinal());
+        (found, "memory and a stream of one CudaContext::new, in whose context kernels are launched".to_owned())
+    } else if found.ordinal() == expected.ordinal() {
+        let found =
+            format!("of another CudaContext for cuda:{}, which does not know of the stream's uses", found.ordinal());
+        (found, "memory of the stream's own: clone the Arc instead of calling CudaContext::new again".to_owned())
+    } else {
+        let found = format!("of the context of cuda:{}", found.ordinal());
+        (found, format!("memory in the stream's context, of cuda:{}", expected.ordinal()))
+    };
     FlashInferError::InvalidArgument { function, argument, found, expected }
+}
+
+/// That a stream is the same one in every thread, for what may be sent to another.
+pub(crate) fn refuse_per_thread(function: &'static str, stream: &CudaStream) -> Result<()> {
+    const PER_THREAD: usize = 2;
+    if stream.cu_stream().addr() != PER_THREAD {
+        return Ok(());
+    }
+    Err(FlashInferError::InvalidArgument {
+        function,
+        argument: "stream",
+        found: "the per-thread stream, which is another one in each thread".to_owned(),
+        expected: "a stream of its own (CudaContext::new_stream), or the null stream".to_owned(),
+    })
 }
 
 /// That memory of `len` elements holds every one of a tensor's, and that there can be such a tensor.
@@ -257,7 +334,7 @@ pub(crate) fn check_len(
         None => count,
         Some(strides) => count.and(reach(shape, strides)).filter(|_| strides.iter().all(|&stride| stride >= 0)),
     };
-    let possible = Raw::is_sound(NonNull::dangling().as_ptr(), shape, strides);
+    let possible = Layout::is_possible(NonNull::dangling().as_ptr(), shape, strides);
     // Neither is negative.
     if possible && needed.is_some_and(|needed| needed as u64 <= len as u64) {
         return Ok(());
@@ -273,8 +350,8 @@ fn too_short(
     shape: &[i64],
     strides: Option<&[i64]>,
 ) -> FlashInferError {
-    if !Raw::is_sound(NonNull::dangling().as_ptr(), shape, strides) {
-        return fault(shape, strides);
+    if !Layout::is_possible(NonNull::dangling().as_ptr(), shape, strides) {
+        return impossible(shape, strides);
     }
     let strides = strides.map(|strides| format!(" and strides {strides:?}")).unwrap_or_default();
     let (found, expected) = (format!("{len} elements long"), format!("enough for shape {shape:?}{strides}"));
@@ -387,7 +464,7 @@ pub unsafe fn gdn_prefill_sm90_cudarc<T: Half16>(
     }
 }
 
-/// [Prefill of the gated delta rule](gdn::gdn_prefill) on cudarc's buffers; shapes as in [`GdnPrefill`], with
+/// [Prefill of the gated delta rule](gdn::gdn_prefill) on cudarc's buffers; shapes as in [`GdnTensors`], with
 /// `T = packed_seq`, `D = head_size` and `N = cu_seqlens.len() - 1`. Buffers may be longer than needed, `cu_seqlens`
 /// apart. A `scale` of 0.0 means the kernel's default, 1/√D. Asynchronous on `stream`.
 ///
@@ -432,21 +509,23 @@ pub unsafe fn gdn_prefill_sm90_cudarc_with_options<T: Half16>(
     let heads = q_heads.max(v_heads);
     let states = [(offsets - 1).max(0), heads, head_size, head_size];
     let per_token = [tokens, heads];
-    let args = GdnPrefill {
+    let mut tensors = GdnTensors {
         output: write(NAME, "output", stream, output, dtype, &[tokens, heads, head_size], None)?,
         output_state: write(NAME, "output_state", stream, output_state, DType::F32, &states, None)?,
         q: read(NAME, "q", stream, q, dtype, &[tokens, q_heads, head_size], None)?,
         k: read(NAME, "k", stream, k, dtype, &[tokens, k_heads, head_size], None)?,
         v: read(NAME, "v", stream, v, dtype, &[tokens, v_heads, head_size], None)?,
-        cu_seqlens: read(NAME, "cu_seqlens", stream, cu_seqlens, DType::I64, &[offsets], None)?,
+    };
+    let cu_seqlens = read(NAME, "cu_seqlens", stream, cu_seqlens, DType::I64, &[offsets], None)?;
+    let mut workspace = write(NAME, "workspace", stream, workspace, DType::U8, &[bytes], None)?;
+    let options = GdnOptions {
         input_state: optional("input_state", stream, input_state, &states)?,
         alpha: optional("alpha", stream, alpha, &per_token)?,
         beta: optional("beta", stream, beta, &per_token)?,
-        scale,
-        workspace: write(NAME, "workspace", stream, workspace, DType::U8, &[bytes], None)?,
+        scale: (scale != 0.0).then_some(scale),
     };
     // SAFETY: the contents of cu_seqlens and the workspace's other uses are the caller's promise.
-    unsafe { gdn::gdn_prefill(args, Stream::cudarc(stream)) }
+    unsafe { gdn::gdn_prefill(&mut tensors, &cu_seqlens, &mut workspace, &options, Stream::cudarc(stream)) }
 }
 
 fn optional<'a>(

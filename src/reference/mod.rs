@@ -1,9 +1,11 @@
 //! The same functions on host tensors, in f64: what runs where there is no GPU, and what GPU results are compared with.
 //!
 //! They are TVM-FFI functions like a kernel library's, called through the same [`Function`] and raising the same kinds
-//! of errors. Tensors on the host reach them through the ordinary wrappers, [`gemma_rmsnorm`](super::norm::gemma_rmsnorm)
-//! and [`gdn_prefill`](super::gdn::gdn_prefill). Beside F16 and BF16 they take F32, which a result can be compared with
+//! of errors. Tensors on the host reach them through the ordinary wrappers, [`gemma_rmsnorm`](crate::kernels::norm::gemma_rmsnorm)
+//! and [`gdn_prefill`](crate::kernels::gdn::gdn_prefill). Beside F16 and BF16 they take F32, which a result can be compared with
 //! before it was rounded.
+//!
+//! A family is one file of this folder, which the build finds; its file lists its functions.
 //!
 //! [`Function`]: crate::Function
 
@@ -21,16 +23,7 @@ use crate::module::Module;
 use crate::runtime::FlashInferRuntime;
 use crate::tensor::DType;
 
-static FUNCTIONS: &[(&str, SafeCall)] = &[
-    ("rmsnorm", rmsnorm),
-    ("gemma_rmsnorm", gemma_rmsnorm),
-    ("fused_add_rmsnorm", fused_add_rmsnorm),
-    ("gemma_fused_add_rmsnorm", gemma_fused_add_rmsnorm),
-    ("rmsnorm_quant", rmsnorm_quant),
-    ("fused_add_rmsnorm_quant", fused_add_rmsnorm_quant),
-    ("layernorm", layernorm),
-    ("gdn_prefill", gdn_prefill),
-];
+include!(concat!(env!("OUT_DIR"), "/references.rs"));
 
 /// The reference functions as a module, by the names of the kernels that they are for.
 ///
@@ -39,7 +32,7 @@ static FUNCTIONS: &[(&str, SafeCall)] = &[
 pub fn module() -> Result<&'static Module> {
     static MODULE: OnceLock<Module> = OnceLock::new();
     let runtime = FlashInferRuntime::global()?;
-    Ok(MODULE.get_or_init(|| Module::here("reference", FUNCTIONS, runtime.api())))
+    Ok(MODULE.get_or_init(|| Module::here("reference", families().concat(), runtime.api())))
 }
 
 /// What a function raises: TVM-FFI's kind, and the message.
@@ -48,221 +41,18 @@ type Raised = (&'static str, String);
 /// Declares a function whose body gets its arguments.
 macro_rules! function {
     ($name:ident, $body:expr) => {
-        unsafe extern "C" fn $name(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
+        unsafe extern "C" fn $name(
+            _: *mut std::ffi::c_void,
+            args: *const $crate::ffi::abi::Any,
+            count: i32,
+            result: *mut $crate::ffi::abi::Any,
+        ) -> std::ffi::c_int {
             // SAFETY: TVM-FFI's calling convention, which our caller follows.
-            unsafe { serve(stringify!($name), args, count, result, $body) }
+            unsafe { $crate::reference::serve(stringify!($name), args, count, result, $body) }
         }
     };
 }
-
-function!(rmsnorm, |args| {
-    let [out, input, weight, eps, _pdl] = args.exactly()?;
-    let (out, input) = (args.tensor(out)?, args.tensor(input)?);
-    norm(&out, &input, &args.tensor(weight)?, 0.0, 1.0, args.float(eps)?)
-});
-
-function!(gemma_rmsnorm, |args| {
-    let [out, input, weight, eps, _pdl] = args.exactly()?;
-    let (out, input) = (args.tensor(out)?, args.tensor(input)?);
-    if input.shape.len() != 2 {
-        let fault = format!("argument #{} has shape {:?}, expected two dimensions", input.position, input.shape);
-        return Err(("ValueError", fault));
-    }
-    norm(&out, &input, &args.tensor(weight)?, 1.0, 1.0, args.float(eps)?)
-});
-
-function!(fused_add_rmsnorm, |args| fused_in_place(args, 0.0));
-function!(gemma_fused_add_rmsnorm, |args| fused_in_place(args, 1.0));
-
-function!(rmsnorm_quant, |args| {
-    let [out, input, weight, scale, eps, _pdl] = args.exactly()?;
-    let (out, input, weight) = (args.tensor(out)?, args.tensor(input)?, args.tensor(weight)?);
-    norm(&out, &input, &weight, 0.0, 1.0 / args.float(scale)?, args.float(eps)?)
-});
-
-function!(fused_add_rmsnorm_quant, |args| {
-    let [out, input, residual, weight, scale, eps, _pdl] = args.exactly()?;
-    let (input, residual) = (args.tensor(input)?, args.tensor(residual)?);
-    fused(&args.tensor(out)?, &input, &residual, &args.tensor(weight)?, 0.0, 1.0 / args.float(scale)?, args.float(eps)?)
-});
-
-function!(layernorm, |args| {
-    let [out, input, gamma, beta, eps] = args.exactly()?;
-    let (out, input) = (args.tensor(out)?, args.tensor(input)?);
-    let (gamma, beta, eps) = (args.tensor(gamma)?, args.tensor(beta)?, args.float(eps)?);
-    let (rows, columns) = (input.size(0)?, input.size(1)?);
-    for (tensor, shape) in
-        [(&out, &[rows, columns][..]), (&input, &[rows, columns]), (&gamma, &[columns]), (&beta, &[columns])]
-    {
-        tensor.expect_shape(shape)?;
-    }
-    let (mut weights, mut shifts, mut row) = (vec![0.0; columns], vec![0.0; columns], vec![0.0; columns]);
-    gamma.read(&[], &mut weights)?;
-    beta.read(&[], &mut shifts)?;
-    for i in 0..rows {
-        input.read(&[i], &mut row)?;
-        let mean = row.iter().sum::<f64>() / columns as f64;
-        let variance = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / columns as f64;
-        let factor = 1.0 / (variance + eps).sqrt();
-        for ((x, weight), shift) in row.iter_mut().zip(&weights).zip(&shifts) {
-            *x = (*x - mean) * factor * weight + shift;
-        }
-        out.write(&[i], &row)?;
-    }
-    Ok(())
-});
-
-fn fused_in_place(args: &Args<'_>, bias: f64) -> std::result::Result<(), Raised> {
-    let [input, residual, weight, eps, _pdl] = args.exactly()?;
-    let (input, residual) = (args.tensor(input)?, args.tensor(residual)?);
-    fused(&input, &input, &residual, &args.tensor(weight)?, bias, 1.0, args.float(eps)?)
-}
-
-/// `out ← scale · input / √(mean(input²) + eps) · (bias + weight)` along the last dimension of two or three.
-fn norm(
-    out: &HostTensor<'_>,
-    input: &HostTensor<'_>,
-    weight: &HostTensor<'_>,
-    bias: f64,
-    scale: f64,
-    eps: f64,
-) -> std::result::Result<(), Raised> {
-    let shape = (0..input.shape.len()).map(|i| input.size(i)).collect::<std::result::Result<Vec<_>, _>>()?;
-    let Some((&columns, leading)) = shape.split_last().filter(|(_, leading)| (1..=2).contains(&leading.len())) else {
-        return Err((
-            "ValueError",
-            format!("argument #{} has shape {:?}, expected two or three dimensions", input.position, input.shape),
-        ));
-    };
-    out.expect_shape(&shape)?;
-    weight.expect_shape(&[columns])?;
-    let mut weights = vec![0.0; columns];
-    weight.read(&[], &mut weights)?;
-    let mut row = vec![0.0; columns];
-    for index in indices(leading) {
-        input.read(&index, &mut row)?;
-        norm_row(&mut row, &weights, bias, scale, eps);
-        out.write(&index, &row)?;
-    }
-    Ok(())
-}
-
-/// `residual ← input + residual`, and the norm of the sum, before it is rounded, to `out`.
-fn fused(
-    out: &HostTensor<'_>,
-    input: &HostTensor<'_>,
-    residual: &HostTensor<'_>,
-    weight: &HostTensor<'_>,
-    bias: f64,
-    scale: f64,
-    eps: f64,
-) -> std::result::Result<(), Raised> {
-    let (rows, columns) = (input.size(0)?, input.size(1)?);
-    for tensor in [out, input, residual] {
-        tensor.expect_shape(&[rows, columns])?;
-    }
-    weight.expect_shape(&[columns])?;
-    let mut weights = vec![0.0; columns];
-    weight.read(&[], &mut weights)?;
-    let (mut sum, mut addend) = (vec![0.0; columns], vec![0.0; columns]);
-    for row in 0..rows {
-        input.read(&[row], &mut sum)?;
-        residual.read(&[row], &mut addend)?;
-        sum.iter_mut().zip(&addend).for_each(|(sum, addend)| *sum += addend);
-        residual.write(&[row], &sum)?;
-        norm_row(&mut sum, &weights, bias, scale, eps);
-        out.write(&[row], &sum)?;
-    }
-    Ok(())
-}
-
-fn norm_row(row: &mut [f64], weight: &[f64], bias: f64, scale: f64, eps: f64) {
-    let mean = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
-    let factor = scale / (mean + eps).sqrt();
-    row.iter_mut().zip(weight).for_each(|(x, w)| *x *= factor * (bias + w));
-}
-
-/// Every index of one or two leading dimensions.
-fn indices(leading: &[usize]) -> impl Iterator<Item = Vec<usize>> + use<> {
-    let (first, second) = (leading[0], leading.get(1).copied());
-    (0..first).flat_map(move |i| {
-        let heads = second.map_or(1, |heads| heads);
-        (0..heads).map(move |j| if second.is_some() { vec![i, j] } else { vec![i] })
-    })
-}
-
-unsafe extern "C" fn gdn_prefill(_: *mut c_void, args: *const Any, count: i32, result: *mut Any) -> c_int {
-    // SAFETY: TVM-FFI's calling convention, which our caller follows.
-    unsafe {
-        serve("gdn_prefill", args, count, result, |args| {
-            let [output, output_state, q, k, v, cu_seqlens, input_state, alpha, beta, scale, _workspace] =
-                args.exactly()?;
-            let (output, output_state) = (args.tensor(output)?, args.tensor(output_state)?);
-            let (q, k, v, cu_seqlens) = (args.tensor(q)?, args.tensor(k)?, args.tensor(v)?, args.tensor(cu_seqlens)?);
-            let (input_state, alpha, beta) = (args.optional(input_state)?, args.optional(alpha)?, args.optional(beta)?);
-            let scale = args.float(scale)?;
-            let (tokens, size) = (q.size(0)?, q.size(2)?);
-            let (q_heads, k_heads, v_heads) = (q.size(1)?, k.size(1)?, v.size(1)?);
-            let heads = q_heads.max(v_heads);
-            let sequences = cu_seqlens.size(0)?.saturating_sub(1);
-            q.expect_shape(&[tokens, q_heads, size])?;
-            k.expect_shape(&[tokens, k_heads, size])?;
-            v.expect_shape(&[tokens, v_heads, size])?;
-            output.expect_shape(&[tokens, heads, size])?;
-            output_state.expect_shape(&[sequences, heads, size, size])?;
-            for (tensor, shape) in [
-                (&input_state, &[sequences, heads, size, size][..]),
-                (&alpha, &[tokens, heads]),
-                (&beta, &[tokens, heads]),
-            ] {
-                tensor.as_ref().map_or(Ok(()), |tensor| tensor.expect_shape(shape))?;
-            }
-            let unshared = |own: usize| own == 0 || heads % own != 0;
-            if [q_heads, k_heads, v_heads].into_iter().any(unshared) || q_heads % k_heads != 0 || v_heads % k_heads != 0
-            {
-                return Err((
-                    "ValueError",
-                    format!("{q_heads} query, {k_heads} key and {v_heads} value heads do not group"),
-                ));
-            }
-            if size == 0 {
-                return Err(("ValueError", "the head size is 0, expected at least 1".to_owned()));
-            }
-            let scale = if scale == 0.0 { 1.0 / (size as f64).sqrt() } else { scale };
-            let offsets = cu_seqlens.offsets(tokens)?;
-            for (sequence, span) in offsets.windows(2).enumerate() {
-                for head in 0..heads {
-                    let (q_head, k_head, v_head) =
-                        (head * q_heads / heads, head * k_heads / heads, head * v_heads / heads);
-                    let mut state = vec![0.0; size * size];
-                    if let Some(input_state) = &input_state {
-                        input_state.read(&[sequence, head], &mut state)?;
-                    }
-                    let (mut query, mut key, mut value) = (vec![0.0; size], vec![0.0; size], vec![0.0; size]);
-                    for token in span[0]..span[1] {
-                        q.read(&[token, q_head], &mut query)?;
-                        k.read(&[token, k_head], &mut key)?;
-                        v.read(&[token, v_head], &mut value)?;
-                        let decay = alpha.as_ref().map_or(Ok(1.0), |alpha| alpha.at(&[token, head]))?;
-                        let rate = beta.as_ref().map_or(Ok(1.0), |beta| beta.at(&[token, head]))?;
-                        for (i, row) in state.chunks_exact_mut(size).enumerate() {
-                            row.iter_mut().for_each(|s| *s *= decay);
-                            let correction = rate * (value[i] - dot(row, &key));
-                            row.iter_mut().zip(&key).for_each(|(s, k)| *s += correction * k);
-                            output.set(&[token, head, i], scale * dot(row, &query))?;
-                        }
-                    }
-                    output_state.write(&[sequence, head], &state)?;
-                }
-            }
-            Ok(())
-        })
-    }
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
+use function;
 
 /// Runs a function's body under TVM-FFI's convention: an error is raised and answered by -1, and so is a panic.
 ///

@@ -1,0 +1,288 @@
+//! Whether a call keeps a row: every condition stands here, once.
+
+use super::{Alignment, Argument, Dimensions, Dtype, From, Kind, MAX_DIMENSIONS, Row, Strides, Tensor};
+use crate::owner::Owner;
+use crate::stream::Stream;
+use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef, is_injective};
+
+/// What a call gives for an argument.
+#[derive(Clone, Copy)]
+pub(crate) enum Operand<'a, 'o> {
+    Tensor(&'a Layout, &'a Owner<'o>),
+    /// Nothing, for an optional tensor.
+    Absent,
+    Number(f64),
+    Bool(bool),
+}
+
+impl<'o> TensorRef<'o> {
+    #[inline(always)]
+    pub(crate) fn operand<'a>(&'a self) -> Operand<'a, 'o> {
+        Operand::Tensor(self.layout(), self.owner())
+    }
+}
+
+impl<'o> TensorMut<'o> {
+    #[inline(always)]
+    pub(crate) fn operand<'a>(&'a self) -> Operand<'a, 'o> {
+        Operand::Tensor(self.layout(), self.owner())
+    }
+}
+
+impl<'a> Operand<'a, '_> {
+    #[inline(always)]
+    pub(crate) fn layout(&self) -> Option<&'a Layout> {
+        match self {
+            Self::Tensor(layout, _) => Some(layout),
+            _ => None,
+        }
+    }
+}
+
+/// A call that keeps its row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Checked {
+    pub(crate) device: Device,
+    pub(crate) dimensions: Dimensions,
+    /// Whether there is nothing to do.
+    pub(crate) empty: bool,
+    /// Whether one launch does it.
+    pub(crate) whole: bool,
+}
+
+/// The condition that a call breaks: of an argument by its place, of a dimension or a relation by its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Rank(usize),
+    Dimension(usize),
+    Relation(usize),
+    Tensor(usize, Condition),
+    Number(usize),
+}
+
+/// A condition on a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Condition {
+    Type,
+    Device,
+    Stream,
+    Captured,
+    Shape,
+    Strides,
+    Overlap,
+    Alignment,
+    Extent,
+}
+
+const CONDITIONS: [Condition; 9] = [
+    Condition::Type,
+    Condition::Device,
+    Condition::Stream,
+    Condition::Captured,
+    Condition::Shape,
+    Condition::Strides,
+    Condition::Overlap,
+    Condition::Alignment,
+    Condition::Extent,
+];
+
+/// What a tensor is held against.
+struct Call<'a, 'c> {
+    row: &'static Row,
+    operands: &'a [Operand<'a, 'a>],
+    lead: &'a Layout,
+    dimensions: Dimensions,
+    stream: Stream<'c>,
+}
+
+/// Checks a call. The operands are as many as the row's arguments, each of its argument's kind: whoever wrote the call saw to
+/// it, and a debug assertion does.
+///
+/// Inlined into each kernel's own function, where the row is a constant and the loops unroll into straight code.
+#[inline(always)]
+pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Stream<'_>) -> Result<Checked, Fault> {
+    debug_assert!(fits_kinds(row, operands));
+    for (i, operand) in operands.iter().enumerate() {
+        if let (Some(layout), Kind::Tensor(tensor)) = (operand.layout(), &row.arguments[i].kind)
+            && layout.ndim() != tensor.shape.len()
+        {
+            return Err(Fault::Rank(i));
+        }
+    }
+    let lead = lead(row, operands);
+    let dimensions = dimensions(row, operands);
+    let on_gpu = lead.device() != Device::Cpu;
+    let mut empty = false;
+    for (i, dimension) in row.dimensions.iter().enumerate() {
+        let size = dimensions[i];
+        if (size < dimension.least) | (size > dimension.most) {
+            return Err(Fault::Dimension(i));
+        }
+        empty |= size == 0;
+    }
+    for (i, relation) in row.relations.iter().enumerate() {
+        if !empty && (on_gpu | !relation.only_on_gpu) && !(relation.holds)(&dimensions) {
+            return Err(Fault::Relation(i));
+        }
+    }
+    let call = Call { row, operands, lead, dimensions, stream };
+    let mut whole = true;
+    for (i, operand) in operands.iter().enumerate() {
+        match (operand, &row.arguments[i].kind) {
+            (Operand::Tensor(layout, _), Kind::Tensor(tensor)) => {
+                // All at once, without a branch for each: after a launch nothing of this is predicted.
+                let kept =
+                    CONDITIONS.iter().fold(true, |kept, &condition| kept & call.keeps(condition, tensor, layout));
+                if !kept {
+                    return Err(call.broken(i, tensor, layout));
+                }
+                whole &= reach(layout) <= row.extent.most;
+            }
+            (Operand::Number(value), kind) if !number_fits(kind, *value) => return Err(Fault::Number(i)),
+            _ => {}
+        }
+    }
+    Ok(Checked { device: lead.device(), dimensions, empty, whole })
+}
+
+#[inline(always)]
+fn lead<'a>(row: &'static Row, operands: &[Operand<'a, '_>]) -> &'a Layout {
+    match operands[row.lead].layout() {
+        Some(layout) => layout,
+        None => unreachable!("a call gives its lead argument"),
+    }
+}
+
+#[inline(always)]
+fn dimensions(row: &'static Row, operands: &[Operand<'_, '_>]) -> Dimensions {
+    let size = |argument: usize, dimension| operands[argument].layout().map_or(0, |layout| layout.size(dimension));
+    let mut dimensions = [1; MAX_DIMENSIONS];
+    for (i, dimension) in row.dimensions.iter().enumerate() {
+        dimensions[i] = match dimension.from {
+            From::Shape(argument, dimension) => size(argument, dimension),
+            From::OneLess(argument, dimension) => size(argument, dimension) - 1,
+            From::Larger(a, b) => dimensions[a].max(dimensions[b]),
+        };
+    }
+    dimensions
+}
+
+/// As the f32 that a kernel makes of it, which flushes what is subnormal to 0.
+#[inline(always)]
+fn number_fits(kind: &Kind, value: f64) -> bool {
+    let single = value as f32;
+    match kind {
+        Kind::Positive => single.is_normal() & (single > 0.0),
+        Kind::NotNegative => (single.is_normal() & (single > 0.0)) | (value == 0.0),
+        Kind::Tensor(_) | Kind::EnablePdl => false,
+    }
+}
+
+/// How many elements lie from the first to behind the last, or more than any launch covers.
+#[inline(always)]
+fn reach(layout: &Layout) -> i64 {
+    let mut reach = 1i64;
+    for (&size, &stride) in layout.shape().iter().zip(layout.strides()) {
+        reach = reach.saturating_add((size - 1).saturating_mul(stride));
+    }
+    reach
+}
+
+/// Whether a tensor is for this stream, or for any.
+#[inline(always)]
+pub(crate) fn stream_fits(layout: &Layout, stream: Stream<'_>) -> bool {
+    layout.stream().unwrap_or(stream.as_raw()) == stream.as_raw()
+}
+
+/// Whether a tensor's address is aligned as its argument asks.
+#[inline(always)]
+pub(crate) fn aligned(tensor: &Tensor, dimensions: &Dimensions, layout: &Layout) -> bool {
+    let bytes = match tensor.alignment {
+        Alignment::Bytes(bytes) => bytes,
+        vector => vector.elements(dimensions, 1) as usize * layout.dtype().size(),
+    };
+    (layout.data().addr() & (bytes - 1) == 0) | (layout.device() == Device::Cpu) | (layout.numel() == 0)
+}
+
+impl Call<'_, '_> {
+    /// Whether a tensor keeps a condition.
+    #[inline(always)]
+    fn keeps(&self, condition: Condition, tensor: &'static Tensor, layout: &Layout) -> bool {
+        match condition {
+            Condition::Type => self.type_fits(tensor, layout.dtype()),
+            Condition::Device => layout.device() == self.lead.device(),
+            Condition::Stream => stream_fits(layout, self.stream),
+            // The host's work would be no part of the graph.
+            Condition::Captured => (layout.device() != Device::Cpu) | self.stream.capture().is_none(),
+            Condition::Shape => {
+                let mut same = true;
+                for (i, size) in tensor.shape.iter().enumerate() {
+                    same &= layout.size(i) == size.of(&self.dimensions);
+                }
+                same
+            }
+            Condition::Strides => match tensor.strides {
+                Strides::Contiguous => layout.is_contiguous(),
+                Strides::Rows => {
+                    let last = tensor.shape.len() - 1;
+                    let vector = tensor.alignment.elements(&self.dimensions, layout.dtype().size());
+                    let mut fit = layout.stride(last) == 1;
+                    for i in 0..last {
+                        let stride = layout.stride(i);
+                        fit &= (layout.size(i) == 1) | ((stride >= 0) & (stride & (vector - 1) == 0));
+                    }
+                    fit | (layout.numel() == 0)
+                }
+            },
+            Condition::Overlap => match tensor.strides {
+                Strides::Rows if tensor.role.writes() => {
+                    let rank = tensor.shape.len();
+                    is_injective(&layout.sizes()[..rank], &layout.all_strides()[..rank])
+                }
+                _ => true,
+            },
+            Condition::Alignment => aligned(tensor, &self.dimensions, layout),
+            Condition::Extent => {
+                let most = self.row.extent.most;
+                (reach(layout) <= most) | (self.row.extent.split && splits(tensor, layout, most))
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn type_fits(&self, tensor: &'static Tensor, found: DType) -> bool {
+        let host = self.lead.device() == Device::Cpu;
+        match tensor.dtype {
+            Dtype::Half => (found == DType::BF16) | (found == DType::F16) | (host & (found == DType::F32)),
+            Dtype::Bf16 => (found == DType::BF16) | (host & ((found == DType::F16) | (found == DType::F32))),
+            Dtype::Eight => (found == DType::F8E4M3) | (found == DType::F8E5M2),
+            Dtype::Only(dtype) => found == dtype,
+            Dtype::As(other) => self.operands[other].layout().is_none_or(|other| found == other.dtype()),
+        }
+    }
+
+    #[cold]
+    fn broken(&self, i: usize, tensor: &'static Tensor, layout: &Layout) -> Fault {
+        let broken = CONDITIONS.into_iter().find(|&condition| !self.keeps(condition, tensor, layout));
+        Fault::Tensor(i, broken.unwrap_or(Condition::Extent))
+    }
+}
+
+/// Whether a launch for each index of the first dimension would do.
+#[cold]
+fn splits(tensor: &Tensor, layout: &Layout, most: i64) -> bool {
+    let divided = matches!(tensor.shape[0], super::Size::Of(0));
+    divided && layout.size(0) > 0 && layout.narrow(0, 0, 1).reach().is_some_and(|reach| reach <= most)
+}
+
+/// That each operand is of its argument's kind: a slip in this crate, not in a call.
+fn fits_kinds(row: &Row, operands: &[Operand<'_, '_>]) -> bool {
+    let fits = |(argument, operand): (&Argument, &Operand<'_, '_>)| match (&argument.kind, operand) {
+        (Kind::Tensor(_), Operand::Tensor(..)) => true,
+        (Kind::Tensor(tensor), Operand::Absent) => tensor.optional,
+        (Kind::Positive | Kind::NotNegative, Operand::Number(_)) => true,
+        (Kind::EnablePdl, Operand::Bool(_)) => true,
+        _ => false,
+    };
+    row.arguments.len() == operands.len() && row.arguments.iter().zip(operands).all(fits)
+}

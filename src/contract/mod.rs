@@ -1,0 +1,368 @@
+//! The kernels' contracts, as data: one [`Row`] for each kernel.
+//!
+//! What a kernel takes, where it runs, what it must never be given: each condition is stated once, in its row. One engine
+//! reads the rows: it checks calls, says what is wrong with them, packs the arguments, takes the locks that a kernel needs
+//! and captures it into graphs. The documentation's tables, the kernel index and the self-tests follow from the same rows.
+
+mod check;
+mod explain;
+mod table;
+
+pub(crate) use check::{Checked, Fault, Operand, aligned, check, stream_fits};
+pub(crate) use explain::explain;
+pub use table::{arguments, index};
+
+use crate::tensor::DType;
+
+/// The most arguments that a kernel takes.
+pub const MAX_ARGUMENTS: usize = 16;
+
+/// The most named dimensions of a row.
+pub const MAX_DIMENSIONS: usize = 8;
+
+/// The sizes of a row's dimensions in a call, in the row's order.
+pub type Dimensions = [i64; MAX_DIMENSIONS];
+
+/// A kernel's contract.
+#[derive(Debug)]
+pub struct Row {
+    /// The kernel's name, by which errors and the index call it: the function's, with its form where there are several.
+    pub kernel: &'static str,
+    /// The function's name in the library.
+    pub function: &'static str,
+    /// The vendored library that has it.
+    pub library: &'static str,
+    /// The Cargo feature that vendors the library.
+    pub feature: &'static str,
+    /// What it computes, in one line.
+    pub summary: &'static str,
+    /// Where upstream states this, in FlashInfer 0.6.3.
+    pub source: &'static str,
+    /// The GPUs that it runs on.
+    pub runs_on: RunsOn,
+    /// The arguments, in upstream's order.
+    pub arguments: &'static [Argument],
+    /// The argument that decides where the call runs, and whose type others follow.
+    pub lead: usize,
+    /// The named dimensions of the shapes.
+    pub dimensions: &'static [Dimension],
+    /// What the dimensions must be to each other, and the limits that follow from them.
+    pub relations: &'static [Relation],
+    /// How far a launch's offsets reach.
+    pub extent: Extent,
+    /// Programmatic dependent launch.
+    pub pdl: Pdl,
+    /// What the launcher changes about the kernel before it launches it.
+    pub attributes: Attributes,
+    /// Whether the launcher asks for the thread's current device, which must then be the tensors'; others select it themselves.
+    pub uses_current_device: bool,
+    /// How tensors are passed.
+    pub convention: Convention,
+    /// What no check can see, and what upstream gets wrong.
+    pub hazards: &'static [&'static str],
+    /// The relative error (L2) beside the reference that a self-test allows, for BF16 and for F16.
+    pub tolerance: [f64; 2],
+    /// The files of tests that cover it.
+    pub tests: &'static str,
+}
+
+/// GPUs, by their compute capability.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunsOn {
+    /// From this one on, as far as the wheel was compiled for it.
+    AtLeast(i32, i32),
+    /// This one alone.
+    Exactly(i32, i32),
+}
+
+impl RunsOn {
+    /// Whether a compute capability is among them.
+    pub fn includes(self, capability: (i32, i32)) -> bool {
+        match self {
+            Self::AtLeast(major, minor) => capability >= (major, minor),
+            Self::Exactly(major, minor) => capability == (major, minor),
+        }
+    }
+}
+
+/// One argument.
+#[derive(Debug)]
+pub struct Argument {
+    /// Its name, by which errors call it.
+    pub name: &'static str,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// What an argument is.
+#[derive(Debug)]
+pub enum Kind {
+    /// A tensor.
+    Tensor(Tensor),
+    /// A number above 0 that an f32 holds without being flushed to 0.
+    Positive,
+    /// A number that an f32 holds, 0.0 or above it.
+    NotNegative,
+    /// Whether programmatic dependent launch is on.
+    EnablePdl,
+}
+
+/// A tensor argument.
+#[derive(Debug)]
+pub struct Tensor {
+    /// What the kernel does with it.
+    pub role: Role,
+    /// Whether a call may do without it.
+    pub optional: bool,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: &'static [Size],
+    /// How its elements may lie.
+    pub strides: Strides,
+    /// What its address must be a multiple of, on a GPU.
+    pub alignment: Alignment,
+    /// What a test or self-test fills it with.
+    pub contents: Contents,
+}
+
+/// What a kernel does with a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It is read.
+    In,
+    /// It is written, whatever was there.
+    Out,
+    /// It is read and written.
+    InPlace,
+    /// It is scratch memory of the kernel's.
+    Workspace,
+}
+
+/// Element types.
+#[derive(Debug, Clone, Copy)]
+pub enum Dtype {
+    /// F16 or BF16; on the host F32 too.
+    Half,
+    /// BF16; on the host F16 and F32 too.
+    Bf16,
+    /// F8E4M3 or F8E5M2.
+    Eight,
+    /// This one.
+    Only(DType),
+    /// That of another argument.
+    As(usize),
+}
+
+/// One size of a shape.
+#[derive(Debug, Clone, Copy)]
+pub enum Size {
+    /// That of a named dimension.
+    Of(usize),
+    /// One more than a named dimension.
+    OneMore(usize),
+}
+
+/// How a tensor's elements may lie.
+#[derive(Debug, Clone, Copy)]
+pub enum Strides {
+    /// One after the other, in row-major order.
+    Contiguous,
+    /// Rows along the last dimension, whose stride is 1. The other strides are not negative and multiples of what
+    /// [`Alignment::Vector`] says; 0 repeats what is read. No two elements that are written lie in the same place.
+    Rows,
+}
+
+/// What an address must be a multiple of.
+#[derive(Debug, Clone, Copy)]
+pub enum Alignment {
+    /// So many bytes.
+    Bytes(usize),
+    /// As many elements as one memory access moves: the greatest power of two that divides this dimension, `most` at the most.
+    Vector {
+        /// The dimension that is divided into vectors.
+        dimension: usize,
+        /// The longest vector, in elements.
+        most: i64,
+    },
+}
+
+/// What a test fills a tensor with.
+#[derive(Debug, Clone, Copy)]
+pub enum Contents {
+    /// Numbers between `-x` and `x`.
+    Uniform(f64),
+    /// Numbers between these two.
+    Between(f64, f64),
+    /// Offsets that divide the second dimension into as many parts as the first says.
+    Offsets(usize, usize),
+    /// Zeros.
+    Zeros,
+}
+
+/// A named dimension.
+#[derive(Debug)]
+pub struct Dimension {
+    /// Its name.
+    pub name: &'static str,
+    /// Where it comes from in a call.
+    pub from: From,
+    /// The least that it may be.
+    pub least: i64,
+    /// The most that it may be.
+    pub most: i64,
+    /// Sizes for tests; the first is the self-test's. None for a dimension that follows from others.
+    pub examples: &'static [i64],
+}
+
+/// Where a dimension comes from.
+#[derive(Debug, Clone, Copy)]
+pub enum From {
+    /// A size of an argument: the argument, then the dimension of its shape.
+    Shape(usize, usize),
+    /// One less than a size of an argument.
+    OneLess(usize, usize),
+    /// The larger of two dimensions.
+    Larger(usize, usize),
+}
+
+/// What dimensions must be to each other.
+#[derive(Debug)]
+pub struct Relation {
+    /// What errors call it: the argument or dimension that it limits.
+    pub name: &'static str,
+    /// Whether it is only so on a GPU.
+    pub only_on_gpu: bool,
+    /// Whether it holds.
+    pub holds: fn(&Dimensions) -> bool,
+    /// What there is, for a message.
+    pub found: fn(&Dimensions) -> String,
+    /// What is required.
+    pub expected: &'static str,
+}
+
+/// How far a launch's offsets reach.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    /// The most elements from a tensor's first to behind its last in one launch.
+    pub most: i64,
+    /// Whether more are divided into several launches, along the first dimension of each tensor that has the row's first one.
+    pub split: bool,
+}
+
+/// Programmatic dependent launch: whether a kernel may start before the one ahead of it in its stream has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pdl {
+    /// The kernel has no such option.
+    None,
+    /// The kernel waits before it reads anything, so that every edge of a graph may be programmatic.
+    Waits,
+    /// The kernel reads this before it waits, or never waits: what is ahead of it must have ended.
+    ReadsBefore(&'static str),
+}
+
+/// What a kernel's launcher changes before it launches.
+#[derive(Debug, Clone, Copy)]
+pub enum Attributes {
+    /// Nothing.
+    None,
+    /// Each call sets the kernel's shared memory to what its own sizes need, so no two may be at it at once on one device.
+    PerCall,
+    /// The first call in a process sets it, on its device alone, and remembers that in exported flags.
+    OncePerProcess {
+        /// The end of the flags' mangled names.
+        flag: &'static str,
+        /// Which of the library's kernels a call chooses, by its operands.
+        variant: fn(&Variant<'_>) -> u32,
+    },
+}
+
+/// What chooses among a library's kernels.
+#[derive(Debug)]
+pub struct Variant<'a> {
+    /// The type of the lead argument.
+    pub dtype: DType,
+    /// The sizes.
+    pub dimensions: &'a Dimensions,
+    /// A bit for each argument that is there, from the first on.
+    pub present: u32,
+}
+
+/// How tensors are passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Convention {
+    /// As `DLTensor*`.
+    Views,
+    /// As reference-counted objects, one allocation each.
+    Objects,
+}
+
+impl Row {
+    /// The tensor arguments, with their places.
+    pub fn tensors(&self) -> impl Iterator<Item = (usize, &'static str, &'static Tensor)> {
+        self.arguments.iter().enumerate().filter_map(|(i, argument)| match &argument.kind {
+            Kind::Tensor(tensor) => Some((i, argument.name, tensor)),
+            _ => None,
+        })
+    }
+
+    /// The sizes of a shape.
+    pub fn shape(&self, tensor: &Tensor, dimensions: &Dimensions) -> Vec<i64> {
+        tensor.shape.iter().map(|size| size.of(dimensions)).collect()
+    }
+
+    /// The row's dimensions, where those that a call gives are these, in the row's order.
+    pub fn dimensions_from(&self, given: impl Fn(usize) -> i64) -> Dimensions {
+        let mut dimensions = [1; MAX_DIMENSIONS];
+        for (i, dimension) in self.dimensions.iter().enumerate() {
+            dimensions[i] = match dimension.from {
+                From::Larger(a, b) => dimensions[a].max(dimensions[b]),
+                From::Shape(..) | From::OneLess(..) => given(i),
+            };
+        }
+        dimensions
+    }
+}
+
+impl Size {
+    /// The size, of these dimensions.
+    #[inline(always)]
+    pub fn of(self, dimensions: &Dimensions) -> i64 {
+        match self {
+            Self::Of(i) => dimensions[i],
+            Self::OneMore(i) => dimensions[i].wrapping_add(1),
+        }
+    }
+}
+
+impl Alignment {
+    /// In elements of `size` bytes.
+    #[inline(always)]
+    pub fn elements(self, dimensions: &Dimensions, size: usize) -> i64 {
+        match self {
+            Self::Bytes(bytes) => bytes as i64 / size as i64,
+            Self::Vector { dimension, most } => 1 << dimensions[dimension].trailing_zeros().min(most.trailing_zeros()),
+        }
+    }
+}
+
+impl Dtype {
+    /// The types that are allowed; none for one that follows another argument's.
+    pub fn allowed(self, on_host: bool) -> &'static [DType] {
+        match (self, on_host) {
+            (Self::Half, false) => &[DType::BF16, DType::F16],
+            (Self::Half | Self::Bf16, true) => &[DType::BF16, DType::F16, DType::F32],
+            (Self::Bf16, false) => &[DType::BF16],
+            (Self::Eight, _) => &[DType::F8E4M3, DType::F8E5M2],
+            (Self::Only(dtype), _) => dtype.alone(),
+            (Self::As(_), _) => &[],
+        }
+    }
+}
+
+impl Role {
+    /// Whether the kernel writes it.
+    pub fn writes(self) -> bool {
+        !matches!(self, Self::In)
+    }
+}

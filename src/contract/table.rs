@@ -1,0 +1,115 @@
+//! The rows as Markdown: the table of a function's documentation, and the index of kernels.
+
+use std::fmt::Write;
+
+use super::explain::names;
+use super::{Alignment, Attributes, Dtype, Kind, Pdl, Role, Row, RunsOn, Strides};
+
+/// The table of a kernel's tensors, as it stands in its function's documentation.
+pub fn arguments(row: &Row) -> String {
+    let mut table = String::from("| tensor | shape | dtype | |\n|---|---|---|---|\n");
+    for (_, name, tensor) in row.tensors() {
+        let dtype = match tensor.dtype {
+            Dtype::Half => "F16 or BF16".to_owned(),
+            Dtype::Bf16 => "BF16".to_owned(),
+            Dtype::Eight => "F8E4M3 or F8E5M2".to_owned(),
+            Dtype::Only(dtype) => dtype.to_string(),
+            Dtype::As(other) => format!("as `{}`", row.arguments[other].name),
+        };
+        let role = match tensor.role {
+            Role::In if tensor.optional => "read, optional",
+            Role::In => "read",
+            Role::Out => "written",
+            Role::InPlace => "read and written",
+            Role::Workspace => "scratch memory",
+        };
+        let strides = match tensor.strides {
+            Strides::Contiguous => "contiguous",
+            Strides::Rows if tensor.role.writes() => "rows anywhere",
+            Strides::Rows => "rows anywhere, also repeated",
+        };
+        let alignment = match tensor.alignment {
+            Alignment::Bytes(bytes) => format!("aligned to {bytes} bytes"),
+            Alignment::Vector { dimension, most } => {
+                format!("aligned to gcd({most}, {}) elements", row.dimensions[dimension].name)
+            }
+        };
+        let _ = writeln!(table, "| `{name}` | `{}` | {dtype} | {role}; {strides}; {alignment} |", names(row, tensor));
+    }
+    table
+}
+
+/// The index of kernels: docs/kernels.md.
+pub fn index(rows: &[&Row]) -> String {
+    let mut text = String::from(
+        "# Kernels\n\nGenerated from the rows in `src/kernels`; `FLASHINFER_RS_BLESS=1 cargo test --test rows` writes it \
+         anew.\n\n| kernel | library | feature | runs on |\n|---|---|---|---|\n",
+    );
+    for row in rows {
+        let Row { kernel, library, feature, .. } = row;
+        let _ =
+            writeln!(text, "| [{kernel}](#{}) | `{library}` | `{feature}` | {} |", anchor(kernel), gpus(row.runs_on));
+    }
+    for row in rows {
+        let _ = writeln!(text, "\n## {}\n\n{}\n", row.kernel, row.summary);
+        let _ = writeln!(text, "`{}` of `{}`; contract: {}.\n", row.function, row.library, row.source);
+        text += &arguments(row);
+        let scalars = row.arguments.iter().filter_map(|argument| match argument.kind {
+            Kind::Tensor(_) => None,
+            Kind::Positive => Some(format!("`{}` positive", argument.name)),
+            Kind::NotNegative => Some(format!("`{}` positive, or 0.0 for the default", argument.name)),
+            Kind::EnablePdl => Some(format!("`{}` on or off", argument.name)),
+        });
+        let scalars: Vec<_> = scalars.collect();
+        if !scalars.is_empty() {
+            let _ = writeln!(text, "\nNumbers: {}.", scalars.join(", "));
+        }
+        let limits = row.dimensions.iter().map(|d| match (d.least, d.most) {
+            (least, most) if least == most => format!("{} = {least}", d.name),
+            (least, most) => format!("{least} ≤ {} ≤ {most}", d.name),
+        });
+        let _ = writeln!(text, "\nDimensions: {}.", limits.collect::<Vec<_>>().join(", "));
+        for relation in row.relations {
+            let place = if relation.only_on_gpu { " (on a GPU)" } else { "" };
+            let _ = writeln!(text, "- {}{place}: {}.", relation.name, relation.expected);
+        }
+        let split = if row.extent.split { "more are divided into several launches" } else { "more are refused" };
+        let _ =
+            writeln!(text, "- A launch reaches over {} elements of each tensor at the most; {split}.", row.extent.most);
+        let pdl = match row.pdl {
+            Pdl::None => "none".to_owned(),
+            Pdl::Waits => "the kernel waits before it reads".to_owned(),
+            Pdl::ReadsBefore(what) => format!("the kernel reads {what} before it waits, so graphs leave it off"),
+        };
+        let _ = writeln!(text, "- Programmatic dependent launch: {pdl}.");
+        match row.attributes {
+            Attributes::None => {}
+            Attributes::PerCall => {
+                text += "- Each call sets its kernel's shared memory, so calls on one GPU take turns.\n";
+            }
+            Attributes::OncePerProcess { .. } => {
+                text += "- The first call on each GPU sets its kernel's shared memory, alone.\n";
+            }
+        }
+        for hazard in row.hazards {
+            let _ = writeln!(text, "- {hazard}");
+        }
+        let _ = writeln!(text, "- Tests: {}.", row.tests);
+    }
+    text
+}
+
+fn gpus(runs_on: RunsOn) -> String {
+    match runs_on {
+        RunsOn::AtLeast(major, minor) => {
+            format!("compute capability {major}.{minor} and above, as far as the wheel has them")
+        }
+        RunsOn::Exactly(major, minor) => format!("compute capability {major}.{minor}"),
+    }
+}
+
+/// As Markdown makes it of a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
+}

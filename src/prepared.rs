@@ -1,0 +1,79 @@
+//! Calls that are checked once and launched many times.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use crate::contract::{Kind, Operand};
+use crate::engine::{Fixed, Kernel};
+use crate::error::Result;
+use crate::stream::Stream;
+
+/// A call of the kernel `K` that was checked once, to be launched many times. It keeps no tensor: each launch is given them
+/// again, of the same form and in whatever memory, and only that is compared.
+///
+/// ```
+/// # use flashinfer_rs::kernels::norm::{NormOptions, Rmsnorm};
+/// # use flashinfer_rs::{FlashInferRuntime, Prepared, RuntimeConfig, Stream, TensorMut, TensorRef};
+/// # FlashInferRuntime::initialize(RuntimeConfig::default())?;
+/// let (weight, input) = ([1f32; 4], [1f32, 2.0, 3.0, 4.0]);
+/// let (mut first, mut second) = ([0f32; 4], [0f32; 4]);
+/// let mut first = TensorMut::from_slice(&mut first, &[1, 4])?;
+/// let mut second = TensorMut::from_slice(&mut second, &[1, 4])?;
+/// let (input, weight) = (TensorRef::from_slice(&input, &[1, 4])?, TensorRef::from_slice(&weight, &[4])?);
+///
+/// let norm = Prepared::<Rmsnorm>::new(&first, &input, &weight, &NormOptions::default())?;
+/// norm.launch(&mut first, &input, &weight, Stream::NULL)?;
+/// norm.launch(&mut second, &first.as_ref(), &weight, Stream::NULL)?;
+/// # Ok::<(), flashinfer_rs::FlashInferError>(())
+/// ```
+pub struct Prepared<K> {
+    fixed: Fixed,
+    /// The arguments that are no tensors, each in its place.
+    numbers: Vec<Operand<'static, 'static>>,
+    kernel: PhantomData<K>,
+}
+
+impl<K> fmt::Debug for Prepared<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Prepared").field("kernel", &self.fixed.row().kernel).finish_non_exhaustive()
+    }
+}
+
+#[allow(private_bounds, reason = "kernels are this crate's")]
+impl<K: Kernel> Prepared<K> {
+    pub(crate) fn checked(operands: &[Operand<'_, '_>]) -> Result<Self> {
+        let number = |operand: &Operand<'_, '_>| match *operand {
+            Operand::Number(value) => Operand::Number(value),
+            Operand::Bool(value) => Operand::Bool(value),
+            Operand::Tensor(..) | Operand::Absent => Operand::Absent,
+        };
+        let numbers = operands.iter().map(number).collect();
+        Ok(Self { fixed: Fixed::new::<K>(operands)?, numbers, kernel: PhantomData })
+    }
+
+    /// Launches with these tensors, in the row's order; an optional one that is not there is absent.
+    ///
+    /// # Safety
+    /// As for [`call`](crate::engine::call).
+    #[inline(always)]
+    pub(crate) unsafe fn launch_with<const N: usize>(
+        &self,
+        tensors: &[Operand<'_, '_>],
+        stream: Stream<'_>,
+    ) -> Result<()> {
+        const { assert!(K::ROW.arguments.len() == N) };
+        let mut operands = [Operand::Absent; N];
+        let mut next = 0;
+        for ((operand, argument), number) in operands.iter_mut().zip(K::ROW.arguments).zip(&self.numbers) {
+            *operand = match argument.kind {
+                Kind::Tensor(_) => {
+                    next += 1;
+                    tensors[next - 1]
+                }
+                _ => *number,
+            };
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.fixed.launch::<K>(&operands, stream) }
+    }
+}

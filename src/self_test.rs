@@ -1,0 +1,222 @@
+//! Each kernel once, with what its row says, against the reference.
+
+use std::ffi::c_void;
+
+use half::{bf16, f16};
+
+use crate::contract::{Contents, Dimensions, Dtype, Kind, Operand, Role, Tensor};
+use crate::cuda::{Buffer, Cudart};
+use crate::engine::Entry;
+use crate::error::Result;
+use crate::owner::Owner;
+use crate::report::SelfTest;
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
+use crate::tensor::{DType, Device, Layout};
+
+/// A kernel's tests on a GPU: one for each element type that its row's lead argument may have.
+pub(crate) fn self_test(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32) -> Vec<SelfTest> {
+    let lead = kernel.row.tensors().find(|(i, ..)| *i == kernel.row.lead);
+    let types = lead.map_or(&[][..], |(_, _, tensor)| tensor.dtype.allowed(false));
+    let test = |&dtype: &DType| SelfTest {
+        kernel: kernel.row.kernel,
+        device: Device::Cuda(device),
+        dtype,
+        error: run(runtime, kernel, device, dtype),
+        tolerance: kernel.row.tolerance[usize::from(dtype == DType::F16)],
+    };
+    types.iter().map(test).collect()
+}
+
+/// The relative error of the worst of a kernel's results.
+fn run(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32, dtype: DType) -> Result<f64> {
+    let row = kernel.row;
+    let cudart = runtime.cudart()?;
+    let _current = cudart.set_current(runtime.checked_device(Device::Cuda(device))?)?;
+    let sizes = row.dimensions_from(|i| row.dimensions[i].examples.first().copied().unwrap_or(1));
+    let mut host: Vec<Option<Memory>> = Vec::new();
+    for (i, argument) in row.arguments.iter().enumerate() {
+        host.push(match &argument.kind {
+            Kind::Tensor(tensor) => Some(Memory::new(tensor, i, &sizes, type_of(tensor, dtype, DType::F32), dtype)),
+            _ => None,
+        });
+    }
+    let mut device_memory = Vec::new();
+    for (argument, values) in row.arguments.iter().zip(&host) {
+        device_memory.push(match (&argument.kind, values) {
+            (Kind::Tensor(tensor), Some(memory)) => {
+                let dtype = type_of(tensor, dtype, dtype);
+                Some((dtype, cudart.upload(&encode(&memory.values, dtype))?))
+            }
+            _ => None,
+        });
+    }
+    let mut on_host: Vec<_> = host
+        .iter()
+        .map(|memory| {
+            memory.as_ref().map(|memory| (memory.dtype, encode(&memory.values, memory.dtype), memory.shape.clone()))
+        })
+        .collect();
+    let layouts: Vec<_> = on_host
+        .iter_mut()
+        .map(|memory| {
+            let (dtype, bytes, shape) = memory.as_mut()?;
+            Some(Layout::build(bytes.as_mut_ptr().cast(), Device::Cpu, *dtype, shape, None, None))
+        })
+        .collect();
+    // SAFETY: the memory is this function's own, of as many elements as the row's shapes say, and the offsets are in order.
+    unsafe { kernel.call(&operands(kernel, &layouts), Stream::NULL) }?;
+    let layouts: Vec<_> = device_memory
+        .iter()
+        .zip(&host)
+        .map(|(memory, values)| {
+            let ((dtype, buffer), values) = (memory.as_ref()?, values.as_ref()?);
+            let data: *mut c_void = buffer.pointer();
+            Some(Layout::build(data, Device::Cuda(device), *dtype, &values.shape, None, None))
+        })
+        .collect();
+    // SAFETY: as above; the memory is freed only after the null stream, where the kernel runs, was waited for.
+    unsafe { kernel.call(&operands(kernel, &layouts), Stream::NULL) }?;
+    worst(kernel, &device_memory, &on_host, cudart)
+}
+
+/// The worst error among what the kernel writes.
+fn worst(
+    kernel: Entry,
+    on_device: &[Option<(DType, Buffer)>],
+    on_host: &[Option<(DType, Vec<u8>, Vec<i64>)>],
+    _cudart: &Cudart,
+) -> Result<f64> {
+    let mut worst = 0f64;
+    for (i, _, tensor) in kernel.row.tensors() {
+        if !matches!(tensor.role, Role::Out | Role::InPlace) {
+            continue;
+        }
+        if let (Some((dtype, buffer)), Some((expected_dtype, expected, _))) = (&on_device[i], &on_host[i]) {
+            let error = relative_error(&decode(&buffer.download()?, *dtype), &decode(expected, *expected_dtype));
+            // A NaN is no small error.
+            worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
+        }
+    }
+    Ok(worst)
+}
+
+fn operands<'a>(kernel: Entry, layouts: &'a [Option<Layout>]) -> Vec<Operand<'a, 'a>> {
+    const NOBODY: &Owner<'static> = &Owner::NONE;
+    let operand = |(argument, layout): (&crate::contract::Argument, &'a Option<Layout>)| match (&argument.kind, layout)
+    {
+        (Kind::Tensor(_), Some(layout)) => Operand::Tensor(layout, NOBODY),
+        (Kind::Tensor(_), None) => Operand::Absent,
+        (Kind::Positive, _) if argument.name == "eps" => Operand::Number(1e-6),
+        (Kind::Positive, _) => Operand::Number(0.5),
+        (Kind::NotNegative, _) => Operand::Number(0.0),
+        (Kind::EnablePdl, _) => Operand::Bool(false),
+    };
+    kernel.row.arguments.iter().zip(layouts).map(operand).collect()
+}
+
+/// The type of a tensor whose call's floating-point type is one of `half`.
+fn type_of(tensor: &Tensor, lead: DType, half: DType) -> DType {
+    match tensor.dtype {
+        Dtype::Half | Dtype::Bf16 | Dtype::As(_) => half,
+        Dtype::Eight => DType::F8E4M3,
+        Dtype::Only(dtype) if dtype == lead => dtype,
+        Dtype::Only(dtype) => dtype,
+    }
+}
+
+struct Memory {
+    dtype: DType,
+    shape: Vec<i64>,
+    values: Vec<f64>,
+}
+
+impl Memory {
+    /// The values of an argument, as numbers that the call's type holds.
+    fn new(tensor: &Tensor, seed: usize, sizes: &Dimensions, dtype: DType, rounded: DType) -> Self {
+        let shape: Vec<i64> = tensor.shape.iter().map(|size| size.of(sizes)).collect();
+        let count = shape.iter().product::<i64>() as usize;
+        let spread = |low: f64, high: f64| {
+            let round = |value: f64| {
+                if dtype == DType::F32 && !matches!(tensor.dtype, Dtype::Only(_)) {
+                    round_to(value, rounded)
+                } else {
+                    value
+                }
+            };
+            (0..count as u64).map(|i| round(low + (high - low) * number(seed as u64, i))).collect()
+        };
+        let values = match tensor.contents {
+            Contents::Uniform(x) => spread(-x, x),
+            Contents::Between(low, high) => spread(low, high),
+            Contents::Offsets(parts, whole) => {
+                (0..count as i64).map(|i| (sizes[whole] * i / sizes[parts].max(1)) as f64).collect()
+            }
+            Contents::Zeros => vec![0.0; count],
+        };
+        Self { dtype, shape, values }
+    }
+}
+
+/// A number between 0 and 1 (splitmix64), the same everywhere.
+fn number(seed: u64, i: u64) -> f64 {
+    let mut z = (seed << 32 | i).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn round_to(value: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => f16::from_f64(value).to_f64(),
+        DType::BF16 => bf16::from_f64(value).to_f64(),
+        _ => value,
+    }
+}
+
+fn encode(values: &[f64], dtype: DType) -> Vec<u8> {
+    let bytes = |&value: &f64| -> Vec<u8> {
+        match dtype {
+            DType::F16 => f16::from_f64(value).to_le_bytes().to_vec(),
+            DType::BF16 => bf16::from_f64(value).to_le_bytes().to_vec(),
+            DType::F32 => (value as f32).to_le_bytes().to_vec(),
+            DType::F64 => value.to_le_bytes().to_vec(),
+            DType::I32 => (value as i32).to_le_bytes().to_vec(),
+            DType::I64 => (value as i64).to_le_bytes().to_vec(),
+            // These are scratch memory or outputs: what is there does not matter.
+            DType::U8 | DType::F8E4M3 | DType::F8E5M2 => vec![value as u8],
+        }
+    };
+    values.iter().flat_map(bytes).collect()
+}
+
+fn decode(bytes: &[u8], dtype: DType) -> Vec<f64> {
+    let number = |bytes: &[u8]| match (dtype, bytes) {
+        (DType::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
+        (DType::BF16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f64(),
+        (DType::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
+        (DType::I32, &[a, b, c, d]) => f64::from(i32::from_le_bytes([a, b, c, d])),
+        (DType::F8E4M3, &[byte]) => eight_bit(byte, 3, 7),
+        (DType::F8E5M2, &[byte]) => eight_bit(byte, 2, 15),
+        (DType::U8, &[byte]) => f64::from(byte),
+        _ => f64::NAN,
+    };
+    bytes.chunks_exact(dtype.size()).map(number).collect()
+}
+
+/// An 8-bit floating-point number by its bits.
+fn eight_bit(byte: u8, mantissa: u32, bias: i32) -> f64 {
+    let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
+    let exponent = i32::from(byte >> mantissa & ((1 << (7 - mantissa)) - 1));
+    let fraction = f64::from(byte & ((1 << mantissa) - 1)) / f64::from(1 << mantissa);
+    match exponent {
+        0 => sign * fraction * 2f64.powi(1 - bias),
+        _ => sign * (1.0 + fraction) * 2f64.powi(exponent - bias),
+    }
+}
+
+fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
+    let pairs = found.iter().zip(expected);
+    let (difference, size) = pairs.fold((0.0, 0.0), |(d, s), (a, b)| (d + (a - b).powi(2), s + b * b));
+    (difference / size).sqrt()
+}
