@@ -6,7 +6,7 @@ use std::error::Error;
 use std::hint::black_box;
 use std::path::PathBuf;
 
-use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
+use flashinfer_rs::kernels::norm::{GemmaRmsnorm, NormOptions, gemma_rmsnorm};
 use flashinfer_rs::{Arg, FlashInferError, Function, Prepared, Stream, TensorMut, TensorRef};
 
 #[path = "support/calls.rs"]
@@ -47,8 +47,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             Ok::<_, FlashInferError>(())
         })??,
         "prepared" | "prepared-scope" => {
-            let prepared = Prepared::gemma_rmsnorm(out, input, weight, &options)?;
-            let all = |stream: Stream<'_>| (0..count).try_for_each(|_| black_box(&prepared).launch(stream));
+            let prepared = Prepared::<GemmaRmsnorm>::new(&out, &input, &weight, &options)?;
+            let mut all = |stream: Stream<'_>| {
+                (0..count).try_for_each(|_| black_box(&prepared).launch(black_box(&mut out), &input, &weight, stream))
+            };
             match case.as_str() {
                 "prepared" => all(stream)?,
                 _ => runtime.on((DEVICE, stream), all)??,

@@ -14,7 +14,7 @@ use crate::engine::{Entry, Kernel, State, call, kernels};
 use crate::error::{FlashInferError, Result};
 use crate::prepared::Prepared;
 use crate::runtime::FlashInferRuntime;
-use crate::sequences::{CuSeqlens, Run};
+use crate::sequences::CuSeqlens;
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
 
@@ -390,7 +390,7 @@ impl Prepared<GdnPrefill> {
 #[cfg(feature = "cudarc")]
 #[inline(always)]
 unsafe fn launch_runs(operands: &Operands<'_, '_>, sequences: &CuSeqlens, stream: Stream<'_>) -> Result<()> {
-    if let [Run { empty: false, .. }] = sequences.runs() {
+    if let [crate::sequences::Run { empty: false, .. }] = sequences.runs() {
         let tokens = operands[Q].layout().map_or(0, |q| q.size(0));
         if tokens == sequences.tokens() {
             // SAFETY: the offsets start with 0, increase strictly, since no sequence is empty, and end with the number of
