@@ -1,11 +1,13 @@
 //! Calls kernels by their rows: checks, orders, locks, packs, launches, and looks at what came of it.
 
 use std::mem::MaybeUninit;
+use std::slice;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 
 use crate::contract::{
     Attributes, Checked, Convention, Kind, MAX_ARGUMENTS, Operand, Pdl, Role, Row, aligned, check, explain, stream_fits,
+    unrolled,
 };
 use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
@@ -175,7 +177,7 @@ struct Ready {
 /// As for [`call`].
 #[inline(always)]
 unsafe fn launch(entry: Entry, operands: &[Operand<'_, '_>], checked: &Checked, stream: Stream<'_>) -> Result<()> {
-    let plain = checked.whole & !checked.empty & !operands.iter().any(is_ordered);
+    let plain = checked.whole & !checked.empty & !any_ordered(operands);
     if plain
         && let (Some(runtime), Some(function)) = (FlashInferRuntime::get(), entry.state.on_gpu.get())
         && runtime.usable(checked.device).is_some()
@@ -188,12 +190,16 @@ unsafe fn launch(entry: Entry, operands: &[Operand<'_, '_>], checked: &Checked, 
     unsafe { launch_any(entry, operands, checked, stream) }
 }
 
+/// Whether a tensor's owner wants the call to be ordered with its other uses.
 #[inline(always)]
-fn is_ordered(operand: &Operand<'_, '_>) -> bool {
-    match operand {
-        Operand::Tensor(_, owner) => owner.orders(),
-        _ => false,
-    }
+fn any_ordered(operands: &[Operand<'_, '_>]) -> bool {
+    let mut any = false;
+    unrolled!(i in ARGUMENTS < operands.len(), {
+        if let Operand::Tensor(_, owner) = &operands[i] {
+            any |= owner.orders();
+        }
+    });
+    any
 }
 
 /// As [`launch`], for the first call, for tensors that cudarc tracks, for more than one launch, and on the host.
@@ -236,7 +242,7 @@ pub(crate) fn ordered_like(
     operands: &[Operand<'_, '_>],
     queue: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    if operands.iter().any(is_ordered) { ordered(row.function, owners(row, operands), queue) } else { queue() }
+    if any_ordered(operands) { ordered(row.function, owners(row, operands), queue) } else { queue() }
 }
 
 /// The owners of a call's tensors, with what the kernel does with each.
@@ -306,17 +312,24 @@ unsafe fn queue(
         return unsafe { queue_objects(entry, ready, operands, checked, stream) };
     }
     let mut packed = [const { MaybeUninit::<DLTensor>::uninit() }; MAX_ARGUMENTS];
-    let mut args = [const { Arg::NONE }; MAX_ARGUMENTS];
-    for ((arg, place), operand) in args.iter_mut().zip(&mut packed).zip(operands) {
-        *arg = match operand {
-            Operand::Tensor(layout, _) => Arg::dl_tensor(place.write(layout.pack())),
+    let mut args = [const { MaybeUninit::<Arg<'_>>::uninit() }; MAX_ARGUMENTS];
+    unrolled!(i in ARGUMENTS < operands.len(), {
+        let arg = match &operands[i] {
+            Operand::Tensor(layout, _) => {
+                // SAFETY: a place of this array that nothing else refers to, for as long as the arguments do.
+                let place = unsafe { &mut *packed.as_mut_ptr().add(i) };
+                Arg::dl_tensor(place.write(layout.pack()))
+            }
             Operand::Absent => Arg::NONE,
             Operand::Number(value) => Arg::float(*value),
             Operand::Bool(value) => Arg::bool(*value | (row.pdl == Pdl::Waits && stream.captures_with_pdl())),
         };
-    }
+        args[i].write(arg);
+    });
+    // SAFETY: as many were written.
+    let args = unsafe { slice::from_raw_parts(args.as_ptr().cast::<Arg<'_>>(), operands.len()) };
     // SAFETY: the caller's promise.
-    unsafe { invoke(entry, ready, &args[..operands.len()], || checked.variant(row, operands), stream) }
+    unsafe { invoke(entry, ready, args, || checked.variant(row, operands), stream) }
 }
 
 /// As [`queue`], for a function that takes its tensors as objects.
@@ -453,20 +466,20 @@ impl Fixed {
     /// As for [`call`].
     #[inline(always)]
     pub(crate) unsafe fn launch<K: Kernel>(&self, operands: &[Operand<'_, '_>], stream: Stream<'_>) -> Result<()> {
-        let mut same = true;
-        for ((operand, form), argument) in operands.iter().zip(&self.forms).zip(K::ROW.arguments) {
-            same &= match (operand.layout(), form, &argument.kind) {
-                (Some(layout), Some(form), Kind::Tensor(tensor)) => {
+        let mut same = self.forms.len() == operands.len();
+        unrolled!(i in ARGUMENTS < operands.len(), {
+            same &= match (operands[i].layout(), self.forms.get(i), &K::ROW.arguments[i].kind) {
+                (Some(layout), Some(Some(form)), Kind::Tensor(tensor)) => {
                     (layout.form() == form)
                         & stream_fits(layout, stream)
                         & aligned(tensor, &self.checked.dimensions, layout)
                         & ((layout.device() != Device::Cpu) | stream.capture().is_none())
                 }
-                (None, None, _) => true,
+                (None, Some(None), _) => true,
                 _ => false,
             };
-        }
-        let plain = self.checked.whole & !self.checked.empty & !operands.iter().any(is_ordered);
+        });
+        let plain = self.checked.whole & !self.checked.empty & !any_ordered(operands);
         if same & plain {
             let ready = Ready { runtime: self.runtime, function: self.function, device: self.checked.device };
             let entry = Entry { row: K::ROW, state: self.entry.state };

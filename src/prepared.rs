@@ -3,7 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use crate::contract::{Kind, Operand};
+use crate::contract::{Kind, Operand, unrolled};
 use crate::engine::{Fixed, Kernel};
 use crate::error::Result;
 use crate::stream::Stream;
@@ -64,15 +64,15 @@ impl<K: Kernel> Prepared<K> {
         const { assert!(K::ROW.arguments.len() == N) };
         let mut operands = [Operand::Absent; N];
         let mut next = 0;
-        for ((operand, argument), number) in operands.iter_mut().zip(K::ROW.arguments).zip(&self.numbers) {
-            *operand = match argument.kind {
+        unrolled!(i in ARGUMENTS < N, {
+            operands[i] = match K::ROW.arguments[i].kind {
                 Kind::Tensor(_) => {
                     next += 1;
                     tensors[next - 1]
                 }
-                _ => *number,
+                _ => self.numbers[i],
             };
-        }
+        });
         // SAFETY: the caller's promise.
         unsafe { self.fixed.launch::<K>(&operands, stream) }
     }

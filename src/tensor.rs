@@ -279,18 +279,6 @@ impl Layout {
         &self.form.strides[..self.ndim()]
     }
 
-    /// The sizes, and 1 behind the last.
-    #[inline]
-    pub(crate) fn sizes(&self) -> &[i64; MAX_NDIM] {
-        &self.form.shape
-    }
-
-    /// The strides, and 1 behind the last.
-    #[inline]
-    pub(crate) fn all_strides(&self) -> &[i64; MAX_NDIM] {
-        &self.form.strides
-    }
-
     /// The size of a dimension; 1 behind the last.
     #[inline]
     pub(crate) fn size(&self, dimension: usize) -> i64 {
@@ -417,8 +405,7 @@ pub(crate) fn reach(shape: &[i64], strides: &[i64]) -> Option<i64> {
 }
 
 /// Whether no two elements lie in the same place: every stride goes past all that the smaller ones reach.
-#[inline(always)]
-pub(crate) fn is_injective(shape: &[i64], strides: &[i64]) -> bool {
+fn is_injective(shape: &[i64], strides: &[i64]) -> bool {
     let mut apart = true;
     for (i, (&size, &stride)) in shape.iter().zip(strides).enumerate() {
         let mut inner = 1i64;

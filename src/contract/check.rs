@@ -3,7 +3,33 @@
 use super::{Alignment, Argument, Dimensions, Dtype, From, Kind, MAX_DIMENSIONS, Row, Strides, Tensor};
 use crate::owner::Owner;
 use crate::stream::Stream;
-use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef, is_injective};
+use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
+
+/// Repeats a block with `i` from 0 up to a count, which is at most as many as are named, as straight code: where the count is a
+/// constant, and so is what the block looks up by `i`, nothing of the looking up remains.
+macro_rules! unrolled {
+    ($i:ident in ARGUMENTS < $count:expr, $body:block) => {
+        $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    ($i:ident in CONDITIONS < $count:expr, $body:block) => {
+        $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5 6 7 8)
+    };
+    ($i:ident in DIMENSIONS < $count:expr, $body:block) => {
+        $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5 6 7)
+    };
+    ($i:ident in RANK < $count:expr, $body:block) => {
+        $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5)
+    };
+    (@ $i:ident, $count:expr, $body:block, $($at:literal)+) => {
+        $(
+            if $at < $count {
+                let $i: usize = $at;
+                $body
+            }
+        )+
+    };
+}
+pub(crate) use unrolled;
 
 /// What a call gives for an argument.
 #[derive(Clone, Copy)]
@@ -102,46 +128,45 @@ struct Call<'a, 'c> {
 #[inline(always)]
 pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Stream<'_>) -> Result<Checked, Fault> {
     debug_assert!(fits_kinds(row, operands));
-    for (i, operand) in operands.iter().enumerate() {
-        if let (Some(layout), Kind::Tensor(tensor)) = (operand.layout(), &row.arguments[i].kind)
+    unrolled!(i in ARGUMENTS < operands.len(), {
+        if let (Some(layout), Kind::Tensor(tensor)) = (operands[i].layout(), &row.arguments[i].kind)
             && layout.ndim() != tensor.shape.len()
         {
             return Err(Fault::Rank(i));
         }
-    }
+    });
     let lead = lead(row, operands);
     let dimensions = dimensions(row, operands);
     let on_gpu = lead.device() != Device::Cpu;
     let mut empty = false;
-    for (i, dimension) in row.dimensions.iter().enumerate() {
-        let size = dimensions[i];
+    unrolled!(i in DIMENSIONS < row.dimensions.len(), {
+        let (size, dimension) = (dimensions[i], &row.dimensions[i]);
         if (size < dimension.least) | (size > dimension.most) {
             return Err(Fault::Dimension(i));
         }
         empty |= size == 0;
-    }
-    for (i, relation) in row.relations.iter().enumerate() {
-        if !empty && (on_gpu | !relation.only_on_gpu) && !(relation.holds)(&dimensions) {
+    });
+    unrolled!(i in DIMENSIONS < row.relations.len(), {
+        let relation = &row.relations[i];
+        if !empty & (on_gpu | !relation.only_on_gpu) && !(relation.holds)(&dimensions) {
             return Err(Fault::Relation(i));
         }
-    }
+    });
     let call = Call { row, operands, lead, dimensions, stream };
     let mut whole = true;
-    for (i, operand) in operands.iter().enumerate() {
-        match (operand, &row.arguments[i].kind) {
+    unrolled!(i in ARGUMENTS < operands.len(), {
+        match (&operands[i], &row.arguments[i].kind) {
             (Operand::Tensor(layout, _), Kind::Tensor(tensor)) => {
-                // All at once, without a branch for each: after a launch nothing of this is predicted.
-                let kept =
-                    CONDITIONS.iter().fold(true, |kept, &condition| kept & call.keeps(condition, tensor, layout));
+                let (kept, reach) = call.keeps_all(tensor, layout);
                 if !kept {
                     return Err(call.broken(i, tensor, layout));
                 }
-                whole &= reach(layout) <= row.extent.most;
+                whole &= reach <= row.extent.most;
             }
             (Operand::Number(value), kind) if !number_fits(kind, *value) => return Err(Fault::Number(i)),
             _ => {}
         }
-    }
+    });
     Ok(Checked { device: lead.device(), dimensions, empty, whole })
 }
 
@@ -157,13 +182,13 @@ fn lead<'a>(row: &'static Row, operands: &[Operand<'a, '_>]) -> &'a Layout {
 fn dimensions(row: &'static Row, operands: &[Operand<'_, '_>]) -> Dimensions {
     let size = |argument: usize, dimension| operands[argument].layout().map_or(0, |layout| layout.size(dimension));
     let mut dimensions = [1; MAX_DIMENSIONS];
-    for (i, dimension) in row.dimensions.iter().enumerate() {
-        dimensions[i] = match dimension.from {
+    unrolled!(i in DIMENSIONS < row.dimensions.len(), {
+        dimensions[i] = match row.dimensions[i].from {
             From::Shape(argument, dimension) => size(argument, dimension),
             From::OneLess(argument, dimension) => size(argument, dimension) - 1,
             From::Larger(a, b) => dimensions[a].max(dimensions[b]),
         };
-    }
+    });
     dimensions
 }
 
@@ -180,12 +205,31 @@ fn number_fits(kind: &Kind, value: f64) -> bool {
 
 /// How many elements lie from the first to behind the last, or more than any launch covers.
 #[inline(always)]
-fn reach(layout: &Layout) -> i64 {
+fn reach(rank: usize, layout: &Layout) -> i64 {
     let mut reach = 1i64;
-    for (&size, &stride) in layout.shape().iter().zip(layout.strides()) {
-        reach = reach.saturating_add((size - 1).saturating_mul(stride));
-    }
+    unrolled!(i in RANK < rank, {
+        reach = reach.saturating_add((layout.size(i) - 1).saturating_mul(layout.stride(i)));
+    });
     reach
+}
+
+/// Whether no two elements lie in the same place: every stride goes past all that the smaller ones reach.
+#[inline(always)]
+fn is_injective(rank: usize, layout: &Layout) -> bool {
+    let mut apart = true;
+    unrolled!(i in RANK < rank, {
+        let (size, stride) = (layout.size(i), layout.stride(i));
+        let mut inner = 1i64;
+        unrolled!(j in RANK < rank, {
+            if i != j {
+                let within = (layout.size(j) > 1) & (layout.stride(j) <= stride);
+                let span = (layout.size(j) - 1).saturating_mul(layout.stride(j));
+                inner = inner.saturating_add(if within { span } else { 0 });
+            }
+        });
+        apart &= (size <= 1) | (stride >= inner);
+    });
+    apart
 }
 
 /// Whether a tensor is for this stream, or for any.
@@ -205,9 +249,21 @@ pub(crate) fn aligned(tensor: &Tensor, dimensions: &Dimensions, layout: &Layout)
 }
 
 impl Call<'_, '_> {
+    /// Whether a tensor keeps every condition, and how far it reaches. All at once, without a branch for each: after a launch
+    /// nothing of this is predicted.
+    #[inline(always)]
+    fn keeps_all(&self, tensor: &'static Tensor, layout: &Layout) -> (bool, i64) {
+        let mut kept = true;
+        unrolled!(i in CONDITIONS < CONDITIONS.len(), {
+            kept &= self.keeps(CONDITIONS[i], tensor, layout);
+        });
+        (kept, reach(tensor.shape.len(), layout))
+    }
+
     /// Whether a tensor keeps a condition.
     #[inline(always)]
     fn keeps(&self, condition: Condition, tensor: &'static Tensor, layout: &Layout) -> bool {
+        let rank = tensor.shape.len();
         match condition {
             Condition::Type => self.type_fits(tensor, layout.dtype()),
             Condition::Device => layout.device() == self.lead.device(),
@@ -216,35 +272,31 @@ impl Call<'_, '_> {
             Condition::Captured => (layout.device() != Device::Cpu) | self.stream.capture().is_none(),
             Condition::Shape => {
                 let mut same = true;
-                for (i, size) in tensor.shape.iter().enumerate() {
-                    same &= layout.size(i) == size.of(&self.dimensions);
-                }
+                unrolled!(i in RANK < rank, {
+                    same &= layout.size(i) == tensor.shape[i].of(&self.dimensions);
+                });
                 same
             }
             Condition::Strides => match tensor.strides {
                 Strides::Contiguous => layout.is_contiguous(),
                 Strides::Rows => {
-                    let last = tensor.shape.len() - 1;
                     let vector = tensor.alignment.elements(&self.dimensions, layout.dtype().size());
-                    let mut fit = layout.stride(last) == 1;
-                    for i in 0..last {
+                    let mut fit = layout.stride(rank - 1) == 1;
+                    unrolled!(i in RANK < rank - 1, {
                         let stride = layout.stride(i);
                         fit &= (layout.size(i) == 1) | ((stride >= 0) & (stride & (vector - 1) == 0));
-                    }
+                    });
                     fit | (layout.numel() == 0)
                 }
             },
             Condition::Overlap => match tensor.strides {
-                Strides::Rows if tensor.role.writes() => {
-                    let rank = tensor.shape.len();
-                    is_injective(&layout.sizes()[..rank], &layout.all_strides()[..rank])
-                }
+                Strides::Rows if tensor.role.writes() => is_injective(rank, layout),
                 _ => true,
             },
             Condition::Alignment => aligned(tensor, &self.dimensions, layout),
             Condition::Extent => {
                 let most = self.row.extent.most;
-                (reach(layout) <= most) | (self.row.extent.split && splits(tensor, layout, most))
+                (reach(rank, layout) <= most) || (self.row.extent.split && splits(tensor, layout, most))
             }
         }
     }

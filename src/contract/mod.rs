@@ -8,7 +8,7 @@ mod check;
 mod explain;
 mod table;
 
-pub(crate) use check::{Checked, Fault, Operand, aligned, check, stream_fits};
+pub(crate) use check::{Checked, Fault, Operand, aligned, check, stream_fits, unrolled};
 pub(crate) use explain::explain;
 pub use table::{arguments, index};
 
