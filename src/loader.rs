@@ -16,18 +16,9 @@ use crate::error::{FlashInferError, Result};
 /// glibc's value; libloading does not export it.
 const RTLD_NOLOAD: i32 = 4;
 
-/// Whether later libraries may bind to a library's symbols without naming it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Scope {
-    Global,
-    Local,
-}
-
-impl Scope {
-    fn flags(self) -> i32 {
-        RTLD_NOW | if self == Self::Global { RTLD_GLOBAL } else { RTLD_LOCAL }
-    }
-}
+/// A missing symbol is an error when a library is loaded, not in the middle of a call; and only the library that asks for
+/// another binds to its symbols.
+const FLAGS: i32 = RTLD_NOW | RTLD_LOCAL;
 
 /// A loaded library. Kernels leave threads' state and static initializers behind, so it is never unloaded.
 #[derive(Debug)]
@@ -35,6 +26,8 @@ pub(crate) struct Library {
     name: String,
     path: PathBuf,
     handle: &'static Handle,
+    /// The path that the dynamic linker knows it by, if it was loaded from a file or from memory.
+    loaded_by: Option<String>,
     /// The names of its exported data, read when it was loaded: the program may have closed the descriptor since.
     data: Vec<String>,
 }
@@ -46,7 +39,7 @@ impl Library {
     /// # Safety
     /// Loading runs the library's initializers: they must be sound to run here. A matching digest of a vendored library
     /// is such a promise.
-    pub(crate) unsafe fn open(name: &str, path: &Path, expected: Option<&Digest>, scope: Scope) -> Result<Self> {
+    pub(crate) unsafe fn open(name: &str, path: &Path, expected: Option<&Digest>) -> Result<Self> {
         let failed = |doing| move |source| FlashInferError::Io { doing, path: path.to_owned(), source };
         let file = File::open(path).map_err(failed("opening"))?;
         if let Some(expected) = expected {
@@ -61,14 +54,14 @@ impl Library {
             }
         }
         // SAFETY: the caller's promise.
-        unsafe { Self::from_descriptor(name, path, file, scope) }
+        unsafe { Self::from_descriptor(name, path, file) }
     }
 
     /// Loads bytes: writes them to memory that nobody can change any more, and loads that.
     ///
     /// # Safety
     /// As for [`open`](Self::open).
-    pub(crate) unsafe fn embedded(name: &str, bytes: &'static [u8], expected: &Digest, scope: Scope) -> Result<Self> {
+    pub(crate) unsafe fn embedded(name: &str, bytes: &'static [u8], expected: &Digest) -> Result<Self> {
         let path = PathBuf::from(format!("{EMBEDDED}{name}"));
         let found = hash(bytes);
         if found != *expected {
@@ -82,7 +75,7 @@ impl Library {
         let refused = |reason: String| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason };
         let file = sealed(name, bytes).map_err(refused)?;
         // SAFETY: the caller's promise.
-        match unsafe { Self::from_descriptor(name, &path, file, scope) } {
+        match unsafe { Self::from_descriptor(name, &path, file) } {
             // The memory itself cannot be opened or mapped; any other reason names a library that is missing or too old.
             Err(FlashInferError::LoadFailed { reason, .. }) if reason.starts_with(OPEN_FILES) => Err(refused(reason)),
             result => result,
@@ -91,21 +84,38 @@ impl Library {
 
     /// # Safety
     /// As for [`open`](Self::open).
-    unsafe fn from_descriptor(name: &str, path: &Path, file: File, scope: Scope) -> Result<Self> {
+    unsafe fn from_descriptor(name: &str, path: &Path, file: File) -> Result<Self> {
         let data = exported_data(&file);
+        let by = unique_path(file.as_raw_fd());
         let loaded = {
             let _actions = SavedActions::new();
             // SAFETY: the caller's promise about the initializers.
-            unsafe { Handle::open(Some(unique_path(file.as_raw_fd())), scope.flags()) }
+            unsafe { Handle::open(Some(&by), FLAGS) }
         };
         match loaded {
             Ok(handle) => {
                 // Debuggers, profilers and backtraces read the library's symbols by the path it was loaded from, so the
                 // descriptor stays open. Nothing in this crate depends on that: a program may close it.
                 let _open_for_good = file.into_raw_fd();
-                Ok(Self { name: name.to_owned(), path: path.to_owned(), handle: Box::leak(Box::new(handle)), data })
+                let (name, path, handle) = (name.to_owned(), path.to_owned(), Box::leak(Box::new(handle)));
+                Ok(Self { name, path, handle, loaded_by: Some(by), data })
             }
             Err(error) => Err(load_failed(name, path, reason(&error))),
+        }
+    }
+
+    /// Lets every library that is loaded from now on bind to this one's symbols. It cannot be taken back, so it comes after
+    /// whatever may refuse the library.
+    pub(crate) fn make_global(&self) -> Result<()> {
+        let Some(by) = &self.loaded_by else { return Ok(()) };
+        // SAFETY: the library is loaded already, so no initializers run.
+        match unsafe { Handle::open(Some(by), RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD) } {
+            Ok(handle) => {
+                // Closing it would only lower the linker's count of users, which must never reach zero.
+                std::mem::forget(handle);
+                Ok(())
+            }
+            Err(error) => Err(load_failed(&self.name, &self.path, reason(&error))),
         }
     }
 
@@ -114,13 +124,13 @@ impl Library {
     /// # Safety
     /// As for [`open`](Self::open), unless `only_loaded`.
     pub(crate) unsafe fn by_name(name: &str, only_loaded: bool) -> std::result::Result<Self, String> {
-        let flags = Scope::Local.flags() | if only_loaded { RTLD_NOLOAD } else { 0 };
+        let flags = FLAGS | if only_loaded { RTLD_NOLOAD } else { 0 };
         // SAFETY: the caller's promise; nothing is initialized where the library is loaded already.
         match unsafe { Handle::open(Some(name), flags) } {
             Ok(handle) => {
                 let handle = Box::leak(Box::new(handle));
                 let path = PathBuf::from(loaded_path(name).unwrap_or_else(|| name.to_owned()));
-                Ok(Self { name: name.to_owned(), path, handle, data: Vec::new() })
+                Ok(Self { name: name.to_owned(), path, handle, loaded_by: None, data: Vec::new() })
             }
             Err(error) => Err(reason(&error)),
         }
@@ -129,7 +139,7 @@ impl Library {
     /// What every library of this process sees, under the name of the one that is meant.
     pub(crate) fn global(name: &str, path: String) -> Self {
         let handle = Box::leak(Box::new(Handle::this()));
-        Self { name: name.to_owned(), path: PathBuf::from(path), handle, data: Vec::new() }
+        Self { name: name.to_owned(), path: PathBuf::from(path), handle, loaded_by: None, data: Vec::new() }
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -10,7 +10,7 @@ use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::kernels;
-use crate::loader::{self, Library, Scope as Visibility};
+use crate::loader::{self, Library};
 use crate::module::Module;
 use crate::report::{self, Report};
 use crate::stream::{DeviceStream, SCOPE, Scope, Setting, Stream};
@@ -186,7 +186,7 @@ impl FlashInferRuntime {
         };
         let tvm_ffi = match foreign {
             Some(address) => Library::global(TVM_FFI, loader::mapped_file(address)),
-            None => open(TVM_FFI, &config, Visibility::Global)?,
+            None => open(TVM_FFI, &config)?,
         };
         // SAFETY: the library was checked against the vendored TVM-FFI, or the caller vouched for it.
         let api = unsafe { Api::resolve(&tvm_ffi) }?;
@@ -199,6 +199,8 @@ impl FlashInferRuntime {
                 remedy: "build with the pinned apache_tvm_ffi wheel",
             });
         }
+        // Only now: of a library that was refused nothing is left that another call of `initialize` would trip over.
+        tvm_ffi.make_global()?;
         // After it too: kernels will bind to what is seen now.
         if let Some(address) = loader::global_address(api::LANDMARK).filter(|&address| address != api.landmark()) {
             return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
@@ -280,7 +282,7 @@ impl FlashInferRuntime {
             return Ok(module);
         }
         artifact::refuse_what_is_no_module(soname, &[TVM_FFI, CUDART])?;
-        let library = open(soname, &self.config, Visibility::Local)?;
+        let library = open(soname, &self.config)?;
         let module: &'static Module = Box::leak(Box::new(Module::loaded(soname, library, &self.api)));
         modules.insert(soname.to_owned(), module);
         Ok(module)
@@ -297,7 +299,7 @@ impl FlashInferRuntime {
         let path = path.into();
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         // SAFETY: the caller's promise.
-        let library = unsafe { Library::open(&name, &path, None, Visibility::Local) }?;
+        let library = unsafe { Library::open(&name, &path, None) }?;
         Ok(Module::loaded(&name, library, &self.api))
     }
 
@@ -458,18 +460,18 @@ impl FlashInferRuntime {
     }
 }
 
-fn open(soname: &str, config: &RuntimeConfig, scope: Visibility) -> Result<Library> {
+fn open(soname: &str, config: &RuntimeConfig) -> Result<Library> {
     let row = artifact::vendored(soname);
     let path = match artifact::locate(soname, config.lib_dir.as_deref())? {
         Location::File(path) => path,
         Location::Embedded(bytes, sha256) => {
             // SAFETY: the digest is that of the vendored library, whose initializers are known to do no harm.
-            return unsafe { Library::embedded(soname, bytes, sha256, scope) };
+            return unsafe { Library::embedded(soname, bytes, sha256) };
         }
     };
     if config.unverified {
         // SAFETY: whoever made the configuration vouched for the folders.
-        return unsafe { Library::open(soname, &path, None, scope) };
+        return unsafe { Library::open(soname, &path, None) };
     }
     let Some(row) = row else {
         return Err(FlashInferError::ArtifactMissing {
@@ -481,7 +483,7 @@ fn open(soname: &str, config: &RuntimeConfig, scope: Visibility) -> Result<Libra
         });
     };
     // SAFETY: the digest is that of the vendored library, whose initializers are known to do no harm.
-    unsafe { Library::open(soname, &path, Some(&row.sha256), scope) }
+    unsafe { Library::open(soname, &path, Some(&row.sha256)) }
 }
 
 /// One that is in the process already, else ours, else that of `CUDA_HOME`, else the one in CUDA's usual folder, else the
@@ -491,7 +493,7 @@ fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Ve
     if let Ok(library) = unsafe { Library::by_name(CUDART, true) } {
         return Ok(Ok(library));
     }
-    let mut searched = match open(CUDART, config, Visibility::Local) {
+    let mut searched = match open(CUDART, config) {
         Ok(library) => return Ok(Ok(library)),
         Err(FlashInferError::ArtifactMissing { searched, .. }) => searched,
         Err(error) => return Err(error),
@@ -501,7 +503,7 @@ fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Ve
     for path in usual.flat_map(|home| ["lib64", "lib"].map(|folder| home.join(folder).join(CUDART))) {
         if path.is_file() {
             // SAFETY: CUDA's runtime where CUDA's installer puts it, as any CUDA program would load it.
-            return unsafe { Library::open(CUDART, &path, None, Visibility::Local) }.map(Ok);
+            return unsafe { Library::open(CUDART, &path, None) }.map(Ok);
         }
         searched.push(path.display().to_string());
     }

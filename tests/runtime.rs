@@ -295,9 +295,14 @@ fn another_release_of_tvm_ffi_is_refused() {
     native::isolated("another_release_of_tvm_ffi_is_refused", || {
         let folder = tempfile::tempdir().unwrap();
         native::compile("tvm_ffi.c", TVM_FFI, &["-DWHOLE"], folder.path());
-        let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
-        let FlashInferError::VersionMismatch { found, expected, .. } = &error else { panic!("{error}") };
-        assert_eq!((found.as_str(), expected.as_str()), ("0.9.7", "0.1.x"));
+        // The second answer is the first one: the library that was refused is not taken for somebody else's.
+        for _ in 0..2 {
+            let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
+            let FlashInferError::VersionMismatch { found, expected, .. } = &error else { panic!("{error}") };
+            assert_eq!((found.as_str(), expected.as_str()), ("0.9.7", "0.1.x"));
+        }
+        // Nor is it in the way of the right one.
+        FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
     });
 }
 
@@ -306,10 +311,12 @@ fn a_library_without_a_symbol_is_refused() {
     native::isolated("a_library_without_a_symbol_is_refused", || {
         let folder = tempfile::tempdir().unwrap();
         native::compile("tvm_ffi.c", TVM_FFI, &[], folder.path());
-        let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
-        let FlashInferError::SymbolMissing { library, symbol, reason } = &error else { panic!("{error}") };
-        assert_eq!((library.as_str(), symbol.as_str()), (TVM_FFI, "TVMFFIObjectIncRef"));
-        assert!(reason.contains("undefined symbol"), "{reason}");
+        for _ in 0..2 {
+            let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
+            let FlashInferError::SymbolMissing { library, symbol, reason } = &error else { panic!("{error}") };
+            assert_eq!((library.as_str(), symbol.as_str()), (TVM_FFI, "TVMFFIObjectIncRef"));
+            assert!(reason.contains("undefined symbol"), "{reason}");
+        }
     });
 }
 
