@@ -95,6 +95,20 @@ fn another_tvm_ffi_is_adopted_only_where_asked_and_if_its_version_fits() {
     });
 }
 
+/// Why the documentation lets a Python host import `tvm_ffi` before this crate is initialized. Where a later release of it
+/// makes this test fail, the other order works too, and the documentation can say so.
+#[test]
+fn another_tvm_ffi_that_everybody_sees_cannot_be_loaded_after_ours() {
+    let text = native::dying("another_tvm_ffi_that_everybody_sees_cannot_be_loaded_after_ours", || {
+        initialize();
+        let folder = tempfile::tempdir().unwrap();
+        let other = folder.path().join("libtvm_ffi.so");
+        fs::copy(native::vendored_libraries().join("libtvm_ffi.so"), &other).unwrap();
+        native::load(&other, true);
+    });
+    assert!(text.contains("duplicate registration"), "{text}");
+}
+
 #[test]
 fn an_adopted_tvm_ffi_of_another_version_is_refused() {
     native::isolated("an_adopted_tvm_ffi_of_another_version_is_refused", || {
