@@ -20,7 +20,7 @@ pub struct Row<'a> {
 }
 
 /// Writes the table. `missing` says why nothing, or not everything, was vendored. With `embed` the libraries themselves
-/// go into it, and the path that they have on this machine does not.
+/// go into it, and the paths that they have on this machine do not.
 pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) -> Result<()> {
     let mut text = String::from("// Written by build.rs: what was vendored.\n\n");
     let _ = writeln!(text, "pub(crate) static LIBRARIES: &[Vendored] = &[");
@@ -33,14 +33,14 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) 
             Source::Network => "Network",
         };
         let path = row.extracted.path.display().to_string();
-        let (built_at, embedded) = if embed {
-            (String::new(), format!("Some(|| (&raw const {}).cast())", symbol(row.soname)))
+        let (built_at, built_below, embedded) = if embed {
+            (String::new(), String::new(), format!("Some(|| (&raw const {}).cast())", symbol(row.soname)))
         } else {
-            (path, "None".to_owned())
+            (path, below_programs(&row.extracted.path), "None".to_owned())
         };
         let _ = writeln!(
             text,
-            "    Vendored {{ name: {:?}, distribution: {:?}, version: {:?}, wheel_sha256: Digest({:?}), sha256: Digest({:?}), size: {}, source: Source::{source}, built_at: {built_at:?}, embedded: {embedded} }},",
+            "    Vendored {{ name: {:?}, distribution: {:?}, version: {:?}, wheel_sha256: Digest({:?}), sha256: Digest({:?}), size: {}, source: Source::{source}, built_at: {built_at:?}, built_below: {built_below:?}, embedded: {embedded} }},",
             row.soname,
             row.wheel.distribution,
             row.wheel.version,
@@ -60,6 +60,14 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) 
         return Ok(());
     }
     publish_bytes(&path, text.as_bytes())
+}
+
+/// A path from cargo's folder `build` on, which lies beside the programs that cargo builds; empty where no folder has that
+/// name.
+fn below_programs(path: &Path) -> String {
+    let build = path.ancestors().find(|folder| folder.file_name().is_some_and(|name| name == "build"));
+    let relative = build.and_then(Path::parent).and_then(|programs| path.strip_prefix(programs).ok());
+    relative.map(|path| path.display().to_string()).unwrap_or_default()
 }
 
 /// A library's bytes as a symbol. The assembler reads the file: `include_bytes!` of 150 MB costs the compiler seconds.

@@ -1,5 +1,6 @@
 //! What was vendored, and where it is now.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,9 @@ pub(crate) const LIB_DIR: &str = "FLASHINFER_RS_LIB_DIR";
 /// Below the executable's folder.
 const BESIDE_EXECUTABLE: &str = "lib/flashinfer-rs";
 
+/// The distribution whose libraries are kernel modules; those of the others are what modules need.
+const KERNELS: &str = "flashinfer_jit_cache";
+
 /// A library that the build vendored.
 #[derive(Debug)]
 pub(crate) struct Vendored {
@@ -26,6 +30,9 @@ pub(crate) struct Vendored {
     pub(crate) source: Source,
     /// A hint, right only on the machine that built; empty where the library is embedded.
     pub(crate) built_at: &'static str,
+    /// The end of `built_at`, from the folder on that cargo puts programs into. It stays right when a project is moved, for
+    /// then cargo builds nothing again. Empty where the library is embedded or cargo's folders are other ones.
+    pub(crate) built_below: &'static str,
     /// With the feature `embed`: where the library's `size` bytes are in this program. Only the address is taken in the
     /// generated file: a dereference would leave that file's path in the program, for a panic's message.
     pub(crate) embedded: Option<fn() -> *const u8>,
@@ -144,6 +151,31 @@ pub(crate) fn vendored(name: &str) -> Option<&'static Vendored> {
     LIBRARIES.iter().find(|row| row.name == name)
 }
 
+/// Refuses every name but those that a kernel module can have. A path would lead out of the folders that are searched, and
+/// what modules need is in the process already: a second copy of it ends the process while it is loaded.
+pub(crate) fn refuse_what_is_no_module(name: &str, needed_by_modules: &[&str]) -> Result<()> {
+    let refused = |expected: String| FlashInferError::InvalidArgument {
+        function: "FlashInferRuntime::module",
+        argument: "soname",
+        found: format!("{name:?}"),
+        expected,
+    };
+    if name.contains('\0') || Path::new(name).file_name() != Some(OsStr::new(name)) {
+        return Err(refused(
+            "a kernel module's name without a folder, such as \"norm.so\"; FlashInferRuntime::load_module, which is unsafe, \
+             loads a module from a path"
+                .to_owned(),
+        ));
+    }
+    if needed_by_modules.contains(&name) || vendored(name).is_some_and(|row| row.distribution != KERNELS) {
+        return Err(refused(format!(
+            "a kernel module, such as \"norm.so\"; {name} is a library that modules need, and \
+             FlashInferRuntime::initialize loads it"
+        )));
+    }
+    Ok(())
+}
+
 /// Where a library is now.
 pub(crate) enum Location {
     File(PathBuf),
@@ -152,7 +184,7 @@ pub(crate) enum Location {
 }
 
 /// Finds a library: in the configured folder, in that of the variable, in this program, beside the executable, where the
-/// build put it.
+/// build put it, seen from the executable and then by its full path.
 pub(crate) fn locate(name: &str, configured: Option<&Path>) -> Result<Location> {
     let mut searched = Vec::new();
     let mut file = |path: PathBuf| {
@@ -172,15 +204,24 @@ pub(crate) fn locate(name: &str, configured: Option<&Path>) -> Result<Location> 
         return Ok(Location::Embedded(bytes, &row.sha256));
     }
     let executable = std::env::current_exe().ok();
-    let beside = executable.as_deref().and_then(Path::parent).map(|folder| folder.join(BESIDE_EXECUTABLE).join(name));
-    let built = vendored(name).map(|row| PathBuf::from(row.built_at));
-    if let Some(path) = beside.into_iter().chain(built).find_map(file) {
+    let mut places = Vec::new();
+    if let Some(folder) = executable.as_deref().and_then(Path::parent) {
+        places.push(folder.join(BESIDE_EXECUTABLE).join(name));
+        if let Some(row) = vendored(name).filter(|row| !row.built_below.is_empty()) {
+            // cargo puts programs beside its folder `build`, and tests and examples one folder below that.
+            places.extend(folder.ancestors().take(2).map(|folder| folder.join(row.built_below)));
+        }
+    }
+    // Last: where a project was copied, this is the original's, which may have been built again since.
+    places.extend(vendored(name).map(|row| PathBuf::from(row.built_at)));
+    if let Some(path) = places.into_iter().find_map(file) {
         return Ok(Location::File(path));
     }
     let remedy = match vendored(name) {
         Some(_) => format!(
-            "put the vendored libraries into the folder that {LIB_DIR} names, or into {BESIDE_EXECUTABLE} beside the \
-             executable, or build with the feature `embed`"
+            "if the project was moved or its target folder cleaned or restored, run `cargo clean -p flashinfer-rs` and build \
+             again; elsewhere put the vendored libraries into the folder that {LIB_DIR} names, or into \
+             {BESIDE_EXECUTABLE} beside the executable, or build with the feature `embed`"
         ),
         None if MISSING.is_empty() => format!("{name} was not vendored: build with the Cargo feature that wants it"),
         None => format!("{name} was not vendored: {}", MISSING.join("; ")),

@@ -101,7 +101,8 @@ pub enum FlashInferError {
     /// Another libtvm_ffi.so is visible to every library of this process: kernels would use its streams, not ours.
     #[error(
         "another libtvm_ffi.so is already loaded globally, from {other}; kernels would bind to it instead of to the one \
-         this crate loaded; initialize this crate first, or do not load the other with RTLD_GLOBAL"
+         that this crate vendored; use it by RuntimeConfig::adopt_tvm_ffi, which wants it to be loaded before this crate is \
+         initialized, or load it without RTLD_GLOBAL"
     )]
     ForeignTvmFfi {
         /// The file it was loaded from.
@@ -168,10 +169,10 @@ pub enum FlashInferError {
         count: i32,
     },
 
-    /// An argument breaks a kernel's contract. Nothing was launched.
+    /// An argument breaks the contract of a kernel, or of a function of this crate. Nothing was launched.
     #[error("{function}: {argument} is {found}, expected {expected}")]
     InvalidArgument {
-        /// The kernel.
+        /// The kernel, or the function of this crate.
         function: &'static str,
         /// The argument's name, or that of the dimension that is wrong: one word, to be matched on.
         argument: &'static str,
@@ -204,7 +205,10 @@ pub enum FlashInferError {
     },
 
     /// The runtime was initialized before, with another configuration.
-    #[error("the runtime is already initialized with {current}, and was now asked for {requested}; initialize it once")]
+    #[error(
+        "the runtime is already initialized with {current}, and was now asked for {requested}; initialize it once, or with \
+         the same configuration, in which only warm_up may differ"
+    )]
     AlreadyInitialized {
         /// The configuration in force.
         current: String,

@@ -1,10 +1,11 @@
-//! Shared objects: opened, hashed and loaded through one descriptor, never closed.
+//! Shared objects: opened, hashed and loaded through one descriptor, never unloaded.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_int};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 use memfd::{FileSeal, MemfdOptions};
@@ -15,18 +16,9 @@ use crate::error::{FlashInferError, Result};
 /// glibc's value; libloading does not export it.
 const RTLD_NOLOAD: i32 = 4;
 
-/// Whether later libraries may bind to a library's symbols without naming it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Scope {
-    Global,
-    Local,
-}
-
-impl Scope {
-    fn flags(self) -> i32 {
-        RTLD_NOW | if self == Self::Global { RTLD_GLOBAL } else { RTLD_LOCAL }
-    }
-}
+/// A missing symbol is an error when a library is loaded, not in the middle of a call; and only the library that asks for
+/// another binds to its symbols.
+const FLAGS: i32 = RTLD_NOW | RTLD_LOCAL;
 
 /// A loaded library. Kernels leave threads' state and static initializers behind, so it is never unloaded.
 #[derive(Debug)]
@@ -34,8 +26,10 @@ pub(crate) struct Library {
     name: String,
     path: PathBuf,
     handle: &'static Handle,
-    /// The descriptor that it was loaded through, if it was.
-    descriptor: Option<RawFd>,
+    /// The path that the dynamic linker knows it by, if it was loaded from a file or from memory.
+    loaded_by: Option<String>,
+    /// The names of its exported data, read when it was loaded: the program may have closed the descriptor since.
+    data: Vec<String>,
 }
 
 impl Library {
@@ -45,7 +39,7 @@ impl Library {
     /// # Safety
     /// Loading runs the library's initializers: they must be sound to run here. A matching digest of a vendored library
     /// is such a promise.
-    pub(crate) unsafe fn open(name: &str, path: &Path, expected: Option<&Digest>, scope: Scope) -> Result<Self> {
+    pub(crate) unsafe fn open(name: &str, path: &Path, expected: Option<&Digest>) -> Result<Self> {
         let failed = |doing| move |source| FlashInferError::Io { doing, path: path.to_owned(), source };
         let file = File::open(path).map_err(failed("opening"))?;
         if let Some(expected) = expected {
@@ -60,14 +54,14 @@ impl Library {
             }
         }
         // SAFETY: the caller's promise.
-        unsafe { Self::from_descriptor(name, path, file, scope) }
+        unsafe { Self::from_descriptor(name, path, file) }
     }
 
     /// Loads bytes: writes them to memory that nobody can change any more, and loads that.
     ///
     /// # Safety
     /// As for [`open`](Self::open).
-    pub(crate) unsafe fn embedded(name: &str, bytes: &'static [u8], expected: &Digest, scope: Scope) -> Result<Self> {
+    pub(crate) unsafe fn embedded(name: &str, bytes: &'static [u8], expected: &Digest) -> Result<Self> {
         let path = PathBuf::from(format!("{EMBEDDED}{name}"));
         let found = hash(bytes);
         if found != *expected {
@@ -81,28 +75,47 @@ impl Library {
         let refused = |reason: String| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason };
         let file = sealed(name, bytes).map_err(refused)?;
         // SAFETY: the caller's promise.
-        match unsafe { Self::from_descriptor(name, &path, file, scope) } {
+        match unsafe { Self::from_descriptor(name, &path, file) } {
             // The memory itself cannot be opened or mapped; any other reason names a library that is missing or too old.
-            Err(FlashInferError::LoadFailed { reason, .. }) if reason.starts_with("/proc/self/fd/") => {
-                Err(refused(reason))
-            }
+            Err(FlashInferError::LoadFailed { reason, .. }) if reason.starts_with(OPEN_FILES) => Err(refused(reason)),
             result => result,
         }
     }
 
     /// # Safety
     /// As for [`open`](Self::open).
-    unsafe fn from_descriptor(name: &str, path: &Path, file: File, scope: Scope) -> Result<Self> {
-        let by_descriptor = format!("/proc/self/fd/{}", file.as_raw_fd());
-        // SAFETY: the caller's promise about the initializers.
-        match unsafe { Handle::open(Some(&by_descriptor), scope.flags()) } {
+    unsafe fn from_descriptor(name: &str, path: &Path, file: File) -> Result<Self> {
+        let data = exported_data(&file);
+        let by = unique_path(file.as_raw_fd());
+        let loaded = {
+            let _actions = SavedActions::new();
+            // SAFETY: the caller's promise about the initializers.
+            unsafe { Handle::open(Some(&by), FLAGS) }
+        };
+        match loaded {
             Ok(handle) => {
-                // It stays open for good: glibc knows a library by the name it was opened with, and a closed number
-                // comes back for another file.
-                let (handle, descriptor) = (Box::leak(Box::new(handle)), Some(file.into_raw_fd()));
-                Ok(Self { name: name.to_owned(), path: path.to_owned(), handle, descriptor })
+                // Debuggers, profilers and backtraces read the library's symbols by the path it was loaded from, so the
+                // descriptor stays open. Nothing in this crate depends on that: a program may close it.
+                let _open_for_good = file.into_raw_fd();
+                let (name, path, handle) = (name.to_owned(), path.to_owned(), Box::leak(Box::new(handle)));
+                Ok(Self { name, path, handle, loaded_by: Some(by), data })
             }
             Err(error) => Err(load_failed(name, path, reason(&error))),
+        }
+    }
+
+    /// Lets every library that is loaded from now on bind to this one's symbols. It cannot be taken back, so it comes after
+    /// whatever may refuse the library.
+    pub(crate) fn make_global(&self) -> Result<()> {
+        let Some(by) = &self.loaded_by else { return Ok(()) };
+        // SAFETY: the library is loaded already, so no initializers run.
+        match unsafe { Handle::open(Some(by), RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD) } {
+            Ok(handle) => {
+                // Closing it would only lower the linker's count of users, which must never reach zero.
+                std::mem::forget(handle);
+                Ok(())
+            }
+            Err(error) => Err(load_failed(&self.name, &self.path, reason(&error))),
         }
     }
 
@@ -111,13 +124,13 @@ impl Library {
     /// # Safety
     /// As for [`open`](Self::open), unless `only_loaded`.
     pub(crate) unsafe fn by_name(name: &str, only_loaded: bool) -> std::result::Result<Self, String> {
-        let flags = Scope::Local.flags() | if only_loaded { RTLD_NOLOAD } else { 0 };
+        let flags = FLAGS | if only_loaded { RTLD_NOLOAD } else { 0 };
         // SAFETY: the caller's promise; nothing is initialized where the library is loaded already.
         match unsafe { Handle::open(Some(name), flags) } {
             Ok(handle) => {
                 let handle = Box::leak(Box::new(handle));
                 let path = PathBuf::from(loaded_path(name).unwrap_or_else(|| name.to_owned()));
-                Ok(Self { name: name.to_owned(), path, handle, descriptor: None })
+                Ok(Self { name: name.to_owned(), path, handle, loaded_by: None, data: Vec::new() })
             }
             Err(error) => Err(reason(&error)),
         }
@@ -126,29 +139,22 @@ impl Library {
     /// What every library of this process sees, under the name of the one that is meant.
     pub(crate) fn global(name: &str, path: String) -> Self {
         let handle = Box::leak(Box::new(Handle::this()));
-        Self { name: name.to_owned(), path: PathBuf::from(path), handle, descriptor: None }
+        Self { name: name.to_owned(), path: PathBuf::from(path), handle, loaded_by: None, data: Vec::new() }
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The addresses of exported data whose names end with `suffix`, read from the very file that was loaded.
+    /// The addresses of exported data whose names end with `suffix`, by the names of the very file that was loaded.
     pub(crate) fn data_symbols(&self, suffix: &str) -> Vec<*mut u8> {
-        use object::{Object, ObjectSymbol};
-
-        let bytes =
-            self.descriptor.and_then(|fd| std::fs::read(format!("/proc/self/fd/{fd}")).ok()).unwrap_or_default();
-        let Ok(file) = object::File::parse(bytes.as_slice()) else { return Vec::new() };
-        let names =
-            file.dynamic_symbols().filter(|symbol| symbol.is_definition()).filter_map(|symbol| symbol.name().ok());
-        let address = |name: &str| {
-            let name = CString::new(name).ok()?;
+        let address = |name: &String| {
+            let name = CString::new(name.as_str()).ok()?;
             // SAFETY: the address is taken and nothing is read or called through it here.
             let symbol = unsafe { self.handle.get::<*mut u8>(name.to_bytes_with_nul()) };
             symbol.ok().map(|symbol| symbol.as_raw_ptr().cast::<u8>())
         };
-        names.filter(|name| name.ends_with(suffix)).filter_map(address).collect()
+        self.data.iter().filter(|name| name.ends_with(suffix)).filter_map(address).collect()
     }
 
     /// A function of the library.
@@ -164,6 +170,61 @@ impl Library {
                 symbol: symbol.to_string_lossy().into_owned(),
                 reason: reason(&error),
             }),
+        }
+    }
+}
+
+/// The names of the data that a shared object exports; none where it is no shared object, which the dynamic linker will
+/// say better.
+fn exported_data(file: &File) -> Vec<String> {
+    use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
+
+    let parts = ReadCache::new(file);
+    let Ok(object) = object::File::parse(&parts) else { return Vec::new() };
+    let data = object.dynamic_symbols().filter(|symbol| symbol.is_definition() && symbol.kind() == SymbolKind::Data);
+    data.filter_map(|symbol| Some(symbol.name().ok()?.to_owned())).collect()
+}
+
+/// A path to an open file that no library was loaded by before. glibc compares the path with those that it loaded
+/// libraries by, and opens it only where none is the same. A descriptor's number comes back once the program closes it, as
+/// daemons do, and glibc would answer the library that was loaded under that number before, whatever the file is now. So
+/// each load spells its path in another way: a running number stands in it, in binary, with `/.` for one and `/` for zero.
+fn unique_path(descriptor: RawFd) -> String {
+    static LOADS: AtomicU64 = AtomicU64::new(1);
+    let load = LOADS.fetch_add(1, Ordering::Relaxed);
+    let digits: String = format!("{load:b}").chars().map(|digit| if digit == '1' { "/." } else { "/" }).collect();
+    format!("{OPEN_FILES}{digits}/{descriptor}")
+}
+
+/// Where the system shows a process its open files by their descriptors.
+const OPEN_FILES: &str = "/proc/self/fd";
+
+/// What the process does on the signals by which Rust's runtime recognizes a stack overflow, restored on drop. The
+/// initializers of libtvm_ffi.so set an action of their own for SIGSEGV; with it a program that overflows its stack ends
+/// without Rust's report. The actions belong to the whole process: what another thread sets while a library is loaded is
+/// undone too.
+struct SavedActions([(c_int, Option<libc::sigaction>); 2]);
+
+impl SavedActions {
+    fn new() -> Self {
+        Self([libc::SIGSEGV, libc::SIGBUS].map(|signal| {
+            // SAFETY: a sigaction is plain data, for which zeros are valid.
+            let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+            // SAFETY: the action in force is written to valid memory of its type, and nothing is changed.
+            let read = unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) };
+            (signal, (read == 0).then_some(action))
+        }))
+    }
+}
+
+impl Drop for SavedActions {
+    fn drop(&mut self) {
+        for (signal, action) in &self.0 {
+            if let Some(action) = action {
+                // SAFETY: the action was in force for this signal when it was saved, and its handler is never unloaded by
+                // this crate.
+                unsafe { libc::sigaction(*signal, action, std::ptr::null_mut()) };
+            }
         }
     }
 }
@@ -224,7 +285,7 @@ fn load_failed(name: &str, path: &Path, reason: String) -> FlashInferError {
     }
     let remedy = if reason.contains("GLIBC") {
         "use a system with the C and C++ libraries that the reason asks for, or newer ones"
-    } else if reason.contains("/proc/self/fd") && !Path::new("/proc/self/fd").exists() {
+    } else if reason.contains(OPEN_FILES) && !Path::new(OPEN_FILES).exists() {
         "mount /proc: libraries are loaded through the descriptor they were checked through"
     } else if reason.contains("libcudart") {
         "build with the feature `cudart`, or install CUDA 13's runtime"

@@ -11,7 +11,7 @@ use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::ffi::dlpack::DLTensor;
 use crate::kernels;
-use crate::loader::{self, Library, Scope as Visibility};
+use crate::loader::{self, Library};
 use crate::module::{Module, Object};
 use crate::stream::{DeviceStream, SCOPE, Scope, Setting, Stream};
 use crate::tensor::Device;
@@ -40,8 +40,8 @@ pub struct RuntimeConfig {
 
 impl RuntimeConfig {
     /// The same as [`default`](Default::default): libraries are looked for in `FLASHINFER_RS_LIB_DIR`, then in
-    /// `lib/flashinfer-rs` beside the executable, then where the build put them; each is checked against its vendored
-    /// digest; kernels are loaded on first use.
+    /// `lib/flashinfer-rs` beside the executable, then where the build put them, seen from the executable first, so that a
+    /// project may be moved; each is checked against its vendored digest; kernels are loaded on first use.
     pub fn new() -> Self {
         Self::default()
     }
@@ -53,7 +53,8 @@ impl RuntimeConfig {
         self
     }
 
-    /// Loads every vendored kernel at once, as [`FlashInferRuntime::warm_up`] does.
+    /// Loads every vendored kernel at once, as [`FlashInferRuntime::warm_up`] does: with every call of
+    /// [`initialize`](FlashInferRuntime::initialize) that asks for it, whether or not the runtime was there before.
     #[must_use]
     pub fn warm_up(mut self) -> Self {
         self.warm_up = true;
@@ -62,6 +63,10 @@ impl RuntimeConfig {
 
     /// Uses a libtvm_ffi.so that is already visible to every library of this process, a Python host's for example, if its
     /// version fits. Without this, one that is there is an error; where none is there, ours is loaded.
+    ///
+    /// Beside Python's package `tvm_ffi` the order matters: Python imports it first, then this process initializes this
+    /// crate with `adopt_tvm_ffi`. The other way round the process ends while Python imports the package, since the
+    /// initializers of a second libtvm_ffi.so bind to the first one and throw, and nobody can catch that.
     ///
     /// # Safety
     /// What is there must really be TVM-FFI: it is recognized by its symbols and its version alone.
@@ -79,6 +84,13 @@ impl RuntimeConfig {
     pub unsafe fn without_verification(mut self) -> Self {
         self.unverified = true;
         self
+    }
+
+    /// What calls of [`initialize`](FlashInferRuntime::initialize) must agree on. Warming up is done to a runtime that is
+    /// there, so it may differ.
+    fn to_agree_on(&self) -> (Option<&PathBuf>, bool, bool) {
+        let Self { lib_dir, unverified, warm_up: _, adopt_tvm_ffi } = self;
+        (lib_dir.as_ref(), *unverified, *adopt_tvm_ffi)
     }
 }
 
@@ -113,7 +125,8 @@ impl FlashInferRuntime {
     /// Loads libcudart.so.13 where there is one, then libtvm_ffi.so, and checks both. Kernel modules are loaded on
     /// first use or by [`warm_up`](Self::warm_up).
     ///
-    /// A second call with the same configuration answers the same runtime.
+    /// A second call with the same configuration answers the same runtime. It may differ in
+    /// [`warm_up`](RuntimeConfig::warm_up): a call that asks for it warms up, and answers what went wrong there.
     ///
     /// # Errors
     /// [`ArtifactMissing`](FlashInferError::ArtifactMissing), [`DigestMismatch`](FlashInferError::DigestMismatch),
@@ -123,18 +136,20 @@ impl FlashInferRuntime {
     /// no error here.
     pub fn initialize(config: RuntimeConfig) -> Result<&'static Self> {
         let _one_at_a_time = INITIALIZING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(runtime) = RUNTIME.get() {
-            if runtime.config != config {
+        let warm_up = config.warm_up;
+        let runtime = match RUNTIME.get() {
+            Some(runtime) if runtime.config.to_agree_on() == config.to_agree_on() => runtime,
+            Some(runtime) => {
                 return Err(FlashInferError::AlreadyInitialized {
                     current: format!("{:?}", runtime.config),
                     requested: format!("{config:?}"),
                 });
             }
-            return Ok(runtime);
-        }
-        let warm_up = config.warm_up;
-        let runtime = Self::load(config)?;
-        let runtime = RUNTIME.get_or_init(|| runtime);
+            None => {
+                let runtime = Self::load(config)?;
+                RUNTIME.get_or_init(|| runtime)
+            }
+        };
         if warm_up {
             runtime.warm_up()?;
         }
@@ -171,7 +186,7 @@ impl FlashInferRuntime {
         };
         let tvm_ffi = match foreign {
             Some(address) => Library::global(TVM_FFI, loader::mapped_file(address)),
-            None => open(TVM_FFI, &config, Visibility::Global)?,
+            None => open(TVM_FFI, &config)?,
         };
         // SAFETY: the library was checked against the vendored TVM-FFI, or the caller vouched for it.
         let api = unsafe { Api::resolve(&tvm_ffi) }?;
@@ -184,6 +199,8 @@ impl FlashInferRuntime {
                 remedy: "build with the pinned apache_tvm_ffi wheel",
             });
         }
+        // Only now: of a library that was refused nothing is left that another call of `initialize` would trip over.
+        tvm_ffi.make_global()?;
         // After it too: kernels will bind to what is seen now.
         if let Some(address) = loader::global_address(api::LANDMARK).filter(|&address| address != api.landmark()) {
             return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
@@ -236,9 +253,11 @@ impl FlashInferRuntime {
         artifact::list(&loaded)
     }
 
-    /// A vendored module by its soname, `norm.so` for example, to call functions that this crate has no wrapper for.
+    /// A vendored module by its soname, `norm.so` for example, to call functions that this crate has no wrapper for. The
+    /// name has no folder in it; [`load_module`](Self::load_module) takes paths.
     ///
     /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for what is no module's name,
     /// [`ArtifactMissing`](FlashInferError::ArtifactMissing), [`DigestMismatch`](FlashInferError::DigestMismatch),
     /// [`DriverMissing`](FlashInferError::DriverMissing), or [`LoadFailed`](FlashInferError::LoadFailed).
     pub fn module(&'static self, soname: &str) -> Result<&'static Module> {
@@ -246,7 +265,8 @@ impl FlashInferRuntime {
         if let Some(module) = modules.get(soname) {
             return Ok(module);
         }
-        let library = open(soname, &self.config, Visibility::Local)?;
+        artifact::refuse_what_is_no_module(soname, &[TVM_FFI, CUDART])?;
+        let library = open(soname, &self.config)?;
         let module: &'static Module = Box::leak(Box::new(Module::loaded(soname, library, &self.api)));
         modules.insert(soname.to_owned(), module);
         Ok(module)
@@ -263,7 +283,7 @@ impl FlashInferRuntime {
         let path = path.into();
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         // SAFETY: the caller's promise.
-        let library = unsafe { Library::open(&name, &path, None, Visibility::Local) }?;
+        let library = unsafe { Library::open(&name, &path, None) }?;
         Ok(Module::loaded(&name, library, &self.api))
     }
 
@@ -445,18 +465,18 @@ fn wait_for_turn(turn: &Mutex<()>) -> MutexGuard<'_, ()> {
     turn.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn open(soname: &str, config: &RuntimeConfig, scope: Visibility) -> Result<Library> {
+fn open(soname: &str, config: &RuntimeConfig) -> Result<Library> {
     let row = artifact::vendored(soname);
     let path = match artifact::locate(soname, config.lib_dir.as_deref())? {
         Location::File(path) => path,
         Location::Embedded(bytes, sha256) => {
             // SAFETY: the digest is that of the vendored library, whose initializers are known to do no harm.
-            return unsafe { Library::embedded(soname, bytes, sha256, scope) };
+            return unsafe { Library::embedded(soname, bytes, sha256) };
         }
     };
     if config.unverified {
         // SAFETY: whoever made the configuration vouched for the folders.
-        return unsafe { Library::open(soname, &path, None, scope) };
+        return unsafe { Library::open(soname, &path, None) };
     }
     let Some(row) = row else {
         return Err(FlashInferError::ArtifactMissing {
@@ -468,7 +488,7 @@ fn open(soname: &str, config: &RuntimeConfig, scope: Visibility) -> Result<Libra
         });
     };
     // SAFETY: the digest is that of the vendored library, whose initializers are known to do no harm.
-    unsafe { Library::open(soname, &path, Some(&row.sha256), scope) }
+    unsafe { Library::open(soname, &path, Some(&row.sha256)) }
 }
 
 /// One that is in the process already, else ours, else that of `CUDA_HOME`, else the one in CUDA's usual folder, else the
@@ -478,7 +498,7 @@ fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Ve
     if let Ok(library) = unsafe { Library::by_name(CUDART, true) } {
         return Ok(Ok(library));
     }
-    let mut searched = match open(CUDART, config, Visibility::Local) {
+    let mut searched = match open(CUDART, config) {
         Ok(library) => return Ok(Ok(library)),
         Err(FlashInferError::ArtifactMissing { searched, .. }) => searched,
         Err(error) => return Err(error),
@@ -488,7 +508,7 @@ fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Ve
     for path in usual.flat_map(|home| ["lib64", "lib"].map(|folder| home.join(folder).join(CUDART))) {
         if path.is_file() {
             // SAFETY: CUDA's runtime where CUDA's installer puts it, as any CUDA program would load it.
-            return unsafe { Library::open(CUDART, &path, None, Visibility::Local) }.map(Ok);
+            return unsafe { Library::open(CUDART, &path, None) }.map(Ok);
         }
         searched.push(path.display().to_string());
     }

@@ -125,6 +125,11 @@ impl Dependent {
     /// Runs cargo in a network namespace without interfaces, with an empty cache unless the variables name one, after a
     /// script.
     fn cargo(&self, arguments: &[&str], variables: &[(&str, OsString)], script: &str) -> Output {
+        self.cargo_in(&self.folder, arguments, variables, script)
+    }
+
+    /// As [`cargo`](Self::cargo), in this folder.
+    fn cargo_in(&self, folder: &Path, arguments: &[&str], variables: &[(&str, OsString)], script: &str) -> Output {
         let script = format!("set -e; {script}\nexec \"$@\"");
         let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
         let mut command = Command::new(WITHOUT_NETWORK[0]);
@@ -134,7 +139,7 @@ impl Dependent {
         command.env_clear().envs(needed.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         command.env(env::CACHE_DIR, self.path("cache")).env("PIP_CONFIG_FILE", "/dev/null");
         command.envs(variables.iter().map(|(name, value)| (name, value)));
-        command.current_dir(&self.folder).output().expect("cargo, in a namespace of its own")
+        command.current_dir(folder).output().expect("cargo, in a namespace of its own")
     }
 
     fn build(&self, variables: &[(&str, OsString)]) -> Output {
@@ -274,6 +279,63 @@ fn builds_nothing_twice() {
     vendored(&dependent.offline(&variables), "Directory");
     let output = dependent.offline(&variables);
     assert!(output.status.success() && text(&output).contains("Fresh flashinfer-rs"), "{}", text(&output));
+}
+
+/// A folder under another name, until this is dropped.
+struct Renamed<'a> {
+    from: &'a Path,
+    to: PathBuf,
+}
+
+impl<'a> Renamed<'a> {
+    fn new(from: &'a Path) -> Self {
+        let to = from.with_extension("moved");
+        // Of an earlier run that was killed.
+        let _ = fs::remove_dir_all(&to);
+        fs::rename(from, &to).expect("another name");
+        Self { from, to }
+    }
+}
+
+impl Drop for Renamed<'_> {
+    fn drop(&mut self) {
+        let _ = fs::rename(&self.to, self.from);
+    }
+}
+
+#[test]
+fn a_project_that_is_moved_runs_without_a_build_or_says_how_to_get_one() {
+    let dependent = Dependent::new();
+    // An example, so that the other tests do not build it.
+    let program = "use flashinfer_rs::{FlashInferRuntime, RuntimeConfig};\n\nfn main() {\n    \
+                   match FlashInferRuntime::initialize(RuntimeConfig::default()) {\n        \
+                   Ok(runtime) => runtime.artifacts().iter().for_each(|artifact| println!(\"{artifact}\")),\n        \
+                   Err(error) => println!(\"{error}\"),\n    }\n}\n";
+    dependent.write("examples/app.rs", program);
+    let variables = [(env::WHEEL_DIR, dependent.wheels().into()), (env::CARGO_OFFLINE, "true".into())];
+    let run = |folder: &Path| {
+        let arguments = ["run", "--offline", "--verbose", "--example", "app"];
+        let output = dependent.cargo_in(folder, &arguments, &variables, "");
+        assert!(output.status.success(), "{}", text(&output));
+        text(&output)
+    };
+    let loaded_from = |folder: &Path| format!("loaded from {}/target/debug/build/", folder.display());
+    let first = run(&dependent.folder);
+    assert!(first.contains(&loaded_from(&dependent.folder)), "{first}");
+
+    let renamed = Renamed::new(&dependent.folder);
+    let moved = run(&renamed.to);
+    assert!(moved.contains("Fresh flashinfer-rs") && moved.contains(&loaded_from(&renamed.to)), "{moved}");
+
+    // As where a target folder came back without its build scripts' output.
+    let build = renamed.to.join("target/debug/build");
+    for entry in fs::read_dir(&build).expect("the folder").flatten() {
+        let _ = fs::remove_dir_all(entry.path().join("out/lib"));
+    }
+    let stripped = run(&renamed.to);
+    for part in ["Fresh flashinfer-rs", "libtvm_ffi.so was not found", "cargo clean -p flashinfer-rs"] {
+        assert!(stripped.contains(part), "this does not say `{part}`:\n{stripped}");
+    }
 }
 
 #[test]

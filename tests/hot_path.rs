@@ -683,3 +683,19 @@ fn every_kernels_first_call_on_a_device_finds_its_flag_cleared() {
         assert!(StandIns::read::<i64>(&seen.gdn, "seen_calls") > 0);
     });
 }
+
+/// A program that becomes a daemon closes every descriptor, also those that libraries were loaded through.
+#[test]
+fn flags_are_found_after_every_descriptor_was_closed() {
+    native::isolated("flags_are_found_after_every_descriptor_was_closed", || {
+        let _seen = StandIns::load();
+        // SAFETY: whoever owned the descriptors, the loader of this crate above all, is what is tested; the test itself
+        // holds none.
+        let result = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) };
+        assert_eq!(result, 0, "close_range: {}", std::io::Error::last_os_error());
+        for gpu in [0, 1] {
+            // SAFETY: the stand-in touches nothing.
+            unsafe { gdn_prefill(gdn_args_on(Device::Cuda(gpu), 64), stream(0x10)) }.unwrap();
+        }
+    });
+}

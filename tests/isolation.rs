@@ -5,6 +5,7 @@ mod native;
 
 use std::collections::HashSet;
 use std::fs;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -30,12 +31,6 @@ fn decoys() -> tempfile::TempDir {
 fn mapped() -> HashSet<String> {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().filter_map(|line| line.split_whitespace().nth(5)).map(str::to_owned).collect()
-}
-
-/// Lets norm.so load where there is no driver.
-fn stand_in_for_the_driver() {
-    let folder = tempfile::tempdir().unwrap();
-    native::load(&native::compile("empty.c", "libcuda.so.1", &["-nostdlib"], folder.path()), false);
 }
 
 fn initialize() -> &'static FlashInferRuntime {
@@ -64,7 +59,7 @@ fn decoys_in_the_library_path_and_the_working_directory_are_not_loaded() {
     native::isolated_with("decoys_in_the_library_path_and_the_working_directory_are_not_loaded", &variables, || {
         let folder = PathBuf::from(std::env::var_os("LD_LIBRARY_PATH").unwrap());
         std::env::set_current_dir(&folder).unwrap();
-        stand_in_for_the_driver();
+        native::stand_in_for_the_driver();
         let runtime = initialize();
         runtime.module("norm.so").unwrap().function("gemma_rmsnorm").unwrap();
         compute();
@@ -98,6 +93,20 @@ fn another_tvm_ffi_is_adopted_only_where_asked_and_if_its_version_fits() {
         assert_eq!(adopted.loaded_from, Some(library));
         compute();
     });
+}
+
+/// Why the documentation lets a Python host import `tvm_ffi` before this crate is initialized. Where a later release of it
+/// makes this test fail, the other order works too, and the documentation can say so.
+#[test]
+fn another_tvm_ffi_that_everybody_sees_cannot_be_loaded_after_ours() {
+    let text = native::dying("another_tvm_ffi_that_everybody_sees_cannot_be_loaded_after_ours", || {
+        initialize();
+        let folder = tempfile::tempdir().unwrap();
+        let other = folder.path().join("libtvm_ffi.so");
+        fs::copy(native::vendored_libraries().join("libtvm_ffi.so"), &other).unwrap();
+        native::load(&other, true);
+    });
+    assert!(text.contains("duplicate registration"), "{text}");
 }
 
 #[test]
@@ -154,7 +163,7 @@ fn a_library_that_is_swapped_all_the_time_is_right_or_refused() {
 #[test]
 fn descriptors_of_loaded_libraries_stay_open() {
     native::isolated("descriptors_of_loaded_libraries_stay_open", || {
-        stand_in_for_the_driver();
+        native::stand_in_for_the_driver();
         let runtime = initialize();
         // Numbers that are free now would be used again for what is loaded next.
         for _ in 0..100 {
@@ -168,6 +177,70 @@ fn descriptors_of_loaded_libraries_stay_open() {
             assert!(mapped().iter().any(|path| path.contains(name)), "{name} is not mapped");
         }
     });
+}
+
+/// Closes every descriptor but the standard ones, as a program that becomes a daemon does.
+fn close_every_descriptor() {
+    // SAFETY: whoever owned the descriptors, the loader of this crate above all, is what is tested; the test itself holds
+    // none.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) };
+    assert_eq!(result, 0, "close_range: {}", std::io::Error::last_os_error());
+}
+
+/// Makes this the next descriptor that is opened.
+fn next_descriptor_is(number: RawFd) {
+    loop {
+        let file = fs::File::open("/dev/null").unwrap();
+        match file.as_raw_fd() {
+            opened if opened < number => std::mem::forget(file),
+            opened => return assert_eq!(opened, number),
+        }
+    }
+}
+
+/// The descriptor of a library.
+fn descriptor_of(soname: &str) -> RawFd {
+    let mut open = fs::read_dir("/proc/self/fd").unwrap().map(|fd| fd.unwrap().path());
+    let is_it = |path: &PathBuf| fs::read_link(path).is_ok_and(|file| file.to_string_lossy().contains(soname));
+    open.find(is_it).unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_program_that_closes_every_descriptor_still_loads_what_it_asks_for() {
+    native::isolated("a_program_that_closes_every_descriptor_still_loads_what_it_asks_for", || {
+        native::stand_in_for_the_driver();
+        let runtime = initialize();
+        let number = descriptor_of("libtvm_ffi.so");
+        for (soname, function) in [("norm.so", "gemma_rmsnorm"), ("gdn_prefill_sm90.so", "gdn_prefill")] {
+            // Each library is opened with the number that another one had.
+            close_every_descriptor();
+            next_descriptor_is(number);
+            let Err(error) = runtime.module(soname).unwrap().function(function) else {
+                assert_eq!(descriptor_of(soname), number);
+                continue;
+            };
+            panic!("{error}");
+        }
+        compute();
+    });
+}
+
+/// Overflows the stack.
+#[expect(unconditional_recursion, reason = "that is what it is for")]
+fn overflow(depth: u64) -> u64 {
+    let kept = std::hint::black_box([depth; 64]);
+    overflow(depth + 1) + kept[depth as usize % 64]
+}
+
+#[test]
+fn a_stack_overflow_is_still_reported_by_rust() {
+    let text = native::dying("a_stack_overflow_is_still_reported_by_rust", || {
+        native::stand_in_for_the_driver();
+        initialize().module("norm.so").unwrap();
+        compute();
+        overflow(0);
+    });
+    assert!(text.contains("has overflowed its stack"), "{text}");
 }
 
 #[cfg(feature = "embed")]
@@ -239,7 +312,7 @@ fn a_fork_can_go_on_computing() {
 #[test]
 fn many_threads_load_one_module() {
     native::isolated("many_threads_load_one_module", || {
-        stand_in_for_the_driver();
+        native::stand_in_for_the_driver();
         let runtime = initialize();
         let address = || std::ptr::from_ref(runtime.module("norm.so").unwrap()) as usize;
         let threads: Vec<_> = (0..16).map(|_| thread::spawn(address)).collect();

@@ -150,6 +150,135 @@ fn unverified(folder: &Path) -> RuntimeConfig {
 }
 
 #[test]
+fn a_module_is_asked_for_by_its_name_and_not_by_a_path() {
+    native::isolated("a_module_is_asked_for_by_its_name_and_not_by_a_path", || {
+        let (folder, elsewhere) = (copies(), tempfile::tempdir().unwrap());
+        let stranger = native::compile("empty.c", "stranger.so", &["-nostdlib"], elsewhere.path());
+        let path = stranger.to_str().unwrap();
+        // Even this runtime, which takes whatever lies in its folder, takes nothing from other folders.
+        let runtime = FlashInferRuntime::initialize(unverified(folder.path())).unwrap();
+        let below = format!("../{}", path.trim_start_matches('/'));
+        let names = ["", ".", "..", "/", path, &below, "./norm.so", "norm.so/", "a/../norm.so", "norm.so\0", "\0"];
+        for name in names {
+            let error = runtime.module(name).unwrap_err();
+            let FlashInferError::InvalidArgument { found, .. } = &error else { panic!("{name:?}: {error}") };
+            assert_eq!(*found, format!("{name:?}"));
+            let text = error.to_string();
+            assert!(["without a folder", "load_module"].iter().all(|part| text.contains(part)), "{text}");
+        }
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(!maps.contains("stranger.so"), "{maps}");
+        // SAFETY: the test's own library, whose initializers do nothing.
+        unsafe { runtime.load_module(stranger.as_path()) }.unwrap();
+    });
+}
+
+/// In a runtime that verifies, and in one that does not.
+fn refuses_what_modules_need(runtime: &'static FlashInferRuntime) {
+    for name in [TVM_FFI, "libcudart.so.13"] {
+        let error = runtime.module(name).unwrap_err();
+        assert!(matches!(error, FlashInferError::InvalidArgument { .. }), "{error}");
+        let text = error.to_string();
+        assert!([name, "a kernel module", "initialize loads it"].iter().all(|part| text.contains(part)), "{text}");
+    }
+}
+
+#[test]
+fn what_modules_need_is_no_module() {
+    native::isolated("what_modules_need_is_no_module", || {
+        refuses_what_modules_need(FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap());
+    });
+}
+
+#[test]
+fn what_modules_need_is_no_module_where_nothing_is_verified_either() {
+    native::isolated("what_modules_need_is_no_module_where_nothing_is_verified_either", || {
+        let folder = copies();
+        refuses_what_modules_need(FlashInferRuntime::initialize(unverified(folder.path())).unwrap());
+    });
+}
+
+#[test]
+fn a_warm_up_that_fails_fails_again_and_the_runtime_is_there() {
+    native::isolated("a_warm_up_that_fails_fails_again_and_the_runtime_is_there", || {
+        let folder = copies();
+        let (norm, good) = (folder.path().join("norm.so"), folder.path().join("good"));
+        fs::copy(&norm, &good).unwrap();
+        tamper(&norm);
+        native::stand_in_for_the_driver();
+        let warm = || FlashInferRuntime::initialize(RuntimeConfig::default().lib_dir(folder.path()).warm_up());
+        for _ in 0..2 {
+            let error = warm().unwrap_err();
+            assert!(matches!(error, FlashInferError::DigestMismatch { .. }), "{error}");
+        }
+        let cold = initialize(folder.path()).unwrap();
+        assert!(std::ptr::eq(cold, FlashInferRuntime::global().unwrap()));
+        // What was in the way is gone.
+        fs::rename(&good, &norm).unwrap();
+        assert!(std::ptr::eq(cold, warm().unwrap()));
+        assert!(cold.artifacts().iter().any(|artifact| artifact.name == "norm.so" && artifact.loaded_from.is_some()));
+    });
+}
+
+#[test]
+fn a_runtime_that_is_there_is_warmed_up_by_a_call_that_asks_for_it() {
+    native::isolated("a_runtime_that_is_there_is_warmed_up_by_a_call_that_asks_for_it", || {
+        native::stand_in_for_the_driver();
+        let cold = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+        let modules_loaded = || {
+            let is_module = |name: &str| name == "norm.so" || name == "gdn_prefill_sm90.so";
+            cold.artifacts().iter().filter(|row| is_module(&row.name) && row.loaded_from.is_some()).count()
+        };
+        assert_eq!(modules_loaded(), 0);
+        let warm = FlashInferRuntime::initialize(RuntimeConfig::default().warm_up()).unwrap();
+        assert!(std::ptr::eq(cold, warm));
+        assert_eq!(modules_loaded(), 2);
+    });
+}
+
+/// Where this program runs as if it had been built elsewhere: that folder.
+#[cfg(not(feature = "embed"))]
+const MOVED: &str = "FLASHINFER_RS_MOVED_TEST";
+
+#[cfg(not(feature = "embed"))]
+#[test]
+fn a_program_that_was_moved_with_its_target_folder_finds_its_libraries_there() {
+    let name = "a_program_that_was_moved_with_its_target_folder_finds_its_libraries_there";
+    if native::in_its_process(name) {
+        let target = PathBuf::from(std::env::var_os(MOVED).unwrap());
+        let runtime = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+        let artifacts = runtime.artifacts();
+        let tvm_ffi = artifacts.iter().find(|artifact| artifact.name == TVM_FFI).unwrap();
+        let path = tvm_ffi.loaded_from.as_ref().unwrap();
+        assert!(path.starts_with(&target), "{path:?} is not below {target:?}");
+        // They are still checked.
+        tamper(&path.with_file_name("norm.so"));
+        let error = runtime.module("norm.so").unwrap_err();
+        assert!(matches!(error, FlashInferError::DigestMismatch { .. }), "{error}");
+        return;
+    }
+    let program = std::env::current_exe().unwrap();
+    let profile = program.parent().and_then(Path::parent).unwrap();
+    let libraries = native::vendored_libraries();
+    let below = libraries.strip_prefix(profile).unwrap();
+    // cargo puts a program into the profile's folder, tests and examples one folder below it.
+    for folder in ["", "deps", "examples"] {
+        let target = tempfile::tempdir().unwrap();
+        fs::create_dir_all(target.path().join(below)).unwrap();
+        for entry in fs::read_dir(&libraries).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), target.path().join(below).join(entry.file_name())).unwrap();
+        }
+        let moved = target.path().join(folder).join("moved");
+        fs::create_dir_all(moved.parent().unwrap()).unwrap();
+        fs::copy(&program, &moved).unwrap();
+        let output = native::again(&moved, name, &[(MOVED, target.path())]);
+        let text = native::text(&output);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    }
+}
+
+#[test]
 fn what_the_dynamic_linker_says_is_in_the_error() {
     native::isolated("what_the_dynamic_linker_says_is_in_the_error", || {
         let folder = copies();
@@ -166,9 +295,14 @@ fn another_release_of_tvm_ffi_is_refused() {
     native::isolated("another_release_of_tvm_ffi_is_refused", || {
         let folder = tempfile::tempdir().unwrap();
         native::compile("tvm_ffi.c", TVM_FFI, &["-DWHOLE"], folder.path());
-        let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
-        let FlashInferError::VersionMismatch { found, expected, .. } = &error else { panic!("{error}") };
-        assert_eq!((found.as_str(), expected.as_str()), ("0.9.7", "0.1.x"));
+        // The second answer is the first one: the library that was refused is not taken for somebody else's.
+        for _ in 0..2 {
+            let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
+            let FlashInferError::VersionMismatch { found, expected, .. } = &error else { panic!("{error}") };
+            assert_eq!((found.as_str(), expected.as_str()), ("0.9.7", "0.1.x"));
+        }
+        // Nor is it in the way of the right one.
+        FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
     });
 }
 
@@ -177,10 +311,12 @@ fn a_library_without_a_symbol_is_refused() {
     native::isolated("a_library_without_a_symbol_is_refused", || {
         let folder = tempfile::tempdir().unwrap();
         native::compile("tvm_ffi.c", TVM_FFI, &[], folder.path());
-        let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
-        let FlashInferError::SymbolMissing { library, symbol, reason } = &error else { panic!("{error}") };
-        assert_eq!((library.as_str(), symbol.as_str()), (TVM_FFI, "TVMFFIObjectIncRef"));
-        assert!(reason.contains("undefined symbol"), "{reason}");
+        for _ in 0..2 {
+            let error = FlashInferRuntime::initialize(unverified(folder.path())).unwrap_err();
+            let FlashInferError::SymbolMissing { library, symbol, reason } = &error else { panic!("{error}") };
+            assert_eq!((library.as_str(), symbol.as_str()), (TVM_FFI, "TVMFFIObjectIncRef"));
+            assert!(reason.contains("undefined symbol"), "{reason}");
+        }
     });
 }
 
@@ -193,6 +329,14 @@ fn another_tvm_ffi_that_everybody_sees_is_refused_by_its_path() {
         let error = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap_err();
         let FlashInferError::ForeignTvmFfi { other: found } = &error else { panic!("{error}") };
         assert_eq!(Path::new(found), other);
+        // Not the other order: who loads a second one after ours ends the process.
+        let text = error.to_string();
+        assert!(
+            text.contains("RuntimeConfig::adopt_tvm_ffi") && !text.contains("initialize this crate first"),
+            "{text}"
+        );
+        // SAFETY: what was loaded is a copy of the vendored TVM-FFI.
+        FlashInferRuntime::initialize(unsafe { RuntimeConfig::default().adopt_tvm_ffi() }).unwrap();
     });
 }
 

@@ -1465,10 +1465,29 @@ mod what_a_build_leaves {
                 &format!(" sha256: Digest({:?})", sha256(b"norm").0),
                 "size: 4",
                 "source: Source::Override",
-                "built_at: \"/out/lib/norm.so\"",
+                "built_at: \"/out/lib/norm.so\", built_below: \"\"",
                 "MISSING: &[&str] = &[\"no \\\"cudart\\\"\"];",
             ],
         );
+    }
+
+    /// A project that is moved is not built again, and its programs still lie beside cargo's folder `build`.
+    #[test]
+    fn says_where_a_library_lies_from_the_programs_on() {
+        let (machine, wheel) = (Machine::new(), pinned());
+        let mut row = row(&wheel);
+        row.extracted.path = "/home/build/app/target/debug/build/flashinfer-rs-0123/out/lib/norm.so".into();
+        emit::table(&machine.path("out"), &[row], &[], false).expect("the table");
+        let text = fs::read_to_string(machine.path("out/vendored.rs")).expect("the table");
+        assert_says(&text, &["built_below: \"build/flashinfer-rs-0123/out/lib/norm.so\""]);
+    }
+
+    #[test]
+    fn has_no_path_of_this_machine_where_libraries_are_embedded() {
+        let (machine, wheel) = (Machine::new(), pinned());
+        emit::table(&machine.path("out"), &[row(&wheel)], &[], true).expect("the table");
+        let text = fs::read_to_string(machine.path("out/vendored.rs")).expect("the table");
+        assert_says(&text, &["built_at: \"\", built_below: \"\""]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test uses its own part")]
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 
@@ -30,19 +30,54 @@ pub fn isolated(name: &str, body: impl FnOnce()) {
     isolated_with(name, &[], body);
 }
 
+/// Says to a test that it runs in the process that it started: the test's name.
+const MARK: &str = "FLASHINFER_RS_ISOLATED_TEST";
+
 /// As [`isolated`], with environment variables.
 pub fn isolated_with(name: &str, variables: &[(&str, &Path)], body: impl FnOnce()) {
-    const MARK: &str = "FLASHINFER_RS_ISOLATED_TEST";
-    if std::env::var(MARK).is_ok_and(|running| running == name) {
+    if in_its_process(name) {
         return body();
     }
-    let mut child = Command::new(std::env::current_exe().expect("this test's path"));
-    child.args(["--exact", name, "--nocapture"]).env(MARK, name).env_remove("FLASHINFER_RS_LIB_DIR");
-    child.envs(variables.iter().copied());
-    let output = child.output().expect("this test, started again");
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let output = again(&std::env::current_exe().expect("this test's path"), name, variables);
+    let text = text(&output);
     // A name that matches no test would pass by running none.
     assert!(output.status.success() && text.contains("1 passed"), "in a process of its own:\n{text}");
+}
+
+/// As [`isolated`], for a body that ends its process: what that process wrote.
+pub fn dying(name: &str, body: impl FnOnce()) -> String {
+    if in_its_process(name) {
+        body();
+        // A success, which is what the other process does not expect.
+        std::process::exit(0);
+    }
+    let output = again(&std::env::current_exe().expect("this test's path"), name, &[]);
+    assert!(!output.status.success(), "the process was to end in the middle:\n{}", text(&output));
+    text(&output)
+}
+
+/// Whether this is the process that the test of this name started.
+pub fn in_its_process(name: &str) -> bool {
+    std::env::var(MARK).is_ok_and(|running| running == name)
+}
+
+/// Runs one test of a test program in a process of its own.
+pub fn again(program: &Path, name: &str, variables: &[(&str, &Path)]) -> Output {
+    let mut child = Command::new(program);
+    child.args(["--exact", name, "--nocapture"]).env(MARK, name).env_remove("FLASHINFER_RS_LIB_DIR");
+    child.envs(variables.iter().copied());
+    child.output().expect("this test, started again")
+}
+
+/// All that a process wrote.
+pub fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Lets kernel modules load where there is no driver.
+pub fn stand_in_for_the_driver() {
+    let folder = tempfile::tempdir().expect("a folder");
+    load(&compile("empty.c", "libcuda.so.1", &["-nostdlib"], folder.path()), false);
 }
 
 /// The folder that the build vendored into.
