@@ -11,10 +11,11 @@ use std::any::Any;
 use std::cell::RefCell;
 use std::mem::forget;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, result};
 use flashinfer_rs::kernels::gdn_context::{CuSeqlens, DeviceCuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{
@@ -26,7 +27,7 @@ use flashinfer_rs::{
     gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc,
 };
 use half::bf16;
-use ordering::{Driver, with_driver, zeros};
+use ordering::{with_driver, zeros};
 
 const SHAPE: [i64; 2] = [2, 64];
 const LENGTH: [i64; 1] = [64];
@@ -45,14 +46,23 @@ struct Norms {
 
 impl Norms {
     fn new(stream: &Arc<CudaStream>) -> Self {
+        Self::made(|| Arc::clone(stream))
+    }
+
+    /// Each buffer on a stream of its own, which is where it is freed: what orders one of them orders no other.
+    fn apart(stream: &CudaStream) -> Self {
+        Self::made(|| stream.context().new_stream().unwrap())
+    }
+
+    fn made(stream: impl Fn() -> Arc<CudaStream>) -> Self {
         Self {
-            out: zeros(stream, 128),
-            input: zeros(stream, 128),
-            residual: zeros(stream, 128),
-            weight: zeros(stream, 64),
-            eight: zeros(stream, 128),
-            gamma: zeros(stream, 64),
-            beta: zeros(stream, 64),
+            out: zeros(&stream(), 128),
+            input: zeros(&stream(), 128),
+            residual: zeros(&stream(), 128),
+            weight: zeros(&stream(), 64),
+            eight: zeros(&stream(), 128),
+            gamma: zeros(&stream(), 64),
+            beta: zeros(&stream(), 64),
         }
     }
 
@@ -92,10 +102,13 @@ impl Norms {
         gemma_rmsnorm_cudarc(stream, &self.input, &self.weight, &mut self.out, 2, 64, DType::BF16, 1e-6)
     }
 
-    /// Uses of other streams before and after: whatever the library does must fit in between.
+    /// Uses by a stream before and after: what the library does must fit in between. All that calls only read is written
+    /// here, since cudarc itself does not order reads on two streams with what comes behind them.
     fn fill_and_read(&mut self, stream: &Arc<CudaStream>) {
         stream.memset_zeros(&mut self.input).unwrap();
         stream.memset_zeros(&mut self.weight).unwrap();
+        stream.memset_zeros(&mut self.gamma).unwrap();
+        stream.memset_zeros(&mut self.beta).unwrap();
         stream.clone_dtoh(&self.out).unwrap();
     }
 }
@@ -114,16 +127,25 @@ struct Prefill {
 
 impl Prefill {
     fn new(stream: &Arc<CudaStream>, lengths: &[i64]) -> Self {
+        Self::made(|| Arc::clone(stream), lengths)
+    }
+
+    /// As [`Norms::apart`].
+    fn apart(stream: &CudaStream, lengths: &[i64]) -> Self {
+        Self::made(|| stream.context().new_stream().unwrap(), lengths)
+    }
+
+    fn made(stream: impl Fn() -> Arc<CudaStream>, lengths: &[i64]) -> Self {
         let (tokens, sequences) = (TOKENS as usize, lengths.len());
         Self {
-            offsets: CuSeqlens::from_lengths(lengths).unwrap().to_device(stream).unwrap(),
+            offsets: CuSeqlens::from_lengths(lengths).unwrap().to_device(&stream()).unwrap(),
             sequences: sequences as i64,
-            output: zeros(stream, tokens * 128),
-            output_state: zeros(stream, sequences * 128 * 128),
-            input_state: zeros(stream, sequences * 128 * 128),
-            qkv: [(); 3].map(|()| zeros(stream, tokens * 128)),
-            alpha: zeros(stream, tokens),
-            beta: zeros(stream, tokens),
+            output: zeros(&stream(), tokens * 128),
+            output_state: zeros(&stream(), sequences * 128 * 128),
+            input_state: zeros(&stream(), sequences * 128 * 128),
+            qkv: [(); 3].map(|()| zeros(&stream(), tokens * 128)),
+            alpha: zeros(&stream(), tokens),
+            beta: zeros(&stream(), tokens),
         }
     }
 
@@ -144,6 +166,15 @@ impl Prefill {
             scale: 0.0,
         };
         context.prefill(tensors, &self.offsets, options)
+    }
+
+    /// As [`Norms::fill_and_read`].
+    fn fill_and_read(&mut self, stream: &Arc<CudaStream>) {
+        self.qkv.iter_mut().for_each(|buffer| stream.memset_zeros(buffer).unwrap());
+        for buffer in [&mut self.input_state, &mut self.alpha, &mut self.beta] {
+            stream.memset_zeros(buffer).unwrap();
+        }
+        stream.clone_dtoh(&self.output_state).unwrap();
     }
 
     fn call_flat(&mut self, workspace: &mut CudaSlice<u8>, stream: &Arc<CudaStream>) -> Result<()> {
@@ -179,9 +210,17 @@ impl Prefill {
 
 type Shared = (CudaSlice<bf16>, CudaSlice<bf16>, Arc<CudaSlice<bf16>>);
 
-/// A graph of one norm, on its stream.
-fn graph(stream: &Arc<CudaStream>, out: CudaSlice<bf16>, weight: &Arc<CudaSlice<bf16>>) -> LaunchGraph<Shared> {
-    let input = zeros(out.stream(), 128);
+/// A graph of one norm, with buffers of its own as [`Norms::apart`] has them.
+fn graph(stream: &Arc<CudaStream>, weight: &Arc<CudaSlice<bf16>>) -> LaunchGraph<Shared> {
+    graph_over(|| stream.context().new_stream().unwrap(), stream, weight)
+}
+
+fn graph_over(
+    home: impl Fn() -> Arc<CudaStream>,
+    stream: &Arc<CudaStream>,
+    weight: &Arc<CudaSlice<bf16>>,
+) -> LaunchGraph<Shared> {
+    let (out, input) = (zeros(&home(), 128), zeros(&home(), 128));
     let mut graph = LaunchGraph::new(stream, (out, input, Arc::clone(weight))).unwrap();
     capture(&mut graph).unwrap();
     graph
@@ -218,20 +257,24 @@ fn calls_are_ordered_with_every_other_use() {
                 let calls: [(&str, fn(&mut Norms, &CudaStream) -> Result<()>); 2] =
                     [("norms", Norms::call_every), ("flat", Norms::call_flat)];
                 for (name, call) in calls {
-                    driver.ordered(&format!("{name} on {place}"), || {
-                        let mut norms = Norms::new(&a);
-                        norms.fill_and_read(&c);
-                        call(&mut norms, stream).unwrap();
-                        norms.fill_and_read(&a);
-                        call(&mut norms, stream).unwrap();
-                        call(&mut norms, &c).unwrap();
-                        norms.fill_and_read(&c);
-                        call(&mut norms, stream).unwrap();
-                    });
+                    for made in [Norms::new, |stream: &Arc<CudaStream>| Norms::apart(stream)] {
+                        driver.ordered(&format!("{name} on {place}"), || {
+                            let mut norms = made(&a);
+                            norms.fill_and_read(&c);
+                            call(&mut norms, stream).unwrap();
+                            norms.fill_and_read(&a);
+                            call(&mut norms, stream).unwrap();
+                            call(&mut norms, stream).unwrap();
+                            norms.fill_and_read(&b);
+                            call(&mut norms, &c).unwrap();
+                            norms.fill_and_read(&c);
+                            call(&mut norms, stream).unwrap();
+                        });
+                    }
                 }
             }
-            assert_eq!(driver.queued()[0] > 0, true);
         }
+        assert!(driver.queued()[0] > 0);
         assert_eq!(driver.live(), [0; 5], "and nothing is left");
         assert_eq!(driver.retains(0), 0);
     });
@@ -243,23 +286,23 @@ fn prefills_are_ordered_with_every_other_use() {
         let [a, b, c] = streams();
         for (name, lengths) in [("no empty sequence", &[3, 5][..]), ("an empty one", &[3, 0, 5])] {
             driver.ordered(name, || {
-                let mut contexts = [&b, &c].map(|stream| GdnPrefillContext::new(stream).unwrap());
-                let mut prefill = Prefill::new(&a, lengths);
-                prefill.call(&mut contexts[0], &b).unwrap();
-                a.memset_zeros(&mut prefill.qkv[0]).unwrap();
-                a.clone_dtoh(&prefill.output_state).unwrap();
-                prefill.call(&mut contexts[1], &c).unwrap();
-                let [first, second] = contexts;
-                drop(second);
-                drop(prefill);
-                drop(first);
+                let mut context = GdnPrefillContext::new(&b).unwrap();
+                let mut prefill = Prefill::apart(&a, lengths);
+                prefill.fill_and_read(&a);
+                prefill.call(&mut context, &b).unwrap();
+                prefill.fill_and_read(&c);
+                prefill.call(&mut context, &b).unwrap();
+                prefill.call(&mut context, &b).unwrap();
+                prefill.fill_and_read(&a);
+                prefill.call(&mut context, &b).unwrap();
             });
         }
         driver.ordered("flat", || {
-            let (mut prefill, mut workspace) = (Prefill::new(&a, &[3, 5]), zeros(&a, 128 * 1024));
-            prefill.call_flat(&mut workspace, &b).unwrap();
-            prefill.call_flat(&mut workspace, &c).unwrap();
-            prefill.call_flat(&mut workspace, &a).unwrap();
+            let (mut prefill, mut workspace) = (Prefill::apart(&a, &[3, 5]), zeros(&a, 128 * 1024));
+            for stream in [&b, &c, &a] {
+                prefill.call_flat(&mut workspace, stream).unwrap();
+                prefill.fill_and_read(&c);
+            }
         });
     });
 }
@@ -270,13 +313,13 @@ fn scopes_are_ordered_with_every_other_use() {
         let [a, b, c] = streams();
         let runtime = FlashInferRuntime::global().unwrap();
         driver.ordered("in a scope", || {
-            let mut norms = Norms::new(&a);
+            let mut norms = Norms::apart(&a);
             runtime.on(&b, |s| norms.call_on(&b, s)).unwrap().unwrap();
             norms.fill_and_read(&a);
             runtime.on(&b, |_| norms.call(&c)).unwrap().unwrap();
         });
         driver.ordered("a scope that panics", || {
-            let mut norms = Norms::new(&a);
+            let mut norms = Norms::apart(&a);
             let panicked = catch_unwind(AssertUnwindSafe(|| {
                 runtime.on(&b, |s| {
                     norms.call_on(&b, s).unwrap();
@@ -284,10 +327,11 @@ fn scopes_are_ordered_with_every_other_use() {
                 })
             }));
             assert!(panicked.is_err());
+            norms.fill_and_read(&a);
             norms.call(&c).unwrap();
         });
         driver.ordered("a scope that panics while its tensors are there", || {
-            let mut norms = Norms::new(&a);
+            let mut norms = Norms::apart(&a);
             let panicked = catch_unwind(AssertUnwindSafe(|| {
                 let mut out = TensorMut::from_cudarc(&b, &mut norms.out, &SHAPE).unwrap();
                 let input = TensorRef::from_cudarc(&b, &norms.input, &SHAPE).unwrap();
@@ -309,7 +353,7 @@ fn tensors_that_are_used_again_are_ordered() {
         let [a, b, c] = streams();
         let options = NormOptions::default();
         driver.ordered("many calls with the same tensors", || {
-            let mut norms = Norms::new(&a);
+            let mut norms = Norms::apart(&a);
             {
                 let mut out = TensorMut::from_cudarc(&b, &mut norms.out, &SHAPE).unwrap();
                 let input = TensorRef::from_cudarc(&b, &norms.input, &SHAPE).unwrap();
@@ -321,9 +365,9 @@ fn tensors_that_are_used_again_are_ordered() {
             norms.fill_and_read(&a);
         });
         driver.ordered("another stream reads between two calls with one tensor", || {
-            let mut norms = Norms::new(&a);
+            let mut norms = Norms::apart(&a);
             let weight = TensorRef::from_cudarc(&b, &norms.weight, &LENGTH).unwrap();
-            let mut call = |out: &mut CudaSlice<bf16>| {
+            let call = |out: &mut CudaSlice<bf16>| {
                 let mut out = TensorMut::from_cudarc(&b, out, &SHAPE).unwrap();
                 let input = TensorRef::from_cudarc(&b, &norms.input, &SHAPE).unwrap();
                 rmsnorm(&mut out, &input, &weight, &options, Stream::cudarc(&b)).unwrap();
@@ -335,32 +379,25 @@ fn tensors_that_are_used_again_are_ordered() {
             call(&mut norms.residual);
         });
         driver.ordered("views of parts", || {
-            let (mut all, weight) = (zeros::<bf16>(&a, 512), zeros::<bf16>(&a, 64));
+            let (mut all, weight, another) = (zeros::<bf16>(&a, 512), zeros(&b, 64), zeros(&c, 64));
             let (mut out, input) = all.split_at_mut(128);
             let input = input.into_view();
             gemma_rmsnorm_cudarc(&b, &input.slice(64..), &weight, &mut out, 2, 64, DType::BF16, 1e-6).unwrap();
-            gemma_rmsnorm_cudarc(&c, &input, &weight, &mut out.slice_mut(0..64), 1, 64, DType::BF16, 1e-6).unwrap();
+            gemma_rmsnorm_cudarc(&c, &input, &another, &mut out.slice_mut(0..64), 1, 64, DType::BF16, 1e-6).unwrap();
             a.memset_zeros(&mut all.slice_mut(64..)).unwrap();
         });
-        // Both guards of one event at a time: what is recorded last would hide the other.
+        // One event for both: a record for one must not hide that of the other.
         driver.ordered("two halves that are written on two streams", || {
-            let (mut halves, input, weight) = (zeros::<bf16>(&a, 256), zeros::<bf16>(&a, 128), zeros::<bf16>(&a, 64));
-            let (mut first, mut second) = halves.split_at_mut(128);
-            let mut first = TensorMut::from_cudarc(&b, &mut first, &SHAPE).unwrap();
-            let mut second = TensorMut::from_cudarc(&c, &mut second, &SHAPE).unwrap();
-            for (out, stream) in [(&mut first, &b), (&mut second, &c)] {
-                // The inputs come and go, each behind the last use.
-                let input = TensorRef::from_cudarc(stream, &input, &SHAPE).unwrap();
-                let weight = TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap();
+            let mut halves = zeros::<bf16>(&a, 256);
+            let (mut left, mut right) = halves.split_at_mut(128);
+            let inputs = [&b, &c].map(|stream| (zeros::<bf16>(stream, 128), zeros::<bf16>(stream, 64)));
+            let mut left = TensorMut::from_cudarc(&b, &mut left, &SHAPE).unwrap();
+            let mut right = TensorMut::from_cudarc(&c, &mut right, &SHAPE).unwrap();
+            for (out, stream, (input, weight)) in [(&mut left, &b, &inputs[0]), (&mut right, &c, &inputs[1])] {
+                let input = TensorRef::from_cudarc(stream, input, &SHAPE).unwrap();
+                let weight = TensorRef::from_cudarc(stream, weight, &LENGTH).unwrap();
                 rmsnorm(out, &input, &weight, &options, Stream::cudarc(stream)).unwrap();
-                stream.synchronize().unwrap();
-                drop((input, weight));
             }
-            b.context().synchronize().unwrap();
-            let input = TensorRef::from_cudarc(&b, &input, &SHAPE).unwrap();
-            let weight = TensorRef::from_cudarc(&b, &weight, &LENGTH).unwrap();
-            rmsnorm(&mut first, &input, &weight, &options, Stream::cudarc(&b)).unwrap();
-            drop((first, second));
         });
     });
 }
@@ -370,8 +407,9 @@ fn buffers_that_move_between_threads_are_ordered() {
     with_driver("buffers_that_move_between_threads_are_ordered", |driver| {
         let [a, b, c] = streams();
         driver.ordered("made here, used and dropped there", || {
-            let mut norms = Norms::new(&a);
+            let mut norms = Norms::apart(&a);
             norms.call(&b).unwrap();
+            norms.fill_and_read(&a);
             let there = std::thread::spawn({
                 let c = Arc::clone(&c);
                 move || {
@@ -386,8 +424,8 @@ fn buffers_that_move_between_threads_are_ordered() {
         });
         driver.ordered("a graph and a prefill", || {
             let weight = Arc::new(zeros(&a, 64));
-            let mut moved = graph(&b, zeros(&a, 128), &weight);
-            let (mut context, mut prefill) = (GdnPrefillContext::new(&c).unwrap(), Prefill::new(&a, &[3, 5]));
+            let mut moved = graph(&b, &weight);
+            let (mut context, mut prefill) = (GdnPrefillContext::new(&c).unwrap(), Prefill::apart(&a, &[3, 5]));
             moved.launch().unwrap();
             let c = Arc::clone(&c);
             let there = std::thread::spawn(move || {
@@ -428,24 +466,23 @@ fn a_tensor_that_is_leaked_orders_as_one_that_is_dropped() {
                     _ => drop(tensors),
                 }
             };
-            driver.ordered(&format!("leaked: {leak}; then the buffers are dropped"), || call(&mut Norms::new(&a)));
+            driver.ordered(&format!("leaked: {leak}; then the buffers are dropped"), || call(&mut Norms::apart(&a)));
             driver.ordered(&format!("leaked: {leak}; then they are used"), || {
-                let mut norms = Norms::new(&a);
+                let mut norms = Norms::apart(&a);
                 call(&mut norms);
                 norms.fill_and_read(&a);
                 a.synchronize().unwrap();
                 b.synchronize().unwrap();
             });
         }
-        driver.ordered("the tensors of a prefill", || {
-            let mut buffers = Norms::new(&a);
-            let tensor = TensorRef::from_cudarc(&b, &buffers.input, &SHAPE).unwrap();
-            let weight = TensorRef::from_cudarc(&b, &buffers.weight, &LENGTH).unwrap();
-            let mut out = TensorMut::from_cudarc(&b, &mut buffers.out, &SHAPE).unwrap();
-            // The reborrows are what is leaked.
-            let (input, reborrowed) = (tensor.reborrow(), out.reborrow());
-            forget((input, reborrowed));
-            rmsnorm(&mut out, &tensor, &weight, &options, Stream::cudarc(&b)).unwrap();
+        driver.ordered("what was reborrowed is used and leaked", || {
+            let mut norms = Norms::apart(&a);
+            let mut out = TensorMut::from_cudarc(&b, &mut norms.out, &SHAPE).unwrap();
+            let input = TensorRef::from_cudarc(&b, &norms.input, &SHAPE).unwrap();
+            let weight = TensorRef::from_cudarc(&b, &norms.weight, &LENGTH).unwrap();
+            let (mut again, input_again) = (out.reborrow(), input.reborrow());
+            rmsnorm(&mut again, &input_again, &weight, &options, Stream::cudarc(&b)).unwrap();
+            forget((again, input_again));
         });
     });
 }
@@ -457,7 +494,7 @@ fn prepared_calls_are_ordered() {
         let [a, b] = streams();
         for leaked in [false, true] {
             driver.ordered(if leaked { "a prepared call that is leaked" } else { "a prepared call" }, || {
-                let mut norms = Norms::new(&a);
+                let mut norms = Norms::apart(&a);
                 norms.fill_and_read(&a);
                 let out = TensorMut::from_cudarc(&b, &mut norms.out, &SHAPE).unwrap();
                 let input = TensorRef::from_cudarc(&b, &norms.input, &SHAPE).unwrap();
@@ -482,7 +519,7 @@ fn graphs_that_share_a_buffer_are_ordered() {
         let [a, b, c] = streams();
         let both = || {
             let weight = Arc::new(zeros::<bf16>(&a, 64));
-            let mut graphs = [&b, &c].map(|stream| graph(stream, zeros(&a, 128), &weight));
+            let mut graphs = [&b, &c].map(|stream| graph(stream, &weight));
             graphs.iter_mut().for_each(|graph| graph.launch().unwrap());
             (graphs, weight)
         };
@@ -505,7 +542,7 @@ fn graphs_that_share_a_buffer_are_ordered() {
         });
         driver.ordered("one graph, and the program's own reads of its weight", || {
             let weight = Arc::new(zeros::<bf16>(&a, 64));
-            let mut only = graph(&b, zeros(&a, 128), &weight);
+            let mut only = graph(&b, &weight);
             only.launch().unwrap();
             c.clone_dtoh(&*weight).unwrap();
             c.synchronize().unwrap();
@@ -520,7 +557,7 @@ fn graphs_are_ordered_with_every_other_use() {
         let [a, b, c] = streams();
         driver.ordered("buffers that are filled and read between launches", || {
             let weight = Arc::new(zeros::<bf16>(&a, 64));
-            let mut graph = graph(&b, zeros(&a, 128), &weight);
+            let mut graph = graph(&b, &weight);
             for stream in [&a, &b, &c] {
                 let (out, mut input, _) = graph.buffers();
                 stream.clone_dtoh(&out).unwrap();
@@ -533,8 +570,19 @@ fn graphs_are_ordered_with_every_other_use() {
             let (mut out, ..) = graph.into_buffers();
             a.memset_zeros(&mut out).unwrap();
         });
+        driver.ordered("calls with the graph's buffers between launches", || {
+            let weight = Arc::new(zeros::<bf16>(&a, 64));
+            let mut graph = graph(&b, &weight);
+            for _ in 0..2 {
+                graph.launch().unwrap();
+                let (mut out, mut input, _) = graph.buffers();
+                let own = zeros::<bf16>(&c, 64);
+                gemma_rmsnorm_cudarc(&c, &input, &own, &mut out, 2, 64, DType::BF16, 1e-6).unwrap();
+                gemma_rmsnorm_cudarc(&c, &out, &own, &mut input, 2, 64, DType::BF16, 1e-6).unwrap();
+            }
+        });
         driver.ordered("a prefill", || {
-            let (context, prefill) = (GdnPrefillContext::new(&b).unwrap(), Prefill::new(&a, &[3, 0, 5]));
+            let (context, prefill) = (GdnPrefillContext::new(&b).unwrap(), Prefill::apart(&a, &[3, 0, 5]));
             let Prefill { offsets, output, output_state, qkv, .. } = prefill;
             let mut graph = LaunchGraph::new(&c, (context, offsets, output, output_state, qkv)).unwrap();
             let captured = graph.capture(|s, (mut context, offsets, mut output, mut output_state, [q, k, v])| {
@@ -556,7 +604,7 @@ fn graphs_are_ordered_with_every_other_use() {
         });
         driver.ordered("captures that panic and that fail", || {
             let weight = Arc::new(zeros::<bf16>(&a, 64));
-            let mut graph = graph(&b, zeros(&a, 128), &weight);
+            let mut graph = graph(&b, &weight);
             graph.launch().unwrap();
             let panicked = catch_unwind(AssertUnwindSafe(|| {
                 graph.capture(|s, (mut out, input, weight)| {
@@ -586,7 +634,7 @@ fn a_graph_may_hold_the_last_stream() {
             let context = CudaContext::new(0).unwrap();
             let (null, stream) = (context.default_stream(), context.new_stream().unwrap());
             let weight = Arc::new(zeros::<bf16>(&null, 64));
-            let mut graph = graph(&stream, zeros(&null, 128), &weight);
+            let mut graph = graph_over(|| Arc::clone(&null), &stream, &weight);
             drop(stream);
             graph.launch().unwrap();
             (graph, weight)
@@ -668,7 +716,7 @@ fn what_cudarc_leaves_open_is_no_worse_here() {
             || {
                 let [a, b, c] = streams();
                 let weight = Arc::new(zeros::<bf16>(&a, 64));
-                let mut graph = graph(&b, zeros(&a, 128), &weight);
+                let mut graph = graph(&b, &weight);
                 let (mut out, input) = (zeros::<bf16>(&a, 128), zeros::<bf16>(&a, 128));
                 gemma_rmsnorm_cudarc(&c, &input, &*weight, &mut out, 2, 64, DType::BF16, 1e-6).unwrap();
                 graph.launch().unwrap();
@@ -725,17 +773,19 @@ fn contexts_that_are_not_primary_are_refused() {
             driver.refused("a graph", || LaunchGraph::new(&stream, zeros::<bf16>(&stream, 8)));
         }
         // The primary one's memory is used in it, whatever is current.
-        let stream = primary.new_stream().unwrap();
-        let mut norms = Norms::new(&stream);
         for tracked in [true, false] {
             if !tracked {
-                // SAFETY: everything is on one stream.
+                // SAFETY: what is on one stream here is on no other.
                 unsafe { primary.disable_event_tracking() };
             }
-            other.bind_to_thread().unwrap();
-            driver.ordered("a call while another context is current", || {
-                norms.call(&stream).unwrap_or_else(|error| driver.fail("a call in its own context", error));
-            });
+            for (place, stream) in
+                [("a stream", primary.new_stream().unwrap()), ("the null stream", primary.default_stream())]
+            {
+                let case = format!("a call on {place} while another context is current, tracked: {tracked}");
+                let mut norms = Norms::new(&stream);
+                other.bind_to_thread().unwrap();
+                driver.ordered(&case, || norms.call(&stream).unwrap_or_else(|error| driver.fail(&case, error)));
+            }
         }
     });
 }
@@ -745,32 +795,31 @@ fn contexts_that_are_not_primary_are_refused() {
 fn calls_on_a_stream_that_is_captured_are_refused_and_the_capture_goes_on() {
     let name = "calls_on_a_stream_that_is_captured_are_refused_and_the_capture_goes_on";
     with_driver(name, |driver| {
-        type Call = fn(&mut Norms, &Arc<CudaStream>) -> Result<()>;
+        type Buffers = (Norms, Prefill, GdnPrefillContext);
+        type Call = fn(&mut Buffers, &Arc<CudaStream>) -> Result<()>;
         let calls: [(&str, Call); 5] = [
-            ("a call", |norms, stream| norms.call(stream)),
-            ("a flat call", |norms, stream| norms.call_flat(stream)),
-            ("a scope", |norms, stream| {
+            ("a call", |(norms, ..), stream| norms.call(stream)),
+            ("every call", |(norms, ..), stream| norms.call_every(stream)),
+            ("a flat call", |(norms, ..), stream| norms.call_flat(stream)),
+            ("a scope", |(norms, ..), stream| {
                 FlashInferRuntime::global()?.on(stream, |s| norms.call_on(stream, s)).and_then(|result| result)
             }),
-            ("every call", |norms, stream| norms.call_every(stream)),
-            ("a prefill", |_, stream| {
-                // Made before the capture, so in a thread that does not capture.
-                let (mut prefill, mut context) = std::thread::scope(|threads| {
-                    let make = || {
-                        let a = stream.context().new_stream().unwrap();
-                        (Prefill::new(&a, &[3, 5]), GdnPrefillContext::new(&a))
-                    };
-                    let (prefill, context) = threads.spawn(make).join().unwrap();
-                    Ok::<_, FlashInferError>((prefill, context?))
-                })?;
-                prefill.call(&mut context, stream)
-            }),
+            ("a prefill", |(_, prefill, context), stream| prefill.call(context, stream)),
         ];
         let capture = |case: &str, stream: &Arc<CudaStream>, call: &mut dyn FnMut() -> Result<()>| {
             stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
             driver.refused(case, call);
             match stream.end_capture(CUgraphInstantiate_flags(0)) {
-                Ok(_) => {}
+                Ok(captured) => {
+                    let mut nodes = 0;
+                    if let Some(captured) = captured {
+                        // SAFETY: the graph is live; without a place for the nodes only their number is answered.
+                        unsafe { sys::cuGraphGetNodes(captured.cu_graph(), ptr::null_mut(), &mut nodes) };
+                    }
+                    if nodes != 0 {
+                        driver.fail(case, format_args!("{nodes} nodes were captured"));
+                    }
+                }
                 Err(error) => {
                     driver.fail(case, format_args!("the capture: {error}"));
                     // SAFETY: the stream is live; what was captured is given up.
@@ -781,17 +830,17 @@ fn calls_on_a_stream_that_is_captured_are_refused_and_the_capture_goes_on() {
         };
         for (case, call) in calls {
             let [a, b] = streams();
-            // Written on another stream, so that there is something to wait for.
-            let mut norms = Norms::new(&a);
-            capture(case, &b, &mut || call(&mut norms, &b));
+            // Filled on other streams, so that there is something to wait for.
+            let mut buffers = (Norms::apart(&a), Prefill::apart(&a, &[3, 0, 5]), GdnPrefillContext::new(&b).unwrap());
+            capture(case, &b, &mut || call(&mut buffers, &b));
             driver.ordered(case, || {
-                norms.call(&a).unwrap();
-                drop(norms);
+                call(&mut buffers, &b).unwrap_or_else(|error| driver.fail(case, error));
+                drop(buffers);
             });
         }
         let [a, b] = streams();
         let weight = Arc::new(zeros::<bf16>(&a, 64));
-        let mut graph = graph(&b, zeros(&a, 128), &weight);
+        let mut graph = graph(&b, &weight);
         capture("a graph's launch", &b, &mut || graph.launch());
         driver.ordered("a graph's launch", || {
             graph.launch().unwrap_or_else(|error| driver.fail("a graph's launch", error));
@@ -833,8 +882,8 @@ fn a_threads_current_context_stays_what_it_was() {
         let [a, b] = streams();
         let elsewhere = CudaContext::new(1).unwrap();
         let weight = Arc::new(zeros::<bf16>(&a, 64));
-        let (mut norms, mut graph) = (Norms::new(&a), graph(&b, zeros(&a, 128), &weight));
-        let (mut prefill, mut context) = (Prefill::new(&a, &[3, 0, 5]), GdnPrefillContext::new(&b).unwrap());
+        let (mut norms, mut graph) = (Norms::apart(&a), graph(&b, &weight));
+        let (mut prefill, mut context) = (Prefill::apart(&a, &[3, 0, 5]), GdnPrefillContext::new(&b).unwrap());
         let runtime = FlashInferRuntime::global().unwrap();
         let others = [elsewhere, driver.another_context()];
         for other in &others {
@@ -863,7 +912,7 @@ fn a_lost_context_has_its_name_in_every_launch() {
     with_driver("a_lost_context_has_its_name_in_every_launch", |driver| {
         let [a, b] = streams();
         let weight = Arc::new(zeros::<bf16>(&a, 64));
-        let (mut norms, mut graph) = (Norms::new(&a), graph(&b, zeros(&a, 128), &weight));
+        let (mut norms, mut graph) = (Norms::apart(&a), graph(&b, &weight));
         let lost = |case: &str, result: Result<()>| match result {
             Err(FlashInferError::ContextLost { device: 0, code: 700, .. }) => {}
             other => driver.fail(case, format_args!("{other:?}")),
