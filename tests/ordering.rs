@@ -163,6 +163,49 @@ fn tensors_that_are_used_again_are_ordered() {
             gemma_rmsnorm_cudarc(&c, &input, &another, &mut out.slice_mut(0..64), 1, 64, DType::BF16, 1e-6).unwrap();
             a.memset_zeros(&mut all.slice_mut(64..)).unwrap();
         });
+    });
+}
+
+#[test]
+fn streams_may_go_before_buffers() {
+    with_driver("streams_may_go_before_buffers", |driver| {
+        // Not the last stream, with which cudarc's tracking goes.
+        let [a, _last] = streams();
+        let another = || a.context().new_stream().unwrap();
+        driver.ordered("that of the calls", || {
+            let (mut norms, b, c) = (Norms::apart(&a), another(), another());
+            norms.call_every(&b).unwrap();
+            drop(b);
+            norms.fill_and_read(&c);
+            norms.call_flat(&c).unwrap();
+            drop(c);
+        });
+        driver.ordered("that of a prefill and its context", || {
+            let (mut prefill, b) = (Prefill::apart(&a, &[3, 0, 5]), another());
+            let mut context = GdnPrefillContext::new(&b).unwrap();
+            drop(b);
+            let b = Arc::clone(context.stream());
+            prefill.call(&mut context, &b).unwrap();
+            drop((b, context));
+        });
+        driver.ordered("that of a graph", || {
+            let (weight, b) = (Arc::new(zeros(&a, 64)), another());
+            let mut graph = graph(&b, &weight);
+            drop(b);
+            graph.launch().unwrap();
+            capture(&mut graph).unwrap();
+            graph.launch().unwrap();
+            let (out, ..) = graph.into_buffers();
+            drop((weight, out));
+        });
+    });
+}
+
+#[test]
+fn two_halves_of_a_buffer_may_be_written_on_two_streams() {
+    with_driver("two_halves_of_a_buffer_may_be_written_on_two_streams", |driver| {
+        let [a, b, c] = streams();
+        let options = NormOptions::default();
         // One event for both: a record for one must not hide that of the other.
         driver.ordered("two halves that are written on two streams", || {
             let mut halves = zeros::<bf16>(&a, 256);

@@ -61,7 +61,15 @@ fn contexts_that_are_not_primary_are_refused() {
             });
             driver.refused("a graph", || LaunchGraph::new(&stream, zeros::<bf16>(&stream, 8)));
         }
-        // The primary one's memory is used in it, whatever is current.
+    });
+}
+
+/// A kernel runs in the context that is current, and a null stream is each context's own.
+#[test]
+fn a_call_runs_in_its_memorys_context_whatever_is_current() {
+    with_driver("a_call_runs_in_its_memorys_context_whatever_is_current", |driver| {
+        let primary = CudaContext::new(0).unwrap();
+        let other = driver.another_context();
         for tracked in [true, false] {
             if !tracked {
                 // SAFETY: what is on one stream here is on no other.
@@ -178,20 +186,31 @@ fn calls_without_tracking_can_be_captured() {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().unwrap();
         let mut norms = Norms::new(&stream);
-        let begin = || stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
         driver.ordered("captured by cudarc", || {
-            begin();
+            stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
             norms.call_every(&stream).unwrap();
             let captured = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().unwrap();
             captured.launch().unwrap();
         });
         assert_eq!(driver.queued(), [0, 1], "the kernels ran with the graph");
-        // Of the context, not of the capture: to ask whether it is lost must not end the capture.
-        begin();
+    });
+}
+
+/// To ask whether the context is lost must not end the capture.
+#[test]
+fn a_call_that_fails_in_a_capture_leaves_it_valid() {
+    with_driver("a_call_that_fails_in_a_capture_leaves_it_valid", |driver| {
+        let context = CudaContext::new(0).unwrap();
+        // SAFETY: everything is on one stream.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().unwrap();
+        let mut norms = Norms::new(&stream);
+        norms.call(&stream).unwrap();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
         driver.fail_next();
         assert!(matches!(norms.call(&stream), Err(FlashInferError::TvmFfiCall { .. })));
         if let Err(error) = stream.end_capture(CUgraphInstantiate_flags(0)) {
-            driver.fail("a call that fails in a capture", format_args!("the capture: {error}"));
+            driver.fail("the capture", error);
         }
     });
 }
