@@ -25,6 +25,9 @@ pub fn load(path: &Path, global: bool) {
     std::mem::forget(library);
 }
 
+/// Names the test that a process was started for, in its environment.
+pub const MARK: &str = "FLASHINFER_RS_ISOLATED_TEST";
+
 /// Runs a test's body in a process of its own, since a process has one runtime. `name` is the test's.
 pub fn isolated(name: &str, body: impl FnOnce()) {
     isolated_with(name, &[], body);

@@ -1,0 +1,183 @@
+//! As `ordering`, of graphs: whether every use of what a graph owns and shares is ordered, whichever goes first.
+
+#[path = "support/launches.rs"]
+mod launches;
+#[path = "support/native.rs"]
+mod native;
+#[path = "support/ordering.rs"]
+mod ordering;
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use cudarc::driver::CudaContext;
+use flashinfer_rs::kernels::gdn_context::{GdnOptions, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
+use flashinfer_rs::{DType, LaunchGraph, gemma_rmsnorm_cudarc};
+use half::bf16;
+use launches::{LENGTH, Prefill, SHAPE, TOKENS, capture, graph, graph_over, streams};
+use ordering::{with_driver, zeros};
+
+/// All orders of three.
+const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+
+fn drop_in(order: [usize; 3], mut all: [Option<Box<dyn Any>>; 3]) {
+    order.iter().for_each(|&i| drop(all[i].take()));
+}
+
+#[test]
+fn graphs_are_ordered_with_every_other_use() {
+    with_driver("graphs_are_ordered_with_every_other_use", |driver| {
+        let [a, b, c] = streams();
+        driver.ordered("buffers that are filled and read between launches", || {
+            let weight = Arc::new(zeros::<bf16>(&a, 64));
+            let mut graph = graph(&b, &weight);
+            for stream in [&a, &b, &c] {
+                let (out, mut input, _) = graph.buffers();
+                stream.clone_dtoh(&out).unwrap();
+                stream.memset_zeros(&mut input).unwrap();
+                graph.launch().unwrap();
+                // Also in the other order: captured anew after what was launched.
+                capture(&mut graph).unwrap();
+                graph.launch().unwrap();
+            }
+            let (mut out, ..) = graph.into_buffers();
+            a.memset_zeros(&mut out).unwrap();
+        });
+        driver.ordered("calls with the graph's buffers between launches", || {
+            let weight = Arc::new(zeros::<bf16>(&a, 64));
+            let mut graph = graph(&b, &weight);
+            for _ in 0..2 {
+                graph.launch().unwrap();
+                let (mut out, mut input, _) = graph.buffers();
+                let own = zeros::<bf16>(&c, 64);
+                gemma_rmsnorm_cudarc(&c, &input, &own, &mut out, 2, 64, DType::BF16, 1e-6).unwrap();
+                gemma_rmsnorm_cudarc(&c, &out, &own, &mut input, 2, 64, DType::BF16, 1e-6).unwrap();
+            }
+        });
+        driver.ordered("a prefill", || {
+            let (context, prefill) = (GdnPrefillContext::new(&b).unwrap(), Prefill::apart(&a, &[3, 0, 5]));
+            let Prefill { offsets, output, output_state, qkv, .. } = prefill;
+            let mut graph = LaunchGraph::new(&c, (context, offsets, output, output_state, qkv)).unwrap();
+            let captured = graph.capture(|s, (mut context, offsets, mut output, mut output_state, [q, k, v])| {
+                let (per_token, states) = ([TOKENS, 1, 128], [3, 1, 128, 128]);
+                let tensors = GdnTensors {
+                    output: output.write(&per_token)?,
+                    output_state: output_state.write(&states)?,
+                    q: q.read(&per_token)?,
+                    k: k.read(&per_token)?,
+                    v: v.read(&per_token)?,
+                };
+                context.prefill(tensors, &offsets, GdnOptions::default(), s)
+            });
+            captured.unwrap();
+            graph.launch().unwrap();
+            let (.., qkv) = graph.buffers();
+            qkv.into_iter().for_each(|mut buffer| a.memset_zeros(&mut buffer).unwrap());
+            graph.launch().unwrap();
+        });
+        driver.ordered("captures that panic and that fail", || {
+            let weight = Arc::new(zeros::<bf16>(&a, 64));
+            let mut graph = graph(&b, &weight);
+            graph.launch().unwrap();
+            let panicked = catch_unwind(AssertUnwindSafe(|| {
+                graph.capture(|s, (mut out, input, weight)| {
+                    let (input, weight) = (input.read(&SHAPE)?, weight.read(&LENGTH)?);
+                    rmsnorm(&mut out.write(&SHAPE)?, &input, &weight, &NormOptions::default(), s)?;
+                    panic!("on purpose")
+                })
+            }));
+            assert!(panicked.is_err());
+            driver.fail_next();
+            assert!(capture(&mut graph).is_err());
+            graph.launch().unwrap();
+            capture(&mut graph).unwrap();
+            graph.launch().unwrap();
+        });
+        drop([a, b, c]);
+        assert_eq!(driver.live(), [0; 5], "nothing is left");
+        assert_eq!(driver.retains(0), 0);
+    });
+}
+
+#[test]
+fn graphs_that_share_a_buffer_are_ordered() {
+    with_driver("graphs_that_share_a_buffer_are_ordered", |driver| {
+        let [a, b, c] = streams();
+        let both = || {
+            let weight = Arc::new(zeros::<bf16>(&a, 64));
+            let mut graphs = [&b, &c].map(|stream| graph(stream, &weight));
+            graphs.iter_mut().for_each(|graph| graph.launch().unwrap());
+            (graphs, weight)
+        };
+        for order in ORDERS {
+            driver.ordered(&format!("dropped in the order {order:?} of the graphs and the weight"), || {
+                let ([first, second], weight) = both();
+                drop_in(order, [Some(Box::new(first)), Some(Box::new(second)), Some(Box::new(weight))]);
+            });
+            driver.ordered(&format!("taken out, then dropped in the order {order:?}"), || {
+                let ([first, second], weight) = both();
+                let (first, second) = (first.into_buffers(), second.into_buffers());
+                drop_in(order, [Some(Box::new(first)), Some(Box::new(second)), Some(Box::new(weight))]);
+            });
+        }
+        driver.ordered("taken out, then written", || {
+            let ([first, second], weight) = both();
+            drop((first.into_buffers(), second));
+            let mut weight = Arc::into_inner(weight).unwrap();
+            a.memset_zeros(&mut weight).unwrap();
+        });
+        driver.ordered("one graph, and the program's own reads of its weight", || {
+            let weight = Arc::new(zeros::<bf16>(&a, 64));
+            let mut only = graph(&b, &weight);
+            only.launch().unwrap();
+            c.clone_dtoh(&*weight).unwrap();
+            c.synchronize().unwrap();
+            drop((only, weight));
+        });
+    });
+}
+
+/// cudarc forgets what it tracked with the last stream that is not the null stream; a graph may hold it.
+#[test]
+fn a_graph_may_hold_the_last_stream() {
+    with_driver("a_graph_may_hold_the_last_stream", |driver| {
+        let made = || {
+            let context = CudaContext::new(0).unwrap();
+            let (null, stream) = (context.default_stream(), context.new_stream().unwrap());
+            let weight = Arc::new(zeros::<bf16>(&null, 64));
+            let mut graph = graph_over(|| Arc::clone(&null), &stream, &weight);
+            drop(stream);
+            graph.launch().unwrap();
+            (graph, weight)
+        };
+        driver.ordered("dropped before what it shares", || {
+            let (graph, weight) = made();
+            drop(graph);
+            drop(weight);
+        });
+        driver.ordered("dropped behind what it shares", || {
+            let (graph, weight) = made();
+            drop(weight);
+            drop(graph);
+        });
+        driver.ordered("taken out", || {
+            let (graph, weight) = made();
+            let (mut out, ..) = graph.into_buffers();
+            let null = Arc::clone(out.stream());
+            null.memset_zeros(&mut out).unwrap();
+            drop(weight);
+        });
+        driver.ordered("a prefill's context", || {
+            let context = CudaContext::new(0).unwrap();
+            let (null, stream) = (context.default_stream(), context.new_stream().unwrap());
+            let (mut prefill, mut own) = (Prefill::new(&null, &[3, 5]), GdnPrefillContext::new(&stream).unwrap());
+            prefill.call(&mut own, &stream).unwrap();
+            drop(stream);
+            drop(prefill);
+            drop(own);
+        });
+        assert_eq!(driver.live(), [0; 5]);
+    });
+}

@@ -1,0 +1,188 @@
+//! A driver without a GPU that knows which accesses of memory nothing orders (`fixtures/ordering`), for tests that run in a
+//! process of their own.
+#![allow(dead_code, reason = "each test uses its own part")]
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUcontext;
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
+use flashinfer_rs::{FlashInferError, FlashInferRuntime, RuntimeConfig};
+use libloading::os::unix::Library;
+
+use crate::native;
+
+/// Streams, events, buffers, graphs and executables that are there.
+pub type Live = [c_int; 5];
+
+/// The stand-in, and what went wrong so far.
+pub struct Driver {
+    driver: Library,
+    norm: Library,
+    failures: RefCell<Vec<String>>,
+}
+
+/// Runs a test's body over the stand-ins, which the dynamic linker finds first: a machine with a GPU has others. Everything
+/// that the body finds is told at its end, so that one failure hides no other.
+pub fn with_driver(name: &str, body: impl FnOnce(&Driver)) {
+    const FOLDER: &str = "LD_LIBRARY_PATH";
+    let folder = tempfile::tempdir().unwrap();
+    // The process that is started finds what this one compiled.
+    if std::env::var_os(native::MARK).is_none() {
+        compile(folder.path());
+    }
+    native::isolated_with(name, &[(FOLDER, folder.path())], || {
+        let driver = Driver::load(&PathBuf::from(std::env::var_os(FOLDER).unwrap()));
+        body(&driver);
+        let failures = driver.failures.borrow();
+        assert!(failures.is_empty(), "{} found:\n{}", failures.len(), failures.join("\n"));
+    });
+}
+
+fn compile(folder: &Path) {
+    let here = format!("-L{}", folder.display());
+    let over_the_driver = [&*here, "-l:libcuda.so.1"];
+    native::compile("ordering/driver.c", "libcuda.so.1", &["-pthread"], folder);
+    native::compile("ordering/runtime.c", "libcudart.so.13", &over_the_driver, folder);
+    let kernels = native::compile("ordering/kernels.c", "norm.so", &over_the_driver, folder);
+    fs::copy(kernels, folder.join("gdn_prefill_sm90.so")).unwrap();
+    std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcuda.so")).unwrap();
+    let tvm_ffi = "libtvm_ffi.so";
+    fs::copy(native::vendored_libraries().join(tvm_ffi), folder.join(tvm_ffi)).unwrap();
+}
+
+impl Driver {
+    fn load(folder: &Path) -> Self {
+        // SAFETY: the test's own libraries, which have no initializers; the first is also what cudarc will open.
+        let open = |name| unsafe { Library::new(folder.join(name)) }.unwrap();
+        let driver = open("libcuda.so.1");
+        // SAFETY: the test's own libraries, and the vendored one.
+        let config = unsafe { RuntimeConfig::default().lib_dir(folder).without_verification() };
+        FlashInferRuntime::initialize(config).unwrap().module("norm.so").unwrap();
+        Self { driver, norm: open("norm.so"), failures: RefCell::default() }
+    }
+
+    fn function<T: Copy>(&self, symbol: &str) -> T {
+        // SAFETY: the fixture's functions, of these types.
+        unsafe { *self.driver.get::<T>(symbol.as_bytes()).unwrap() }
+    }
+
+    fn variable<T: Copy>(&self, symbol: &str) -> T {
+        // SAFETY: the fixture's variables, of these types, that nothing writes meanwhile.
+        unsafe { **self.driver.get::<*const T>(symbol.as_bytes()).unwrap() }
+    }
+
+    fn set(library: &Library, symbol: &str, value: c_int) {
+        // SAFETY: as for `variable`.
+        unsafe { **library.get::<*mut c_int>(symbol.as_bytes()).unwrap() = value };
+    }
+
+    /// What nothing orders, so far; then it is forgotten.
+    pub fn violations(&self) -> Vec<String> {
+        let count: extern "C" fn() -> c_int = self.function("ordering_violations");
+        let text: extern "C" fn(c_int) -> *const c_char = self.function("ordering_violation");
+        let forget: extern "C" fn() = self.function("ordering_forget");
+        // SAFETY: a C string that stays where it is until others are written, behind `forget`.
+        let text = |i| unsafe { CStr::from_ptr(text(i)) }.to_str().unwrap().to_owned();
+        let all = (0..count()).map(text).collect();
+        forget();
+        all
+    }
+
+    pub fn violations_of(&self, body: impl FnOnce()) -> Vec<String> {
+        self.violations();
+        body();
+        self.violations()
+    }
+
+    /// Remembers what went wrong, for the end of the test.
+    pub fn fail(&self, case: &str, what: impl std::fmt::Display) {
+        self.failures.borrow_mut().push(format!("{case}: {what}"));
+    }
+
+    /// That everything in a case is ordered.
+    pub fn ordered(&self, case: &str, body: impl FnOnce()) {
+        self.violations_of(body).iter().for_each(|violation| self.fail(case, violation));
+    }
+
+    /// That a case has no violation of a kind that the same done with cudarc alone has not. There must be some: where
+    /// cudarc has none any more, the case is to be `ordered`.
+    pub fn no_worse_than_cudarc(&self, case: &str, ours: impl FnOnce(), cudarc: impl FnOnce()) {
+        let kinds = |violations: Vec<String>| -> BTreeSet<String> {
+            violations.iter().map(|violation| violation.replace(|c: char| c.is_ascii_digit(), "#")).collect()
+        };
+        let (ours, cudarc) = (kinds(self.violations_of(ours)), kinds(self.violations_of(cudarc)));
+        if cudarc.is_empty() {
+            self.fail(case, "cudarc orders this now");
+        }
+        ours.difference(&cudarc).for_each(|violation| self.fail(case, violation));
+    }
+
+    /// That a call is refused for one of its arguments, and nothing was queued.
+    pub fn refused<T>(&self, case: &str, call: impl FnOnce() -> flashinfer_rs::Result<T>) {
+        let before = self.queued();
+        match call() {
+            Err(FlashInferError::InvalidArgument { .. }) => {}
+            Err(other) => self.fail(case, format_args!("not InvalidArgument: {other}")),
+            Ok(_) => self.fail(case, "was not refused"),
+        }
+        if self.queued() != before {
+            self.fail(case, "something was queued");
+        }
+        self.violations().iter().for_each(|violation| self.fail(case, violation));
+    }
+
+    /// A context of device 0 beside the primary one. It is current afterwards.
+    pub fn another_context(&self) -> Arc<CudaContext> {
+        type Create = unsafe extern "C" fn(*mut CUcontext, c_uint, c_int) -> c_int;
+        let mut made = ptr::null_mut();
+        // SAFETY: one handle is written, through a pointer that is valid for the call.
+        assert_eq!(unsafe { self.function::<Create>("cuCtxCreate_v2")(&mut made, 0, 0) }, 0);
+        // SAFETY: made for this device, and given up to cudarc.
+        unsafe { CudaContext::from_raw_context(0, 0, made) }.unwrap()
+    }
+
+    /// Kernels and launches of graphs that were queued.
+    pub fn queued(&self) -> [c_int; 2] {
+        [self.variable("ordering_kernels"), self.variable("ordering_graph_launches")]
+    }
+
+    pub fn live(&self) -> Live {
+        self.variable("ordering_live")
+    }
+
+    /// How often a device's primary context is retained.
+    pub fn retains(&self, device: c_int) -> c_int {
+        self.function::<extern "C" fn(c_int) -> c_int>("ordering_retains")(device)
+    }
+
+    /// The number of this thread's current context, 0 for none.
+    pub fn current(&self) -> c_int {
+        self.function::<extern "C" fn() -> c_int>("ordering_current")()
+    }
+
+    /// The next norm fails before it is launched.
+    pub fn fail_next(&self) {
+        Self::set(&self.norm, "fail_next", 1);
+    }
+
+    /// From now on every context is lost.
+    pub fn lose(&self) {
+        Self::set(&self.driver, "ordering_lost", 1);
+    }
+
+    /// Memory from pools, in the order of a stream, or not; for contexts that are made from now on.
+    pub fn pools(&self, on: bool) {
+        Self::set(&self.driver, "ordering_pools", on.into());
+    }
+}
+
+/// A buffer that was filled on its stream.
+pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(stream: &Arc<CudaStream>, len: usize) -> CudaSlice<T> {
+    stream.alloc_zeros(len).unwrap()
+}
