@@ -381,7 +381,7 @@ unsafe fn invoke<'v>(
         return unsafe { function.launch(args) };
     };
     let id = id as i32;
-    let cudart = runtime.cudart()?;
+    let Some(cudart) = runtime.loaded_cudart() else { return runtime.cudart().map(|_| ()) };
     let _stream = match runtime.set_stream(id, stream) {
         Ok(guard) => guard,
         Err(code) => return Err(runtime.api().stream_error(code)),
@@ -393,12 +393,18 @@ unsafe fn invoke<'v>(
         // What another call of this thread left is not the kernel's.
         cudart.forget_stale_error();
         // SAFETY: the caller's promise.
-        let result = unsafe { function.launch(args) };
+        let (code, result) = unsafe { function.invoke(args) };
         // A launcher may answer that all is well whatever the launch came to.
-        match cudart.last_error() {
-            0 if result.is_ok() => Ok(()),
-            code => Err(failed(row, runtime, id, result, code, stream)),
+        let last = cudart.last_error();
+        if (code == 0) & (last == 0) & result.is_none() {
+            return Ok(());
         }
+        // SAFETY: both come from the call.
+        let result = unsafe { function.outcome(code, result) };
+        if result.is_ok() && last == 0 {
+            return Ok(());
+        }
+        Err(failed(row, runtime, id, result, last, stream))
     };
     match row.attributes {
         Attributes::None => launch(),
@@ -470,10 +476,10 @@ impl Fixed {
         unrolled!(i in ARGUMENTS < operands.len(), {
             same &= match (operands[i].layout(), self.forms.get(i), &K::ROW.arguments[i].kind) {
                 (Some(layout), Some(Some(form)), Kind::Tensor(tensor)) => {
-                    (layout.form() == form)
+                    layout.form().is(form)
                         & stream_fits(layout, stream)
                         & aligned(tensor, &self.checked.dimensions, layout)
-                        & ((layout.device() != Device::Cpu) | stream.capture().is_none())
+                        & (layout.is_on_gpu() | stream.capture().is_none())
                 }
                 (None, Some(None), _) => true,
                 _ => false,
@@ -507,7 +513,11 @@ impl Fixed {
         let differs = operands
             .iter()
             .zip(&self.forms)
-            .position(|(operand, form)| operand.layout().map(Layout::form) != form.as_ref());
+            .position(|(operand, form)| match (operand.layout().map(Layout::form), form) {
+                (Some(found), Some(form)) => !found.is(form),
+                (None, None) => false,
+                _ => true,
+            });
         let i = differs.unwrap_or(row.lead);
         let shown = |form: Option<&Form>| form.map_or_else(|| "absent".to_owned(), ToString::to_string);
         Err(FlashInferError::InvalidArgument {

@@ -89,6 +89,7 @@ mod self_test;
 mod sequences;
 mod stream;
 mod tensor;
+mod turn;
 
 /// The cudarc that this crate's functions take buffers of. A new minor version of it is a new minor version of this crate.
 #[cfg(feature = "cudarc")]

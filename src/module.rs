@@ -153,7 +153,7 @@ impl Function {
     /// # Safety
     /// `code` and `result` must be those of a call of this function, just now.
     #[cold]
-    unsafe fn outcome(&self, code: c_int, result: Any) -> Result<()> {
+    pub(crate) unsafe fn outcome(&self, code: c_int, result: Any) -> Result<()> {
         if code != 0 {
             return Err(self.api.take_error(&self.name, code));
         }
@@ -164,8 +164,8 @@ impl Function {
 
     /// # Safety
     /// As for [`call`](Self::call).
-    #[inline]
-    unsafe fn invoke(&self, args: &[Arg<'_>]) -> (c_int, Any) {
+    #[inline(always)]
+    pub(crate) unsafe fn invoke(&self, args: &[Arg<'_>]) -> (c_int, Any) {
         let mut result = Any::NONE;
         // SAFETY: `Arg` is `Any` with a lifetime, which keeps what the arguments point to alive during the call. That
         // the function is sound with them is the caller's promise. The handle of an exported function is null.

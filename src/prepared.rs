@@ -3,7 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use crate::contract::{Kind, Operand, unrolled};
+use crate::contract::{Kind, MAX_ARGUMENTS, Operand, unrolled};
 use crate::engine::{Fixed, Kernel};
 use crate::error::Result;
 use crate::stream::Stream;
@@ -28,8 +28,8 @@ use crate::stream::Stream;
 /// ```
 pub struct Prepared<K> {
     fixed: Fixed,
-    /// The arguments that are no tensors, each in its place.
-    numbers: Vec<Operand<'static, 'static>>,
+    /// The arguments that are no tensors, each in its place; for one that is on or off, 1 or 0.
+    numbers: [f64; MAX_ARGUMENTS],
     kernel: PhantomData<K>,
 }
 
@@ -42,12 +42,14 @@ impl<K> fmt::Debug for Prepared<K> {
 #[allow(private_bounds, reason = "kernels are this crate's")]
 impl<K: Kernel> Prepared<K> {
     pub(crate) fn checked(operands: &[Operand<'_, '_>]) -> Result<Self> {
-        let number = |operand: &Operand<'_, '_>| match *operand {
-            Operand::Number(value) => Operand::Number(value),
-            Operand::Bool(value) => Operand::Bool(value),
-            Operand::Tensor(..) | Operand::Absent => Operand::Absent,
-        };
-        let numbers = operands.iter().map(number).collect();
+        let mut numbers = [0.0; MAX_ARGUMENTS];
+        for (number, operand) in numbers.iter_mut().zip(operands) {
+            *number = match *operand {
+                Operand::Number(value) => value,
+                Operand::Bool(value) => f64::from(u8::from(value)),
+                Operand::Tensor(..) | Operand::Absent => 0.0,
+            };
+        }
         Ok(Self { fixed: Fixed::new::<K>(operands)?, numbers, kernel: PhantomData })
     }
 
@@ -70,7 +72,8 @@ impl<K: Kernel> Prepared<K> {
                     next += 1;
                     tensors[next - 1]
                 }
-                _ => self.numbers[i],
+                Kind::EnablePdl => Operand::Bool(self.numbers[i] != 0.0),
+                Kind::Positive | Kind::NotNegative => Operand::Number(self.numbers[i]),
             };
         });
         // SAFETY: the caller's promise.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int};
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::artifact::{self, Artifact, Location};
 use crate::cuda::Cudart;
@@ -15,6 +15,7 @@ use crate::loader::{self, Library};
 use crate::module::{Module, Object};
 use crate::stream::{DeviceStream, SCOPE, Scope, Setting, Stream};
 use crate::tensor::Device;
+use crate::turn::{Turn, Turns};
 
 const TVM_FFI: &str = "libtvm_ffi.so";
 const CUDART: &str = "libcudart.so.13";
@@ -100,7 +101,7 @@ struct GpuState {
     /// The error that its context was lost to.
     lost: OnceLock<(i32, String)>,
     /// Held by a call that sets something about its kernel and then launches it.
-    turn: Mutex<()>,
+    turn: Turns,
 }
 
 /// The process's one runtime: TVM-FFI, CUDA's runtime and the kernel modules, loaded and checked.
@@ -389,13 +390,15 @@ impl FlashInferRuntime {
 
     /// This thread's turn on a device that exists, among calls that set something about their kernel before they launch it:
     /// another that came between would launch with what this one set.
-    #[inline]
-    pub(crate) fn turn(&self, device: i32) -> Option<MutexGuard<'_, ()>> {
-        let turn = &self.devices.get()?.get(device as usize)?.turn;
-        match turn.try_lock() {
-            Ok(guard) => Some(guard),
-            Err(_) => Some(wait_for_turn(turn)),
-        }
+    #[inline(always)]
+    pub(crate) fn turn(&self, device: i32) -> Option<Turn<'_>> {
+        Some(self.devices.get()?.get(device as usize)?.turn.take())
+    }
+
+    /// CUDA's runtime, where there is one.
+    #[inline(always)]
+    pub(crate) fn loaded_cudart(&self) -> Option<&Cudart> {
+        self.cudart.as_ref().ok()
     }
 
     /// What an error of a call on a device really is, with the last error's number that it left: the device's context may be
@@ -450,19 +453,6 @@ impl FlashInferRuntime {
     pub(crate) fn raise(&self, kind: &CStr, message: &CStr) {
         self.api.raise(kind, message);
     }
-}
-
-/// For a while without sleeping, since a launch takes some microseconds and waking a thread takes more.
-#[cold]
-fn wait_for_turn(turn: &Mutex<()>) -> MutexGuard<'_, ()> {
-    const SPINS: u32 = 2_000;
-    for _ in 0..SPINS {
-        std::hint::spin_loop();
-        if let Ok(guard) = turn.try_lock() {
-            return guard;
-        }
-    }
-    turn.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn open(soname: &str, config: &RuntimeConfig) -> Result<Library> {

@@ -153,26 +153,31 @@ macro_rules! element {
 
 element! { half::f16 => F16, half::bf16 => BF16, f32 => F32, f64 => F64, u8 => U8, i32 => I32, i64 => I64 }
 
-/// The first fields of [`DLTensor`] behind the data pointer, in its order, so that packing is a copy.
+/// Everything about a tensor but where its memory is: what two calls must have in common for one check to serve both. It begins
+/// with the fields of [`DLTensor`] behind the data pointer, in its order, so that packing is a copy.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq)]
-struct Head {
+#[derive(Clone, Copy)]
+pub(crate) struct Form {
     device: DLDevice,
     ndim: i32,
     dtype: DLDataType,
-}
-
-/// Everything about a tensor but where its memory is: what two calls must have in common for one check to serve both.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) struct Form {
-    head: Head,
-    device: Device,
-    dtype: DType,
-    /// Whether the elements lie one after the other in row-major order.
-    dense: bool,
     /// Behind the last dimension 1, so that forms can be compared as a whole.
     shape: [i64; MAX_NDIM],
     strides: [i64; MAX_NDIM],
+}
+
+impl Form {
+    /// Whether two are the same. Without a branch: after a launch nothing of this is predicted.
+    #[inline(always)]
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let mut differs = self.device.bits() ^ other.device.bits();
+        differs |= u64::from(self.dtype.bits() ^ other.dtype.bits());
+        differs |= u64::from((self.ndim ^ other.ndim) as u32);
+        for i in 0..MAX_NDIM {
+            differs |= (self.shape[i] ^ other.shape[i]) as u64 | (self.strides[i] ^ other.strides[i]) as u64;
+        }
+        differs == 0
+    }
 }
 
 /// A tensor's description.
@@ -181,13 +186,16 @@ pub(crate) struct Layout {
     data: *mut c_void,
     /// The one stream that may use it, where its owner said so.
     stream: Option<*mut c_void>,
+    /// Whether the elements lie one after the other in row-major order.
+    dense: bool,
     form: Form,
 }
 
 impl fmt::Display for Form {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ndim = self.head.ndim as usize;
-        write!(f, "{}{:?} strided {:?} on {}", self.dtype, &self.shape[..ndim], &self.strides[..ndim], self.device)
+        let layout = Layout { data: std::ptr::null_mut(), stream: None, dense: false, form: *self };
+        let (shape, strides) = (layout.shape(), layout.strides());
+        write!(f, "{}{shape:?} strided {strides:?} on {}", layout.dtype(), layout.device())
     }
 }
 
@@ -225,18 +233,20 @@ impl Layout {
         stream: Option<*mut c_void>,
     ) -> Self {
         let ndim = shape.len().min(MAX_NDIM);
-        let head = Head { device: device.to_dl(), ndim: ndim as i32, dtype: dtype.to_dl() };
-        let mut form = Form { head, device, dtype, dense: true, shape: [1; MAX_NDIM], strides: [1; MAX_NDIM] };
+        let (shape_of, strides_of) = ([1; MAX_NDIM], [1; MAX_NDIM]);
+        let (device, dtype) = (device.to_dl(), dtype.to_dl());
+        let mut form = Form { device, ndim: ndim as i32, dtype, shape: shape_of, strides: strides_of };
+        let mut dense = true;
         form.shape[..ndim].copy_from_slice(&shape[..ndim]);
         let mut expected = 1i64;
         for i in (0..ndim).rev() {
             let stride = strides.and_then(|strides| strides.get(i).copied()).unwrap_or(expected);
-            form.dense &= (stride == expected) | (shape[i] == 1);
+            dense &= (stride == expected) | (shape[i] == 1);
             form.strides[i] = stride;
             // Overflows only beside an empty dimension, where strides mean nothing.
             expected = expected.wrapping_mul(shape[i].max(1));
         }
-        Self { data, stream, form }
+        Self { data, stream, dense, form }
     }
 
     #[inline]
@@ -256,17 +266,49 @@ impl Layout {
 
     #[inline]
     pub(crate) fn device(&self) -> Device {
-        self.form.device
+        match self.is_on_gpu() {
+            true => Device::Cuda(self.form.device.device_id as u32),
+            false => Device::Cpu,
+        }
     }
 
-    #[inline]
+    /// Whether the memory is a GPU's, and not the host's.
+    #[inline(always)]
+    pub(crate) fn is_on_gpu(&self) -> bool {
+        self.form.device.device_type == dlpack::CUDA
+    }
+
+    #[inline(always)]
+    pub(crate) fn has_device_of(&self, other: &Self) -> bool {
+        self.form.device.bits() == other.form.device.bits()
+    }
+
     pub(crate) fn dtype(&self) -> DType {
-        self.form.dtype
+        match DType::from_dl(self.form.dtype) {
+            Some(dtype) => dtype,
+            None => unreachable!("layouts are built with a type of this crate's"),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_of(&self, dtype: DType) -> bool {
+        self.form.dtype.bits() == dtype.to_dl().bits()
+    }
+
+    #[inline(always)]
+    pub(crate) fn has_dtype_of(&self, other: &Self) -> bool {
+        self.form.dtype.bits() == other.form.dtype.bits()
+    }
+
+    /// An element's size in bytes.
+    #[inline(always)]
+    pub(crate) fn element_size(&self) -> usize {
+        self.form.dtype.bits as usize / 8
     }
 
     #[inline]
     pub(crate) fn ndim(&self) -> usize {
-        self.form.head.ndim as usize
+        self.form.ndim as usize
     }
 
     #[inline]
@@ -301,7 +343,7 @@ impl Layout {
     /// Whether the elements lie one after the other in row-major order.
     #[inline]
     pub(crate) fn is_contiguous(&self) -> bool {
-        self.form.dense
+        self.dense
     }
 
     /// How many elements lie from the first to behind the last; `None` where that does not fit 64 bits.
@@ -331,9 +373,9 @@ impl Layout {
 
     fn find_dense(&mut self) {
         let mut expected = 1i64;
-        self.form.dense = true;
+        self.dense = true;
         for i in (0..self.ndim()).rev() {
-            self.form.dense &= (self.form.strides[i] == expected) | (self.form.shape[i] == 1);
+            self.dense &= (self.form.strides[i] == expected) | (self.form.shape[i] == 1);
             expected = expected.wrapping_mul(self.form.shape[i].max(1));
         }
     }
@@ -377,7 +419,7 @@ impl Layout {
 
     #[inline(always)]
     pub(crate) fn pack(&self) -> DLTensor {
-        let Head { device, ndim, dtype } = self.form.head;
+        let Form { device, ndim, dtype, .. } = self.form;
         let (shape, strides) = (self.form.shape.as_ptr(), self.form.strides.as_ptr());
         DLTensor { data: self.data, device, ndim, dtype, shape, strides, byte_offset: 0 }
     }

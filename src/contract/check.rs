@@ -118,6 +118,7 @@ struct Call<'a, 'c> {
     operands: &'a [Operand<'a, 'a>],
     lead: &'a Layout,
     dimensions: Dimensions,
+    empty: bool,
     stream: Stream<'c>,
 }
 
@@ -137,7 +138,7 @@ pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Str
     });
     let lead = lead(row, operands);
     let dimensions = dimensions(row, operands);
-    let on_gpu = lead.device() != Device::Cpu;
+    let on_gpu = lead.is_on_gpu();
     let mut empty = false;
     unrolled!(i in DIMENSIONS < row.dimensions.len(), {
         let (size, dimension) = (dimensions[i], &row.dimensions[i]);
@@ -152,7 +153,7 @@ pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Str
             return Err(Fault::Relation(i));
         }
     });
-    let call = Call { row, operands, lead, dimensions, stream };
+    let call = Call { row, operands, lead, dimensions, empty, stream };
     let mut whole = true;
     unrolled!(i in ARGUMENTS < operands.len(), {
         match (&operands[i], &row.arguments[i].kind) {
@@ -203,17 +204,21 @@ fn number_fits(kind: &Kind, value: f64) -> bool {
     }
 }
 
-/// How many elements lie from the first to behind the last, or more than any launch covers.
+/// How many elements lie from the first to behind the last, and whether that fits 64 bits.
 #[inline(always)]
-fn reach(rank: usize, layout: &Layout) -> i64 {
-    let mut reach = 1i64;
+fn reach(rank: usize, layout: &Layout) -> (i64, bool) {
+    let (mut reach, mut fits) = (1i64, true);
     unrolled!(i in RANK < rank, {
-        reach = reach.saturating_add((layout.size(i) - 1).saturating_mul(layout.stride(i)));
+        let (span, too_far) = (layout.size(i) - 1).overflowing_mul(layout.stride(i));
+        let (sum, too_long) = reach.overflowing_add(span);
+        reach = sum;
+        fits &= !too_far & !too_long;
     });
-    reach
+    (reach, fits)
 }
 
-/// Whether no two elements lie in the same place: every stride goes past all that the smaller ones reach.
+/// Whether no two elements lie in the same place: every stride goes past all that the smaller ones reach. Of a tensor whose
+/// reach fits 64 bits.
 #[inline(always)]
 fn is_injective(rank: usize, layout: &Layout) -> bool {
     let mut apart = true;
@@ -222,9 +227,9 @@ fn is_injective(rank: usize, layout: &Layout) -> bool {
         let mut inner = 1i64;
         unrolled!(j in RANK < rank, {
             if i != j {
-                let within = (layout.size(j) > 1) & (layout.stride(j) <= stride);
-                let span = (layout.size(j) - 1).saturating_mul(layout.stride(j));
-                inner = inner.saturating_add(if within { span } else { 0 });
+                let within = layout.stride(j) <= stride;
+                let span = (layout.size(j) - 1).wrapping_mul(layout.stride(j));
+                inner = inner.wrapping_add(if within { span } else { 0 });
             }
         });
         apart &= (size <= 1) | (stride >= inner);
@@ -243,9 +248,9 @@ pub(crate) fn stream_fits(layout: &Layout, stream: Stream<'_>) -> bool {
 pub(crate) fn aligned(tensor: &Tensor, dimensions: &Dimensions, layout: &Layout) -> bool {
     let bytes = match tensor.alignment {
         Alignment::Bytes(bytes) => bytes,
-        vector => vector.elements(dimensions, 1) as usize * layout.dtype().size(),
+        vector => vector.elements(dimensions, 1) as usize * layout.element_size(),
     };
-    (layout.data().addr() & (bytes - 1) == 0) | (layout.device() == Device::Cpu) | (layout.numel() == 0)
+    (layout.data().addr() & (bytes - 1) == 0) | !layout.is_on_gpu()
 }
 
 impl Call<'_, '_> {
@@ -257,7 +262,7 @@ impl Call<'_, '_> {
         unrolled!(i in CONDITIONS < CONDITIONS.len(), {
             kept &= self.keeps(CONDITIONS[i], tensor, layout);
         });
-        (kept, reach(tensor.shape.len(), layout))
+        (kept, reach(tensor.shape.len(), layout).0)
     }
 
     /// Whether a tensor keeps a condition.
@@ -265,11 +270,11 @@ impl Call<'_, '_> {
     fn keeps(&self, condition: Condition, tensor: &'static Tensor, layout: &Layout) -> bool {
         let rank = tensor.shape.len();
         match condition {
-            Condition::Type => self.type_fits(tensor, layout.dtype()),
-            Condition::Device => layout.device() == self.lead.device(),
+            Condition::Type => self.type_fits(tensor, layout),
+            Condition::Device => layout.has_device_of(self.lead),
             Condition::Stream => stream_fits(layout, self.stream),
             // The host's work would be no part of the graph.
-            Condition::Captured => (layout.device() != Device::Cpu) | self.stream.capture().is_none(),
+            Condition::Captured => layout.is_on_gpu() | self.stream.capture().is_none(),
             Condition::Shape => {
                 let mut same = true;
                 unrolled!(i in RANK < rank, {
@@ -280,36 +285,37 @@ impl Call<'_, '_> {
             Condition::Strides => match tensor.strides {
                 Strides::Contiguous => layout.is_contiguous(),
                 Strides::Rows => {
-                    let vector = tensor.alignment.elements(&self.dimensions, layout.dtype().size());
+                    let vector = tensor.alignment.elements(&self.dimensions, layout.element_size());
                     let mut fit = layout.stride(rank - 1) == 1;
                     unrolled!(i in RANK < rank - 1, {
                         let stride = layout.stride(i);
                         fit &= (layout.size(i) == 1) | ((stride >= 0) & (stride & (vector - 1) == 0));
                     });
-                    fit | (layout.numel() == 0)
+                    fit | self.empty
                 }
             },
             Condition::Overlap => match tensor.strides {
-                Strides::Rows if tensor.role.writes() => is_injective(rank, layout),
+                Strides::Rows if tensor.role.writes() => is_injective(rank, layout) | self.empty,
                 _ => true,
             },
-            Condition::Alignment => aligned(tensor, &self.dimensions, layout),
+            Condition::Alignment => aligned(tensor, &self.dimensions, layout) | self.empty,
             Condition::Extent => {
                 let most = self.row.extent.most;
-                (reach(rank, layout) <= most) || (self.row.extent.split && splits(tensor, layout, most))
+                let (reach, fits) = reach(rank, layout);
+                (fits & (reach <= most)) || self.empty || (self.row.extent.split && splits(tensor, layout, most))
             }
         }
     }
 
     #[inline(always)]
-    fn type_fits(&self, tensor: &'static Tensor, found: DType) -> bool {
-        let host = self.lead.device() == Device::Cpu;
+    fn type_fits(&self, tensor: &'static Tensor, layout: &Layout) -> bool {
+        let host = !self.lead.is_on_gpu();
         match tensor.dtype {
-            Dtype::Half => (found == DType::BF16) | (found == DType::F16) | (host & (found == DType::F32)),
-            Dtype::Bf16 => (found == DType::BF16) | (host & ((found == DType::F16) | (found == DType::F32))),
-            Dtype::Eight => (found == DType::F8E4M3) | (found == DType::F8E5M2),
-            Dtype::Only(dtype) => found == dtype,
-            Dtype::As(other) => self.operands[other].layout().is_none_or(|other| found == other.dtype()),
+            Dtype::Half => layout.is_of(DType::BF16) | layout.is_of(DType::F16) | (host & layout.is_of(DType::F32)),
+            Dtype::Bf16 => layout.is_of(DType::BF16) | (host & (layout.is_of(DType::F16) | layout.is_of(DType::F32))),
+            Dtype::Eight => layout.is_of(DType::F8E4M3) | layout.is_of(DType::F8E5M2),
+            Dtype::Only(dtype) => layout.is_of(dtype),
+            Dtype::As(other) => self.operands[other].layout().is_none_or(|other| layout.has_dtype_of(other)),
         }
     }
 

@@ -53,6 +53,12 @@ impl Any {
     /// Kind and payload of nothing. All eight payload bytes are zero.
     pub(crate) const NONE: Self = Self::new(type_index::NONE, Payload { int: 0 });
 
+    /// Whether this is nothing.
+    #[inline(always)]
+    pub(crate) fn is_none(&self) -> bool {
+        self.type_index == type_index::NONE
+    }
+
     pub(crate) const fn new(type_index: i32, payload: Payload) -> Self {
         Self { type_index, extra: 0, payload }
     }

@@ -15,6 +15,22 @@ pub(crate) struct DLDevice {
     pub(crate) device_id: i32,
 }
 
+impl DLDevice {
+    /// As one number, in the order of memory, to be compared at once.
+    #[inline(always)]
+    pub(crate) const fn bits(self) -> u64 {
+        self.device_type as u32 as u64 | (self.device_id as u32 as u64) << 32
+    }
+}
+
+impl DLDataType {
+    /// As one number, in the order of memory, to be compared at once.
+    #[inline(always)]
+    pub(crate) const fn bits(self) -> u32 {
+        self.code as u32 | (self.bits as u32) << 8 | (self.lanes as u32) << 16
+    }
+}
+
 /// `DLDataType`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
