@@ -6,11 +6,12 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 
 use crate::contract::{
-    Attributes, Checked, Convention, Kind, MAX_ARGUMENTS, Operand, Pdl, Role, Row, aligned, check, explain, stream_fits,
-    unrolled,
+    Attributes, Checked, Convention, Kind, MAX_ARGUMENTS, Operand, Pdl, Role, Row, aligned, check, explain,
+    stream_fits, unrolled,
 };
 use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
+use crate::ffi::abi::Any;
 use crate::ffi::dlpack::DLTensor;
 use crate::first_call;
 use crate::module::{Arg, Function};
@@ -392,8 +393,9 @@ unsafe fn invoke<'v>(
     let launch = || {
         // What another call of this thread left is not the kernel's.
         cudart.forget_stale_error();
+        let mut result = Any::NONE;
         // SAFETY: the caller's promise.
-        let (code, result) = unsafe { function.invoke(args) };
+        let code = unsafe { function.invoke(args, &mut result) };
         // A launcher may answer that all is well whatever the launch came to.
         let last = cudart.last_error();
         if (code == 0) & (last == 0) & result.is_none() {
@@ -510,14 +512,13 @@ impl Fixed {
         let row = self.entry.row;
         // What breaks the row is said in the row's words, what only differs from what was prepared here.
         check(row, operands, stream).map_err(|fault| explain(row, operands, stream, fault))?;
-        let differs = operands
-            .iter()
-            .zip(&self.forms)
-            .position(|(operand, form)| match (operand.layout().map(Layout::form), form) {
+        let differs = operands.iter().zip(&self.forms).position(|(operand, form)| {
+            match (operand.layout().map(Layout::form), form) {
                 (Some(found), Some(form)) => !found.is(form),
                 (None, None) => false,
                 _ => true,
-            });
+            }
+        });
         let i = differs.unwrap_or(row.lead);
         let shown = |form: Option<&Form>| form.map_or_else(|| "absent".to_owned(), ToString::to_string);
         Err(FlashInferError::InvalidArgument {

@@ -121,8 +121,9 @@ impl Function {
     /// expects, whose memory stays valid until what it queued has run, and that it may write where it writes.
     #[inline]
     pub unsafe fn call(&self, args: &[Arg<'_>]) -> Result<Value> {
+        let mut result = Any::NONE;
         // SAFETY: the caller's promise.
-        let (code, result) = unsafe { self.invoke(args) };
+        let code = unsafe { self.invoke(args, &mut result) };
         if code != 0 {
             return Err(self.api.take_error(&self.name, code));
         }
@@ -139,9 +140,10 @@ impl Function {
     /// As there.
     #[inline]
     pub unsafe fn launch(&self, args: &[Arg<'_>]) -> Result<()> {
+        let mut result = Any::NONE;
         // SAFETY: the caller's promise.
-        let (code, result) = unsafe { self.invoke(args) };
-        if code == 0 && result.type_index == type_index::NONE {
+        let code = unsafe { self.invoke(args, &mut result) };
+        if code == 0 && result.is_none() {
             return Ok(());
         }
         // SAFETY: both come from the call.
@@ -165,12 +167,10 @@ impl Function {
     /// # Safety
     /// As for [`call`](Self::call).
     #[inline(always)]
-    pub(crate) unsafe fn invoke(&self, args: &[Arg<'_>]) -> (c_int, Any) {
-        let mut result = Any::NONE;
+    pub(crate) unsafe fn invoke(&self, args: &[Arg<'_>], result: &mut Any) -> c_int {
         // SAFETY: `Arg` is `Any` with a lifetime, which keeps what the arguments point to alive during the call. That
         // the function is sound with them is the caller's promise. The handle of an exported function is null.
-        let code = unsafe { (self.call)(ptr::null_mut(), args.as_ptr().cast::<Any>(), args.len() as i32, &mut result) };
-        (code, result)
+        unsafe { (self.call)(ptr::null_mut(), args.as_ptr().cast::<Any>(), args.len() as i32, result) }
     }
 }
 
