@@ -239,6 +239,7 @@ impl<'a> HostTensor<'a> {
         Ok(index.iter().zip(self.strides).map(|(&i, &stride)| i as isize * stride as isize).sum())
     }
 
+    /// A number of the tensor's.
     fn at(&self, index: &[usize]) -> std::result::Result<f64, Raised> {
         let offset = self.offset(index)?;
         // SAFETY: the element is inside the tensor, whose memory and element type its maker vouched for; reads do not
@@ -248,6 +249,7 @@ impl<'a> HostTensor<'a> {
                 DType::F16 => Ok(self.data.cast::<f16>().offset(offset).read_unaligned().to_f64()),
                 DType::BF16 => Ok(self.data.cast::<bf16>().offset(offset).read_unaligned().to_f64()),
                 DType::F32 => Ok(self.data.cast::<f32>().offset(offset).read_unaligned().into()),
+                DType::U8 => Ok(self.data.cast::<u8>().offset(offset).read().into()),
                 other => Err(self.not_a_float(other)),
             }
         }
