@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
 
-use crate::error::{FlashInferError, Result};
+use crate::error::{FlashInferError, Result, is_sticky};
 use crate::loader::Library;
 
 /// The CUDA release that the pinned kernels were built for; drivers are compatible backwards.
@@ -13,15 +13,6 @@ const NEEDED_DRIVER: c_int = 13000;
 const CAPABILITY: [c_int; 2] = [75, 76];
 /// `cudaMemcpyDefault`: by the pointers.
 const COPY: c_int = 4;
-/// Errors after which CUDA answers nothing else in this process: illegal address, launch timeout, assertion, hardware
-/// stack, illegal instruction, misaligned address, invalid address space, invalid program counter, launch failure, an
-/// error that only a restart mends, and unknown.
-const STICKY: [c_int; 12] = [214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 226, 999];
-/// Whether nothing runs on a device any more after this error.
-pub(crate) fn is_sticky(code: c_int) -> bool {
-    STICKY.contains(&code)
-}
-
 /// `cudaErrorNoDevice`.
 const NO_DEVICE: c_int = 100;
 /// `cudaErrorGraphExecUpdateFailure`.

@@ -13,7 +13,7 @@ use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::Any;
 use crate::ffi::dlpack::DLTensor;
-use crate::first_call;
+use crate::first_call::{self, Ran};
 use crate::module::{Arg, Function};
 use crate::owner::{Access, Owner, ordered};
 use crate::reference;
@@ -38,8 +38,7 @@ pub(crate) struct Entry {
 pub(crate) struct State {
     on_gpu: OnceLock<Function>,
     on_host: OnceLock<Function>,
-    /// For every device, a bit for each variant that ran there.
-    pub(crate) ran: [AtomicU32; 64],
+    ran: Ran,
 }
 
 impl State {
@@ -415,7 +414,7 @@ unsafe fn invoke<'v>(
             launch()
         }
         Attributes::OncePerProcess { flag, variant: choose } => {
-            first_call::guarded(entry, flag, choose(&variant()), runtime, id, launch)
+            first_call::guarded(&entry.state.ran, (row.library, flag), choose(&variant()), runtime, id, launch)
         }
     }
 }

@@ -221,13 +221,22 @@ pub enum FlashInferError {
     NotInitialized,
 }
 
+/// Errors after which CUDA answers nothing else in this process: illegal address, launch timeout, assertion, hardware
+/// stack, illegal instruction, misaligned address, invalid address space, invalid program counter, launch failure, an
+/// error that only a restart mends, and unknown.
+const STICKY: [c_int; 12] = [214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 226, 999];
+/// Whether nothing runs on a device any more after this error.
+pub(crate) fn is_sticky(code: c_int) -> bool {
+    STICKY.contains(&code)
+}
+
 impl FlashInferError {
     /// Whether nothing runs on the GPU any more until the process is started again. Any other error leaves the GPU, and what
     /// was queued before, as it was.
     pub fn is_fatal(&self) -> bool {
         match self {
             Self::ContextLost { .. } => true,
-            Self::Cuda { code, .. } => crate::cuda::is_sticky(*code),
+            Self::Cuda { code, .. } => is_sticky(*code),
             _ => false,
         }
     }

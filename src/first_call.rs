@@ -4,10 +4,9 @@
 //! for each kernel that it has set it. So the first call of a kernel on a device is made alone, with those flags cleared;
 //! the launcher then sets the kernel up there too.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
-use crate::engine::Entry;
 use crate::error::Result;
 use crate::runtime::FlashInferRuntime;
 
@@ -18,22 +17,25 @@ static GATE: RwLock<()> = RwLock::new(());
 /// The flags of each library that was asked for.
 static FLAGS: Mutex<Vec<(&'static str, &'static [&'static AtomicU8])>> = Mutex::new(Vec::new());
 
+/// For every device, a bit for each variant of a kernel that ran there.
+pub(crate) type Ran = [AtomicU32; 64];
+
 pub(crate) fn guarded(
-    entry: Entry,
-    flag: &str,
+    ran: &Ran,
+    (library, flag): (&'static str, &str),
     variant: u32,
     runtime: &'static FlashInferRuntime,
     device: i32,
     launch: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let bit = 1 << variant;
-    let ran = entry.state.ran.get(device as usize);
+    let ran = ran.get(device as usize);
     if ran.is_some_and(|ran| ran.load(Ordering::Acquire) & bit != 0) {
         let _shared = GATE.read().unwrap_or_else(PoisonError::into_inner);
         return launch();
     }
     let _alone = GATE.write().unwrap_or_else(PoisonError::into_inner);
-    for flag in flags(runtime, entry.row.library, flag)? {
+    for flag in flags(runtime, library, flag)? {
         flag.store(0, Ordering::Relaxed);
     }
     launch()?;

@@ -76,6 +76,8 @@ mod ffi;
 mod first_call;
 mod flat;
 #[cfg(feature = "cudarc")]
+mod flat_cudarc;
+#[cfg(feature = "cudarc")]
 mod graph;
 pub mod kernels;
 mod loader;
@@ -87,6 +89,7 @@ mod report;
 mod runtime;
 mod self_test;
 mod sequences;
+mod start;
 mod stream;
 mod tensor;
 mod turn;
@@ -100,15 +103,14 @@ pub const THIRD_PARTY_NOTICES: &str = include_str!("../THIRD-PARTY.md");
 
 pub use artifact::{Artifact, Provenance, Source};
 #[cfg(feature = "cudarc")]
-pub use buffers::{
-    DeviceBuffer, DeviceBufferMut, Half16, gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options,
-    gemma_rmsnorm_cudarc,
-};
+pub use buffers::{DeviceBuffer, DeviceBufferMut, Half16};
 pub use error::{FlashInferError, Result};
 pub use flat::{
     GdnPrefillSm90Params, GemmaRmsNormParams, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, gdn_prefill_sm90,
     gemma_rmsnorm,
 };
+#[cfg(feature = "cudarc")]
+pub use flat_cudarc::{gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc};
 #[cfg(feature = "cudarc")]
 pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, LaunchGraph};
 #[cfg(feature = "cudarc")]
@@ -116,8 +118,9 @@ pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, LaunchGraph};
 pub use graph::{GraphCaptured, GraphViews};
 pub use module::{Arg, Function, Module, Object, Value};
 pub use prepared::Prepared;
-pub use report::{DeviceReport, Report, SelfTest};
+pub use report::{DeviceReport, Report};
 pub use runtime::{FlashInferRuntime, RuntimeConfig};
+pub use self_test::SelfTest;
 pub use sequences::CuSeqlens;
 #[cfg(feature = "cudarc")]
 pub use sequences::{CapturedCuSeqlens, CuSeqlensMut, DeviceCuSeqlens, Sequences};

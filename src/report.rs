@@ -7,8 +7,7 @@ use crate::cuda;
 use crate::error::Result;
 use crate::kernels;
 use crate::runtime::FlashInferRuntime;
-use crate::self_test::self_test;
-use crate::tensor::{DType, Device};
+use crate::self_test::{SelfTest, self_test};
 
 /// What [`FlashInferRuntime::report`] found. Its Display form is for people.
 #[derive(Debug)]
@@ -40,29 +39,6 @@ pub struct DeviceReport {
     pub compute_capability: (i32, i32),
     /// Each kernel of this crate, and whether it runs on this compute capability.
     pub kernels: Vec<(&'static str, bool)>,
-}
-
-/// One kernel's result beside the reference's.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct SelfTest {
-    /// The kernel.
-    pub kernel: &'static str,
-    /// Where it ran.
-    pub device: Device,
-    /// The element type.
-    pub dtype: DType,
-    /// The relative error (L2) of the worst of its results, or why there is none.
-    pub error: Result<f64>,
-    /// What the error may be.
-    pub tolerance: f64,
-}
-
-impl SelfTest {
-    /// Whether the kernel ran and its error is within the tolerance.
-    pub fn passed(&self) -> bool {
-        self.error.as_ref().is_ok_and(|error| *error <= self.tolerance)
-    }
 }
 
 impl Report {

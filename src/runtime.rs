@@ -10,7 +10,6 @@ use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::ffi::dlpack::DLTensor;
-use crate::kernels;
 use crate::loader::{self, Library};
 use crate::module::{Module, Object};
 use crate::stream::{DeviceStream, SCOPE, Scope, Setting, Stream};
@@ -35,7 +34,7 @@ static INITIALIZING: Mutex<()> = Mutex::new(());
 pub struct RuntimeConfig {
     lib_dir: Option<PathBuf>,
     unverified: bool,
-    warm_up: bool,
+    pub(crate) warm_up: bool,
     adopt_tvm_ffi: bool,
 }
 
@@ -123,38 +122,20 @@ impl std::fmt::Debug for FlashInferRuntime {
 }
 
 impl FlashInferRuntime {
-    /// Loads libcudart.so.13 where there is one, then libtvm_ffi.so, and checks both. Kernel modules are loaded on
-    /// first use or by [`warm_up`](Self::warm_up).
-    ///
-    /// A second call with the same configuration answers the same runtime. It may differ in
-    /// [`warm_up`](RuntimeConfig::warm_up): a call that asks for it warms up, and answers what went wrong there.
-    ///
-    /// # Errors
-    /// [`ArtifactMissing`](FlashInferError::ArtifactMissing), [`DigestMismatch`](FlashInferError::DigestMismatch),
-    /// [`LoadFailed`](FlashInferError::LoadFailed), [`VersionMismatch`](FlashInferError::VersionMismatch),
-    /// [`ForeignTvmFfi`](FlashInferError::ForeignTvmFfi), or
-    /// [`AlreadyInitialized`](FlashInferError::AlreadyInitialized) with another configuration. That there is no GPU is
-    /// no error here.
-    pub fn initialize(config: RuntimeConfig) -> Result<&'static Self> {
+    /// The process's runtime, made where there is none; not warmed up.
+    pub(crate) fn make(config: RuntimeConfig) -> Result<&'static Self> {
         let _one_at_a_time = INITIALIZING.lock().unwrap_or_else(PoisonError::into_inner);
-        let warm_up = config.warm_up;
-        let runtime = match RUNTIME.get() {
-            Some(runtime) if runtime.config.to_agree_on() == config.to_agree_on() => runtime,
-            Some(runtime) => {
-                return Err(FlashInferError::AlreadyInitialized {
-                    current: format!("{:?}", runtime.config),
-                    requested: format!("{config:?}"),
-                });
-            }
+        match RUNTIME.get() {
+            Some(runtime) if runtime.config.to_agree_on() == config.to_agree_on() => Ok(runtime),
+            Some(runtime) => Err(FlashInferError::AlreadyInitialized {
+                current: format!("{:?}", runtime.config),
+                requested: format!("{config:?}"),
+            }),
             None => {
                 let runtime = Self::load(config)?;
-                RUNTIME.get_or_init(|| runtime)
+                Ok(RUNTIME.get_or_init(|| runtime))
             }
-        };
-        if warm_up {
-            runtime.warm_up()?;
         }
-        Ok(runtime)
     }
 
     /// The runtime that was initialized before.
@@ -208,20 +189,6 @@ impl FlashInferRuntime {
         }
         loaded.push((TVM_FFI.to_owned(), tvm_ffi.path().to_owned()));
         Ok(Self { config, api, cudart, devices: OnceLock::new(), modules: Mutex::default(), loaded })
-    }
-
-    /// Loads every vendored kernel module and resolves every function this crate knows in it, so that no later call
-    /// does. Modules that were not vendored are left out.
-    ///
-    /// # Errors
-    /// As for a kernel's first call.
-    pub fn warm_up(&'static self) -> Result<()> {
-        for kernel in kernels::all() {
-            if artifact::vendored(kernel.row.library).is_some() {
-                kernel.function()?;
-            }
-        }
-        Ok(())
     }
 
     /// How many GPUs this process sees.

@@ -9,10 +9,32 @@ use crate::cuda::{Buffer, Cudart};
 use crate::engine::Entry;
 use crate::error::Result;
 use crate::owner::Owner;
-use crate::report::SelfTest;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Layout};
+
+/// One kernel's result beside the reference's.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct SelfTest {
+    /// The kernel.
+    pub kernel: &'static str,
+    /// Where it ran.
+    pub device: Device,
+    /// The element type.
+    pub dtype: DType,
+    /// The relative error (L2) of the worst of its results, or why there is none.
+    pub error: Result<f64>,
+    /// What the error may be.
+    pub tolerance: f64,
+}
+
+impl SelfTest {
+    /// Whether the kernel ran and its error is within the tolerance.
+    pub fn passed(&self) -> bool {
+        self.error.as_ref().is_ok_and(|error| *error <= self.tolerance)
+    }
+}
 
 /// A kernel's tests on a GPU: one for each element type that its row's lead argument may have.
 pub(crate) fn self_test(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32) -> Vec<SelfTest> {
