@@ -81,8 +81,8 @@ struct PinnedMember {
 
 /// Stand-in headers, relative to the tree; to be searched last, so that a real one wins.
 pub const STUBS: &str = "stubs";
-/// norm.cu's reduceKernelUtils.cuh names curand_kernel.h, uses none of it, and NVIDIA ships it in a wheel of 60 MB.
-const STUB_FILES: [(&str, &str); 1] = [("curand_kernel.h", "// Nothing of cuRAND is used.\n")];
+/// norm.cu's reduceKernelUtils.cuh names curand_kernel.h and uses none of it; a CUDA folder may be without cuRAND.
+const STUB_FILES: [(&str, &str); 1] = [("curand_kernel.h", "// Whoever uses cuRAND needs the real one.\n")];
 /// Raised when the same wheels would be unpacked into another tree.
 const TREE_FORMAT: &str = "tree 2";
 /// The digest of what was unpacked, in the tree.
