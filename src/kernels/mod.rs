@@ -132,8 +132,7 @@ impl Kernel {
         if tensor.shape().len() == expected {
             return Ok(());
         }
-        let found = format_args!("of shape {:?}", tensor.shape());
-        Err(self.invalid(argument, found, format!("{expected} dimensions")))
+        Err(self.invalid(argument, format_args!("of shape {:?}", tensor.shape()), format!("{expected} dimensions")))
     }
 
     fn contiguous(&self, argument: &'static str, tensor: &Raw) -> Result<()> {

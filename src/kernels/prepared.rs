@@ -257,8 +257,8 @@ impl<'a> Prepared<'a> {
         kernel.device(name, new, old.device())?;
         kernel.shape(name, new, old.shape())?;
         if new.strides() != old.strides() {
-            let found = format_args!("strided {:?}", new.strides());
-            return Err(kernel.invalid(name, found, format!("{:?}, as before", old.strides())));
+            let expected = format!("{:?}, as before", old.strides());
+            return Err(kernel.invalid(name, format_args!("strided {:?}", new.strides()), expected));
         }
         if new.stream() != old.stream() {
             let stream =
