@@ -32,11 +32,16 @@ pub fn isolated(name: &str, body: impl FnOnce()) {
 
 /// As [`isolated`], with environment variables.
 pub fn isolated_with(name: &str, variables: &[(&str, &Path)], body: impl FnOnce()) {
+    isolated_in(&std::env::current_exe().expect("this test's path"), name, variables, body);
+}
+
+/// As [`isolated_with`], by another name of the test's program.
+pub fn isolated_in(program: &Path, name: &str, variables: &[(&str, &Path)], body: impl FnOnce()) {
     const MARK: &str = "FLASHINFER_RS_ISOLATED_TEST";
     if std::env::var(MARK).is_ok_and(|running| running == name) {
         return body();
     }
-    let mut child = Command::new(std::env::current_exe().expect("this test's path"));
+    let mut child = Command::new(program);
     child.args(["--exact", name, "--nocapture"]).env(MARK, name).env_remove("FLASHINFER_RS_LIB_DIR");
     child.envs(variables.iter().copied());
     let output = child.output().expect("this test, started again");

@@ -34,7 +34,8 @@ struct Cli {
 enum Command {
     /// Find or build the wheels, then build and run examples/quickstart.rs
     Demo,
-    /// Find or build the wheels, then run every test
+    /// Find or build the wheels, then run every test with all features, and with the default ones those that it matters
+    /// to; with arguments, the first alone
     Test {
         /// Passed on to the tests, after `--`
         #[arg(last = true)]
@@ -59,7 +60,7 @@ enum Command {
         #[arg(long)]
         to: PathBuf,
     },
-    /// Compile every Cargo feature alone, and beside cudarc's own
+    /// Test every Cargo feature alone, and compile them beside cudarc's own
     Features,
     /// Look at the cache of wheels
     #[command(subcommand)]

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::features;
 use crate::jit_cache;
 use crate::recipes::USUAL;
 use crate::shell::{self, say};
@@ -37,8 +38,11 @@ pub fn test(args: &[String]) -> Result<()> {
     command.args(["test", "--workspace", "--all-features"]);
     if !args.is_empty() {
         command.arg("--").args(args);
+        return shell::run(&mut command);
     }
-    shell::run(&mut command)
+    shell::run(&mut command)?;
+    // With all features the libraries are in the program. Most users have the default ones, and files.
+    features::test(None)
 }
 
 /// Makes sure that a build finds kernels: those that are at hand, else these families from source.
