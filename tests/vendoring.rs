@@ -1511,7 +1511,7 @@ mod extraction {
             (",", "empty name"),
             (" ", "empty name"),
         ] {
-            let fault = naming(names, &pin).err().expect(names).to_string();
+            let fault = naming(names, &pin).expect_err(names).to_string();
             assert_says(fault, &["FLASHINFER_RS_MODULES", part]);
         }
         assert_eq!(naming("", &pin).expect("not set").wheels[0].members.len(), 2);
