@@ -13,6 +13,7 @@ use vendoring::error::Result;
 use vendoring::families;
 use vendoring::local;
 use vendoring::lock::Lock;
+use vendoring::modules;
 use vendoring::source::Ladder;
 use vendoring::vendor::vendor;
 
@@ -40,7 +41,7 @@ fn build() -> Result<()> {
     // Only CARGO_CFG_*: `cfg!` here would speak of the machine that builds.
     let target = format!("{}-{}", cargo_text("CARGO_CFG_TARGET_ARCH"), cargo_text("CARGO_CFG_TARGET_OS"));
     let env = Env::process();
-    let lock = Lock::read(&lock_file)?;
+    let mut lock = Lock::read(&lock_file)?;
     let without = if env.flag(env::SKIP_VENDOR) {
         Some(format!("{} was set when the crate was built", env::SKIP_VENDOR))
     } else if env.flag("DOCS_RS") {
@@ -57,6 +58,10 @@ fn build() -> Result<()> {
         return emit::table(&out_dir, &[], &[reason], false);
     }
 
+    let named = modules::add(&mut lock, &env);
+    // Told even where it is refused, so that a corrected list is read.
+    emit::rerun(&[], &env.names_read());
+    named?;
     let lib_dir = out_dir.join("lib");
     let has_feature = |name: &str| {
         std::env::var_os(format!("CARGO_FEATURE_{}", name.to_ascii_uppercase().replace('-', "_"))).is_some()

@@ -76,6 +76,9 @@ pub struct Member {
     pub method: Option<Method>,
     #[serde(default, deserialize_with = "crc32")]
     pub crc32: Option<u32>,
+    /// Asked for by name; see [`modules`](super::modules).
+    #[serde(skip)]
+    pub named: bool,
 }
 
 impl Member {
@@ -84,7 +87,8 @@ impl Member {
         let path = path.into();
         let soname = path.rsplit('/').next().unwrap_or_default().to_owned();
         let (feature, size, sha256, offset, length, compressed) = (None, None, None, None, None, None);
-        Self { path, soname, feature, size, sha256, offset, length, compressed, method: None, crc32: None }
+        let (method, crc32, named) = (None, None, false);
+        Self { path, soname, feature, size, sha256, offset, length, compressed, method, crc32, named }
     }
 
     /// Where it lies, if the lock says.
@@ -94,7 +98,8 @@ impl Member {
 
     /// The same, known by its path alone: what is locked is true of the pinned wheel only.
     pub fn unlocked(&self) -> Self {
-        Self { soname: self.soname.clone(), feature: self.feature.clone(), ..Self::at(self.path.clone()) }
+        let (soname, feature, named) = (self.soname.clone(), self.feature.clone(), self.named);
+        Self { soname, feature, named, ..Self::at(self.path.clone()) }
     }
 
     fn check(&self) -> std::result::Result<(), String> {

@@ -13,6 +13,7 @@ pub mod index;
 pub mod layout;
 pub mod local;
 pub mod lock;
+pub mod modules;
 pub mod ranges;
 pub mod source;
 pub mod store;

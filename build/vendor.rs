@@ -1,5 +1,6 @@
 //! From the lock to verified shared objects in a folder: what build.rs does on a supported target.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use super::digest::hash_reader;
 use super::emit::Row;
 use super::error::{Error, Result, refuse};
 use super::lock::{Lock, Member, Wheel};
+use super::modules;
 use super::source::{Found, Ladder, Source, Supply};
 use super::store::publish;
 use super::wheel::{Extracted, Wheel as Archive};
@@ -82,6 +84,12 @@ fn from_wheel<'a>(
     }
     let mut archive = Archive::open(BufReader::new(file), path.display().to_string())?;
     for member in members {
+        if member.named && !archive.has(&member.path) {
+            let paths: Vec<String> = archive.paths().map(Cow::into_owned).collect();
+            let from = path.display().to_string();
+            let is_local = source == Source::Local;
+            refuse!("{}", modules::unknown(member, &from, is_local, paths.iter().map(String::as_str)));
+        }
         // A contributor may have built one kernel family only; everybody else's wheel must be complete.
         if source == Source::Local && !archive.has(&member.path) {
             let fault = format!(

@@ -147,6 +147,11 @@ impl<R: Read + Seek> Wheel<R> {
         }
     }
 
+    /// The paths of all members.
+    pub fn paths(&self) -> impl Iterator<Item = Cow<'_, str>> {
+        self.archive.file_names().flatten()
+    }
+
     /// Whether the archive has a member of this path.
     pub fn has(&self, path: &str) -> bool {
         self.archive.index_for_name(path).is_some()
@@ -179,8 +184,7 @@ impl<R: Read + Seek> Wheel<R> {
 
     fn metadata_path(&self) -> Result<String> {
         let is_metadata = |name: &str| name.strip_suffix(".dist-info/METADATA").is_some_and(|stem| !stem.contains('/'));
-        let names = self.archive.file_names().flatten();
-        let mut found: Vec<String> = names.filter(|name| is_metadata(name)).map(Cow::into_owned).collect();
+        let mut found: Vec<String> = self.paths().filter(|name| is_metadata(name)).map(Cow::into_owned).collect();
         match (found.pop(), found.len()) {
             (Some(path), 0) => Ok(path),
             (found, more) => {

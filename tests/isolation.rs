@@ -1,4 +1,8 @@
 //! Nothing else gets in: decoys, swaps, strangers, forks. Each test runs in a process of its own.
+#![cfg_attr(
+    not(all(feature = "norm", feature = "cudart", feature = "embed")),
+    allow(dead_code, unused_imports, reason = "what the tests of absent features use")
+)]
 
 #[path = "support/native.rs"]
 mod native;
@@ -52,6 +56,7 @@ fn compute() -> Vec<f32> {
     out.to_vec()
 }
 
+#[cfg(all(feature = "norm", feature = "cudart"))]
 #[test]
 fn decoys_in_the_library_path_and_the_working_directory_are_not_loaded() {
     let decoys = decoys();
@@ -160,6 +165,7 @@ fn a_library_that_is_swapped_all_the_time_is_right_or_refused() {
     });
 }
 
+#[cfg(all(feature = "norm", feature = "cudart"))]
 #[test]
 fn descriptors_of_loaded_libraries_stay_open() {
     native::isolated("descriptors_of_loaded_libraries_stay_open", || {
@@ -243,7 +249,7 @@ fn a_stack_overflow_is_still_reported_by_rust() {
     assert!(text.contains("has overflowed its stack"), "{text}");
 }
 
-#[cfg(feature = "embed")]
+#[cfg(all(feature = "embed", feature = "cudart"))]
 #[test]
 fn embedded_libraries_lie_in_memory_that_nobody_can_change() {
     native::isolated("embedded_libraries_lie_in_memory_that_nobody_can_change", || {
@@ -309,6 +315,7 @@ fn a_fork_can_go_on_computing() {
     });
 }
 
+#[cfg(all(feature = "norm", feature = "cudart"))]
 #[test]
 fn many_threads_load_one_module() {
     native::isolated("many_threads_load_one_module", || {
@@ -359,6 +366,7 @@ fn embedded_quickstart() -> PathBuf {
     target.join("debug/examples/quickstart")
 }
 
+#[cfg(all(feature = "embed", feature = "cudart"))]
 #[test]
 fn an_embedded_program_runs_alone_in_an_empty_root() {
     let program = embedded_quickstart();
@@ -387,6 +395,7 @@ fn an_embedded_program_runs_alone_in_an_empty_root() {
     assert_eq!(text.matches("  yes\n").count(), 4, "{text}");
 }
 
+#[cfg(all(feature = "embed", feature = "cudart"))]
 #[test]
 fn an_embedded_program_without_proc_says_what_it_needs() {
     let program = embedded_quickstart();

@@ -1,4 +1,5 @@
 //! The real norm.so where there is no GPU: an empty libcuda.so.1 lets it load, and its checks answer as on a GPU.
+#![cfg(all(feature = "norm", feature = "cudart"))]
 
 #[path = "support/native.rs"]
 mod native;

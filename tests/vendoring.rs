@@ -1377,6 +1377,146 @@ mod extraction {
         assert_says(outcome.missing.join("\n"), &["no gdn_prefill_sm90.so"]);
     }
 
+    /// A lock to which the environment's modules were added.
+    fn naming(names: &str, pin: &Pin) -> vendoring::error::Result<lock::Lock> {
+        let mut lock = wheels::lock([pin]);
+        vendoring::modules::add(&mut lock, &env::Env::fixed([(env::MODULES, names)]))?;
+        Ok(lock)
+    }
+
+    const PAGE: &str = "flashinfer_jit_cache/jit_cache/page/page.so";
+    const ROPE: &str = "flashinfer_jit_cache/jit_cache/rope/rope.so";
+
+    /// A wheel with more modules than the lock that pins it lists.
+    fn with_more_modules() -> (Wheel, impl FnOnce(Pin) -> Pin) {
+        let mut wheel = Wheel::jit_cache();
+        wheel.members.push((PAGE, b"page kernels".repeat(20)));
+        wheel.members.push((ROPE, b"rope kernels".repeat(20)));
+        let listed = Wheel::jit_cache().pin().members.len();
+        (wheel, move |mut pin: Pin| {
+            pin.members.truncate(listed);
+            pin
+        })
+    }
+
+    #[test]
+    fn takes_modules_that_are_named_beside_those_that_the_features_name() {
+        for names in ["page,rope", "page rope", " page, rope ", "rope page,rope"] {
+            let (wheel, unlisted) = with_more_modules();
+            let (machine, pin) = cached(&wheel);
+            let lock = naming(names, &unlisted(pin)).expect("good names");
+            let outcome = machine.vendor(&lock, &["norm"]).expect("the members");
+            assert_eq!(files_under(&machine.lib_dir()), ["norm.so", "page.so", "rope.so"], "{names}");
+            let page = outcome.rows.iter().find(|row| row.soname == "page.so").expect("its row");
+            assert_eq!(page.extracted.sha256, sha256(wheel.member(PAGE)));
+        }
+    }
+
+    #[test]
+    fn takes_a_module_that_is_named_where_its_feature_is_off() {
+        let (machine, pin) = cached(&Wheel::jit_cache());
+        let lock = naming("norm", &pin).expect("good names");
+        machine.vendor(&lock, &[]).expect("the member");
+        assert_eq!(files_under(&machine.lib_dir()), ["norm.so"]);
+    }
+
+    /// A server could give anything for a member without a digest.
+    #[test]
+    fn fetches_the_whole_wheel_for_a_module_that_the_lock_does_not_list() {
+        let (wheel, unlisted) = with_more_modules();
+        let server = Server::start();
+        server.on(&release(&wheel), [Reply::ok(wheel.bytes()).with_ranges()]);
+        let pin = unlisted(wheel.pin_with_places()).url(server.url(&release(&wheel)));
+        let machine = Machine::new();
+        machine.vendor(&naming("page", &pin).expect("good names"), &["norm"]).expect("the members");
+        assert!(server.requests().iter().all(|request| request.header("Range").is_none()));
+        assert_eq!(server.sent(), wheel.bytes().len());
+        assert_eq!(files_under(&machine.lib_dir()), ["norm.so", "page.so"]);
+    }
+
+    #[test]
+    fn takes_a_module_that_is_named_from_no_wheel_of_another_digest() {
+        let (wheel, unlisted) = with_more_modules();
+        let server = Server::start();
+        let mut other = wheel.bytes();
+        other[40] ^= 1;
+        server.on(&release(&wheel), [Reply::ok(other).with_ranges()]);
+        let pin = unlisted(wheel.pin_with_places()).url(server.url(&release(&wheel)));
+        let machine = Machine::new();
+        let lock = naming("page", &pin).expect("good names");
+        let fault = machine.vendor(&lock, &["norm"]).err().expect("other bytes").to_string();
+        assert_says(fault, &["sha256", &pin.sha256]);
+        assert!(files_under(&machine.lib_dir()).is_empty());
+    }
+
+    #[test]
+    fn checks_a_module_of_an_override_against_its_record() {
+        let (wheel, unlisted) = with_more_modules();
+        let pin = unlisted(Wheel::jit_cache().pin().url("https://example.invalid/a.whl"));
+        let machine = Machine::new();
+        let path = machine.place("given.whl", wheel.bytes());
+        let machine = machine.with(env::JIT_CACHE_WHEEL, path);
+        let lock = naming("page", &pin).expect("good names");
+        assert_eq!(machine.vendor(&lock, &[]).expect("the member").rows.len(), 1);
+
+        // Another RECORD, the same members.
+        let forged = wheel.with_record(|record| record.replace("page.so,sha256=", "page.so,sha256=A"));
+        let path = machine.place("forged.whl", forged);
+        let machine = machine.with(env::JIT_CACHE_WHEEL, path);
+        let fault = machine.vendor(&lock, &[]).err().expect("another digest").to_string();
+        assert_says(fault, &["page.so", "RECORD"]);
+    }
+
+    #[test]
+    fn refuses_a_module_that_the_wheel_does_not_have_with_the_nearest() {
+        let (wheel, unlisted) = with_more_modules();
+        let (machine, pin) = cached(&wheel);
+        let lock = naming("pagr", &unlisted(pin)).expect("a good name");
+        let fault = machine.vendor(&lock, &["norm"]).err().expect("no such module").to_string();
+        assert_says(fault, &["FLASHINFER_RS_MODULES", "`pagr`", "of the 4 modules", "page, norm, rope", "correct"]);
+    }
+
+    #[test]
+    fn says_how_to_build_a_module_that_a_local_build_does_not_have() {
+        let mut machine = Machine::new();
+        let path = machine.place("checkout/local.whl", Wheel::jit_cache().bytes());
+        machine.checkout = Some(machine.path("checkout"));
+        let record = Record::new("flashinfer_jit_cache", TARGET, &path, sha256(&Wheel::jit_cache().bytes()));
+        record.write(&machine.path("checkout")).expect("the record");
+        let pin = Wheel::jit_cache().rebuilt().pin().url("https://example.invalid/a.whl");
+        let fault = machine.vendor(&naming("page", &pin).expect("a good name"), &[]).err().expect("no such module");
+        assert_says(fault.to_string(), &["`page`", "cargo xtask wheel --kernels", "page"]);
+    }
+
+    #[test]
+    fn proposes_modules_whose_names_have_the_word_first() {
+        let (wheel, unlisted) = with_more_modules();
+        let (machine, pin) = cached(&wheel);
+        let lock = naming("prefill", &unlisted(pin)).expect("a good name");
+        let fault = machine.vendor(&lock, &[]).err().expect("no such module").to_string();
+        assert_says(fault, &["are gdn_prefill_sm90, "]);
+    }
+
+    #[test]
+    fn refuses_names_that_are_no_modules() {
+        let pin = Wheel::jit_cache().pin().url("https://example.invalid/a.whl");
+        for (names, part) in [
+            ("../norm", "`../norm`"),
+            ("..", "`..`"),
+            ("a/b", "`a/b`"),
+            ("a\\b", "not the name of a module"),
+            ("norm.so", "write `page` for page.so"),
+            ("page,,rope", "empty name"),
+            ("page,", "empty name"),
+            (",", "empty name"),
+            (" ", "empty name"),
+        ] {
+            let fault = naming(names, &pin).expect_err(names).to_string();
+            assert_says(fault, &["FLASHINFER_RS_MODULES", part]);
+        }
+        assert_eq!(naming("", &pin).expect("not set").wheels[0].members.len(), 2);
+    }
+
     /// A disk with no room.
     struct Full;
 

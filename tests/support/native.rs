@@ -33,15 +33,17 @@ pub fn isolated(name: &str, body: impl FnOnce()) {
     isolated_with(name, &[], body);
 }
 
-/// Says to a test that it runs in the process that it started: the test's name.
-const MARK: &str = "FLASHINFER_RS_ISOLATED_TEST";
-
 /// As [`isolated`], with environment variables.
 pub fn isolated_with(name: &str, variables: &[(&str, &Path)], body: impl FnOnce()) {
+    isolated_in(&std::env::current_exe().expect("this test's path"), name, variables, body);
+}
+
+/// As [`isolated_with`], by another name of the test's program.
+pub fn isolated_in(program: &Path, name: &str, variables: &[(&str, &Path)], body: impl FnOnce()) {
     if in_its_process(name) {
         return body();
     }
-    let output = again(&std::env::current_exe().expect("this test's path"), name, variables);
+    let output = again(program, name, variables);
     let text = text(&output);
     // A name that matches no test would pass by running none.
     assert!(output.status.success() && text.contains("1 passed"), "in a process of its own:\n{text}");

@@ -80,14 +80,26 @@ impl Wheel {
 
     /// The archive; the same bytes each time.
     pub fn bytes(&self) -> Vec<u8> {
+        self.archive(self.files())
+    }
+
+    fn archive(&self, files: Vec<(String, Vec<u8>)>) -> Vec<u8> {
         let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
-        for (path, bytes) in self.files() {
+        for (path, bytes) in files {
             let stored = path == self.stored;
             let method = if stored { CompressionMethod::Stored } else { CompressionMethod::Deflated };
             zip.start_file(path, SimpleFileOptions::default().compression_method(method)).expect("a member");
             zip.write_all(&bytes).expect("its bytes");
         }
         zip.finish().expect("an archive").into_inner()
+    }
+
+    /// The archive with another RECORD.
+    pub fn with_record(&self, change: impl FnOnce(String) -> String) -> Vec<u8> {
+        let mut files = self.files();
+        let (path, record) = files.pop().expect("RECORD comes last");
+        files.push((path, change(String::from_utf8(record).expect("text")).into_bytes()));
+        self.archive(files)
     }
 
     /// Where a member lies in the archive.

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::bench;
-use crate::jit_cache::Family;
 use crate::provision;
+use crate::recipes::USUAL;
 use crate::shell::{self, say};
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::store::publish_bytes;
@@ -77,7 +77,7 @@ struct Target {
 
 /// Fills `out`, which must be new, empty or an earlier bundle.
 pub fn command(out: &Path) -> Result<()> {
-    provision::kernels(&[Family::Norm, Family::GdnPrefill])?;
+    provision::kernels(&USUAL)?;
     say("building in release mode");
     let mut libraries = None;
     for program in PROGRAMS.iter().chain([&LAUNCH]) {

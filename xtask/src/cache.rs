@@ -7,6 +7,9 @@ use std::time::SystemTime;
 
 use clap::Subcommand;
 
+use crate::compile;
+use crate::compiler;
+use crate::jit_cache;
 use crate::shell::say;
 use crate::vendoring::digest::{Digest, hash_reader};
 use crate::vendoring::env::{self, Env};
@@ -17,7 +20,7 @@ use crate::vendoring::store::{LOCK, Store, TEMPORARY};
 pub enum CacheCommand {
     /// List the wheels and the members that are kept, and how much xtask keeps
     List,
-    /// Hash every wheel and every member; fail if one is not what its folder says
+    /// Hash every wheel, every member, and what xtask unpacked and built; fail if something is not what it is recorded as
     Verify,
     /// Remove all that builds and xtask keep; builds under way wait
     Clean,
@@ -181,6 +184,14 @@ fn verify(root: &Path) -> Result<usize> {
             }
         }
     }
+    for (part, _) in &survey.parts {
+        for (path, good_one) in made_here(part)? {
+            match good_one {
+                true => good += 1,
+                false => wrong.push(format!("{} is not what was made", path.display())),
+            }
+        }
+    }
     if !wrong.is_empty() {
         refuse!(
             "{} of {} files are not what they are called: {}; no build uses them, and the next one that needs them \
@@ -191,6 +202,43 @@ fn verify(root: &Path) -> Result<usize> {
         );
     }
     Ok(good)
+}
+
+/// What of a part of xtask's is on record, and whether it is as it was made. What is not on record is never used.
+fn made_here(part: &Path) -> Result<Vec<(PathBuf, bool)>> {
+    let has = |path: &Path, sha256: Option<Digest>| {
+        let file = File::open(path).ok().filter(|_| path.is_file());
+        sha256.is_some() && file.and_then(|file| hash_reader(file).ok()).map(|(found, _)| found) == sha256
+    };
+    let mut all = Vec::new();
+    match name(part).as_str() {
+        "objects" => {
+            for (record, made) in compile::records(part) {
+                let sha256 = made.and_then(|made| made.sha256.parse().ok());
+                let object = sha256.map_or(record, |sha256| compile::path(part, &sha256));
+                let good = has(&object, sha256);
+                all.push((object, good));
+            }
+        }
+        "wheels" => {
+            for (folder, _) in entries(part)?.into_iter().filter(|(folder, _)| folder.join(jit_cache::BUILT).is_file())
+            {
+                let sha256 = jit_cache::built_digest(&folder);
+                for (wheel, _) in entries(&folder)?.into_iter().filter(|(path, _)| name(path).ends_with(".whl")) {
+                    let good = has(&wheel, sha256);
+                    all.push((wheel, good));
+                }
+            }
+        }
+        tree => {
+            // A temporary one belongs to a run under way, or to one that was killed.
+            let recorded = compiler::recorded(part).filter(|_| tree.starts_with("tree"));
+            if let Some(recorded) = recorded {
+                all.push((part.to_owned(), compiler::contents(part)?.to_string() == recorded));
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// Removes all that was made here, and nothing else; answers how many bytes that were.
@@ -308,6 +356,38 @@ mod tests {
             assert!(fault.contains(part), "{fault}");
         }
         assert!(path.is_file());
+    }
+
+    /// A cache in which xtask has made something of every kind.
+    fn made() -> TempDir {
+        let temp = cache();
+        let (object, wheel, root) = (digest(b"object"), digest(b"built"), temp.path());
+        place(root, &format!("xtask/objects/{object}.o"), b"object");
+        let record = format!("{{\"sha256\": \"{object}\", \"read\": {{}}}}");
+        place(root, "xtask/objects/key.json", record.as_bytes());
+        place(root, "xtask/wheels/key/built.json", format!("{{\"sha256\": \"{wheel}\"}}").as_bytes());
+        let contents = compiler::contents(&root.join("xtask/tree-1234")).expect("a digest").to_string();
+        place(root, "xtask/tree-1234/.contents", contents.as_bytes());
+        temp
+    }
+
+    #[test]
+    fn what_xtask_made_verifies_too() {
+        assert_eq!(verify(made().path()).expect("a sound cache"), 5);
+    }
+
+    #[test]
+    fn whatever_of_it_was_changed_is_named() {
+        let object = format!("xtask/objects/{}.o", digest(b"object"));
+        for path in
+            [object.as_str(), "xtask/objects/key.json", "xtask/wheels/key/b.whl", "xtask/tree-1234/include/header.h"]
+        {
+            let temp = made();
+            place(temp.path(), path, b"other");
+            let fault = verify(temp.path()).expect_err("other bytes").to_string();
+            let named = if path.contains("tree") { "xtask/tree-1234" } else { path };
+            assert!(fault.contains("1 of 5") && fault.contains(named), "{path}: {fault}");
+        }
     }
 
     #[test]

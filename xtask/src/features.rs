@@ -1,25 +1,85 @@
-//! `cargo xtask features`: every Cargo feature alone and all together compile, and so does a program that chooses cudarc's
-//! own features.
+//! `cargo xtask features`: the tests pass with every Cargo feature alone, all features together compile, and so does a
+//! program that chooses cudarc's own features.
 
 use std::fs;
 
+use serde::Deserialize;
+
+use crate::provision;
 use crate::shell;
 use crate::vendoring::env::SKIP_VENDOR;
 use crate::vendoring::error::{Error, Result};
 use crate::vendoring::store::publish_bytes;
 
-const FEATURES: [&str; 6] =
-    ["norm", "gdn-prefill", "cudart", "embed", "cudarc", "norm,gdn-prefill,cudart,embed,cudarc"];
+const ALONE: [&str; 5] = ["norm", "gdn-prefill", "cudart", "embed", "cudarc"];
+const ALL: &str = "norm,gdn-prefill,cudart,embed,cudarc";
+/// What no feature makes a difference to: tests of the build script, of the wheels, and of what does not compile.
+const WHATEVER_FEATURES: [&str; 6] = ["cache", "compile_fail", "hermetic", "hostile_wheels", "network", "vendoring"];
+/// How tests are called that only a GPU can run.
+const GPU: &str = "_gpu";
 /// What an application may turn on beside us: cudarc's features are the union of everybody's.
 const CUDARC: [&str; 3] = ["cuda-12080", "cuda-13000", "dynamic-linking"];
 
-/// Compiles them all, without kernels: no wheel is needed for that.
-pub fn command() -> Result<()> {
-    for features in FEATURES {
-        let mut cargo = shell::cargo();
-        cargo.env(SKIP_VENDOR, "1").args(["check", "--quiet", "--no-default-features", "--features", features]);
-        shell::run(&mut cargo)?;
+/// A test in Cargo.toml.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Target {
+    name: String,
+    #[serde(default)]
+    required_features: Vec<String>,
+}
+
+/// The part of Cargo.toml that is of use here.
+#[derive(Deserialize)]
+struct Manifest {
+    #[serde(default)]
+    test: Vec<Target>,
+}
+
+/// Runs the tests that a feature can make a difference to: with the default features, or with these alone.
+pub fn test(features: Option<&str>) -> Result<()> {
+    let mut cargo = shell::cargo();
+    cargo.args(["test", "--quiet", "--lib"]);
+    if let Some(features) = features {
+        cargo.args(["--no-default-features", "--features", features]);
     }
+    for name in tests(features.unwrap_or_default())? {
+        cargo.args(["--test", &name]);
+    }
+    shell::run(&mut cargo)
+}
+
+/// The names of these tests, in order.
+fn tests(features: &str) -> Result<Vec<String>> {
+    let root = shell::root();
+    let (folder, manifest) = (root.join("tests"), root.join("Cargo.toml"));
+    let text = fs::read_to_string(&manifest).map_err(|e| Error::io("reading", &manifest, &e))?;
+    let manifest: Manifest =
+        toml::from_str(&text).map_err(|e| Error::Refused(format!("{}: {e}", manifest.display())))?;
+    let has = |feature: &String| features.split(',').any(|name| name == feature);
+    let cannot = |name: &str| manifest.test.iter().any(|t| t.name == name && !t.required_features.iter().all(has));
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(|e| Error::io("reading the folder", &folder, &e))?.flatten() {
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let Some(name) = file.strip_suffix(".rs") else { continue };
+        if !WHATEVER_FEATURES.contains(&name) && !name.ends_with(GPU) && !cannot(name) {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Runs and compiles them all.
+pub fn command() -> Result<()> {
+    provision::kernels(&["norm"])?;
+    for feature in ALONE {
+        test(Some(feature))?;
+    }
+    // Without kernels: no wheel is needed for that.
+    let mut cargo = shell::cargo();
+    cargo.env(SKIP_VENDOR, "1").args(["check", "--quiet", "--no-default-features", "--features", ALL]);
+    shell::run(&mut cargo)?;
     let root = shell::root();
     for feature in CUDARC {
         let folder = root.join("target/features").join(feature);
@@ -40,4 +100,26 @@ pub fn command() -> Result<()> {
         shell::run(cargo.arg(root.join("target/features/target")))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tests as all_tests;
+    use super::*;
+
+    #[test]
+    fn tests_that_a_feature_makes_a_difference_to_are_found() {
+        let default = all_tests("").expect("names");
+        assert!(default.contains(&"runtime".to_owned()), "{default:?}");
+        for absent in ["vendoring", "graph", "norm_gpu"] {
+            assert!(!default.contains(&absent.to_owned()), "{default:?}");
+        }
+        assert!(all_tests("cudarc").expect("names").contains(&"graph".to_owned()));
+    }
+
+    #[test]
+    fn what_is_left_out_by_name_is_there() {
+        let folder = shell::root().join("tests");
+        assert!(WHATEVER_FEATURES.iter().all(|name| folder.join(format!("{name}.rs")).is_file()));
+    }
 }

@@ -1,23 +1,24 @@
 //! `cargo xtask wheel`: a jit-cache wheel from FlashInfer's source package.
 //!
-//! Sources and flags are those of FlashInfer's own recipes, `flashinfer/jit/{norm,gdn,core,cpp_ext}.py` of release 0.6.3.
+//! The flags of all modules are those of FlashInfer's own `flashinfer/jit/{core,cpp_ext}.py` of release 0.6.3; what is
+//! each module's own is in `recipes.toml`.
 
 use std::fmt;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
-use crate::compile::{self, Object};
+use crate::compile::{self, key};
 use crate::compiler::{self, Toolchain};
+use crate::recipes::{Library, Module, Recipes};
 use crate::shell::{self, say};
-use crate::vendoring::digest::{Hasher, hash, hash_reader};
+use crate::vendoring::digest::{Digest, hash, hash_reader};
 use crate::vendoring::env::Env;
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::local::Record;
@@ -25,7 +26,7 @@ use crate::vendoring::store::{publish, publish_bytes};
 
 const DISTRIBUTION: &str = "flashinfer_jit_cache";
 const VERSION: &str = "0.6.3+cu130";
-/// What gdn_prefill_sm90 is for, whatever else is asked for.
+/// What is built for where nothing is asked for.
 const HOPPER: &str = "9.0a";
 
 /// FlashInfer's own variables.
@@ -34,114 +35,9 @@ const NVCC_THREADS: &str = "FLASHINFER_NVCC_THREADS";
 const EXTRA_CUDAFLAGS: &str = "FLASHINFER_EXTRA_CUDAFLAGS";
 const LINEINFO: &str = "FLASHINFER_JIT_LINEINFO";
 
-/// A kernel family, one shared object.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum Family {
-    Norm,
-    GdnPrefill,
-}
-
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Norm => "norm",
-            Self::GdnPrefill => "gdn-prefill",
-        })
-    }
-}
-
-impl Family {
-    fn module(self) -> &'static str {
-        match self {
-            Self::Norm => "norm",
-            Self::GdnPrefill => "gdn_prefill_sm90",
-        }
-    }
-
-    /// Memory that compiling one of its files takes at the peak.
-    fn memory(self) -> u64 {
-        match self {
-            Self::Norm => 2 << 30,
-            Self::GdnPrefill => 13 << 29,
-        }
-    }
-
-    /// Its sources, relative to the tree. Generated ones are written.
-    fn sources(self, tree: &Path) -> Result<Vec<String>> {
-        match self {
-            Self::Norm => {
-                Ok(["norm", "flashinfer_norm_binding"].map(|name| format!("flashinfer/csrc/{name}.cu")).to_vec())
-            }
-            Self::GdnPrefill => gdn_sources(tree),
-        }
-    }
-
-    /// The recipe's flags, after those of every module.
-    fn flags(self, arch: &[String]) -> Vec<String> {
-        match self {
-            Self::Norm => {
-                let gencode = arch.iter().map(|arch| gencode(arch));
-                gencode.chain(["-std=c++17", "-DENABLE_BF16", "-DENABLE_FP8"].map(str::to_owned)).collect()
-            }
-            Self::GdnPrefill => {
-                let rest = ["-DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED", "-DFLAT_SM90A_ENABLED", "-std=c++20"];
-                std::iter::once(gencode(HOPPER)).chain(rest.map(str::to_owned)).collect()
-            }
-        }
-    }
-}
-
-fn gencode(arch: &str) -> String {
-    let arch = arch.replace('.', "");
-    format!("-gencode=arch=compute_{arch},code=sm_{arch}")
-}
-
-/// One file for each instance of the kernel: two element types, four switches.
-fn gdn_sources(tree: &Path) -> Result<Vec<String>> {
-    let template_path = tree.join("flashinfer/csrc/gdn_prefill_sm90_kernel_inst.jinja");
-    let template = fs::read_to_string(&template_path).map_err(|e| Error::io("reading", &template_path, &e))?;
-    let mut sources = Vec::new();
-    for (name, dtype) in [("half", "half"), ("bf16", "nv_bfloat16")] {
-        for bits in 0..16 {
-            let on = |bit: u32| bits >> bit & 1 == 1;
-            let (gva, beta, alpha, init) = (on(3), on(2), on(1), on(0));
-            let digit = |flag: bool| u8::from(flag);
-            let file = format!(
-                "gdn_prefill_kernel_{name}_g{}b{}a{}i{}.cu",
-                digit(gva),
-                digit(beta),
-                digit(alpha),
-                digit(init)
-            );
-            let mut text = template.replace("{{ dtype }}", dtype);
-            for (key, flag) in [("is_gva", gva), ("needs_beta", beta), ("needs_alpha", alpha), ("init_state", init)] {
-                text = text.replace(&format!("{{{{ {key} }}}}"), if flag { "true" } else { "false" });
-            }
-            if text.contains("{{") {
-                refuse!(
-                    "{} has a placeholder that this recipe does not know; xtask must learn it",
-                    template_path.display()
-                );
-            }
-            let path = format!("gen/gdn_prefill_sm90/{file}");
-            if fs::read_to_string(tree.join(&path)).ok().as_deref() != Some(text.as_str()) {
-                publish_bytes(&tree.join(&path), text.as_bytes())?;
-            }
-            sources.push(path);
-        }
-    }
-    sources.extend(
-        ["gdn_prefill_launcher", "prefill_kernel_delta_rule_sm90"].map(|name| format!("flashinfer/csrc/{name}.cu")),
-    );
-    Ok(sources)
-}
-
 /// The flags that every module is compiled with.
 fn common_flags(env: &Env, toolchain: &Toolchain) -> Result<Vec<String>> {
     let mut flags = vec!["-D_GLIBCXX_USE_CXX11_ABI=1".to_owned()];
-    if toolchain.host != "c++" {
-        flags.extend(["-ccbin".to_owned(), toolchain.host.clone()]);
-    }
     let cccl = format!("{}/cccl", toolchain.cuda_include);
     let includes = [
         toolchain.cuda_include.as_str(),
@@ -205,9 +101,9 @@ fn architectures(given: &[String], env: &Env) -> Result<Vec<String>> {
 }
 
 /// `cargo xtask wheel`
-pub fn command(families: &[Family], arch: &[String], out: Option<&Path>) -> Result<()> {
+pub fn command(names: &[String], arch: &[String], out: Option<&Path>) -> Result<()> {
     let env = Env::process();
-    let wheel = build(families, arch, &env)?;
+    let wheel = build(names, arch, &env)?;
     if let Some(out) = out {
         let copy = out.join(wheel.file_name().unwrap_or_default());
         shell::copy(&wheel, &copy)?;
@@ -216,63 +112,139 @@ pub fn command(families: &[Family], arch: &[String], out: Option<&Path>) -> Resu
     Ok(())
 }
 
-/// Builds a wheel of these families, or finds it built; records it as the checkout's local build.
-pub fn build(families: &[Family], arch: &[String], env: &Env) -> Result<PathBuf> {
-    let mut families = families.to_vec();
-    families.sort_unstable();
-    families.dedup();
+/// Builds a wheel of these families or modules, or finds it built; records it as the checkout's local build.
+pub fn build(names: &[String], arch: &[String], env: &Env) -> Result<PathBuf> {
+    let recipes = Recipes::read()?;
+    let modules = recipes.select(names)?;
     let arch = architectures(arch, env)?;
     let toolchain = compiler::prepare(env)?;
     let common = common_flags(env, &toolchain)?;
     let mut objects = Vec::new();
-    for &family in &families {
-        let flags: Vec<String> = common.iter().cloned().chain(family.flags(&arch)).collect();
-        for source in family.sources(&toolchain.tree)? {
-            objects.push((family, compile::object(&toolchain, &source, &flags, family.memory())?));
+    let mut counts = Vec::new();
+    for module in &modules {
+        let flags: Vec<String> = common.iter().cloned().chain(module.flags(&arch)).collect();
+        let sources = module.sources(&recipes, &toolchain.tree)?;
+        counts.push(sources.len());
+        for source in &sources {
+            objects.push(compile::object(&toolchain, source, &flags, module.memory())?);
         }
     }
-    let mut key = Hasher::new();
-    objects.iter().for_each(|(_, object)| key.update(object.key.to_string().as_bytes()));
-    key.update(LINK_FLAGS.join(" ").as_bytes());
     let cache = shell::cache(env)?;
-    let folder = cache.join("wheels").join(key.finish().to_string());
+    let store = cache.join("objects");
+    let mut made = compile::all(&toolchain, &store, &objects, env)?.into_iter();
+    let parts: Vec<Part<'_>> = modules
+        .iter()
+        .zip(counts)
+        .map(|(module, count)| Part { module, objects: made.by_ref().take(count).collect() })
+        .collect();
+    let folder = cache.join("wheels").join(wheel_key(&toolchain, &parts)?.to_string());
     let wheel = folder.join(format!("{DISTRIBUTION}-{VERSION}-{}.whl", tag()));
-    if !wheel.is_file() {
-        let store = cache.join("objects");
-        compile::all(&toolchain, &store, objects.iter().map(|(_, object)| object), env)?;
-        let mut modules = Vec::new();
-        for &family in &families {
-            let own: Vec<&Object> = objects.iter().filter(|(of, _)| *of == family).map(|(_, object)| object).collect();
-            modules.push((family, link(&toolchain, family, &own, &store)?));
+    if !is_built(&wheel) {
+        let mut linked = Vec::new();
+        for part in &parts {
+            linked.push((part.module.name.as_str(), link(&toolchain, part, &store)?));
         }
-        publish(&wheel, |file| write(file, &modules))?;
+        publish(&wheel, |file| write(file, &linked))?;
+        Built { sha256: digest(&wheel)?.0.to_string() }.write(&wheel)?;
     }
-    let file = fs::File::open(&wheel).map_err(|e| Error::io("opening", &wheel, &e))?;
-    let (sha256, size) = hash_reader(&file).map_err(|e| Error::io("reading", &wheel, &e))?;
+    let (sha256, size) = digest(&wheel)?;
     Record::new(DISTRIBUTION, &shell::target(), &wheel, sha256).write(&shell::root())?;
-    let names: Vec<String> = families.iter().map(Family::to_string).collect();
+    let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
     say(format!("{} for {} ({:.1} MB): {}", names.join(" and "), arch.join(", "), size as f64 / 1e6, wheel.display()));
     Ok(wheel)
+}
+
+/// A module and the objects it is linked from.
+struct Part<'a> {
+    module: &'a Module<'a>,
+    objects: Vec<Digest>,
+}
+
+/// What is known of a wheel that was built, beside it.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Built {
+    sha256: String,
+}
+
+/// The file that says what a built wheel's digest is.
+pub const BUILT: &str = "built.json";
+
+impl Built {
+    fn write(&self, wheel: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self).map_err(|e| Error::Refused(e.to_string()))?;
+        publish_bytes(&wheel.with_file_name(BUILT), text.as_bytes())
+    }
+}
+
+/// The digest that a built wheel should have, where it is known.
+pub fn built_digest(folder: &Path) -> Option<Digest> {
+    let built: Built = serde_json::from_slice(&fs::read(folder.join(BUILT)).ok()?).ok()?;
+    built.sha256.parse().ok()
+}
+
+/// Whether a wheel is there, as it was built.
+fn is_built(wheel: &Path) -> bool {
+    let Some(expected) = wheel.parent().and_then(built_digest).filter(|_| wheel.is_file()) else { return false };
+    let good = digest(wheel).is_ok_and(|(found, _)| found == expected);
+    if !good {
+        say(format!("{} is not the wheel that was built; it is built again", wheel.display()));
+    }
+    good
+}
+
+fn digest(path: &Path) -> Result<(Digest, u64)> {
+    let file = fs::File::open(path).map_err(|e| Error::io("opening", path, &e))?;
+    hash_reader(&file).map_err(|e| Error::io("reading", path, &e))
+}
+
+/// Raised when the same key would stand for another wheel.
+const FORMAT: &str = "wheel 2";
+
+/// What a wheel depends on: its objects, and all that links and packs them.
+fn wheel_key(toolchain: &Toolchain, parts: &[Part<'_>]) -> Result<Digest> {
+    let libraries = toolchain.library_dirs.iter().map(|folder| folder.join("libcudart.so"));
+    let runtime = libraries.filter(|path| path.is_file()).map(|path| Ok(digest(&path)?.0.to_string()));
+    let mut all = vec![
+        FORMAT.to_owned(),
+        VERSION.to_owned(),
+        tag(),
+        toolchain.identity.clone(),
+        toolchain.environment_text(),
+        toolchain.host.join("\n"),
+        LINK_FLAGS.join("\n"),
+        runtime.collect::<Result<Vec<_>>>()?.join("\n"),
+    ];
+    for Part { module, objects } in parts {
+        all.push(module.name.clone());
+        all.push(objects.iter().map(Digest::to_string).collect::<Vec<_>>().join("\n"));
+        all.push(format!("{:?}", module.libraries()));
+    }
+    Ok(key(all.iter().map(String::as_bytes)))
 }
 
 /// Released modules need libcuda.so.1 by name, since their toolchain does not drop it; Debian's would.
 const LINK_FLAGS: [&str; 4] = ["-shared", "-Wl,--no-as-needed", "-lcudart", "-lcuda"];
 
-fn link(toolchain: &Toolchain, family: Family, objects: &[&Object], store: &Path) -> Result<Vec<u8>> {
+fn link(toolchain: &Toolchain, part: &Part<'_>, store: &Path) -> Result<Vec<u8>> {
     let folder = tempfile::tempdir().map_err(|e| Error::io("creating a folder in", &std::env::temp_dir(), &e))?;
-    // All that the linker wants to know of the driver is its name.
-    let (empty, stub) = (folder.path().join("empty.cpp"), folder.path().join("libcuda.so"));
+    let empty = folder.path().join("empty.cpp");
     publish_bytes(&empty, b"")?;
-    let soname = "-Wl,-soname,libcuda.so.1";
-    shell::quietly(
-        Command::new(&toolchain.host).args(["-shared", "-fPIC", "-nostdlib", soname, "-o"]).args([&stub, &empty]),
-    )?;
-    let library = folder.path().join(format!("{}.so", family.module()));
-    let mut command = Command::new(&toolchain.host);
-    command.args(objects.iter().map(|object| object.path(store))).arg("-o").arg(&library);
+    let driver = Library { name: "cuda".to_owned(), soname: "libcuda.so.1".to_owned() };
+    for library in [&driver].into_iter().chain(part.module.libraries()) {
+        // All that the linker wants to know of a library is its name.
+        let stub = folder.path().join(format!("lib{}.so", library.name));
+        let mut command = toolchain.host_command();
+        command.args(["-shared", "-fPIC", "-nostdlib", &format!("-Wl,-soname,{}", library.soname), "-o"]);
+        shell::quietly(command.args([&stub, &empty]))?;
+    }
+    let library = folder.path().join(format!("{}.so", part.module.name));
+    let mut command = toolchain.host_command();
+    command.args(part.objects.iter().map(|object| compile::path(store, object))).arg("-o").arg(&library);
     command.arg(format!("-L{}", folder.path().display()));
     command.args(toolchain.library_dirs.iter().map(|folder| format!("-L{}", folder.display())));
-    shell::quietly(command.args(LINK_FLAGS))?;
+    command.args(LINK_FLAGS).args(part.module.libraries().iter().map(|library| format!("-l{}", library.name)));
+    shell::quietly(&mut command)?;
     fs::read(&library).map_err(|e| Error::io("reading", &library, &e))
 }
 
@@ -281,7 +253,7 @@ fn tag() -> String {
 }
 
 /// Writes the wheel, byte for byte the same for the same modules.
-fn write(file: &mut fs::File, modules: &[(Family, Vec<u8>)]) -> Result<()> {
+fn write(file: &mut fs::File, modules: &[(&str, Vec<u8>)]) -> Result<()> {
     let info = format!("{DISTRIBUTION}-{VERSION}.dist-info");
     let metadata = format!(
         "Metadata-Version: 2.1\nName: flashinfer-jit-cache\nVersion: {VERSION}\nSummary: FlashInfer kernels compiled from \
@@ -290,10 +262,7 @@ fn write(file: &mut fs::File, modules: &[(Family, Vec<u8>)]) -> Result<()> {
     let wheel = format!("Wheel-Version: 1.0\nGenerator: flashinfer-rs xtask\nRoot-Is-Purelib: false\nTag: {}\n", tag());
     let mut members: Vec<(String, Vec<u8>)> = modules
         .iter()
-        .map(|(family, bytes)| {
-            let module = family.module();
-            (format!("{DISTRIBUTION}/jit_cache/{module}/{module}.so"), bytes.clone())
-        })
+        .map(|(module, bytes)| (format!("{DISTRIBUTION}/jit_cache/{module}/{module}.so"), bytes.clone()))
         .collect();
     members.push((format!("{info}/METADATA"), metadata.into_bytes()));
     members.push((format!("{info}/WHEEL"), wheel.into_bytes()));

@@ -10,6 +10,7 @@ mod install;
 mod jit_cache;
 mod lock;
 mod provision;
+mod recipes;
 mod shell;
 mod stress;
 #[path = "../../build/mod.rs"]
@@ -20,7 +21,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use jit_cache::Family;
 use vendoring::error::Result;
 
 #[derive(Parser)]
@@ -34,7 +34,8 @@ struct Cli {
 enum Command {
     /// Find or build the wheels, then build and run examples/quickstart.rs
     Demo,
-    /// Find or build the wheels, then run every test
+    /// Find or build the wheels, then run every test with all features, and with the default ones those that it matters
+    /// to; with arguments, the first alone
     Test {
         /// Passed on to the tests, after `--`
         #[arg(last = true)]
@@ -42,11 +43,11 @@ enum Command {
     },
     /// Build a jit-cache wheel from FlashInfer's source package
     Wheel {
-        /// The kernel families to build
-        #[arg(long, value_delimiter = ',', default_values_t = [Family::Norm, Family::GdnPrefill])]
-        kernels: Vec<Family>,
-        /// GPU architectures, `9.0a` for example; default: FLASHINFER_CUDA_ARCH_LIST, else 9.0a. GDN prefill is always
-        /// for 9.0a
+        /// What to build: families or modules, as xtask/recipes.toml names them
+        #[arg(long, value_delimiter = ',', default_values_t = recipes::USUAL.map(str::to_owned))]
+        kernels: Vec<String>,
+        /// GPU architectures, `9.0a` for example; default: FLASHINFER_CUDA_ARCH_LIST, else 9.0a. Modules whose recipe
+        /// names architectures are always for those
         #[arg(long, num_args = 1..)]
         arch: Vec<String>,
         /// Copy the wheel into this folder
@@ -59,7 +60,7 @@ enum Command {
         #[arg(long)]
         to: PathBuf,
     },
-    /// Compile every Cargo feature alone, and beside cudarc's own
+    /// Test every Cargo feature alone, and compile them beside cudarc's own
     Features,
     /// Look at the cache of wheels
     #[command(subcommand)]

@@ -7,7 +7,6 @@ use std::process::Command;
 
 use super::compile;
 use crate::bundle;
-use crate::jit_cache::Family;
 use crate::provision;
 use crate::shell::{self, say};
 use crate::vendoring::error::{Error, Result, refuse};
@@ -38,7 +37,7 @@ pub fn command() -> Result<()> {
     let cudart = folder.join("libcudart.so.13");
     let soname = "-Wl,-soname,libcudart.so.13";
     compile(&shell::root().join("tests/fixtures/cudart.c"), &cudart, &["-shared", "-fPIC", soname])?;
-    provision::kernels(&[Family::Norm])?;
+    provision::kernels(&["norm"])?;
     say("building in release mode");
     let (executables, libraries) = bundle::collect(&bundle::build(&bundle::INSTRUCTIONS)?);
     let Some(rust) = executables.get("instructions") else { refuse!("cargo built no instructions") };

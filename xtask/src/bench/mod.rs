@@ -28,7 +28,6 @@ use self::plan::{ARMS, GENERATIONS, Program, Verdict};
 use self::process::{Arm, PATIENCE};
 use self::record::{Machine, Missing, Sample, Samples, Writer};
 use crate::bundle;
-use crate::jit_cache::Family;
 use crate::provision;
 use crate::shell::{self, say};
 use crate::vendoring::error::{Error, Result, refuse};
@@ -166,7 +165,7 @@ fn packed(bundle: &Path, blocks: usize) -> Place {
 }
 
 fn built(blocks: usize) -> Result<Place> {
-    provision::kernels(&[Family::Norm, Family::GdnPrefill])?;
+    provision::kernels(&crate::recipes::USUAL)?;
     say("building in release mode");
     let (executables, libraries) = bundle::collect(&bundle::build(&bundle::LAUNCH)?);
     let Some(launch) = executables.get("launch") else { refuse!("cargo built no launch") };
