@@ -6,10 +6,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 
 use crate::contract::{
-    Attributes, Checked, Convention, Kind, MAX_ARGUMENTS, Operand, Pdl, Role, Row, aligned, check, explain,
+    Attributes, Checked, Convention, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Role, Row, aligned, check, explain,
     stream_fits, unrolled,
 };
-use crate::cuda::Cudart;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::Any;
 use crate::ffi::dlpack::DLTensor;
@@ -390,22 +389,22 @@ unsafe fn invoke<'v>(
     let _current =
         if row.uses_current_device && !runtime.has_one_device() { Some(cudart.set_current(id)?) } else { None };
     let launch = || {
-        // What another call of this thread left is not the kernel's.
-        cudart.forget_stale_error();
+        if row.reports != Reports::Status {
+            // What another call of this thread left is not the kernel's.
+            cudart.forget_stale_error();
+        }
         let mut result = Any::NONE;
         // SAFETY: the caller's promise.
         let code = unsafe { function.invoke(args, &mut result) };
-        // A launcher may answer that all is well whatever the launch came to.
-        let last = cudart.last_error();
+        let last = if row.reports == Reports::Nothing { cudart.last_error() } else { 0 };
         if (code == 0) & (last == 0) & result.is_none() {
             return Ok(());
         }
         // SAFETY: both come from the call.
-        let result = unsafe { function.outcome(code, result) };
-        if result.is_ok() && last == 0 {
-            return Ok(());
+        match unsafe { function.outcome(code, result) } {
+            Ok(()) if last == 0 => Ok(()),
+            result => Err(failed(row, runtime, id, result, last, stream)),
         }
-        Err(failed(row, runtime, id, result, last, stream))
     };
     match row.attributes {
         Attributes::None => launch(),
@@ -419,23 +418,27 @@ unsafe fn invoke<'v>(
     }
 }
 
-/// What a launch that failed came to.
+/// What a launch that failed came to: with CUDA's last error, where the launcher says nothing.
 #[cold]
 fn failed(
     row: &'static Row,
     runtime: &'static FlashInferRuntime,
     device: i32,
     result: Result<()>,
-    code: i32,
+    last: i32,
     stream: Stream<'_>,
 ) -> FlashInferError {
-    let error = match (result, runtime.cudart()) {
-        (Err(error), _) => error,
-        (Ok(()), Ok(cudart)) => cudart.error(row.function, code),
-        (Ok(()), Err(error)) => error,
+    let cudart = match runtime.cudart() {
+        Ok(cudart) => cudart,
+        Err(error) => return error,
     };
-    runtime.cudart().map(Cudart::forget_stale_error).ok();
-    runtime.diagnosed(error, device, code, stream)
+    let last = if last == 0 { cudart.last_error() } else { last };
+    let error = match result {
+        Err(error) => error,
+        Ok(()) => cudart.error(row.function, last),
+    };
+    cudart.forget_stale_error();
+    runtime.diagnosed(error, device, last, stream)
 }
 
 /// A call that was checked once, to be launched many times, with tensors of the same form.

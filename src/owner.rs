@@ -171,8 +171,11 @@ mod tracked {
         /// Makes this context current.
         pub(crate) fn bind(context: &CudaContext) -> Result<Self> {
             let before = result::ctx::get_current().map_err(driver("cuCtxGetCurrent"))?.unwrap_or(ptr::null_mut());
+            if before == context.cu_ctx() {
+                return Ok(Self(None));
+            }
             context.bind_to_thread().map_err(driver("binding the context"))?;
-            Ok(Self((before != context.cu_ctx()).then_some(before)))
+            Ok(Self(Some(before)))
         }
     }
 

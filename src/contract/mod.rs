@@ -54,6 +54,8 @@ pub struct Row {
     pub pdl: Pdl,
     /// What the launcher changes about the kernel before it launches it.
     pub attributes: Attributes,
+    /// How the launcher tells what its launch came to.
+    pub reports: Reports,
     /// Whether the launcher asks for the thread's current device, which must then be the tensors'; others select it themselves.
     pub uses_current_device: bool,
     /// How tensors are passed.
@@ -275,6 +277,18 @@ pub enum Attributes {
         /// Which of the library's kernels a call chooses, by its operands.
         variant: fn(&Variant<'_>) -> u32,
     },
+}
+
+/// How a launcher tells what its launch came to. Wrong in a row, a launch that failed would pass for one that ran: a test calls
+/// every kernel of the real libraries over a CUDA runtime whose launches fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reports {
+    /// It raises what its own launch answered.
+    Status,
+    /// It raises what CUDA's last error is after the launch, whoever made it: what others left is forgotten before.
+    LastError,
+    /// It says nothing: this crate asks for the last error after the launch.
+    Nothing,
 }
 
 /// What chooses among a library's kernels.

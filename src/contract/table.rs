@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::explain::names;
-use super::{Alignment, Attributes, Dtype, Kind, Pdl, Role, Row, RunsOn, Strides};
+use super::{Alignment, Attributes, Dtype, Kind, Pdl, Reports, Role, Row, RunsOn, Strides};
 
 /// The table of a kernel's tensors, as it stands in its function's documentation.
 pub fn arguments(row: &Row) -> String {
@@ -82,6 +82,9 @@ pub fn index(rows: &[&Row]) -> String {
             Pdl::ReadsBefore(what) => format!("the kernel reads {what} before it waits, so graphs leave it off"),
         };
         let _ = writeln!(text, "- Programmatic dependent launch: {pdl}.");
+        if row.reports == Reports::Nothing {
+            text += "- Its launcher does not say whether it launched the kernel: this crate asks CUDA.\n";
+        }
         match row.attributes {
             Attributes::None => {}
             Attributes::PerCall => {

@@ -7,7 +7,7 @@
 
 use crate::contract::{
     Alignment, Argument, Attributes, Checked, Contents, Convention, Dimension, Dimensions, Dtype, Extent, From, Kind,
-    Operand, Pdl, Relation, Role, Row, RunsOn, Size, Strides, Tensor, Variant, check, explain,
+    Operand, Pdl, Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor, Variant, check, explain,
 };
 use crate::cuda;
 use crate::engine::{Entry, Kernel, State, call, kernels};
@@ -160,6 +160,7 @@ const ROW: Row = Row {
     extent: Extent { most: 1 << 31, split: false },
     pdl: Pdl::None,
     attributes: Attributes::OncePerProcess { flag: "11initialized", variant },
+    reports: Reports::LastError,
     uses_current_device: true,
     convention: Convention::Views,
     hazards: &[

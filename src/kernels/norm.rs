@@ -17,7 +17,7 @@
 
 use crate::contract::{
     Alignment, Argument, Attributes, Contents, Convention, Dimension, Dimensions, Dtype, Extent, From, Kind, Operand,
-    Pdl, Relation, Role, Row, RunsOn, Size, Strides, Tensor,
+    Pdl, Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor,
 };
 use crate::engine::{Entry, call, kernels};
 use crate::error::Result;
@@ -115,6 +115,7 @@ const NORM: Row = Row {
     extent: Extent { most: 1 << 32, split: true },
     pdl: Pdl::Waits,
     attributes: Attributes::PerCall,
+    reports: Reports::Status,
     uses_current_device: false,
     convention: Convention::Views,
     hazards: &[],
@@ -253,8 +254,8 @@ kernels! {
         // Offsets are signed here.
         extent: Extent { most: MOST, split: true },
         pdl: Pdl::None,
+        reports: Reports::Nothing,
         convention: Convention::Objects,
-        hazards: &["Upstream answers that all is well whether or not its kernel was launched; this crate asks CUDA."],
         ..NORM
     };
 }
