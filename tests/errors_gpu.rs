@@ -8,11 +8,10 @@ use std::ffi::c_void;
 use std::process::{Command, ExitCode};
 
 use cudarc::driver::result;
-use flashinfer_rs::kernels::gdn::HEAD_SIZE;
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE};
 use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm, rmsnorm};
 use flashinfer_rs::{
-    Arg, DType, Device, FlashInferError, FlashInferRuntime, Stream, TensorMut, TensorRef, gemma_rmsnorm_cudarc,
+    Arg, CuSeqlens, DType, Device, FlashInferError, FlashInferRuntime, Stream, TensorMut, TensorRef, gemma_rmsnorm_cudarc,
 };
 use gpu::Gpu;
 use half::bf16;
@@ -69,17 +68,15 @@ fn prefill(gpu: &Gpu, context: &mut GdnPrefillContext) -> flashinfer_rs::Result<
     let mut output = stream.alloc_zeros::<bf16>(count).unwrap();
     let mut state = stream.alloc_zeros::<f32>((HEAD_SIZE * HEAD_SIZE) as usize).unwrap();
     let read = || TensorRef::from_cudarc(stream, &input, &shape);
-    context.prefill(
-        GdnTensors {
-            output: TensorMut::from_cudarc(stream, &mut output, &shape)?,
-            output_state: TensorMut::from_cudarc(stream, &mut state, &states)?,
-            q: read()?,
-            k: read()?,
-            v: read()?,
-        },
-        &CuSeqlens::from_lengths(&[64])?.to_device(stream)?,
-        GdnOptions::default(),
-    )
+    let mut tensors = GdnTensors {
+        output: TensorMut::from_cudarc(stream, &mut output, &shape)?,
+        output_state: TensorMut::from_cudarc(stream, &mut state, &states)?,
+        q: read()?,
+        k: read()?,
+        v: read()?,
+    };
+    let sequences = CuSeqlens::from_lengths(&[64])?.to_device(stream)?;
+    context.prefill(&mut tensors, &sequences, &GdnOptions::default())
 }
 
 fn stale_error(gpu: &Gpu) {

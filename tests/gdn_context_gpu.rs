@@ -11,9 +11,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream};
 use data::{Number, Random, assert_close, widened};
-use flashinfer_rs::kernels::gdn::HEAD_SIZE;
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors, gdn_prefill_on_host};
-use flashinfer_rs::{FlashInferError, TensorMut, TensorRef};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE};
+use flashinfer_rs::{CuSeqlens, FlashInferError, TensorMut, TensorRef};
 use gpu::Gpu;
 use half::{bf16, f16};
 
@@ -79,20 +78,19 @@ impl<T: Number> Case<T> {
         let (q, k, v) = (widened(&self.q), widened(&self.k), widened(&self.v));
         let mut output = vec![0f32; out_shape.iter().product::<i64>() as usize];
         let mut state = vec![0f32; state_shape.iter().product::<i64>() as usize];
-        let tensors = GdnTensors {
+        let mut tensors = GdnTensors {
             output: TensorMut::from_slice(&mut output, &out_shape).unwrap(),
             output_state: TensorMut::from_slice(&mut state, &state_shape).unwrap(),
             q: TensorRef::from_slice(&q, &q_shape).unwrap(),
             k: TensorRef::from_slice(&k, &k_shape).unwrap(),
             v: TensorRef::from_slice(&v, &v_shape).unwrap(),
         };
-        let options = GdnOptions {
-            input_state: self.input_state.as_ref().map(|s| TensorRef::from_slice(s, &state_shape).unwrap()),
-            alpha: Some(TensorRef::from_slice(&self.alpha, &out_shape[..2]).unwrap()),
-            beta: Some(TensorRef::from_slice(&self.beta, &out_shape[..2]).unwrap()),
-            scale: 0.0,
-        };
-        gdn_prefill_on_host(tensors, &CuSeqlens::from_lengths(&self.lengths).unwrap(), options).unwrap();
+        let mut options = GdnOptions::default()
+            .with_alpha(TensorRef::from_slice(&self.alpha, &out_shape[..2]).unwrap())
+            .with_beta(TensorRef::from_slice(&self.beta, &out_shape[..2]).unwrap());
+        options.input_state = self.input_state.as_ref().map(|s| TensorRef::from_slice(s, &state_shape).unwrap());
+        let sequences = CuSeqlens::from_lengths(&self.lengths).unwrap();
+        GdnPrefillContext::on_host().prefill(&mut tensors, &sequences, &options).unwrap();
         (output, state)
     }
 
@@ -121,25 +119,19 @@ impl<T: Number> Case<T> {
         let mut state = stream.clone_htod(&vec![f32::NAN; state_shape.iter().product::<i64>() as usize]).unwrap();
         let cu_seqlens = CuSeqlens::from_lengths(lengths)?.to_device(stream)?;
         let mut context = GdnPrefillContext::new(stream)?;
-        context.prefill(
-            GdnTensors {
-                output: TensorMut::from_cudarc(stream, &mut output, &out_shape)?,
-                output_state: TensorMut::from_cudarc(stream, &mut state, &state_shape)?,
-                q: TensorRef::from_cudarc(q_stream, &q, &q_shape)?,
-                k: TensorRef::from_cudarc(stream, &k, &k_shape)?,
-                v: TensorRef::from_cudarc(stream, &v, &v_shape)?,
-            },
-            &cu_seqlens,
-            GdnOptions {
-                input_state: input_state
-                    .as_ref()
-                    .map(|s| TensorRef::from_cudarc(stream, s, &state_shape))
-                    .transpose()?,
-                alpha: Some(TensorRef::from_cudarc(stream, &alpha, &out_shape[..2])?),
-                beta: Some(TensorRef::from_cudarc(stream, &beta, &out_shape[..2])?),
-                scale: 0.0,
-            },
-        )?;
+        let mut tensors = GdnTensors {
+            output: TensorMut::from_cudarc(stream, &mut output, &out_shape)?,
+            output_state: TensorMut::from_cudarc(stream, &mut state, &state_shape)?,
+            q: TensorRef::from_cudarc(q_stream, &q, &q_shape)?,
+            k: TensorRef::from_cudarc(stream, &k, &k_shape)?,
+            v: TensorRef::from_cudarc(stream, &v, &v_shape)?,
+        };
+        let mut options = GdnOptions::default()
+            .with_alpha(TensorRef::from_cudarc(stream, &alpha, &out_shape[..2])?)
+            .with_beta(TensorRef::from_cudarc(stream, &beta, &out_shape[..2])?);
+        options.input_state =
+            input_state.as_ref().map(|s| TensorRef::from_cudarc(stream, s, &state_shape)).transpose()?;
+        context.prefill(&mut tensors, &cu_seqlens, &options)?;
         let mut output = stream.clone_dtoh(&output).unwrap();
         output.pop();
         Ok((output, stream.clone_dtoh(&state).unwrap()))
@@ -189,7 +181,7 @@ fn other_offsets(gpu: &Gpu) {
     let case = Case::<bf16>::new(4, &[60, 4], [1, 1, 1], false);
     for lengths in [[60, 5], [60, 3]] {
         let error = case.run_with(&gpu.stream, &lengths, &gpu.stream).unwrap_err();
-        assert!(matches!(error, FlashInferError::InvalidArgument { argument: "q", .. }), "{error}");
+        assert!(matches!(error, FlashInferError::InvalidArgument { argument: "tokens", .. }), "{error}");
     }
     let error = case.run_with(&gpu.stream, &[32, 16, 16], &gpu.stream).unwrap_err();
     assert!(matches!(error, FlashInferError::InvalidArgument { argument: "output_state", .. }), "{error}");

@@ -13,14 +13,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
 use data::{Number, Random};
-use flashinfer_rs::kernels::gdn_context::{
-    CapturedCuSeqlens, CapturedPrefill, CuSeqlens, DeviceCuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors,
-};
+use flashinfer_rs::kernels::gdn::{CapturedPrefill, GdnOptions, GdnPrefill, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{
-    NormOptions, fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm, rmsnorm_quant,
+    GemmaRmsnorm, NormOptions, fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm, rmsnorm_quant,
 };
 use flashinfer_rs::{
-    Captured, DType, FlashInferError, FlashInferRuntime, GraphMut, LaunchGraph, Prepared, Stream, TensorMut, TensorRef,
+    Captured, CapturedCuSeqlens, CuSeqlens, DType, DeviceCuSeqlens, FlashInferError, FlashInferRuntime, GraphMut,
+    LaunchGraph, Prepared, Stream, TensorMut, TensorRef,
 };
 use gpu::Gpu;
 use half::{bf16, f16};
@@ -176,20 +175,16 @@ fn prepared(gpu: &Gpu) {
     let (first, second, weight) = (matrix(stream, 1), matrix(stream, 2), vector(stream, 3));
     let (mut out, mut other) = (matrix(stream, 4), matrix(stream, 5));
     let read = |buffer| TensorRef::from_cudarc(stream, buffer, &SHAPE).unwrap();
-    let mut prepared = Prepared::gemma_rmsnorm(
-        TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap(),
-        read(&first),
-        TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap(),
-        &options,
-    )
-    .unwrap();
+    let weight_gpu = TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap();
+    let write = TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap();
+    let prepared = Prepared::<GemmaRmsnorm>::new(&write, &read(&first), &weight_gpu, &options).unwrap();
     let s = Stream::cudarc(stream);
-    prepared.launch(s).unwrap();
-    prepared.replace("input", read(&second)).unwrap();
-    prepared.replace_mut("out", TensorMut::from_cudarc(stream, &mut other, &SHAPE).unwrap()).unwrap();
-    FlashInferRuntime::global().unwrap().on(stream, |s| (0..3).try_for_each(|_| prepared.launch(s))).unwrap().unwrap();
-    gpu.assert_asynchronous(stream, || prepared.launch(s).unwrap());
-    drop(prepared);
+    let mut write = write;
+    prepared.launch(&mut write, &read(&first), &weight_gpu, s).unwrap();
+    let mut write = TensorMut::from_cudarc(stream, &mut other, &SHAPE).unwrap();
+    let mut launch = |s| prepared.launch(&mut write, &read(&second), &weight_gpu, s);
+    FlashInferRuntime::global().unwrap().on(stream, |s| (0..3).try_for_each(|_| launch(s))).unwrap().unwrap();
+    gpu.assert_asynchronous(stream, || launch(s).unwrap());
     assert_eq!(bits(stream, &out), eager(stream, &first, &weight, &options));
     assert_eq!(bits(stream, &other), eager(stream, &second, &weight, &options));
 
@@ -202,24 +197,14 @@ fn prepared(gpu: &Gpu) {
     let offsets = stream.clone_htod(&[0i64, 40, 64]).unwrap();
     let mut workspace = stream.alloc_zeros::<u8>(128 * 1024).unwrap();
     {
-        let (tensors, options) = prefill.tensors(stream);
-        let args = flashinfer_rs::kernels::gdn::GdnPrefill {
-            output: tensors.output,
-            output_state: tensors.output_state,
-            q: tensors.q,
-            k: tensors.k,
-            v: tensors.v,
-            cu_seqlens: TensorRef::from_cudarc(stream, &offsets, &[3]).unwrap(),
-            input_state: options.input_state,
-            alpha: options.alpha,
-            beta: options.beta,
-            scale: options.scale,
-            workspace: TensorMut::from_cudarc(stream, &mut workspace, &[128 * 1024]).unwrap(),
-        };
-        // SAFETY: the offsets start with 0, increase, and end with the number of tokens; the workspace is this call's.
-        let prepared = unsafe { Prepared::gdn_prefill(args) }.unwrap();
-        (0..3).for_each(|_| prepared.launch(s).unwrap());
-        drop(prepared);
+        let (mut tensors, options) = prefill.tensors(stream);
+        let offsets = TensorRef::from_cudarc(stream, &offsets, &[3]).unwrap();
+        let mut workspace = TensorMut::from_cudarc(stream, &mut workspace, &[128 * 1024]).unwrap();
+        let prepared = Prepared::<GdnPrefill>::new(&tensors, &offsets, &workspace, &options).unwrap();
+        for _ in 0..3 {
+            // SAFETY: the offsets start with 0, increase, and end with the number of tokens; the workspace is this call's.
+            unsafe { prepared.launch(&mut tensors, &offsets, &mut workspace, &options, s) }.unwrap();
+        }
     }
     assert!(prefill.results(stream) == expected, "prepared prefill");
 }
@@ -227,19 +212,21 @@ fn prepared(gpu: &Gpu) {
 fn prepared_stream(gpu: &Gpu) {
     let (stream, other) = (&gpu.stream, gpu.context.new_stream().unwrap());
     let (input, weight, mut out) = (matrix(stream, 1), vector(stream, 2), matrix(stream, 3));
-    let mut prepared = Prepared::gemma_rmsnorm(
-        TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap(),
-        TensorRef::from_cudarc(stream, &input, &SHAPE).unwrap(),
-        TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap(),
-        &NormOptions::default(),
-    )
-    .unwrap();
-    let error = prepared.launch(Stream::cudarc(&other)).unwrap_err();
+    let mut out = TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap();
+    let own = TensorRef::from_cudarc(stream, &input, &SHAPE).unwrap();
+    let weight = TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap();
+    let prepared = Prepared::<GemmaRmsnorm>::new(&out, &own, &weight, &NormOptions::default()).unwrap();
+    let error = prepared.launch(&mut out, &own, &weight, Stream::cudarc(&other)).unwrap_err();
     assert!(matches!(error, FlashInferError::InvalidArgument { argument: "out", .. }), "{error}");
     let foreign = TensorRef::from_cudarc(&other, &input, &SHAPE).unwrap();
-    let error = prepared.replace("input", foreign).unwrap_err();
+    let error = prepared.launch(&mut out, &foreign, &weight, Stream::cudarc(stream)).unwrap_err();
+    assert!(matches!(error, FlashInferError::InvalidArgument { argument: "input", .. }), "{error}");
     assert!(error.to_string().contains("for stream"), "{error}");
-    prepared.launch(Stream::cudarc(stream)).unwrap();
+    // Of another form is not what was prepared, though a call of its own would do.
+    let wider = TensorRef::from_cudarc_strided(stream, &input, &[1, LENGTH[0]], &[2 * LENGTH[0], 1]).unwrap();
+    let error = prepared.launch(&mut out, &wider, &weight, Stream::cudarc(stream)).unwrap_err();
+    assert!(matches!(error, FlashInferError::InvalidArgument { .. }), "{error}");
+    prepared.launch(&mut out, &own, &weight, Stream::cudarc(stream)).unwrap();
 }
 
 fn every_norm(gpu: &Gpu) {
@@ -394,8 +381,8 @@ impl Prefill {
     fn tensors<'a>(&'a mut self, stream: &'a CudaStream) -> (GdnTensors<'a>, GdnOptions<'a>) {
         let (t, n) = (self.tokens as i64, self.sequences as i64);
         let read = |buffer, heads| TensorRef::from_cudarc::<bf16>(stream, buffer, &[t, heads, 128]).unwrap();
-        let numbers = |buffer| Some(TensorRef::from_cudarc::<f32>(stream, buffer, &[t, 4]).unwrap());
-        let options = GdnOptions { alpha: numbers(&self.alpha), beta: numbers(&self.beta), ..GdnOptions::default() };
+        let numbers = |buffer| TensorRef::from_cudarc::<f32>(stream, buffer, &[t, 4]).unwrap();
+        let options = GdnOptions::default().with_alpha(numbers(&self.alpha)).with_beta(numbers(&self.beta));
         let tensors = GdnTensors {
             output: TensorMut::from_cudarc(stream, &mut self.output, &[t, 4, 128]).unwrap(),
             output_state: TensorMut::from_cudarc(stream, &mut self.state, &[n, 4, 128, 128]).unwrap(),
@@ -407,8 +394,8 @@ impl Prefill {
     }
 
     fn eager(&mut self, context: &mut GdnPrefillContext, offsets: &DeviceCuSeqlens, stream: &Arc<CudaStream>) {
-        let (tensors, options) = self.tensors(stream);
-        context.prefill(tensors, offsets, options).unwrap();
+        let (mut tensors, options) = self.tensors(stream);
+        context.prefill(&mut tensors, offsets, &options).unwrap();
     }
 
     fn poison(&mut self, stream: &Arc<CudaStream>) {
@@ -441,19 +428,16 @@ fn prefills(gpu: &Gpu) {
         .unwrap();
         let capture = graph.capture(|s, ((q, k, v, alpha, beta), (mut output, mut state, mut normed), rest)| {
             let (weight, offsets, mut context): (_, CapturedCuSeqlens<'_>, CapturedPrefill<'_>) = rest;
-            let options = GdnOptions {
-                alpha: Some(alpha.read(&[tokens, 4])?),
-                beta: Some(beta.read(&[tokens, 4])?),
-                ..GdnOptions::default()
-            };
-            let tensors = GdnTensors {
+            let options =
+                GdnOptions::default().with_alpha(alpha.read(&[tokens, 4])?).with_beta(beta.read(&[tokens, 4])?);
+            let mut tensors = GdnTensors {
                 output: output.write(&[tokens, 4, 128])?,
                 output_state: state.write(&[sequences, 4, 128, 128])?,
                 q: q.read(&[tokens, 2, 128])?,
                 k: k.read(&[tokens, 2, 128])?,
                 v: v.read(&[tokens, 4, 128])?,
             };
-            context.prefill(tensors, &offsets, options, s)?;
+            context.prefill(&mut tensors, &offsets, &options, s)?;
             let shape = [tokens, 4, 128];
             let (output, weight) = (output.read(&shape)?, weight.read(&[128])?);
             // With programmatic dependent launch, behind a kernel and behind a fill.
@@ -691,7 +675,7 @@ fn uncapturable(gpu: &Gpu) {
     if FlashInferRuntime::global().unwrap().device_count().unwrap() > 1 {
         let other = cudarc::driver::CudaContext::new(1).unwrap().new_stream().unwrap();
         let error = LaunchGraph::new(stream, (matrix(stream, 1), vec![matrix(&other, 1)])).unwrap_err();
-        assert!(error.to_string().contains("in a context of cuda:1"), "{error}");
+        assert!(error.to_string().contains("of the context of cuda:1"), "{error}");
     }
 
     // A middle past the end, and a shape that does not fit.
