@@ -182,7 +182,7 @@ fn prepared(gpu: &Gpu) {
     let mut write = write;
     prepared.launch(&mut write, &read(&first), &weight_gpu, s).unwrap();
     let mut write = TensorMut::from_cudarc(stream, &mut other, &SHAPE).unwrap();
-    let mut launch = |s| prepared.launch(&mut write, &read(&second), &weight_gpu, s);
+    let mut launch = |s: Stream<'_>| prepared.launch(&mut write, &read(&second), &weight_gpu, s);
     FlashInferRuntime::global().unwrap().on(stream, |s| (0..3).try_for_each(|_| launch(s))).unwrap().unwrap();
     gpu.assert_asynchronous(stream, || launch(s).unwrap());
     assert_eq!(bits(stream, &out), eager(stream, &first, &weight, &options));
