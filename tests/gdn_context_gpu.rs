@@ -26,6 +26,8 @@ fn main() -> ExitCode {
         ("no_token_at_all_is_fine", nothing_at_all),
         ("offsets_of_another_batch_are_refused", other_offsets),
         ("a_tensor_of_another_stream_is_refused", other_stream),
+        ("states_that_are_not_aligned_to_16_bytes_are_refused_before_anything_is_launched", misaligned_states),
+        ("decays_of_0_and_next_to_it_are_what_the_kernel_makes_of_them", small_decays),
         ("threads_with_contexts_of_their_own_get_what_one_gets", threads),
         ("every_gpu_of_the_machine_gives_the_same_bits_in_any_order", every_gpu),
         ("every_gpu_at_once_from_a_thread_each_gives_the_same_bits", every_gpu_at_once),
@@ -192,6 +194,79 @@ fn other_stream(gpu: &Gpu) {
     let other = gpu.context.new_stream().unwrap();
     let error = case.run_with(&gpu.stream, &[64], &other).unwrap_err();
     assert!(matches!(error, FlashInferError::InvalidArgument { argument: "q", .. }), "{error}");
+}
+
+/// The kernel stores states 8 bytes at once, upstream's source assumes 16: others lost the context.
+fn misaligned_states(gpu: &Gpu) {
+    let stream = &gpu.stream;
+    let case = Case::<bf16>::new(9, &[64], [1, 1, 1], true);
+    let (q_shape, k_shape, v_shape, out_shape, state_shape) = case.shapes();
+    let upload = |values: &[bf16]| stream.clone_htod(values).unwrap();
+    let (q, k, v) = (upload(&case.q), upload(&case.k), upload(&case.v));
+    let (alpha, beta) = (stream.clone_htod(&case.alpha).unwrap(), stream.clone_htod(&case.beta).unwrap());
+    let mut output = upload(&vec![bf16::POISON; 64 * SIZE]);
+    let mut state = stream.clone_htod(&vec![f32::NAN; SIZE * SIZE + 4]).unwrap();
+    let cu_seqlens = CuSeqlens::from_lengths(&[64]).unwrap().to_device(stream).unwrap();
+    let mut context = GdnPrefillContext::new(stream).unwrap();
+    let input_state = case.input_state.as_deref().unwrap();
+    let mut prefill = |state_at: usize, input_at: usize| {
+        let input = stream.clone_htod(&[&vec![0.0; input_at], input_state].concat()).unwrap();
+        let (input, mut state) = (input.slice(input_at..), state.slice_mut(state_at..));
+        let mut tensors = GdnTensors {
+            output: TensorMut::from_cudarc(stream, &mut output, &out_shape).unwrap(),
+            output_state: TensorMut::from_cudarc(stream, &mut state, &state_shape).unwrap(),
+            q: TensorRef::from_cudarc(stream, &q, &q_shape).unwrap(),
+            k: TensorRef::from_cudarc(stream, &k, &k_shape).unwrap(),
+            v: TensorRef::from_cudarc(stream, &v, &v_shape).unwrap(),
+        };
+        let options = GdnOptions::default()
+            .with_alpha(TensorRef::from_cudarc(stream, &alpha, &out_shape[..2]).unwrap())
+            .with_beta(TensorRef::from_cudarc(stream, &beta, &out_shape[..2]).unwrap())
+            .with_input_state(TensorRef::from_cudarc(stream, &input, &state_shape).unwrap());
+        let result = context.prefill(&mut tensors, &cu_seqlens, &options);
+        drop((tensors, options));
+        (result, widened(&stream.clone_dtoh(&output).unwrap()), stream.clone_dtoh(&state).unwrap())
+    };
+    for at in [1, 2, 3] {
+        for (argument, state_at, input_at) in [("output_state", at, 0), ("input_state", 0, at)] {
+            let (result, output, state) = prefill(state_at, input_at);
+            let error = result.unwrap_err();
+            let FlashInferError::InvalidArgument { argument: found, expected, .. } = &error else { panic!("{error}") };
+            assert_eq!((*found, expected.as_str()), (argument, "memory aligned to 16 bytes"));
+            assert!(!error.is_fatal());
+            assert!(output.iter().chain(&state).all(|x| x.is_nan()), "{argument} at {at}: launched all the same");
+        }
+    }
+    // The context is alive, and 16 bytes are enough.
+    let (expected_output, expected_state) = case.expected();
+    let (result, output, state) = prefill(4, 4);
+    result.unwrap();
+    assert_close("output", &output, &expected_output, 6e-3);
+    assert_close("state", &state, &expected_state, 6e-3);
+}
+
+/// The kernel adds up log2(alpha + 1e-10): it computes with alpha + 1e-10, also for 0, where the reference is exact.
+fn small_decays(gpu: &Gpu) {
+    let some = |i: usize, ordinary: f32| match i % 7 {
+        0 => 0.0,
+        3 => 1e-12,
+        _ => ordinary,
+    };
+    let patterns: [(&str, fn(usize, f32) -> f32); 4] = [
+        ("some of 0 and of 1e-12", some),
+        ("only 0", |_, _| 0.0),
+        ("only 1e-12", |_, _| 1e-12),
+        ("one 0 in a tile", |i, ordinary| if i % 256 == 131 { 0.0 } else { ordinary }),
+    ];
+    for (what, pattern) in patterns {
+        let make = || Case::<bf16>::new(10, &[130, 1, 64], [2, 2, 4], true);
+        let alpha = make().alpha.iter().enumerate().map(|(i, &ordinary)| pattern(i, ordinary)).collect::<Vec<_>>();
+        let shifted = Case { alpha: alpha.iter().map(|alpha| alpha + 1e-10).collect(), ..make() };
+        let (output, state) = Case { alpha, ..make() }.run(&gpu.stream);
+        let (expected_output, expected_state) = shifted.expected();
+        assert_close(&format!("{what}: output"), &widened(&output), &expected_output, 6e-3);
+        assert_close(&format!("{what}: state"), &state, &expected_state, 6e-3);
+    }
 }
 
 fn threads(gpu: &Gpu) {
