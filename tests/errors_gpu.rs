@@ -1,5 +1,6 @@
 //! What goes wrong on a GPU, and a long life without leaks. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc
 //! --test errors_gpu` runs them.
+//! They are done within 400 seconds.
 
 #[path = "support/gpu.rs"]
 mod gpu;

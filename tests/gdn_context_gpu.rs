@@ -1,5 +1,6 @@
 //! GDN prefill through the safe API on Hopper GPUs. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc --test
 //! gdn_context_gpu` runs them; under a time limit, please: this kernel hangs on what it should refuse.
+//! They are done within 240 seconds.
 
 #[path = "support/data.rs"]
 mod data;

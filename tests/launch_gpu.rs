@@ -1,5 +1,6 @@
 //! Scopes, prepared calls and graphs on a GPU. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc --test launch_gpu`
 //! runs them.
+//! They are done within 240 seconds.
 
 #[path = "support/counting.rs"]
 mod counting;
@@ -16,7 +17,8 @@ use cudarc::driver::{CudaSlice, CudaStream, result};
 use data::{Number, Random};
 use flashinfer_rs::kernels::gdn::{CapturedPrefill, GdnOptions, GdnPrefill, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{
-    GemmaRmsnorm, NormOptions, fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm, rmsnorm_quant,
+    GemmaRmsnorm, NormOptions, fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm,
+    rmsnorm_quant,
 };
 use flashinfer_rs::{
     Captured, CapturedCuSeqlens, CuSeqlens, DType, DeviceCuSeqlens, FlashInferError, FlashInferRuntime, GraphMut,
@@ -818,8 +820,7 @@ fn replaced_sequences(gpu: &Gpu) {
     let mut graph = LaunchGraph::new(stream, buffers).unwrap();
     let capture = graph.capture(|s, ((q, k, v, alpha, beta), (mut output, mut state), rest)| {
         let (offsets, mut context): (CapturedCuSeqlens<'_>, CapturedPrefill<'_>) = rest;
-        let options =
-            GdnOptions::default().with_alpha(alpha.read(&[tokens, 4])?).with_beta(beta.read(&[tokens, 4])?);
+        let options = GdnOptions::default().with_alpha(alpha.read(&[tokens, 4])?).with_beta(beta.read(&[tokens, 4])?);
         let mut tensors = GdnTensors {
             output: output.write(&[tokens, 4, 128])?,
             output_state: state.write(&[sequences, 4, 128, 128])?,

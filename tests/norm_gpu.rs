@@ -1,5 +1,6 @@
 //! The norm family on a GPU through the safe API, against the reference. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test
 //! --features cudarc --test norm_gpu` runs them.
+//! They are done within 240 seconds.
 
 #[path = "support/data.rs"]
 mod data;

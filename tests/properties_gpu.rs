@@ -1,5 +1,6 @@
 //! Random shapes, strides, options and element types against the reference, for every kernel. `FLASHINFER_RS_RUN_GPU_TESTS=1
 //! cargo test --features cudarc --test properties_gpu` runs them; a failure is shrunk and printed.
+//! They are done within 500 seconds.
 
 #[path = "support/data.rs"]
 mod data;

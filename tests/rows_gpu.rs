@@ -24,9 +24,10 @@ fn self_tests(_: &Gpu) {
         for row in kernels::rows().into_iter().filter(|row| row.runs_on.includes(device.compute_capability)) {
             let Kind::Tensor(lead) = &row.arguments[row.lead].kind else { panic!("{}: no lead", row.kernel) };
             for &dtype in lead.dtype.allowed(false) {
-                let found = report.self_tests.iter().filter(|test| {
-                    (test.kernel, test.device, test.dtype) == (row.kernel, on, dtype) && test.passed()
-                });
+                let found = report
+                    .self_tests
+                    .iter()
+                    .filter(|test| (test.kernel, test.device, test.dtype) == (row.kernel, on, dtype) && test.passed());
                 assert_eq!(found.count(), 1, "{} in {dtype} on {on}", row.kernel);
             }
         }

@@ -293,9 +293,7 @@ fn threads(gpu: &Gpu, tracked: bool) {
     let rates = outcomes.iter().map(|outcome| rate(calls, outcome)).sum::<f64>();
     let name = if tracked { "threads, with cudarc's events" } else { "threads" };
     println!("{name}: {THREADS} threads {rates:.0} calls/s, 1 thread {alone:.0} calls/s, ratio {:.2}", rates / alone);
-    let failures: Vec<_> = outcomes
-        .iter()
-        .filter_map(|outcome| outcome.first.as_ref().map(|first| (outcome.failed, first)))
-        .collect();
+    let failures: Vec<_> =
+        outcomes.iter().filter_map(|outcome| outcome.first.as_ref().map(|first| (outcome.failed, first))).collect();
     assert!(failures.is_empty(), "of {calls} calls of each thread, how many failed and the first error: {failures:#?}");
 }
