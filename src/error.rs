@@ -242,6 +242,21 @@ impl FlashInferError {
     }
 }
 
+/// As [`driver`], of what depends on a context: that it is lost, where the error says so.
+#[cfg(feature = "cudarc")]
+pub(crate) fn driver_in(
+    context: &cudarc::driver::CudaContext,
+    doing: &'static str,
+) -> impl Fn(cudarc::driver::DriverError) -> FlashInferError {
+    let device = context.ordinal() as i32;
+    move |error| match driver(doing)(error) {
+        FlashInferError::Cuda { code, message, .. } if is_sticky(code) => {
+            FlashInferError::ContextLost { device, code, message }
+        }
+        other => other,
+    }
+}
+
 /// What went wrong when cudarc was doing this.
 #[cfg(feature = "cudarc")]
 pub(crate) fn driver(doing: &'static str) -> impl Fn(cudarc::driver::DriverError) -> FlashInferError {

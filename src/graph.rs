@@ -20,7 +20,7 @@ use cudarc::driver::{
 };
 
 use crate::buffers::{check_byte, check_context, check_len, device, refuse_per_thread};
-use crate::error::{FlashInferError, Result, driver};
+use crate::error::{FlashInferError, Result, driver, driver_in};
 use crate::owner::{CurrentContext, Owner};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::{Capture, Stream};
@@ -761,7 +761,7 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         let _current = CurrentContext::bind(context)?;
         if self.lent {
             self.buffers.iter_mut().for_each(|buffers| buffers.take_over(&self.stream));
-            context.check_err().map_err(driver("ordering a buffer's uses"))?;
+            context.check_err().map_err(driver_in(context, "ordering a buffer's uses"))?;
             self.lent = false;
         }
         (self.launched, self.unreported) = (true, true);

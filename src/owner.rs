@@ -53,7 +53,7 @@ mod tracked {
     use cudarc::driver::{CudaContext, CudaStream, CudaView, CudaViewMut, SyncOnDrop, result, sys};
 
     use super::Access;
-    use crate::error::{FlashInferError, Result, driver};
+    use crate::error::{FlashInferError, Result, driver_in};
 
     /// The buffer of cudarc's that a tensor is over, and the stream that it was made for; or nobody, where whoever made the
     /// tensor vouched for the memory.
@@ -141,10 +141,11 @@ mod tracked {
             *guard = owner.guard(access);
         }
         // Where waiting failed, nothing may run: the error says that the order does not hold.
-        stream.context().check_err().map_err(driver("ordering a buffer's uses"))?;
+        let context = stream.context();
+        context.check_err().map_err(driver_in(context, "ordering a buffer's uses"))?;
         let result = launch();
         drop(guards);
-        stream.context().check_err().map_err(driver("recording a buffer's use")).and(result)
+        context.check_err().map_err(driver_in(context, "recording a buffer's use")).and(result)
     }
 
     /// That nothing is captured on the stream: a graph would keep the addresses, not the buffers.
@@ -152,7 +153,7 @@ mod tracked {
         let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         // SAFETY: the stream is live, and one number is written through a pointer that is valid for the call.
         let code = unsafe { sys::cuStreamIsCapturing(stream.cu_stream(), &mut status) };
-        code.result().map_err(driver("cuStreamIsCapturing"))?;
+        code.result().map_err(driver_in(stream.context(), "cuStreamIsCapturing"))?;
         if status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
             return Ok(());
         }
@@ -170,11 +171,12 @@ mod tracked {
     impl CurrentContext {
         /// Makes this context current.
         pub(crate) fn bind(context: &CudaContext) -> Result<Self> {
-            let before = result::ctx::get_current().map_err(driver("cuCtxGetCurrent"))?.unwrap_or(ptr::null_mut());
+            let before = result::ctx::get_current().map_err(driver_in(context, "cuCtxGetCurrent"))?;
+            let before = before.unwrap_or(ptr::null_mut());
             if before == context.cu_ctx() {
                 return Ok(Self(None));
             }
-            context.bind_to_thread().map_err(driver("binding the context"))?;
+            context.bind_to_thread().map_err(driver_in(context, "binding the context"))?;
             Ok(Self(Some(before)))
         }
     }

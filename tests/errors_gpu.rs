@@ -1,5 +1,6 @@
 //! What goes wrong on a GPU, and a long life without leaks. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc
 //! --test errors_gpu` runs them.
+//! They are done within 400 seconds.
 
 #[path = "support/gpu.rs"]
 mod gpu;
@@ -8,17 +9,19 @@ use std::ffi::c_void;
 use std::process::{Command, ExitCode};
 
 use cudarc::driver::result;
-use flashinfer_rs::kernels::gdn::HEAD_SIZE;
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
-use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm, rmsnorm};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE};
+use flashinfer_rs::kernels::norm::{NormOptions, Rmsnorm, gemma_rmsnorm, layernorm, rmsnorm};
 use flashinfer_rs::{
-    Arg, DType, Device, FlashInferError, FlashInferRuntime, Stream, TensorMut, TensorRef, gemma_rmsnorm_cudarc,
+    Arg, CuSeqlens, DType, Device, FlashInferError, FlashInferRuntime, LaunchGraph, Prepared, Stream, TensorMut,
+    TensorRef, gemma_rmsnorm_cudarc,
 };
 use gpu::Gpu;
 use half::bf16;
 
 /// Set in a process that is to break its context.
 const BREAK: &str = "FLASHINFER_RS_BREAK_THE_CONTEXT";
+/// Whether cudarc tracks events there.
+const TRACKED: &str = "FLASHINFER_RS_BREAK_TRACKED";
 
 fn main() -> ExitCode {
     if std::env::var_os(BREAK).is_some() {
@@ -33,28 +36,83 @@ fn main() -> ExitCode {
     ])
 }
 
+/// Every way to reach the GPU: whichever meets the lost context first says so.
+const WAYS: [&str; 5] = ["a call", "layernorm", "a prepared call", "a graph", "a prefill"];
+
 fn lost_context(_: &Gpu) {
     let program = std::env::current_exe().unwrap();
-    let output = Command::new(program).env(BREAK, "1").output().unwrap();
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success() && text.contains("as it should be"), "{text}");
+    for first in WAYS {
+        // With cudarc's event tracking another way leads to the launch than without.
+        for tracked in ["tracked", "untracked"] {
+            let output = Command::new(&program).env(BREAK, first).env(TRACKED, tracked).output().unwrap();
+            let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            let well = output.status.success() && out.contains("as it should be");
+            assert!(well, "{first} first, {tracked}: {out}{err}");
+        }
+    }
 }
 
 fn break_the_context(gpu: &Gpu) {
-    let buffer = gpu.stream.alloc_zeros::<bf16>(4096).unwrap();
-    let weight = TensorRef::from_cudarc(&gpu.stream, &buffer, &[4096]).unwrap();
+    let tracked = std::env::var(TRACKED).is_ok_and(|value| value == "tracked");
+    if !tracked {
+        // SAFETY: all is on one stream here.
+        unsafe { gpu.context.disable_event_tracking() };
+    }
+    let (stream, s) = (&gpu.stream, Stream::cudarc(&gpu.stream));
+    let (shape, length, options) = ([64, 4096], [4096], NormOptions::default());
+    let matrix = || stream.alloc_zeros::<bf16>(64 * 4096).unwrap();
+    let vector = || stream.alloc_zeros::<bf16>(4096).unwrap();
+    let numbers = stream.alloc_zeros::<f32>(4096).unwrap();
+    let (source, buffer) = (matrix(), vector());
+    let mut outs = [matrix(), matrix(), matrix()];
+    let [first, second, third] = &mut outs;
+    let source = TensorRef::from_cudarc(stream, &source, &shape).unwrap();
+    let weight = TensorRef::from_cudarc(stream, &buffer, &length).unwrap();
+    let gamma = TensorRef::from_cudarc(stream, &numbers, &length).unwrap();
+    let [mut out, mut prepared_out, mut layer_out] =
+        [first, second, third].map(|out| TensorMut::from_cudarc(stream, out, &shape).unwrap());
+    let prepared = Prepared::<Rmsnorm>::new(&prepared_out, &source, &weight, &options).unwrap();
+    let mut graph = LaunchGraph::new(stream, (matrix(), vector(), matrix())).unwrap();
+    let capture = graph.capture(|s, (input, weight, mut out)| {
+        rmsnorm(&mut out.write(&shape)?, &input.read(&shape)?, &weight.read(&length)?, &options, s)
+    });
+    capture.unwrap();
+    let (heads, states) = ([64, 1, HEAD_SIZE], [1, 1, HEAD_SIZE, HEAD_SIZE]);
+    let (per_head, mut output) = (matrix(), matrix());
+    let mut state = stream.alloc_zeros::<f32>((HEAD_SIZE * HEAD_SIZE) as usize).unwrap();
+    let read = || TensorRef::from_cudarc(stream, &per_head, &heads).unwrap();
+    let mut tensors = GdnTensors {
+        output: TensorMut::from_cudarc(stream, &mut output, &heads).unwrap(),
+        output_state: TensorMut::from_cudarc(stream, &mut state, &states).unwrap(),
+        q: read(),
+        k: read(),
+        v: read(),
+    };
+    let sequences = CuSeqlens::from_lengths(&[64]).unwrap().to_device(stream).unwrap();
+    let mut context = GdnPrefillContext::new(stream).unwrap();
+    stream.synchronize().unwrap();
+
     // SAFETY: none: the address is nobody's. That is what this process is for.
-    let input =
-        unsafe { TensorRef::from_raw(0x10 as *const c_void, Device::Cuda(0), DType::BF16, &[64, 4096], None) }.unwrap();
-    let mut out = gpu.stream.alloc_zeros::<bf16>(64 * 4096).unwrap();
-    let mut out = TensorMut::from_cudarc(&gpu.stream, &mut out, &[64, 4096]).unwrap();
-    let mut call = || rmsnorm(&mut out, &input, &weight, &NormOptions::default(), Stream::cudarc(&gpu.stream));
-    call().unwrap();
-    gpu.stream.synchronize().unwrap_err();
-    for _ in 0..2 {
-        let error = call().unwrap_err();
-        let FlashInferError::ContextLost { device: 0, code: 700, message } = &error else { panic!("{error}") };
-        assert!(message.contains("illegal memory access"), "{message}");
+    let nowhere =
+        unsafe { TensorRef::from_raw(0x10 as *const c_void, Device::Cuda(0), DType::BF16, &shape, None) }.unwrap();
+    rmsnorm(&mut out, &nowhere, &weight, &options, s).unwrap();
+    stream.synchronize().unwrap_err();
+
+    let mut reach = |way: &str| match way {
+        "a call" => rmsnorm(&mut out, &source, &weight, &options, s),
+        "layernorm" => layernorm(&mut layer_out, &source, &gamma, &gamma, 1e-5, s),
+        "a prepared call" => prepared.launch(&mut prepared_out, &source, &weight, s),
+        "a graph" => graph.launch(),
+        "a prefill" => context.prefill(&mut tensors, &sequences, &GdnOptions::default()),
+        other => panic!("{other}"),
+    };
+    let first = std::env::var(BREAK).unwrap();
+    // What comes first once more: a context that is lost stays so.
+    for way in [&*first, &*first].into_iter().chain(WAYS) {
+        let error = reach(way).expect_err(way);
+        assert!(error.is_fatal(), "{way}: {error}");
+        let FlashInferError::ContextLost { device: 0, code: 700, message } = &error else { panic!("{way}: {error}") };
+        assert!(message.contains("illegal memory access"), "{way}: {message}");
     }
     println!("as it should be");
     // What is left cannot be freed in order.
@@ -69,17 +127,15 @@ fn prefill(gpu: &Gpu, context: &mut GdnPrefillContext) -> flashinfer_rs::Result<
     let mut output = stream.alloc_zeros::<bf16>(count).unwrap();
     let mut state = stream.alloc_zeros::<f32>((HEAD_SIZE * HEAD_SIZE) as usize).unwrap();
     let read = || TensorRef::from_cudarc(stream, &input, &shape);
-    context.prefill(
-        GdnTensors {
-            output: TensorMut::from_cudarc(stream, &mut output, &shape)?,
-            output_state: TensorMut::from_cudarc(stream, &mut state, &states)?,
-            q: read()?,
-            k: read()?,
-            v: read()?,
-        },
-        &CuSeqlens::from_lengths(&[64])?.to_device(stream)?,
-        GdnOptions::default(),
-    )
+    let mut tensors = GdnTensors {
+        output: TensorMut::from_cudarc(stream, &mut output, &shape)?,
+        output_state: TensorMut::from_cudarc(stream, &mut state, &states)?,
+        q: read()?,
+        k: read()?,
+        v: read()?,
+    };
+    let sequences = CuSeqlens::from_lengths(&[64])?.to_device(stream)?;
+    context.prefill(&mut tensors, &sequences, &GdnOptions::default())
 }
 
 fn stale_error(gpu: &Gpu) {

@@ -1,5 +1,6 @@
 //! gdn_prefill on a Hopper GPU, against the reference. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc --test
 //! gdn_prefill_gpu` runs them. Run them under a time limit: this kernel hangs on input that it should refuse.
+//! They are done within 240 seconds.
 
 #[path = "support/data.rs"]
 mod data;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
 use data::{Number, Random, assert_close, widened};
-use flashinfer_rs::kernels::gdn::{self, GdnPrefill, HEAD_SIZE};
+use flashinfer_rs::kernels::gdn::{self, GdnOptions, GdnTensors, HEAD_SIZE, WORKSPACE_SIZE};
 use flashinfer_rs::{
     DType, Element, FlashInferError, GdnPrefillSm90Params, Stream, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc,
     Tensor4DDesc, TensorMut, TensorRef, gdn_prefill_sm90, gdn_prefill_sm90_cudarc,
@@ -22,8 +23,7 @@ use gpu::Gpu;
 use half::{bf16, f16};
 
 const SIZE: usize = HEAD_SIZE as usize;
-/// Enough for every Hopper GPU.
-const WORKSPACE: usize = 1 << 16;
+const WORKSPACE: usize = WORKSPACE_SIZE as usize;
 
 fn main() -> ExitCode {
     gpu::main(&[
@@ -110,21 +110,23 @@ impl<T: Number> Case<T> {
         let states = [sequences, heads, HEAD_SIZE, HEAD_SIZE];
         let (q, k, v) = (widened(&self.q), widened(&self.k), widened(&self.v));
         let (mut output, mut state) = (vec![0f32; self.output_len()], vec![0f32; self.state_len()]);
-        let args = GdnPrefill {
+        let mut tensors = GdnTensors {
             output: TensorMut::from_slice(&mut output, &[tokens, heads, HEAD_SIZE]).unwrap(),
             output_state: TensorMut::from_slice(&mut state, &states).unwrap(),
             q: TensorRef::from_slice(&q, &[tokens, q_heads, HEAD_SIZE]).unwrap(),
             k: TensorRef::from_slice(&k, &[tokens, k_heads, HEAD_SIZE]).unwrap(),
             v: TensorRef::from_slice(&v, &[tokens, v_heads, HEAD_SIZE]).unwrap(),
-            cu_seqlens: TensorRef::from_slice(&self.offsets, &[sequences + 1]).unwrap(),
-            input_state: self.input_state.as_ref().map(|s| TensorRef::from_slice(s, &states).unwrap()),
-            alpha: self.alpha.as_ref().map(|a| TensorRef::from_slice(a, &[tokens, heads]).unwrap()),
-            beta: self.beta.as_ref().map(|b| TensorRef::from_slice(b, &[tokens, heads]).unwrap()),
-            scale: self.scale,
-            workspace: TensorMut::from_slice::<u8>(&mut [], &[0]).unwrap(),
         };
+        let offsets = TensorRef::from_slice(&self.offsets, &[sequences + 1]).unwrap();
+        let mut nothing: [u8; 0] = [];
+        let mut workspace = TensorMut::from_slice(&mut nothing, &[0]).unwrap();
+        let mut options = GdnOptions::default();
+        options.input_state = self.input_state.as_ref().map(|s| TensorRef::from_slice(s, &states).unwrap());
+        options.alpha = self.alpha.as_ref().map(|a| TensorRef::from_slice(a, &[tokens, heads]).unwrap());
+        options.beta = self.beta.as_ref().map(|b| TensorRef::from_slice(b, &[tokens, heads]).unwrap());
+        options.scale = (self.scale != 0.0).then_some(self.scale);
         // SAFETY: on the host the contents of cu_seqlens are checked.
-        unsafe { gdn::gdn_prefill(args, Stream::NULL) }.unwrap();
+        unsafe { gdn::gdn_prefill(&mut tensors, &offsets, &mut workspace, &options, Stream::NULL) }.unwrap();
         (output, state)
     }
 
@@ -377,13 +379,15 @@ fn asynchronous(gpu: &Gpu) {
 fn small_workspace(gpu: &Gpu) {
     let case = Case::<bf16>::new(4, &[64], [2, 2, 2], Options::default());
     let mut on = case.upload(&gpu.stream);
-    on.workspace = gpu.stream.alloc_zeros(128).unwrap();
-    let error = case.launch(&gpu.stream, &mut on).unwrap_err();
-    let FlashInferError::InvalidArgument { argument: "workspace", found, expected, .. } = &error else {
-        panic!("{error}")
-    };
-    assert_eq!(found, "128 bytes");
-    assert!(expected.ends_with("bytes or more"), "{expected}");
+    // A descriptor for each multiprocessor that is counted is not enough: on a MIG slice their numbers go past the count.
+    for size in [128, 132 * 128, WORKSPACE - 1] {
+        on.workspace = gpu.stream.alloc_zeros(size).unwrap();
+        let error = case.launch(&gpu.stream, &mut on).unwrap_err();
+        let FlashInferError::InvalidArgument { argument: "workspace", found, expected, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!((found.as_str(), expected.as_str()), (&*format!("{size} bytes long"), "131072 bytes or more"));
+    }
 }
 
 fn head_sizes(gpu: &Gpu) {

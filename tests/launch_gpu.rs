@@ -1,5 +1,6 @@
 //! Scopes, prepared calls and graphs on a GPU. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --features cudarc --test launch_gpu`
 //! runs them.
+//! They are done within 240 seconds.
 
 #[path = "support/counting.rs"]
 mod counting;
@@ -11,16 +12,17 @@ mod gpu;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream};
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaSlice, CudaStream, result};
 use data::{Number, Random};
-use flashinfer_rs::kernels::gdn_context::{
-    CapturedCuSeqlens, CapturedPrefill, CuSeqlens, DeviceCuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors,
-};
+use flashinfer_rs::kernels::gdn::{CapturedPrefill, GdnOptions, GdnPrefill, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{
-    NormOptions, fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm, rmsnorm_quant,
+    GemmaRmsnorm, NormOptions, fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm,
+    rmsnorm_quant,
 };
 use flashinfer_rs::{
-    Captured, DType, FlashInferError, FlashInferRuntime, GraphMut, LaunchGraph, Prepared, Stream, TensorMut, TensorRef,
+    Captured, CapturedCuSeqlens, CuSeqlens, DType, DeviceCuSeqlens, FlashInferError, FlashInferRuntime, GraphMut,
+    LaunchGraph, Prepared, Stream, TensorMut, TensorRef,
 };
 use gpu::Gpu;
 use half::{bf16, f16};
@@ -44,6 +46,9 @@ fn main() -> ExitCode {
         ("graphs_move_between_threads", threads),
         ("what_cannot_be_captured_is_an_error_and_streams_stay_usable", uncapturable),
         ("a_graph_without_calls_is_an_error_to_launch", uncaptured),
+        ("a_capture_of_cudarc_s_own_is_refused_and_stays_valid", cudarc_capture),
+        ("a_struct_of_buffers_and_a_copy_of_one_s_own_in_a_graph", own_struct),
+        ("a_captured_prefill_takes_other_sequences", replaced_sequences),
     ])
 }
 
@@ -176,20 +181,16 @@ fn prepared(gpu: &Gpu) {
     let (first, second, weight) = (matrix(stream, 1), matrix(stream, 2), vector(stream, 3));
     let (mut out, mut other) = (matrix(stream, 4), matrix(stream, 5));
     let read = |buffer| TensorRef::from_cudarc(stream, buffer, &SHAPE).unwrap();
-    let mut prepared = Prepared::gemma_rmsnorm(
-        TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap(),
-        read(&first),
-        TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap(),
-        &options,
-    )
-    .unwrap();
+    let weight_gpu = TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap();
+    let write = TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap();
+    let prepared = Prepared::<GemmaRmsnorm>::new(&write, &read(&first), &weight_gpu, &options).unwrap();
     let s = Stream::cudarc(stream);
-    prepared.launch(s).unwrap();
-    prepared.replace("input", read(&second)).unwrap();
-    prepared.replace_mut("out", TensorMut::from_cudarc(stream, &mut other, &SHAPE).unwrap()).unwrap();
-    FlashInferRuntime::global().unwrap().on(stream, |s| (0..3).try_for_each(|_| prepared.launch(s))).unwrap().unwrap();
-    gpu.assert_asynchronous(stream, || prepared.launch(s).unwrap());
-    drop(prepared);
+    let mut write = write;
+    prepared.launch(&mut write, &read(&first), &weight_gpu, s).unwrap();
+    let mut write = TensorMut::from_cudarc(stream, &mut other, &SHAPE).unwrap();
+    let mut launch = |s: Stream<'_>| prepared.launch(&mut write, &read(&second), &weight_gpu, s);
+    FlashInferRuntime::global().unwrap().on(stream, |s| (0..3).try_for_each(|_| launch(s))).unwrap().unwrap();
+    gpu.assert_asynchronous(stream, || launch(s).unwrap());
     assert_eq!(bits(stream, &out), eager(stream, &first, &weight, &options));
     assert_eq!(bits(stream, &other), eager(stream, &second, &weight, &options));
 
@@ -202,24 +203,14 @@ fn prepared(gpu: &Gpu) {
     let offsets = stream.clone_htod(&[0i64, 40, 64]).unwrap();
     let mut workspace = stream.alloc_zeros::<u8>(128 * 1024).unwrap();
     {
-        let (tensors, options) = prefill.tensors(stream);
-        let args = flashinfer_rs::kernels::gdn::GdnPrefill {
-            output: tensors.output,
-            output_state: tensors.output_state,
-            q: tensors.q,
-            k: tensors.k,
-            v: tensors.v,
-            cu_seqlens: TensorRef::from_cudarc(stream, &offsets, &[3]).unwrap(),
-            input_state: options.input_state,
-            alpha: options.alpha,
-            beta: options.beta,
-            scale: options.scale,
-            workspace: TensorMut::from_cudarc(stream, &mut workspace, &[128 * 1024]).unwrap(),
-        };
-        // SAFETY: the offsets start with 0, increase, and end with the number of tokens; the workspace is this call's.
-        let prepared = unsafe { Prepared::gdn_prefill(args) }.unwrap();
-        (0..3).for_each(|_| prepared.launch(s).unwrap());
-        drop(prepared);
+        let (mut tensors, options) = prefill.tensors(stream);
+        let offsets = TensorRef::from_cudarc(stream, &offsets, &[3]).unwrap();
+        let mut workspace = TensorMut::from_cudarc(stream, &mut workspace, &[128 * 1024]).unwrap();
+        let prepared = Prepared::<GdnPrefill>::new(&tensors, &offsets, &workspace, &options).unwrap();
+        for _ in 0..3 {
+            // SAFETY: the offsets start with 0, increase, and end with the number of tokens; the workspace is this call's.
+            unsafe { prepared.launch(&mut tensors, &offsets, &mut workspace, &options, s) }.unwrap();
+        }
     }
     assert!(prefill.results(stream) == expected, "prepared prefill");
 }
@@ -227,19 +218,21 @@ fn prepared(gpu: &Gpu) {
 fn prepared_stream(gpu: &Gpu) {
     let (stream, other) = (&gpu.stream, gpu.context.new_stream().unwrap());
     let (input, weight, mut out) = (matrix(stream, 1), vector(stream, 2), matrix(stream, 3));
-    let mut prepared = Prepared::gemma_rmsnorm(
-        TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap(),
-        TensorRef::from_cudarc(stream, &input, &SHAPE).unwrap(),
-        TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap(),
-        &NormOptions::default(),
-    )
-    .unwrap();
-    let error = prepared.launch(Stream::cudarc(&other)).unwrap_err();
+    let mut out = TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap();
+    let own = TensorRef::from_cudarc(stream, &input, &SHAPE).unwrap();
+    let weight = TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap();
+    let prepared = Prepared::<GemmaRmsnorm>::new(&out, &own, &weight, &NormOptions::default()).unwrap();
+    let error = prepared.launch(&mut out, &own, &weight, Stream::cudarc(&other)).unwrap_err();
     assert!(matches!(error, FlashInferError::InvalidArgument { argument: "out", .. }), "{error}");
     let foreign = TensorRef::from_cudarc(&other, &input, &SHAPE).unwrap();
-    let error = prepared.replace("input", foreign).unwrap_err();
+    let error = prepared.launch(&mut out, &foreign, &weight, Stream::cudarc(stream)).unwrap_err();
+    assert!(matches!(error, FlashInferError::InvalidArgument { argument: "input", .. }), "{error}");
     assert!(error.to_string().contains("for stream"), "{error}");
-    prepared.launch(Stream::cudarc(stream)).unwrap();
+    // Of another form is not what was prepared, though a call of its own would do.
+    let wider = TensorRef::from_cudarc_strided(stream, &input, &[1, LENGTH[0]], &[2 * LENGTH[0], 1]).unwrap();
+    let error = prepared.launch(&mut out, &wider, &weight, Stream::cudarc(stream)).unwrap_err();
+    assert!(matches!(error, FlashInferError::InvalidArgument { .. }), "{error}");
+    prepared.launch(&mut out, &own, &weight, Stream::cudarc(stream)).unwrap();
 }
 
 fn every_norm(gpu: &Gpu) {
@@ -394,8 +387,8 @@ impl Prefill {
     fn tensors<'a>(&'a mut self, stream: &'a CudaStream) -> (GdnTensors<'a>, GdnOptions<'a>) {
         let (t, n) = (self.tokens as i64, self.sequences as i64);
         let read = |buffer, heads| TensorRef::from_cudarc::<bf16>(stream, buffer, &[t, heads, 128]).unwrap();
-        let numbers = |buffer| Some(TensorRef::from_cudarc::<f32>(stream, buffer, &[t, 4]).unwrap());
-        let options = GdnOptions { alpha: numbers(&self.alpha), beta: numbers(&self.beta), ..GdnOptions::default() };
+        let numbers = |buffer| TensorRef::from_cudarc::<f32>(stream, buffer, &[t, 4]).unwrap();
+        let options = GdnOptions::default().with_alpha(numbers(&self.alpha)).with_beta(numbers(&self.beta));
         let tensors = GdnTensors {
             output: TensorMut::from_cudarc(stream, &mut self.output, &[t, 4, 128]).unwrap(),
             output_state: TensorMut::from_cudarc(stream, &mut self.state, &[n, 4, 128, 128]).unwrap(),
@@ -407,8 +400,8 @@ impl Prefill {
     }
 
     fn eager(&mut self, context: &mut GdnPrefillContext, offsets: &DeviceCuSeqlens, stream: &Arc<CudaStream>) {
-        let (tensors, options) = self.tensors(stream);
-        context.prefill(tensors, offsets, options).unwrap();
+        let (mut tensors, options) = self.tensors(stream);
+        context.prefill(&mut tensors, offsets, &options).unwrap();
     }
 
     fn poison(&mut self, stream: &Arc<CudaStream>) {
@@ -441,19 +434,16 @@ fn prefills(gpu: &Gpu) {
         .unwrap();
         let capture = graph.capture(|s, ((q, k, v, alpha, beta), (mut output, mut state, mut normed), rest)| {
             let (weight, offsets, mut context): (_, CapturedCuSeqlens<'_>, CapturedPrefill<'_>) = rest;
-            let options = GdnOptions {
-                alpha: Some(alpha.read(&[tokens, 4])?),
-                beta: Some(beta.read(&[tokens, 4])?),
-                ..GdnOptions::default()
-            };
-            let tensors = GdnTensors {
+            let options =
+                GdnOptions::default().with_alpha(alpha.read(&[tokens, 4])?).with_beta(beta.read(&[tokens, 4])?);
+            let mut tensors = GdnTensors {
                 output: output.write(&[tokens, 4, 128])?,
                 output_state: state.write(&[sequences, 4, 128, 128])?,
                 q: q.read(&[tokens, 2, 128])?,
                 k: k.read(&[tokens, 2, 128])?,
                 v: v.read(&[tokens, 4, 128])?,
             };
-            context.prefill(tensors, &offsets, options, s)?;
+            context.prefill(&mut tensors, &offsets, &options, s)?;
             let shape = [tokens, 4, 128];
             let (output, weight) = (output.read(&shape)?, weight.read(&[128])?);
             // With programmatic dependent launch, behind a kernel and behind a fill.
@@ -691,7 +681,7 @@ fn uncapturable(gpu: &Gpu) {
     if FlashInferRuntime::global().unwrap().device_count().unwrap() > 1 {
         let other = cudarc::driver::CudaContext::new(1).unwrap().new_stream().unwrap();
         let error = LaunchGraph::new(stream, (matrix(stream, 1), vec![matrix(&other, 1)])).unwrap_err();
-        assert!(error.to_string().contains("in a context of cuda:1"), "{error}");
+        assert!(error.to_string().contains("of the context of cuda:1"), "{error}");
     }
 
     // A middle past the end, and a shape that does not fit.
@@ -720,4 +710,185 @@ fn uncaptured(gpu: &Gpu) {
     assert_eq!(graph.nodes(), 0);
     graph.launch().unwrap();
     gpu.stream.synchronize().unwrap();
+}
+
+/// The graph would keep addresses, not buffers; and cudarc's waits for other streams would break the capture.
+fn cudarc_capture(gpu: &Gpu) {
+    let stream = &gpu.stream;
+    let (input, weight, mut out) = (matrix(stream, 1), vector(stream, 2), matrix(stream, 3));
+    let (options, s) = (NormOptions::default(), Stream::cudarc(stream));
+    let expected = eager(stream, &input, &weight, &options);
+    let before = bits(stream, &out);
+    let (mut prefill, offsets) = Prefill::new(stream, &[40, 24], 5);
+    let mut context = GdnPrefillContext::new(stream).unwrap();
+    let mut graph = LaunchGraph::new(stream, (matrix(stream, 1), vector(stream, 2), matrix(stream, 3))).unwrap();
+    {
+        let mut write = TensorMut::from_cudarc(stream, &mut out, &SHAPE).unwrap();
+        let read = TensorRef::from_cudarc(stream, &input, &SHAPE).unwrap();
+        let short = TensorRef::from_cudarc(stream, &weight, &LENGTH).unwrap();
+        let prepared = Prepared::<GemmaRmsnorm>::new(&write, &read, &short, &options).unwrap();
+        let (mut tensors, gdn_options) = prefill.tensors(stream);
+        stream.synchronize().unwrap();
+
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        let refused = [
+            ("a call", gemma_rmsnorm(&mut write, &read, &short, &options, s)),
+            ("a prepared call", prepared.launch(&mut write, &read, &short, s)),
+            ("a prefill", context.prefill(&mut tensors, &offsets, &gdn_options)),
+            ("a tensor", TensorRef::from_cudarc(stream, &input, &SHAPE).map(drop)),
+        ];
+        let captured = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("the capture is valid");
+        for (what, result) in refused {
+            let error = result.expect_err(what);
+            assert!(matches!(error, FlashInferError::Graph { .. }), "{what}: {error}");
+            assert!(!error.is_fatal());
+        }
+        captured.launch().unwrap();
+        stream.synchronize().unwrap();
+    }
+    assert_eq!(bits(stream, &out), before, "nothing of it was captured");
+    // The stream is as before, for calls and for graphs of this crate's.
+    assert_eq!(eager(stream, &input, &weight, &options), expected);
+    let capture = graph.capture(|s, (input, weight, mut out)| {
+        let (input, weight) = (input.read(&SHAPE)?, weight.read(&LENGTH)?);
+        gemma_rmsnorm(&mut out.write(&SHAPE)?, &input, &weight, &options, s)
+    });
+    capture.unwrap();
+    graph.launch().unwrap();
+    assert_eq!(bits(stream, &graph.buffers().2), expected);
+}
+
+flashinfer_rs::graph_buffers! {
+    /// What a user's own step needs.
+    struct Step / StepCaptured / StepViews {
+        input: CudaSlice<bf16>,
+        normed: CudaSlice<bf16>,
+        copied: CudaSlice<bf16>,
+        out: CudaSlice<bf16>,
+        weights: Vec<Arc<CudaSlice<bf16>>>,
+    }
+}
+
+fn own_struct(gpu: &Gpu) {
+    let stream = &gpu.stream;
+    let options = NormOptions::default();
+    let weights: Vec<_> = [2, 3].map(|seed| Arc::new(vector(stream, seed))).into();
+    let step = Step {
+        input: matrix(stream, 1),
+        normed: matrix(stream, 10),
+        copied: matrix(stream, 11),
+        out: matrix(stream, 12),
+        weights: weights.clone(),
+    };
+    let mut graph = LaunchGraph::new(stream, step).unwrap();
+    let capture = graph.capture(|s, on| {
+        let StepCaptured { input, mut normed, mut copied, mut out, weights } = on;
+        let (first, second) = (weights[0].read(&LENGTH)?, weights[1].read(&LENGTH)?);
+        gemma_rmsnorm(&mut normed.write(&SHAPE)?, &input.read(&SHAPE)?, &first, &options, s)?;
+        let (from, to) = (normed.as_mut_ptr() as u64, copied.as_mut_ptr() as u64);
+        // SAFETY: both are the graph's buffers, of as many bytes, which it keeps; the copy is captured between the two norms.
+        unsafe { result::memcpy_dtod_async(to, from, ROWS * COLUMNS * 2, s.as_raw().cast()) }.unwrap();
+        gemma_rmsnorm(&mut out.write(&SHAPE)?, &copied.read(&SHAPE)?, &second, &options, s)
+    });
+    assert_eq!(capture.unwrap(), Captured::Instantiated);
+    assert_eq!(graph.nodes(), 3);
+    for seed in [20, 21, 22] {
+        let input = matrix(stream, seed);
+        stream.memcpy_dtod(&input, &mut graph.buffers().input).unwrap();
+        graph.launch().unwrap();
+        let once = eager(stream, &input, &weights[0], &options);
+        let normed: Vec<_> = once.iter().map(|&bits| bf16::from_bits(bits)).collect();
+        let twice = eager(stream, &stream.clone_htod(&normed).unwrap(), &weights[1], &options);
+        let StepViews { input: kept, normed, copied, out, weights } = graph.buffers();
+        assert_eq!(bits(stream, &kept), bits(stream, &input));
+        assert_eq!((bits(stream, &normed), bits(stream, &copied)), (once.clone(), once), "seed {seed}");
+        assert_eq!(bits(stream, &out), twice, "seed {seed}");
+        assert_eq!(weights.len(), 2);
+    }
+    let step = graph.into_buffers();
+    assert!(step.weights.iter().zip(&weights).all(|(a, b)| Arc::ptr_eq(a, b)));
+    assert_eq!(step.out.len(), ROWS * COLUMNS);
+}
+
+fn replaced_sequences(gpu: &Gpu) {
+    let (stream, other) = (&gpu.stream, gpu.context.new_stream().unwrap());
+    let (tokens, sequences) = (100, 3);
+    let (first, offsets) = Prefill::new(stream, &[40, 24, 36], 1);
+    let context = GdnPrefillContext::new(stream).unwrap();
+    let inputs = (first.q, first.k, first.v, first.alpha, first.beta);
+    let buffers = (inputs, (first.output, first.state), (offsets, context));
+    let mut graph = LaunchGraph::new(stream, buffers).unwrap();
+    let capture = graph.capture(|s, ((q, k, v, alpha, beta), (mut output, mut state), rest)| {
+        let (offsets, mut context): (CapturedCuSeqlens<'_>, CapturedPrefill<'_>) = rest;
+        let options = GdnOptions::default().with_alpha(alpha.read(&[tokens, 4])?).with_beta(beta.read(&[tokens, 4])?);
+        let mut tensors = GdnTensors {
+            output: output.write(&[tokens, 4, 128])?,
+            output_state: state.write(&[sequences, 4, 128, 128])?,
+            q: q.read(&[tokens, 2, 128])?,
+            k: k.read(&[tokens, 2, 128])?,
+            v: v.read(&[tokens, 4, 128])?,
+        };
+        context.prefill(&mut tensors, &offsets, &options, s)
+    });
+    capture.unwrap();
+    let mut context = GdnPrefillContext::new(stream).unwrap();
+    // What is given, and what it is filled up to.
+    let cases: [(&[i64], [i64; 3]); 6] = [
+        (&[40, 24, 36], [40, 24, 36]),
+        (&[10, 60, 30], [10, 60, 30]),
+        (&[30, 50], [30, 50, 20]),
+        (&[7], [7, 1, 92]),
+        (&[1, 1, 98], [1, 1, 98]),
+        (&[98, 1], [98, 1, 1]),
+    ];
+    for (i, (given, filled)) in cases.into_iter().enumerate() {
+        // The inputs are the same whatever the sequences are.
+        let (mut direct, direct_offsets) = Prefill::new(stream, &filled, 1);
+        direct.poison(stream);
+        {
+            let (_, (mut output, mut state), (mut offsets, ())) = graph.buffers();
+            stream.memcpy_dtod(&direct.output, &mut output).unwrap();
+            stream.memcpy_dtod(&direct.state, &mut state).unwrap();
+            // From another stream, the launch waits for the copy.
+            let on = if i % 2 == 0 { stream } else { &other };
+            offsets.replace(&CuSeqlens::from_lengths(given).unwrap(), on).unwrap();
+            assert_eq!(offsets.host(), &CuSeqlens::from_lengths(&filled).unwrap());
+        }
+        graph.launch().unwrap();
+        direct.eager(&mut context, &direct_offsets, stream);
+        let expected = direct.results(stream);
+        let (_, (output, state), _) = graph.buffers();
+        let found = (stream.clone_dtoh(&output).unwrap(), stream.clone_dtoh(&state).unwrap());
+        assert!(found == expected, "{given:?}, beside a direct call of {filled:?}");
+
+        // And beside a call of what was given alone.
+        direct.poison(stream);
+        let (part, count) = (given.iter().sum::<i64>(), given.len() as i64);
+        {
+            let alone = CuSeqlens::from_lengths(given).unwrap().to_device(stream).unwrap();
+            let (mut tensors, options) = direct.tensors(stream);
+            let options = GdnOptions::default()
+                .with_alpha(options.alpha.as_ref().unwrap().narrow(0, 0, part).unwrap())
+                .with_beta(options.beta.as_ref().unwrap().narrow(0, 0, part).unwrap());
+            let mut tensors = GdnTensors {
+                output: tensors.output.narrow(0, 0, part).unwrap(),
+                output_state: tensors.output_state.narrow(0, 0, count).unwrap(),
+                q: tensors.q.narrow(0, 0, part).unwrap(),
+                k: tensors.k.narrow(0, 0, part).unwrap(),
+                v: tensors.v.narrow(0, 0, part).unwrap(),
+            };
+            context.prefill(&mut tensors, &alone, &options).unwrap();
+        }
+        let alone = direct.results(stream);
+        let (outputs, states) = (part as usize * 4 * 128, count as usize * 4 * 128 * 128);
+        assert!(found.0[..outputs] == alone.0[..outputs], "{given:?}: output, alone");
+        assert!(found.1[..states] == alone.1[..states], "{given:?}: states, alone");
+    }
+    // What does not fit is refused, and the sequences stay as they were.
+    let (_, _, (mut offsets, ())) = graph.buffers();
+    for lengths in [&[25; 4][..], &[50, 0, 50], &[60, 60], &[40, 24, 37], &[40, 24, 35], &[99, 1]] {
+        let error = offsets.replace(&CuSeqlens::from_lengths(lengths).unwrap(), stream).unwrap_err();
+        assert!(matches!(error, FlashInferError::InvalidArgument { argument: "cu_seqlens", .. }), "{error}");
+        assert_eq!(offsets.host(), &CuSeqlens::from_lengths(&[98, 1, 1]).unwrap());
+    }
 }

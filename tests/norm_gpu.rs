@@ -1,5 +1,6 @@
 //! The norm family on a GPU through the safe API, against the reference. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test
 //! --features cudarc --test norm_gpu` runs them.
+//! They are done within 240 seconds.
 
 #[path = "support/data.rs"]
 mod data;
@@ -12,8 +13,8 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream};
 use data::{Number, Random, assert_close, widened};
 use flashinfer_rs::kernels::norm::{
-    NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, is_supported,
-    layernorm, rmsnorm, rmsnorm_quant,
+    NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm,
+    gemma_rmsnorm_in_place, is_supported, layernorm, rmsnorm, rmsnorm_in_place, rmsnorm_quant,
 };
 use flashinfer_rs::{DType, Device, FlashInferError, Stream, TensorMut, TensorRef};
 use gpu::Gpu;
@@ -34,6 +35,12 @@ fn main() -> ExitCode {
         ("threads_with_streams_of_their_own_get_what_one_gets", threads),
         ("empty_tensors_launch_nothing", empty),
         ("layernorm_matches", layer),
+        ("layernorm_is_right_or_refused_around_48_kib_of_shared_memory", layer_limits),
+        ("a_tensor_is_normed_onto_itself", in_place),
+        ("heads_before_tokens_are_read_and_written", heads_major),
+        ("queries_and_keys_of_a_fused_tensor_are_normed_in_place_and_nothing_else", fused_qkv),
+        ("a_row_is_read_again_and_again_with_a_stride_of_0", broadcast),
+        ("parts_of_rows_and_columns_are_normed_and_nothing_else", parts),
         ("every_gpu_here_is_said_to_be_supported", supported),
     ])
 }
@@ -254,7 +261,7 @@ fn too_long(gpu: &Gpu) {
         Stream::cudarc(stream),
     )
     .unwrap_err();
-    assert!(matches!(error, FlashInferError::InvalidArgument { argument: "the number of columns", .. }), "{error}");
+    assert!(matches!(error, FlashInferError::InvalidArgument { argument: "columns", .. }), "{error}");
     // And the longest that fits runs.
     let columns = 32768 + 16384;
     fused_add_rmsnorm(
@@ -364,6 +371,221 @@ fn layer(gpu: &Gpu) {
         .unwrap();
         assert_close(&format!("{rows}x{columns}"), &widened(&stream.clone_dtoh(&out).unwrap()), &expected, 3e-3);
     }
+}
+
+/// One row of `columns` on the GPU, and what it should be.
+fn layer_of(gpu: &Gpu, columns: i64) -> (flashinfer_rs::Result<()>, Vec<bf16>, Vec<f32>) {
+    let (stream, count) = (&gpu.stream, columns as usize);
+    let mut random = Random(columns as u64);
+    let input = random.normal::<bf16>(count);
+    let (gamma, beta) = (random.normal_f32(1.0, count), random.normal_f32(1.0, count));
+    let (a, g, b) = (upload(stream, &input), stream.clone_htod(&gamma).unwrap(), stream.clone_htod(&beta).unwrap());
+    let mut out = upload(stream, &vec![bf16::POISON; count]);
+    let result = layernorm(
+        &mut TensorMut::from_cudarc(stream, &mut out, &[1, columns]).unwrap(),
+        &TensorRef::from_cudarc(stream, &a, &[1, columns]).unwrap(),
+        &TensorRef::from_cudarc(stream, &g, &[columns]).unwrap(),
+        &TensorRef::from_cudarc(stream, &b, &[columns]).unwrap(),
+        1e-5,
+        Stream::cudarc(stream),
+    );
+    let (input, mut expected) = (widened(&input), vec![0f32; count]);
+    layernorm(
+        &mut TensorMut::from_slice(&mut expected, &[1, columns]).unwrap(),
+        &TensorRef::from_slice(&input, &[1, columns]).unwrap(),
+        &TensorRef::from_slice(&gamma, &[columns]).unwrap(),
+        &TensorRef::from_slice(&beta, &[columns]).unwrap(),
+        1e-5,
+        Stream::NULL,
+    )
+    .unwrap();
+    (result, stream.clone_dtoh(&out).unwrap(), expected)
+}
+
+fn layer_limits(gpu: &Gpu) {
+    // Twice, since what one call sets about the kernel may help the next: the answer is the same whatever came before.
+    for _ in 0..2 {
+        for columns in [24_377, 24_400, 24_575, 116_025] {
+            let (result, out, _) = layer_of(gpu, columns);
+            let error = result.unwrap_err();
+            assert!(matches!(error, FlashInferError::InvalidArgument { argument: "columns", .. }), "{error}");
+            assert!(out.iter().all(|x| x.to_bits() == bf16::POISON.to_bits()), "{columns}: written though refused");
+        }
+        for columns in [24_376, 24_576, 116_024] {
+            let (result, out, expected) = layer_of(gpu, columns);
+            result.unwrap();
+            assert_close(&format!("{columns} columns"), &widened(&out), &expected, 3e-3);
+        }
+    }
+}
+
+/// Does the same with an output, an input and a weight on the GPU and on the host, each given as a vector, and compares all
+/// of the output: what it was made with stays where nothing is to be written.
+fn beside(
+    gpu: &Gpu,
+    what: &str,
+    (out, input, weight): (&[bf16], &[bf16], &[bf16]),
+    norm: impl Fn(TensorMut<'_>, TensorRef<'_>, TensorRef<'_>, Stream<'_>) -> flashinfer_rs::Result<()>,
+) {
+    let stream = &gpu.stream;
+    let (mut found, input_gpu, weight_gpu) = (upload(stream, out), upload(stream, input), upload(stream, weight));
+    let [out_len, input_len, weight_len] = [out.len(), input.len(), weight.len()].map(|len| [len as i64]);
+    norm(
+        TensorMut::from_cudarc(stream, &mut found, &out_len).unwrap(),
+        TensorRef::from_cudarc(stream, &input_gpu, &input_len).unwrap(),
+        TensorRef::from_cudarc(stream, &weight_gpu, &weight_len).unwrap(),
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    let (before, input, weight) = (widened(out), widened(input), widened(weight));
+    let mut expected = before.clone();
+    norm(
+        TensorMut::from_slice(&mut expected, &out_len).unwrap(),
+        TensorRef::from_slice(&input, &input_len).unwrap(),
+        TensorRef::from_slice(&weight, &weight_len).unwrap(),
+        Stream::NULL,
+    )
+    .unwrap();
+    let found = widened(&stream.clone_dtoh(&found).unwrap());
+    let (mut written, mut right) = (Vec::new(), Vec::new());
+    for (i, ((found, expected), before)) in found.iter().zip(&expected).zip(&before).enumerate() {
+        if expected.to_bits() == before.to_bits() {
+            assert_eq!(found.to_bits(), before.to_bits(), "{what}: element {i} was written, and must not be");
+        } else {
+            written.push(*found);
+            right.push(*expected);
+        }
+    }
+    assert!(!written.is_empty(), "{what}: nothing was to be written");
+    assert_close(what, &written, &right, 3e-3);
+}
+
+fn in_place(gpu: &Gpu) {
+    for (columns, heads) in [(4096, 4), (100, 3), (33, 2)] {
+        let mut random = Random(columns as u64);
+        let (values, weight) = (random.normal(6 * heads * columns), random.normal(columns));
+        // In the input's place is what nobody reads: cudarc has no empty buffers.
+        let given = (&values[..], &weight[..], &weight[..]);
+        let (rows, heads, columns) = (6 * heads as i64, heads as i64, columns as i64);
+        let options = NormOptions::default();
+        beside(gpu, "rmsnorm_in_place", given, |mut all, _, weight, s| {
+            rmsnorm_in_place(&mut all.reshape(&[rows, columns])?, &weight, &options, s)
+        });
+        beside(gpu, "rmsnorm_in_place of heads", given, |mut all, _, weight, s| {
+            rmsnorm_in_place(&mut all.reshape(&[6, heads, columns])?, &weight, &options, s)
+        });
+        beside(gpu, "gemma_rmsnorm_in_place", given, |mut all, _, weight, s| {
+            gemma_rmsnorm_in_place(&mut all.reshape(&[rows, columns])?, &weight, &options, s)
+        });
+    }
+}
+
+fn heads_major(gpu: &Gpu) {
+    let (tokens, heads, size) = (9i64, 5i64, 64i64);
+    let count = (tokens * heads * size) as usize;
+    let mut random = Random(6);
+    let (input, weight) = (random.normal::<bf16>(count), random.normal::<bf16>(size as usize));
+    let poison = vec![bf16::POISON; count];
+    let options = NormOptions::default();
+    let (tokens_first, heads_first) = ([tokens, heads, size], [heads, tokens, size]);
+    beside(gpu, "heads first in", (&poison, &input, &weight), |mut out, input, weight, s| {
+        let input = input.reshape(&heads_first)?.transpose(0, 1)?;
+        rmsnorm(&mut out.reshape(&tokens_first)?, &input, &weight, &options, s)
+    });
+    beside(gpu, "heads first out", (&poison, &input, &weight), |mut out, input, weight, s| {
+        let mut out = out.reshape(&heads_first)?;
+        rmsnorm(&mut out.transpose(0, 1)?, &input.reshape(&tokens_first)?, &weight, &options, s)
+    });
+    beside(gpu, "heads first in and out", (&poison, &input, &weight), |mut out, input, weight, s| {
+        let mut out = out.reshape(&heads_first)?;
+        let input = input.reshape(&heads_first)?.transpose(0, 1)?;
+        rmsnorm(&mut out.transpose(0, 1)?, &input, &weight, &options, s)
+    });
+    beside(gpu, "heads first in place", (&input, &weight, &weight), |mut all, _, weight, s| {
+        let mut all = all.reshape(&heads_first)?;
+        rmsnorm_in_place(&mut all.transpose(0, 1)?, &weight, &options, s)
+    });
+}
+
+fn fused_qkv(gpu: &Gpu) {
+    let (tokens, q_heads, k_heads, size) = (7i64, 6i64, 2i64, 128i64);
+    let all_heads = q_heads + 2 * k_heads;
+    let mut random = Random(7);
+    let (qkv, weight) = (random.normal::<bf16>((tokens * all_heads * size) as usize), random.normal(size as usize));
+    beside(gpu, "q and k of qkv", (&qkv, &weight, &weight), |mut all, _, weight, s| {
+        let mut all = all.reshape(&[tokens, all_heads, size])?;
+        let (mut q, mut rest) = all.split_at(1, q_heads)?;
+        let (mut k, _v) = rest.split_at(1, k_heads)?;
+        rmsnorm_in_place(&mut q, &weight, &NormOptions::default(), s)?;
+        rmsnorm_in_place(&mut k, &weight, &NormOptions::default(), s)
+    });
+}
+
+fn broadcast(gpu: &Gpu) {
+    let (stream, rows, heads, columns) = (&gpu.stream, 5i64, 3i64, 256i64);
+    let mut random = Random(8);
+    let (input, weight) = (random.normal::<bf16>((heads * columns) as usize), random.normal::<bf16>(columns as usize));
+    let (input_gpu, weight_gpu) = (upload(stream, &input), upload(stream, &weight));
+    let (input, weight) = (widened(&input), widened(&weight));
+    // One row for all, and the same heads for every token.
+    let forms: [(&[i64], &[i64]); 2] = [(&[rows, columns], &[0, 1]), (&[rows, heads, columns], &[0, columns, 1])];
+    for (shape, strides) in forms {
+        let count = shape.iter().product::<i64>() as usize;
+        let (mut out, mut expected) = (upload(stream, &vec![bf16::POISON; count]), vec![0f32; count]);
+        rmsnorm(
+            &mut TensorMut::from_cudarc(stream, &mut out, shape).unwrap(),
+            &TensorRef::from_cudarc_strided(stream, &input_gpu, shape, strides).unwrap(),
+            &TensorRef::from_cudarc(stream, &weight_gpu, &[columns]).unwrap(),
+            &NormOptions::default(),
+            Stream::cudarc(stream),
+        )
+        .unwrap();
+        rmsnorm(
+            &mut TensorMut::from_slice(&mut expected, shape).unwrap(),
+            &TensorRef::from_slice_strided(&input, shape, strides).unwrap(),
+            &TensorRef::from_slice(&weight, &[columns]).unwrap(),
+            &NormOptions::default(),
+            Stream::NULL,
+        )
+        .unwrap();
+        assert_close(&format!("{shape:?}"), &widened(&stream.clone_dtoh(&out).unwrap()), &expected, 3e-3);
+        // What is written must have places of its own.
+        let error = rmsnorm_in_place(
+            &mut TensorMut::from_cudarc_strided(stream, &mut out, shape, strides).unwrap(),
+            &TensorRef::from_cudarc(stream, &weight_gpu, &[columns]).unwrap(),
+            &NormOptions::default(),
+            Stream::cudarc(stream),
+        )
+        .unwrap_err();
+        assert!(matches!(error, FlashInferError::InvalidArgument { argument: "out", .. }), "{error}");
+    }
+}
+
+fn parts(gpu: &Gpu) {
+    let (rows, columns) = (12i64, 512i64);
+    let count = (rows * columns) as usize;
+    let mut random = Random(9);
+    let (input, weight) = (random.normal::<bf16>(count), random.normal::<bf16>(128));
+    let poison = vec![bf16::POISON; count];
+    let options = NormOptions::default();
+    beside(gpu, "a part of a part", (&poison, &input, &weight), |mut out, input, weight, s| {
+        let input = input.reshape(&[rows, columns])?.narrow(0, 2, 5)?.narrow(1, 64, 128)?;
+        let mut out = out.reshape(&[rows, columns])?;
+        let mut out = out.narrow(0, 6, 5)?;
+        rmsnorm(&mut out.narrow(1, 256, 128)?, &input, &weight, &options, s)
+    });
+    beside(gpu, "halves of one tensor", (&input, &weight, &weight), |mut all, _, weight, s| {
+        let mut all = all.reshape(&[rows, columns])?;
+        let (mut left, mut right) = all.split_at(1, columns / 2)?;
+        // From one half into the other, within the same rows.
+        let right = right.narrow(1, 0, 128)?;
+        gemma_rmsnorm(&mut left.narrow(1, 128, 128)?, &right.as_ref(), &weight, &options, s)
+    });
+    beside(gpu, "rows of two tensors added", (&input, &input, &weight), |mut all, _, weight, s| {
+        let mut all = all.reshape(&[rows * 4, columns / 4])?;
+        let (mut first, mut second) = all.split_at(0, rows * 2)?;
+        fused_add_rmsnorm(&mut first, &mut second, &weight, &options, s)
+    });
 }
 
 fn supported(_: &Gpu) {

@@ -1,6 +1,7 @@
 //! `cargo xtask gpu-bundle`: what a GPU machine without Rust needs to run the GPU tests, the quick start and the
 //! benchmarks.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,6 +13,7 @@ use crate::bench;
 use crate::provision;
 use crate::recipes::USUAL;
 use crate::shell::{self, say};
+use crate::stress;
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::store::publish_bytes;
 
@@ -19,23 +21,23 @@ use crate::vendoring::store::publish_bytes;
 /// GPU.
 pub struct Program {
     kind: &'static str,
-    name: &'static str,
+    name: Cow<'static, str>,
     features: &'static str,
-    file: &'static str,
+    file: Cow<'static, str>,
     seconds: u32,
 }
 
-const fn program(
+pub const fn program(
     kind: &'static str,
     name: &'static str,
     features: &'static str,
     file: &'static str,
     seconds: u32,
 ) -> Program {
-    Program { kind, name, features, file, seconds }
+    Program { kind, name: Cow::Borrowed(name), features, file: Cow::Borrowed(file), seconds }
 }
 
-const PROGRAMS: [Program; 15] = [
+const EXAMPLES: [Program; 7] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
@@ -43,15 +45,12 @@ const PROGRAMS: [Program; 15] = [
     program("example", "02_gdn", "cudarc", "02_gdn", 60),
     program("example", "03_two_gpus", "cudarc", "03_two_gpus", 60),
     program("example", "04_graph", "cudarc", "04_graph", 60),
-    program("test", "gemma_rmsnorm_gpu", "cudarc", "gemma_rmsnorm_gpu", 120),
-    program("test", "gdn_prefill_gpu", "cudarc", "gdn_prefill_gpu", 240),
-    program("test", "norm_gpu", "cudarc", "norm_gpu", 240),
-    program("test", "gdn_context_gpu", "cudarc", "gdn_context_gpu", 240),
-    program("test", "properties_gpu", "cudarc", "properties_gpu", 400),
-    program("test", "launch_gpu", "cudarc", "launch_gpu", 240),
-    program("test", "errors_gpu", "cudarc", "errors_gpu", 300),
-    program("bench", "startup", "embed", "startup", 120),
 ];
+
+const STARTUP: Program = program("bench", "startup", "embed", "startup", 120);
+
+/// How long a GPU test may take that says nothing about it.
+const SECONDS: u32 = 300;
 
 /// What `cargo xtask bench` measures; `run` leaves it out.
 pub const LAUNCH: Program = program("bench", "launch", "cudarc", "launch", 0);
@@ -75,15 +74,43 @@ struct Target {
     name: String,
 }
 
+/// What `run` runs: the examples, every `tests/*_gpu.rs`, and the start-up benchmark.
+fn programs(root: &Path) -> Result<Vec<Program>> {
+    let folder = root.join("tests");
+    let mut tests = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(|e| Error::io("reading", &folder, &e))?.flatten() {
+        let path = entry.path();
+        let name = path.file_stem().and_then(|stem| stem.to_str()).filter(|stem| stem.ends_with("_gpu"));
+        let Some(name) = name.filter(|_| path.extension().is_some_and(|extension| extension == "rs")) else { continue };
+        let text = fs::read_to_string(&path).map_err(|e| Error::io("reading", &path, &e))?;
+        let name = Cow::<str>::Owned(name.to_owned());
+        let seconds = seconds(&text).unwrap_or(SECONDS);
+        tests.push(Program { kind: "test", file: name.clone(), name, features: "cudarc", seconds });
+    }
+    tests.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(EXAMPLES.into_iter().chain(tests).chain([STARTUP]).collect())
+}
+
+/// What a test's first comment says of its time: `within 240 seconds`.
+fn seconds(text: &str) -> Option<u32> {
+    let comment = text.lines().map_while(|line| line.strip_prefix("//!")).collect::<String>();
+    let words: Vec<_> = comment.split_whitespace().collect();
+    words.windows(3).find_map(|words| match words {
+        ["within", seconds, unit] if unit.starts_with("seconds") => seconds.parse().ok(),
+        _ => None,
+    })
+}
+
 /// Fills `out`, which must be new, empty or an earlier bundle.
 pub fn command(out: &Path) -> Result<()> {
     provision::kernels(&USUAL)?;
     say("building in release mode");
+    let programs = programs(&shell::root())?;
     let mut libraries = None;
-    for program in PROGRAMS.iter().chain([&LAUNCH]) {
+    for program in programs.iter().chain([&LAUNCH, &stress::PREFILL]) {
         let (executables, found) = collect(&build(program)?);
-        let Some(executable) = executables.get(program.name) else { refuse!("cargo built no {}", program.name) };
-        let copy = out.join("bin").join(program.file);
+        let Some(executable) = executables.get(&*program.name) else { refuse!("cargo built no {}", program.name) };
+        let copy = out.join("bin").join(&*program.file);
         shell::copy(executable, &copy)?;
         executable_mode(&copy)?;
         libraries = libraries.or(found);
@@ -96,9 +123,14 @@ pub fn command(out: &Path) -> Result<()> {
         refuse!("the kernels at hand have no gdn_prefill_sm90.so; run `cargo xtask wheel` for both families first");
     }
     benchmarks(out)?;
-    publish_bytes(&out.join("run"), script().as_bytes())?;
+    publish_bytes(&out.join("run"), script(&programs).as_bytes())?;
     executable_mode(&out.join("run"))?;
-    say(format!("packed; on the GPU machine run {0}/run, and {0}/bench to measure", out.display()));
+    publish_bytes(&out.join("stress"), stress::SCRIPT.as_bytes())?;
+    executable_mode(&out.join("stress"))?;
+    say(format!(
+        "packed; on the GPU machine run {0}/run, {0}/bench to measure, {0}/stress to look for a hang",
+        out.display()
+    ));
     Ok(())
 }
 
@@ -144,7 +176,7 @@ pub fn build(program: &Program) -> Result<String> {
         kind => (kind, Some("--no-run")),
     };
     cargo.arg(command).args(no_run).args((command != "bench").then_some("--release"));
-    cargo.args([&format!("--{}", program.kind), program.name, "--features", program.features]);
+    cargo.args([&format!("--{}", program.kind), &*program.name, "--features", program.features]);
     shell::output(cargo.arg("--message-format=json-render-diagnostics"))
 }
 
@@ -164,14 +196,14 @@ pub fn collect(messages: &str) -> (BTreeMap<String, PathBuf>, Option<PathBuf>) {
 }
 
 /// Runs each program under a time limit, all of them whatever happens, and fails if one did.
-fn script() -> String {
+fn script(programs: &[Program]) -> String {
     let mut text = String::from(
         "#!/bin/sh\n# Runs the GPU tests and the examples of flashinfer-rs. Needs the NVIDIA driver, glibc and libstdc++.\n\
          here=$(cd \"$(dirname \"$0\")\" && pwd) || exit 1\nexport FLASHINFER_RS_LIB_DIR=\"$here/lib\" \
          FLASHINFER_RS_RUN_GPU_TESTS=1\nfailed=0\n",
     );
-    for Program { file, seconds, .. } in &PROGRAMS {
-        let alone = if *file == EMBEDDED { "env -u FLASHINFER_RS_LIB_DIR " } else { "" };
+    for Program { file, seconds, .. } in programs {
+        let alone = if file == EMBEDDED { "env -u FLASHINFER_RS_LIB_DIR " } else { "" };
         text += &format!(
             "{alone}timeout -k 5 {seconds} \"$here/bin/{file}\" || {{ echo \"{file}: FAILED ($?)\"; failed=1; }}\n"
         );
