@@ -21,7 +21,7 @@ use cudarc::driver::{
 
 use crate::buffers::{check_byte, check_context, check_len, device, refuse_per_thread};
 use crate::error::{FlashInferError, Result, driver, driver_in};
-use crate::owner::{CurrentContext, Owner};
+use crate::owner::{CurrentContext, Owner, refuse_capture};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::{Capture, Stream};
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
@@ -748,8 +748,9 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// Queues all captured calls on the graph's stream, asynchronously, with one launch.
     ///
     /// # Errors
-    /// [`Graph`](FlashInferError::Graph) where nothing was captured; [`ContextLost`](FlashInferError::ContextLost);
-    /// [`Cuda`](FlashInferError::Cuda).
+    /// [`Graph`](FlashInferError::Graph) where nothing was captured;
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) on a stream that captures, whose graph would not keep the buffers;
+    /// [`ContextLost`](FlashInferError::ContextLost); [`Cuda`](FlashInferError::Cuda).
     pub fn launch(&mut self) -> Result<()> {
         let Some(executable) = &self.executable else {
             let (problem, remedy) = ("nothing was captured".to_owned(), "call LaunchGraph::capture first");
@@ -759,6 +760,7 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         let context = self.stream.context();
         let id = runtime.checked_device(device(context))?;
         let _current = CurrentContext::bind(context)?;
+        refuse_capture("graph", &self.stream)?;
         if self.lent {
             self.buffers.iter_mut().for_each(|buffers| buffers.take_over(&self.stream));
             context.check_err().map_err(driver_in(context, "ordering a buffer's uses"))?;

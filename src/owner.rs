@@ -157,11 +157,12 @@ mod tracked {
         if status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
             return Ok(());
         }
-        Err(FlashInferError::Graph {
-            problem: format!(
-                "{function} was called on a stream that captures, with buffers that the graph would not keep"
-            ),
-            remedy: "capture with LaunchGraph, which owns its buffers",
+        Err(FlashInferError::InvalidArgument {
+            function,
+            argument: "stream",
+            found: "one that captures a graph, which would keep the addresses of buffers and not the buffers"
+                .to_owned(),
+            expected: "one that does not; LaunchGraph captures calls and owns their buffers".to_owned(),
         })
     }
 
