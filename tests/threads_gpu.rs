@@ -148,7 +148,7 @@ impl Work {
     fn new(stream: &Arc<CudaStream>, thread: usize, at: usize) -> Self {
         // Another size for each norm, and another order of sizes for each thread.
         let (norm, columns) = (NORMS[at], COLUMNS[(thread + at) % COLUMNS.len()]);
-        let options = NormOptions::default().with_pdl(thread % 2 == 0);
+        let options = NormOptions::default().with_pdl(thread.is_multiple_of(2));
         let values = Values::new(norm, columns, (thread * NORMS.len() + at) as u64);
         let count = (ROWS * columns) as usize;
         Self {
