@@ -26,8 +26,8 @@ use half::bf16;
 
 fn main() -> ExitCode {
     gpu::main(&[
-        ("eight_threads_of_every_norm_are_right_and_no_slower_than_one", |gpu| threads(gpu, false)),
-        ("eight_threads_of_every_norm_are_right_where_cudarc_tracks_events", |gpu| threads(gpu, true)),
+        ("eight_threads_of_every_norm_never_fail_and_are_right", |gpu| threads(gpu, false)),
+        ("and_with_cudarc_s_events_too", |gpu| threads(gpu, true)),
     ])
 }
 
