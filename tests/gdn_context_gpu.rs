@@ -225,7 +225,6 @@ fn misaligned_states(gpu: &Gpu) {
             .with_beta(TensorRef::from_cudarc(stream, &beta, &out_shape[..2]).unwrap())
             .with_input_state(TensorRef::from_cudarc(stream, &input, &state_shape).unwrap());
         let result = context.prefill(&mut tensors, &cu_seqlens, &options);
-        drop((tensors, options));
         (result, widened(&stream.clone_dtoh(&output).unwrap()), stream.clone_dtoh(&state).unwrap())
     };
     for at in [1, 2, 3] {
@@ -253,7 +252,8 @@ fn small_decays(gpu: &Gpu) {
         3 => 1e-12,
         _ => ordinary,
     };
-    let patterns: [(&str, fn(usize, f32) -> f32); 4] = [
+    type Pattern = fn(usize, f32) -> f32;
+    let patterns: [(&str, Pattern); 4] = [
         ("some of 0 and of 1e-12", some),
         ("only 0", |_, _| 0.0),
         ("only 1e-12", |_, _| 1e-12),

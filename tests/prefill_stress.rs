@@ -151,7 +151,6 @@ impl Sizes {
             .with_input_state(TensorRef::from_cudarc(stream, &state, &self.states).unwrap());
         let offsets = self.sequences.to_device(stream).unwrap();
         GdnPrefillContext::new(stream).unwrap().prefill(&mut tensors, &offsets, &options).unwrap();
-        drop((tensors, options));
         let expected = (stream.clone_dtoh(&output).unwrap(), stream.clone_dtoh(&output_state).unwrap());
         Inputs { halves: [q, k, v], floats: [alpha, beta, state], expected }
     }

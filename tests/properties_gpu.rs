@@ -6,13 +6,16 @@
 mod data;
 #[path = "support/gpu.rs"]
 mod gpu;
+#[path = "support/rows.rs"]
+mod rows;
 
 use std::process::ExitCode;
 
 use data::{Number, Random, relative_error, widened};
-use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE, gdn_prefill};
 use flashinfer_rs::kernels::norm::{
-    NormOptions, fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm,
+    NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm,
+    rmsnorm, rmsnorm_quant,
 };
 use flashinfer_rs::{CuSeqlens, Stream, TensorMut, TensorRef};
 use gpu::Gpu;
@@ -26,7 +29,75 @@ fn main() -> ExitCode {
         ("fused_norms_of_any_rows_match", |gpu| check(200, &norms(), |case| fused(gpu, case))),
         ("layernorms_of_any_rows_match", |gpu| check(150, &norms(), |case| layer(gpu, case))),
         ("prefills_of_any_batch_match", |gpu| check(120, &prefills(), |case| prefill(gpu, case))),
+        ("calls_that_keep_their_row_match", |gpu| {
+            CALLS.iter().for_each(|&(kernel, call)| rows::valid(gpu, rows::row(kernel), 60, call));
+        }),
+        ("calls_that_break_their_row_in_one_place_are_refused_by_name", |gpu| {
+            CALLS.iter().for_each(|&(kernel, call)| rows::invalid(gpu, rows::row(kernel), 200, call));
+        }),
+        ("sizes_that_break_a_relation_are_refused_by_name", |_| {
+            CALLS.iter().for_each(|&(kernel, call)| rows::limits(rows::row(kernel), 2000, call));
+        }),
     ])
+}
+
+/// How each kernel is called whose calls are made of its row.
+const CALLS: [(&str, rows::Function); 9] = [
+    ("rmsnorm", |call, s| {
+        let (weight, options) = (call.read("weight"), norm_options(call));
+        rmsnorm(&mut call.write("out"), &call.read("input"), &weight, &options, s)
+    }),
+    ("rmsnorm of heads", |call, s| {
+        let (weight, options) = (call.read("weight"), norm_options(call));
+        rmsnorm(&mut call.write("out"), &call.read("input"), &weight, &options, s)
+    }),
+    ("gemma_rmsnorm", |call, s| {
+        let (weight, options) = (call.read("weight"), norm_options(call));
+        gemma_rmsnorm(&mut call.write("out"), &call.read("input"), &weight, &options, s)
+    }),
+    ("fused_add_rmsnorm", |call, s| {
+        let (weight, options) = (call.read("weight"), norm_options(call));
+        fused_add_rmsnorm(&mut call.write("input"), &mut call.write("residual"), &weight, &options, s)
+    }),
+    ("gemma_fused_add_rmsnorm", |call, s| {
+        let (weight, options) = (call.read("weight"), norm_options(call));
+        gemma_fused_add_rmsnorm(&mut call.write("input"), &mut call.write("residual"), &weight, &options, s)
+    }),
+    ("rmsnorm_quant", |call, s| {
+        let (weight, scale, options) = (call.read("weight"), call.number("scale"), norm_options(call));
+        rmsnorm_quant(&mut call.write("out"), &call.read("input"), &weight, scale, &options, s)
+    }),
+    ("fused_add_rmsnorm_quant", |call, s| {
+        let (weight, scale, options) = (call.read("weight"), call.number("scale"), norm_options(call));
+        let (mut out, input, mut residual) = (call.write("out"), call.read("input"), call.write("residual"));
+        fused_add_rmsnorm_quant(&mut out, &input, &mut residual, &weight, scale, &options, s)
+    }),
+    ("layernorm", |call, s| {
+        let (gamma, beta, eps) = (call.read("gamma"), call.read("beta"), call.number("eps"));
+        layernorm(&mut call.write("out"), &call.read("input"), &gamma, &beta, eps, s)
+    }),
+    ("gdn_prefill", |call, s| {
+        let mut options = GdnOptions::default();
+        options.input_state = call.optional("input_state");
+        options.alpha = call.optional("alpha");
+        options.beta = call.optional("beta");
+        options.scale = Some(call.number("scale")).filter(|scale| *scale != 0.0);
+        let mut tensors = GdnTensors {
+            output: call.write("output"),
+            output_state: call.write("output_state"),
+            q: call.read("q"),
+            k: call.read("k"),
+            v: call.read("v"),
+        };
+        let (offsets, mut workspace) = (call.read("cu_seqlens"), call.write("workspace"));
+        // SAFETY: the offsets are those that the row says: from 0, increasing, up to the number of tokens; the workspace is
+        // this call's own.
+        unsafe { gdn_prefill(&mut tensors, &offsets, &mut workspace, &options, s) }
+    }),
+];
+
+fn norm_options(call: &mut rows::Call<'_>) -> NormOptions {
+    NormOptions::default().with_eps(call.number("eps")).with_pdl(call.on("enable_pdl"))
 }
 
 fn check<S: Strategy>(cases: u32, strategy: &S, test: impl Fn(&S::Value) -> Result<(), TestCaseError>) {

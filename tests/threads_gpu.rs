@@ -26,8 +26,8 @@ use half::bf16;
 
 fn main() -> ExitCode {
     gpu::main(&[
-        ("eight_threads_of_every_norm_are_right_and_no_slower_than_one", |gpu| threads(gpu, false)),
-        ("eight_threads_of_every_norm_are_right_where_cudarc_tracks_events", |gpu| threads(gpu, true)),
+        ("eight_threads_of_every_norm_never_fail_and_are_right", |gpu| threads(gpu, false)),
+        ("and_with_cudarc_s_events_too", |gpu| threads(gpu, true)),
     ])
 }
 
@@ -148,7 +148,7 @@ impl Work {
     fn new(stream: &Arc<CudaStream>, thread: usize, at: usize) -> Self {
         // Another size for each norm, and another order of sizes for each thread.
         let (norm, columns) = (NORMS[at], COLUMNS[(thread + at) % COLUMNS.len()]);
-        let options = NormOptions::default().with_pdl(thread % 2 == 0);
+        let options = NormOptions::default().with_pdl(thread.is_multiple_of(2));
         let values = Values::new(norm, columns, (thread * NORMS.len() + at) as u64);
         let count = (ROWS * columns) as usize;
         Self {
