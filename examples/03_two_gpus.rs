@@ -2,8 +2,8 @@
 //! `cargo run --example 03_two_gpus --features cudarc`
 
 use cudarc::driver::{CudaContext, DriverError};
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
-use flashinfer_rs::{FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::{CuSeqlens, FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
 use half::f16;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;

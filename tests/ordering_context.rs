@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaStream, result};
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnPrefillContext};
-use flashinfer_rs::{FlashInferError, FlashInferRuntime, LaunchGraph, Result};
+use flashinfer_rs::kernels::gdn::GdnPrefillContext;
+use flashinfer_rs::{CuSeqlens, FlashInferError, FlashInferRuntime, LaunchGraph, Result};
 use half::bf16;
 use launches::{Norms, Prefill, capture, graph, streams};
 use ordering::{with_driver, zeros};

@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use cudarc::driver::CudaContext;
-use flashinfer_rs::kernels::gdn_context::{GdnOptions, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
 use flashinfer_rs::{DType, LaunchGraph, gemma_rmsnorm_cudarc};
 use half::bf16;
@@ -62,14 +62,14 @@ fn graphs_are_ordered_with_every_other_use() {
             let mut graph = LaunchGraph::new(&c, (context, offsets, output, output_state, qkv)).unwrap();
             let captured = graph.capture(|s, (mut context, offsets, mut output, mut output_state, [q, k, v])| {
                 let (per_token, states) = ([TOKENS, 1, 128], [3, 1, 128, 128]);
-                let tensors = GdnTensors {
+                let mut tensors = GdnTensors {
                     output: output.write(&per_token)?,
                     output_state: output_state.write(&states)?,
                     q: q.read(&per_token)?,
                     k: k.read(&per_token)?,
                     v: v.read(&per_token)?,
                 };
-                context.prefill(tensors, &offsets, GdnOptions::default(), s)
+                context.prefill(&mut tensors, &offsets, &GdnOptions::default(), s)
             });
             captured.unwrap();
             graph.launch().unwrap();

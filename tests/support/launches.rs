@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, DeviceCuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{
     NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm,
     rmsnorm, rmsnorm_quant,
 };
 use flashinfer_rs::{
-    DType, LaunchGraph, Result, Stream, TensorMut, TensorRef, gdn_prefill_sm90_cudarc_with_options,
+    CuSeqlens, DType, DeviceCuSeqlens, LaunchGraph, Result, Stream, TensorMut, TensorRef, gdn_prefill_sm90_cudarc_with_options,
     gemma_rmsnorm_cudarc,
 };
 use half::bf16;
@@ -140,20 +140,18 @@ impl Prefill {
     pub fn call(&mut self, context: &mut GdnPrefillContext, stream: &CudaStream) -> Result<()> {
         let (per_token, states) = ([TOKENS, 1, 128], [self.sequences, 1, 128, 128]);
         let [q, k, v] = &self.qkv;
-        let tensors = GdnTensors {
+        let mut tensors = GdnTensors {
             output: TensorMut::from_cudarc(stream, &mut self.output, &per_token)?,
             output_state: TensorMut::from_cudarc(stream, &mut self.output_state, &states)?,
             q: TensorRef::from_cudarc(stream, q, &per_token)?,
             k: TensorRef::from_cudarc(stream, k, &per_token)?,
             v: TensorRef::from_cudarc(stream, v, &per_token)?,
         };
-        let options = GdnOptions {
-            input_state: Some(TensorRef::from_cudarc(stream, &self.input_state, &states)?),
-            alpha: Some(TensorRef::from_cudarc(stream, &self.alpha, &[TOKENS, 1])?),
-            beta: Some(TensorRef::from_cudarc(stream, &self.beta, &[TOKENS, 1])?),
-            scale: 0.0,
-        };
-        context.prefill(tensors, &self.offsets, options)
+        let options = GdnOptions::default()
+            .with_input_state(TensorRef::from_cudarc(stream, &self.input_state, &states)?)
+            .with_alpha(TensorRef::from_cudarc(stream, &self.alpha, &[TOKENS, 1])?)
+            .with_beta(TensorRef::from_cudarc(stream, &self.beta, &[TOKENS, 1])?);
+        context.prefill(&mut tensors, &self.offsets, &options)
     }
 
     /// As [`Norms::fill_and_read`].

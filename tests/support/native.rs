@@ -33,9 +33,6 @@ pub fn isolated(name: &str, body: impl FnOnce()) {
     isolated_with(name, &[], body);
 }
 
-/// Says to a test that it runs in the process that it started: the test's name.
-const MARK: &str = "FLASHINFER_RS_ISOLATED_TEST";
-
 /// As [`isolated`], with environment variables.
 pub fn isolated_with(name: &str, variables: &[(&str, &Path)], body: impl FnOnce()) {
     if in_its_process(name) {
