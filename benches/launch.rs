@@ -16,11 +16,10 @@ use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags};
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, ValidAsZeroBits,
 };
-use flashinfer_rs::kernels::gdn::{self, GdnPrefill};
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, DeviceCuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
-use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
+use flashinfer_rs::kernels::gdn::{self, GdnOptions, GdnPrefill, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::kernels::norm::{GemmaRmsnorm, NormOptions, gemma_rmsnorm};
 use flashinfer_rs::{
-    DType, Device, FlashInferRuntime, GdnPrefillSm90Params, GemmaRmsNormParams, GraphBuffers, LaunchGraph, Prepared,
+    CuSeqlens, DType, Device, DeviceCuSeqlens, FlashInferRuntime, GdnPrefillSm90Params, GemmaRmsNormParams, GraphBuffers, LaunchGraph, Prepared,
     RuntimeConfig, Stream, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, TensorMut, TensorRef,
     gdn_prefill_sm90, gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc,
 };
@@ -483,21 +482,24 @@ impl Bench {
             }
             Arm::Prepared | Arm::PreparedScope => {
                 let ([_, cols], (out, input, weight)) = (shape, set);
-                let prepared = Prepared::gemma_rmsnorm(
-                    TensorMut::from_cudarc(stream, out, &shape)?,
-                    TensorRef::from_cudarc(stream, input, &shape)?,
-                    TensorRef::from_cudarc(stream, weight, &[cols])?,
-                    &options,
-                )?;
-                self.time_prepared(timing, &prepared).map(Some)
+                let mut out = TensorMut::from_cudarc(stream, out, &shape)?;
+                let input = TensorRef::from_cudarc(stream, input, &shape)?;
+                let weight = TensorRef::from_cudarc(stream, weight, &[cols])?;
+                let prepared = Prepared::<GemmaRmsnorm>::new(&out, &input, &weight, &options)?;
+                let launch = |on: Stream<'_>| black_box(&prepared).launch(&mut out, &input, &weight, on);
+                self.time_prepared(timing, launch).map(Some)
             }
             Arm::Tracking | Arm::Graph | Arm::GraphPdl => Ok(None),
         }
     }
 
-    fn time_prepared(&self, timing: Timing, prepared: &Prepared<'_>) -> Result<f64> {
+    fn time_prepared(
+        &self,
+        timing: Timing,
+        mut launch: impl FnMut(Stream<'_>) -> flashinfer_rs::Result<()>,
+    ) -> Result<f64> {
         let (runtime, stream) = (self.runtime, &*self.stream);
-        let all = |launches, on: Stream<'_>| (0..launches).try_for_each(|_| black_box(prepared).launch(on));
+        let mut all = |launches, on: Stream<'_>| (0..launches).try_for_each(|_| launch(on));
         match self.arm {
             Arm::PreparedScope => self.time(timing, &mut |launches| runtime.on(stream, |on| all(launches, on))?),
             _ => self.time(timing, &mut |launches| all(launches, Stream::cudarc(stream))),
@@ -576,10 +578,15 @@ impl Bench {
                 time(&mut |launches| (0..launches).try_for_each(|_| flat_gdn(stream, set, offsets, workspace, batch)))?
             }
             Arm::Prepared | Arm::PreparedScope => {
-                let args = gdn_args(stream, set, offsets, workspace, batch)?;
-                // SAFETY: as for `raw`, of the offsets and the workspace; nothing is replaced.
-                let prepared = unsafe { Prepared::gdn_prefill(args) }?;
-                self.time_prepared(Timing::host(GDN_BATCH), &prepared)?
+                let (mut tensors, options) = gdn_tensors(stream, set, batch)?;
+                let offsets = TensorRef::from_cudarc(stream, offsets, &[batch.sequences + 1])?;
+                let mut workspace = TensorMut::from_cudarc(stream, workspace, &[WORKSPACE as i64])?;
+                let prepared = Prepared::<GdnPrefill>::new(&tensors, &offsets, &workspace, &options)?;
+                let launch = |on: Stream<'_>| {
+                    // SAFETY: as for `raw`, of the offsets and the workspace.
+                    unsafe { black_box(&prepared).launch(&mut tensors, &offsets, &mut workspace, &options, on) }
+                };
+                self.time_prepared(Timing::host(GDN_BATCH), launch)?
             }
             // This kernel has no PDL.
             Arm::EagerPdl | Arm::Tracking | Arm::Graph | Arm::GraphPdl => return Ok(None),
@@ -603,15 +610,16 @@ impl Bench {
             let count = sets.len();
             (0..launches).try_for_each(|i| {
                 let (output, output_state, q, k, v, alpha, beta) = &mut sets[i % count];
-                let tensors = GdnTensors {
+                let mut tensors = GdnTensors {
                     output: output.write(&batch.heads(V_HEADS))?,
                     output_state: output_state.write(&batch.states())?,
                     q: q.read(&batch.heads(Q_HEADS))?,
                     k: k.read(&batch.heads(K_HEADS))?,
                     v: v.read(&batch.heads(V_HEADS))?,
                 };
-                let (alpha, beta) = (Some(alpha.read(&batch.gates())?), Some(beta.read(&batch.gates())?));
-                context.prefill(tensors, &cu_seqlens, GdnOptions { input_state: None, alpha, beta, scale: 0.0 }, on)
+                let (alpha, beta) = (alpha.read(&batch.gates())?, beta.read(&batch.gates())?);
+                let options = GdnOptions::default().with_alpha(alpha).with_beta(beta);
+                context.prefill(&mut tensors, &cu_seqlens, &options, on)
             })
         })?;
         graph.launch()?;
@@ -663,47 +671,28 @@ fn safe_gdn(
     cu_seqlens: &DeviceCuSeqlens,
     batch: Batch,
 ) -> flashinfer_rs::Result<()> {
-    let (output, output_state, q, k, v, alpha, beta) = black_box(set);
-    context.prefill(
-        GdnTensors {
-            output: TensorMut::from_cudarc(stream, output, &batch.heads(V_HEADS))?,
-            output_state: TensorMut::from_cudarc(stream, output_state, &batch.states())?,
-            q: TensorRef::from_cudarc(stream, q, &batch.heads(Q_HEADS))?,
-            k: TensorRef::from_cudarc(stream, k, &batch.heads(K_HEADS))?,
-            v: TensorRef::from_cudarc(stream, v, &batch.heads(V_HEADS))?,
-        },
-        cu_seqlens,
-        GdnOptions {
-            input_state: None,
-            alpha: Some(TensorRef::from_cudarc(stream, alpha, &batch.gates())?),
-            beta: Some(TensorRef::from_cudarc(stream, beta, &batch.gates())?),
-            scale: 0.0,
-        },
-    )
+    let (mut tensors, options) = gdn_tensors(stream, set, batch)?;
+    context.prefill(&mut tensors, cu_seqlens, &options)
 }
 
 #[inline(always)]
-fn gdn_args<'a>(
+fn gdn_tensors<'a>(
     stream: &'a CudaStream,
     set: &'a mut Gdn,
-    offsets: &'a CudaSlice<i64>,
-    workspace: &'a mut CudaSlice<u8>,
     batch: Batch,
-) -> flashinfer_rs::Result<GdnPrefill<'a>> {
+) -> flashinfer_rs::Result<(GdnTensors<'a>, GdnOptions<'a>)> {
     let (output, output_state, q, k, v, alpha, beta) = black_box(set);
-    Ok(GdnPrefill {
+    let tensors = GdnTensors {
         output: TensorMut::from_cudarc(stream, output, &batch.heads(V_HEADS))?,
         output_state: TensorMut::from_cudarc(stream, output_state, &batch.states())?,
         q: TensorRef::from_cudarc(stream, q, &batch.heads(Q_HEADS))?,
         k: TensorRef::from_cudarc(stream, k, &batch.heads(K_HEADS))?,
         v: TensorRef::from_cudarc(stream, v, &batch.heads(V_HEADS))?,
-        cu_seqlens: TensorRef::from_cudarc(stream, offsets, &[batch.sequences + 1])?,
-        input_state: None,
-        alpha: Some(TensorRef::from_cudarc(stream, alpha, &batch.gates())?),
-        beta: Some(TensorRef::from_cudarc(stream, beta, &batch.gates())?),
-        scale: 0.0,
-        workspace: TensorMut::from_cudarc(stream, workspace, &[WORKSPACE as i64])?,
-    })
+    };
+    let options = GdnOptions::default()
+        .with_alpha(TensorRef::from_cudarc(stream, alpha, &batch.gates())?)
+        .with_beta(TensorRef::from_cudarc(stream, beta, &batch.gates())?);
+    Ok((tensors, options))
 }
 
 fn flat_gdn(

@@ -21,7 +21,7 @@ use cudarc::driver::{
 
 use crate::buffers::{check_byte, check_context, check_len, device, refuse_per_thread};
 use crate::error::{FlashInferError, Result, driver};
-use crate::owner::{CurrentContext, Owner};
+use crate::owner::{CurrentContext, Owner, refuse_capture};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::{Capture, Stream};
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
@@ -759,6 +759,10 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         let context = self.stream.context();
         let id = runtime.checked_device(device(context))?;
         let _current = CurrentContext::bind(context)?;
+        if context.is_managing_stream_synchronization() {
+            // Captured, this graph would become part of one that does not keep the buffers.
+            refuse_capture("graph", &self.stream)?;
+        }
         if self.lent {
             self.buffers.iter_mut().for_each(|buffers| buffers.take_over(&self.stream));
             context.check_err().map_err(driver("ordering a buffer's uses"))?;

@@ -156,11 +156,11 @@ mod tracked {
         if status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
             return Ok(());
         }
-        Err(FlashInferError::Graph {
-            problem: format!(
-                "{function} was called on a stream that captures, with buffers that the graph would not keep"
-            ),
-            remedy: "capture with LaunchGraph, which owns its buffers",
+        Err(FlashInferError::InvalidArgument {
+            function,
+            argument: "stream",
+            found: "one that captures, into a graph that would not keep the buffers".to_owned(),
+            expected: "one that does not; LaunchGraph captures, and owns its buffers".to_owned(),
         })
     }
 
