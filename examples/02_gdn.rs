@@ -1,7 +1,7 @@
 //! GDN prefill of a packed batch, one sequence of which is empty. `cargo run --example 02_gdn --features cudarc`
 use cudarc::driver::CudaContext;
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
-use flashinfer_rs::{FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::{CuSeqlens, FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
 use half::bf16;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // One context for each stream: it owns the workspace.
     let mut context = GdnPrefillContext::new(&stream)?;
-    let tensors = GdnTensors {
+    let mut tensors = GdnTensors {
         output: TensorMut::from_cudarc(&stream, &mut output, &v)?,
         output_state: TensorMut::from_cudarc(&stream, &mut state, &states)?,
         q: TensorRef::from_cudarc(&stream, &q_k, &qk)?,
@@ -28,8 +28,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         v: TensorRef::from_cudarc(&stream, &values, &v)?,
     };
     // alpha is linear: a factor, not its logarithm.
-    let options = GdnOptions { alpha: Some(TensorRef::from_cudarc(&stream, &decay, &v[..2])?), ..Default::default() };
-    context.prefill(tensors, &cu_seqlens.to_device(&stream)?, options)?;
+    let options = GdnOptions::default().with_alpha(TensorRef::from_cudarc(&stream, &decay, &v[..2])?);
+    context.prefill(&mut tensors, &cu_seqlens.to_device(&stream)?, &options)?;
     println!("{:.4?} …", &stream.clone_dtoh(&output)?[..4]);
     Ok(())
 }

@@ -2,8 +2,8 @@
 //! `cargo run --example 03_two_gpus --features cudarc`
 
 use cudarc::driver::{CudaContext, DriverError};
-use flashinfer_rs::kernels::gdn_context::{CuSeqlens, GdnOptions, GdnPrefillContext, GdnTensors};
-use flashinfer_rs::{FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors};
+use flashinfer_rs::{CuSeqlens, FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
 use half::f16;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -35,7 +35,7 @@ fn prefill(gpu: usize) -> Result<Vec<u16>, Failure> {
     let mut state = stream.alloc_zeros::<f32>(2 * 128 * 128)?;
     let cu_seqlens = CuSeqlens::from_lengths(&[200])?.to_device(&stream)?;
     GdnPrefillContext::new(&stream)?.prefill(
-        GdnTensors {
+        &mut GdnTensors {
             output: TensorMut::from_cudarc(&stream, &mut output, &shape)?,
             output_state: TensorMut::from_cudarc(&stream, &mut state, &states)?,
             q: TensorRef::from_cudarc(&stream, &q, &shape)?,
@@ -43,7 +43,7 @@ fn prefill(gpu: usize) -> Result<Vec<u16>, Failure> {
             v: TensorRef::from_cudarc(&stream, &v, &shape)?,
         },
         &cu_seqlens,
-        GdnOptions::default(),
+        &GdnOptions::default(),
     )?;
     Ok(stream.clone_dtoh(&output)?.iter().map(|value| value.to_bits()).collect())
 }

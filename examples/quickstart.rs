@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::{CudaContext, CudaStream, DeviceRepr};
-use flashinfer_rs::kernels::gdn::{GdnPrefill, HEAD_SIZE, gdn_prefill};
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE};
 use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
 use flashinfer_rs::{
-    Element, FlashInferRuntime, Half16, RuntimeConfig, Stream, TensorMut, TensorRef,
+    CuSeqlens, Element, FlashInferRuntime, Half16, RuntimeConfig, Stream, TensorMut, TensorRef,
     gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc,
 };
 use half::{bf16, f16};
@@ -234,21 +234,17 @@ fn gdn_on_host<T: Element>(
     let [q_heads, k_heads, v_heads] = heads.map(|heads| heads as i64);
     let heads = q_heads.max(v_heads);
     let sequences = offsets.len() as i64 - 1;
-    let args = GdnPrefill {
+    let mut tensors = GdnTensors {
         output: TensorMut::from_slice(output, &[tokens, heads, HEAD_SIZE])?,
         output_state: TensorMut::from_slice(state, &[sequences, heads, HEAD_SIZE, HEAD_SIZE])?,
         q: TensorRef::from_slice(q, &[tokens, q_heads, HEAD_SIZE])?,
         k: TensorRef::from_slice(k, &[tokens, k_heads, HEAD_SIZE])?,
         v: TensorRef::from_slice(v, &[tokens, v_heads, HEAD_SIZE])?,
-        cu_seqlens: TensorRef::from_slice(offsets, &[sequences + 1])?,
-        input_state: None,
-        alpha: Some(TensorRef::from_slice(alpha, &[tokens, heads])?),
-        beta: Some(TensorRef::from_slice(beta, &[tokens, heads])?),
-        scale: 0.0,
-        workspace: TensorMut::from_slice::<u8>(&mut [], &[0])?,
     };
-    // SAFETY: on the host the contents of cu_seqlens are checked.
-    unsafe { gdn_prefill(args, Stream::NULL) }
+    let options = GdnOptions::default()
+        .with_alpha(TensorRef::from_slice(alpha, &[tokens, heads])?)
+        .with_beta(TensorRef::from_slice(beta, &[tokens, heads])?);
+    GdnPrefillContext::on_host().prefill(&mut tensors, &CuSeqlens::from_offsets(offsets)?, &options)
 }
 
 /// The shortest of ten runs, each to the end of the stream's work, after one to warm up.

@@ -2,8 +2,8 @@
 //! test --features cudarc --test compile_fail` writes them anew.
 #![cfg(feature = "cudarc")]
 
-use flashinfer_rs::kernels::gdn_context::{DeviceCuSeqlens, GdnPrefillContext};
-use flashinfer_rs::{FlashInferError, FlashInferRuntime, Function, Module, RuntimeConfig};
+use flashinfer_rs::kernels::gdn::GdnPrefillContext;
+use flashinfer_rs::{DeviceCuSeqlens, FlashInferError, FlashInferRuntime, Function, Module, RuntimeConfig};
 
 #[test]
 fn misuse_does_not_compile() {

@@ -6,19 +6,22 @@
 
 #[path = "support/native.rs"]
 mod native;
+#[path = "support/prefill.rs"]
+mod prefill;
 
 use std::ffi::c_void;
 use std::path::Path;
 use std::ptr;
 use std::sync::OnceLock;
 
-use flashinfer_rs::kernels::gdn::{self, GdnPrefill, HEAD_SIZE};
+use flashinfer_rs::kernels::gdn::{HEAD_SIZE, WORKSPACE_SIZE};
 use flashinfer_rs::kernels::norm::{self, NormOptions};
 use flashinfer_rs::{
     DType, Device, FlashInferError, FlashInferRuntime, GdnPrefillSm90Params, GemmaRmsNormParams, MAX_NDIM, Result,
     RuntimeConfig, Stream, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, TensorMut, TensorRef,
     gdn_prefill_sm90, gemma_rmsnorm,
 };
+use prefill::Prefill;
 
 /// In a process that has a stand-in for libcudart.so.13 with two GPUs of 132 multiprocessors.
 fn runtime() -> &'static FlashInferRuntime {
@@ -570,8 +573,7 @@ const GDN: &str = "gdn_prefill";
 
 const TOKENS: i64 = 4;
 const SEQUENCES: i64 = 2;
-/// 128 bytes for each of the stand-in's multiprocessors.
-const WORKSPACE: i64 = 132 * 128;
+const WORKSPACE: i64 = WORKSPACE_SIZE;
 
 fn vector(ptr: usize, len: i64, dtype: DType) -> Tensor1DDesc {
     Tensor1DDesc { ptr: address(ptr), len, stride: 1, dtype, device_id: 0 }
@@ -931,10 +933,10 @@ fn a_device_of_a_prefill_that_does_not_exist_is_out_of_range() {
 
 // gdn_prefill on the host.
 
-fn host_gdn_of(dtype: DType, change: impl FnOnce(&mut GdnPrefill<'static>)) -> Result<()> {
+fn host_gdn_of(dtype: DType, change: impl FnOnce(&mut Prefill<'static>)) -> Result<()> {
     runtime();
     let (tokens, size) = (TOKENS, HEAD_SIZE);
-    let mut args = GdnPrefill {
+    let mut args = Prefill {
         output: host_mut(dtype, &[tokens, 4, size]),
         output_state: host_mut(DType::F32, &[SEQUENCES, 4, size, size]),
         q: host(dtype, &[tokens, 4, size]),
@@ -949,10 +951,10 @@ fn host_gdn_of(dtype: DType, change: impl FnOnce(&mut GdnPrefill<'static>)) -> R
     };
     change(&mut args);
     // SAFETY: the contents of cu_seqlens are checked on the host, where the reference runs.
-    unsafe { gdn::gdn_prefill(args, Stream::NULL) }
+    unsafe { args.call(Stream::NULL) }
 }
 
-fn host_gdn(change: impl FnOnce(&mut GdnPrefill<'static>)) -> Result<()> {
+fn host_gdn(change: impl FnOnce(&mut Prefill<'static>)) -> Result<()> {
     host_gdn_of(DType::BF16, change)
 }
 
@@ -969,7 +971,7 @@ fn a_prefill_on_the_host_also_takes_f32_and_nothing_else() {
 
 #[test]
 fn a_prefill_on_the_host_keeps_the_same_contract() {
-    type Change = fn(&mut GdnPrefill<'static>);
+    type Change = fn(&mut Prefill<'static>);
     let rows: [(Change, Refusal); 20] = [
         (|a| a.q = host(DType::BF16, &[TOKENS, 512]), ("q", "of shape [4, 512]", "3 dimensions")),
         (|a| a.k = host(DType::BF16, &[1, TOKENS, 2, 128]), ("k", "of shape [1, 4, 2, 128]", "3 dimensions")),

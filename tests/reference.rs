@@ -1,17 +1,20 @@
 //! The reference on the host, against plain formulas in f64 that are written another way, and the errors it raises.
 
+#[path = "support/prefill.rs"]
+mod prefill;
+
 use std::ffi::c_void;
 use std::fmt::Debug;
 use std::ptr;
 
-use flashinfer_rs::kernels::gdn::{GdnPrefill, HEAD_SIZE, gdn_prefill};
+use flashinfer_rs::kernels::gdn::HEAD_SIZE;
 use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
-use flashinfer_rs::kernels::reference;
 use flashinfer_rs::{
     Arg, DType, Device, Element, FlashInferError, FlashInferRuntime, Function, Result, RuntimeConfig, Stream,
-    TensorMut, TensorRef, Value,
+    TensorMut, TensorRef, Value, reference,
 };
 use half::{bf16, f16};
+use prefill::Prefill;
 
 /// A function of the reference module.
 fn function(name: &str) -> Function {
@@ -312,7 +315,7 @@ impl<T: Number> Problem<T> {
                 TensorRef::from_raw(values.as_ptr().cast(), Device::Cpu, DType::F32, shape, None).unwrap()
             })
         };
-        let args = GdnPrefill {
+        let args = Prefill {
             output: TensorMut::from_slice(&mut output, &[tokens, heads, size]).unwrap(),
             output_state: TensorMut::from_slice(&mut output_state, &states).unwrap(),
             q: TensorRef::from_slice(&self.q, &[tokens, q_heads, size]).unwrap(),
@@ -328,7 +331,7 @@ impl<T: Number> Problem<T> {
         if size == HEAD_SIZE {
             function("gdn_prefill");
             // SAFETY: on the host the contents of cu_seqlens are checked.
-            unsafe { gdn_prefill(args, Stream::NULL) }.unwrap();
+            unsafe { args.call(Stream::NULL) }.unwrap();
         } else {
             call_gdn(args).unwrap();
         }
@@ -409,7 +412,7 @@ impl Matrix {
 }
 
 /// The reference with these arguments, past the checks of the kernel's wrapper.
-fn call_gdn(mut args: GdnPrefill<'_>) -> Result<Value> {
+fn call_gdn(mut args: Prefill<'_>) -> Result<Value> {
     let (output, output_state, workspace) = (args.output.pack(), args.output_state.pack(), args.workspace.pack());
     let (q, k, v, cu_seqlens) = (args.q.pack(), args.k.pack(), args.v.pack(), args.cu_seqlens.pack());
     let [input_state, alpha, beta] =
@@ -690,8 +693,8 @@ fn a_norm_of_tensors_that_do_not_fit_is_refused_by_position() {
 }
 
 /// Two sequences of one and two tokens, heads of size 4.
-fn gdn_with(change: impl FnOnce(&mut GdnPrefill<'static>)) -> Result<Value> {
-    let mut args = GdnPrefill {
+fn gdn_with(change: impl FnOnce(&mut Prefill<'static>)) -> Result<Value> {
+    let mut args = Prefill {
         output: host_mut(DType::F32, &[3, 2, 4]),
         output_state: host_mut(DType::F32, &[2, 2, 4, 4]),
         q: host(DType::F32, &[3, 2, 4]),
@@ -708,7 +711,7 @@ fn gdn_with(change: impl FnOnce(&mut GdnPrefill<'static>)) -> Result<Value> {
     call_gdn(args)
 }
 
-type GdnRow = (fn(&mut GdnPrefill<'static>), &'static str, &'static str);
+type GdnRow = (fn(&mut Prefill<'static>), &'static str, &'static str);
 
 fn assert_gdn_raises(rows: &[GdnRow]) {
     gdn_with(|_| {}).unwrap();
@@ -801,7 +804,7 @@ fn sequence_offsets_that_cannot_be_are_refused() {
 fn offsets_past_the_tokens_are_raised_through_the_wrapper_too() {
     function(GDN);
     let (q, out) = (host(DType::BF16, &[3, 1, HEAD_SIZE]), host_mut(DType::BF16, &[3, 1, HEAD_SIZE]));
-    let args = GdnPrefill {
+    let args = Prefill {
         output: out,
         output_state: host_mut(DType::F32, &[1, 1, HEAD_SIZE, HEAD_SIZE]),
         q: q.reborrow(),
@@ -815,7 +818,7 @@ fn offsets_past_the_tokens_are_raised_through_the_wrapper_too() {
         workspace: host_mut(DType::U8, &[0]),
     };
     // SAFETY: on the host the contents of cu_seqlens are checked.
-    let result = unsafe { gdn_prefill(args, Stream::NULL) };
+    let result = unsafe { args.call(Stream::NULL) };
     assert_raised(
         result.map(|()| Value::None),
         GDN,

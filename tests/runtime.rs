@@ -37,7 +37,7 @@ fn nothing_works_before_initialize() {
         let error = FlashInferRuntime::global().unwrap_err();
         assert!(matches!(error, FlashInferError::NotInitialized), "{error}");
         assert!(error.to_string().contains("initialize"));
-        assert!(flashinfer_rs::kernels::reference::module().is_err());
+        assert!(flashinfer_rs::reference::module().is_err());
     });
 }
 
