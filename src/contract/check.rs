@@ -214,7 +214,8 @@ fn reach(rank: usize, layout: &Layout) -> (i64, bool) {
         reach = sum;
         fits &= !too_far & !too_long;
     });
-    (reach, fits)
+    // In bytes too, of the largest elements.
+    (reach, fits & (reach <= i64::MAX / 8))
 }
 
 /// Whether no two elements lie in the same place: every stride goes past all that the smaller ones reach. Of a tensor whose
@@ -302,7 +303,7 @@ impl Call<'_, '_> {
             Condition::Extent => {
                 let most = self.row.extent.most;
                 let (reach, fits) = reach(rank, layout);
-                (fits & (reach <= most)) || self.empty || (self.row.extent.split && splits(tensor, layout, most))
+                (fits & (reach <= most)) || self.empty || (fits && self.row.extent.split && splits(tensor, layout, most))
             }
         }
     }
@@ -326,7 +327,7 @@ impl Call<'_, '_> {
     }
 }
 
-/// Whether a launch for each index of the first dimension would do.
+/// Whether a launch for each index of the first dimension would do, of a tensor whose reach fits 64 bits.
 #[cold]
 fn splits(tensor: &Tensor, layout: &Layout, most: i64) -> bool {
     let divided = matches!(tensor.shape[0], super::Size::Of(0));
