@@ -140,12 +140,15 @@ pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Str
     let dimensions = dimensions(row, operands);
     let on_gpu = lead.is_on_gpu();
     let mut empty = false;
+    // Of the lead argument: a workspace of no bytes leaves something to do.
+    unrolled!(i in RANK < rank_of_lead(row), {
+        empty |= lead.size(i) == 0;
+    });
     unrolled!(i in DIMENSIONS < row.dimensions.len(), {
         let (size, dimension) = (dimensions[i], &row.dimensions[i]);
         if (size < dimension.least) | (size > dimension.most) {
             return Err(Fault::Dimension(i));
         }
-        empty |= size == 0;
     });
     unrolled!(i in DIMENSIONS < row.relations.len(), {
         let relation = &row.relations[i];
@@ -176,6 +179,14 @@ fn lead<'a>(row: &'static Row, operands: &[Operand<'a, '_>]) -> &'a Layout {
     match operands[row.lead].layout() {
         Some(layout) => layout,
         None => unreachable!("a call gives its lead argument"),
+    }
+}
+
+#[inline(always)]
+fn rank_of_lead(row: &'static Row) -> usize {
+    match &row.arguments[row.lead].kind {
+        Kind::Tensor(tensor) => tensor.shape.len(),
+        _ => 0,
     }
 }
 
@@ -302,7 +313,8 @@ impl Call<'_, '_> {
             Condition::Extent => {
                 let most = self.row.extent.most;
                 let (reach, fits) = reach(rank, layout);
-                (fits & (reach <= most)) || self.empty || (self.row.extent.split && splits(tensor, layout, most))
+                // However it is divided, an offset that does not fit 64 bits is none.
+                self.empty || (fits && (reach <= most || (self.row.extent.split && splits(tensor, layout, most))))
             }
         }
     }
