@@ -19,9 +19,9 @@ use cudarc::driver::{
 use flashinfer_rs::kernels::gdn::{self, GdnOptions, GdnPrefill, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{GemmaRmsnorm, NormOptions, gemma_rmsnorm};
 use flashinfer_rs::{
-    CuSeqlens, DType, Device, DeviceCuSeqlens, FlashInferRuntime, GdnPrefillSm90Params, GemmaRmsNormParams, GraphBuffers, LaunchGraph, Prepared,
-    RuntimeConfig, Stream, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, TensorMut, TensorRef,
-    gdn_prefill_sm90, gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc,
+    CuSeqlens, DType, Device, DeviceCuSeqlens, FlashInferRuntime, GdnPrefillSm90Params, GemmaRmsNormParams,
+    GraphBuffers, LaunchGraph, Prepared, RuntimeConfig, Stream, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc,
+    TensorMut, TensorRef, gdn_prefill_sm90, gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc,
 };
 use half::bf16;
 

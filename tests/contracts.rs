@@ -249,7 +249,10 @@ fn a_valid_norm_passes_every_check() {
 #[test]
 fn the_text_of_a_refusal_names_function_argument_found_and_expected() {
     let text = norm_with(|p| p.eps = f64::NAN).unwrap_err().to_string();
-    assert_eq!(text, "gemma_rmsnorm: eps is NaN, expected a positive number that an f32 holds in full (1.2e-38 to 3.4e38)");
+    assert_eq!(
+        text,
+        "gemma_rmsnorm: eps is NaN, expected a positive number that an f32 holds in full (1.2e-38 to 3.4e38)"
+    );
     let text = norm_with(|p| p.out.rows = 3).unwrap_err().to_string();
     assert_eq!(text, "gemma_rmsnorm: out is of shape [3, 64], expected shape [4, 64], [rows, columns]");
     let text = norm_with(|p| p.input.ptr = ptr::null()).unwrap_err().to_string();
@@ -999,7 +1002,10 @@ fn a_prefill_on_the_host_keeps_the_same_contract() {
         (|a| a.q = host(DType::BF16, &[TOKENS, 512]), ("q", "of shape [4, 512]", "3 dimensions")),
         (|a| a.k = host(DType::BF16, &[1, TOKENS, 2, 128]), ("k", "of shape [1, 4, 2, 128]", "3 dimensions")),
         (|a| a.v = host(DType::BF16, &[TOKENS]), ("v", "of shape [4]", "3 dimensions")),
-        (|a| a.cu_seqlens = host(DType::I64, &[1, 3]), ("cu_seqlens", "of shape [1, 3]", "1 dimension, [sequences + 1]")),
+        (
+            |a| a.cu_seqlens = host(DType::I64, &[1, 3]),
+            ("cu_seqlens", "of shape [1, 3]", "1 dimension, [sequences + 1]"),
+        ),
         (|a| a.workspace = host_mut(DType::U8, &[1, 64]), ("workspace", "of shape [1, 64]", "1 dimension, [bytes]")),
         (|a| a.alpha = Some(host(DType::F32, &[16])), ("alpha", "of shape [16]", "2 dimensions")),
         (|a| a.beta = Some(host(DType::F32, &[TOKENS, 4, 1])), ("beta", "of shape [4, 4, 1]", "2 dimensions")),

@@ -21,8 +21,8 @@ use flashinfer_rs::kernels::norm::{
     gemma_rmsnorm_in_place, layernorm, rmsnorm, rmsnorm_in_place, rmsnorm_quant,
 };
 use flashinfer_rs::{
-    Arg, DType, Device, FlashInferError, FlashInferRuntime, GemmaRmsNormParams, Prepared, Result, RuntimeConfig, Stream,
-    Tensor1DDesc, Tensor2DDesc, TensorMut, TensorRef,
+    Arg, DType, Device, FlashInferError, FlashInferRuntime, GemmaRmsNormParams, Prepared, Result, RuntimeConfig,
+    Stream, Tensor1DDesc, Tensor2DDesc, TensorMut, TensorRef,
 };
 use libloading::os::unix::Library;
 use prefill::Prefill;
@@ -47,7 +47,7 @@ impl StandIns {
         let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = FOLDER.get_or_init(|| {
             let folder = tempfile::tempdir().unwrap();
-            native::load(&native::compile("cudart.c", "libcudart.so.13", &[], folder.path()), false);
+            native::load(&native::compile("cudart.c", "libcudart.so.13", &["-DLAST_ERROR"], folder.path()), false);
             native::compile("launches.c", "norm.so", &[], folder.path());
             native::compile("launches.c", "gdn_prefill_sm90.so", &[], folder.path());
             let tvm_ffi = "libtvm_ffi.so";
@@ -304,10 +304,7 @@ fn a_prepared_call_passes_what_the_plain_one_does() {
     let quant = Prepared::<RmsnormQuant>::new(&e, &i, &w, 0.5, &options).unwrap();
     same!(rmsnorm_quant(&mut e, &i, &w, 0.5, &options, s), quant.launch(&mut e, &i, &w, s));
     let quant = Prepared::<FusedAddRmsnormQuant>::new(&e, &i, &b, &w, 0.5, &options).unwrap();
-    same!(
-        fused_add_rmsnorm_quant(&mut e, &i, &mut b, &w, 0.5, &options, s),
-        quant.launch(&mut e, &i, &mut b, &w, s)
-    );
+    same!(fused_add_rmsnorm_quant(&mut e, &i, &mut b, &w, 0.5, &options, s), quant.launch(&mut e, &i, &mut b, &w, s));
 }
 
 #[test]

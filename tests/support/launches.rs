@@ -10,8 +10,8 @@ use flashinfer_rs::kernels::norm::{
     rmsnorm, rmsnorm_quant,
 };
 use flashinfer_rs::{
-    CuSeqlens, DType, DeviceCuSeqlens, LaunchGraph, Result, Stream, TensorMut, TensorRef, gdn_prefill_sm90_cudarc_with_options,
-    gemma_rmsnorm_cudarc,
+    CuSeqlens, DType, DeviceCuSeqlens, LaunchGraph, Result, Stream, TensorMut, TensorRef,
+    gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc,
 };
 use half::bf16;
 
