@@ -281,3 +281,39 @@ mod gpu {
 
     crate::graph::graph_leaf!(DeviceCuSeqlens);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::CuSeqlens;
+    use crate::error::FlashInferError;
+
+    fn filled(lengths: &[i64], capacity: &[i64]) -> crate::error::Result<Vec<i64>> {
+        let of = |lengths: &[i64]| CuSeqlens::from_lengths(lengths).unwrap();
+        of(lengths).filled_up(&of(capacity)).map(|filled| filled.offsets().to_vec())
+    }
+
+    #[test]
+    fn missing_sequences_have_a_token_each_and_the_last_of_them_the_rest() {
+        assert_eq!(filled(&[3, 5], &[4, 4]).unwrap(), [0, 3, 8], "as many, of other lengths");
+        assert_eq!(filled(&[3], &[4, 4]).unwrap(), [0, 3, 8], "one is missing and takes what is left");
+        assert_eq!(filled(&[2], &[1, 1, 1, 5]).unwrap(), [0, 2, 3, 4, 8]);
+        assert_eq!(filled(&[5], &[1, 1, 1, 5]).unwrap(), [0, 5, 6, 7, 8], "exactly a token for each");
+        assert_eq!(filled(&[1], &[1]).unwrap(), [0, 1]);
+    }
+
+    #[test]
+    fn sequences_that_do_not_fit_the_captured_sizes_are_refused() {
+        let refused = |lengths: &[i64], capacity: &[i64], says: &str| {
+            let error = filled(lengths, capacity).unwrap_err();
+            assert!(matches!(error, FlashInferError::InvalidArgument { argument: "cu_seqlens", .. }), "{error}");
+            assert!(error.to_string().contains(says), "{error}");
+        };
+        refused(&[1, 1, 1], &[4, 4], "at most 2 sequences");
+        refused(&[4, 3], &[4, 4], "what fills up to the captured 8 tokens of 2 sequences");
+        refused(&[4, 5], &[4, 4], "what fills up to the captured 8 tokens of 2 sequences");
+        refused(&[6], &[1, 1, 1, 5], "a token or more for each sequence that is missing");
+        refused(&[9], &[4, 4], "what fills up");
+        refused(&[3, 0], &[4, 4], "a token in each sequence");
+        refused(&[3], &[4, 0, 4], "a token in each sequence");
+    }
+}

@@ -249,7 +249,10 @@ fn a_valid_norm_passes_every_check() {
 #[test]
 fn the_text_of_a_refusal_names_function_argument_found_and_expected() {
     let text = norm_with(|p| p.eps = f64::NAN).unwrap_err().to_string();
-    assert_eq!(text, "gemma_rmsnorm: eps is NaN, expected a positive number that an f32 holds in full (1.2e-38 to 3.4e38)");
+    assert_eq!(
+        text,
+        "gemma_rmsnorm: eps is NaN, expected a positive number that an f32 holds in full (1.2e-38 to 3.4e38)"
+    );
     let text = norm_with(|p| p.out.rows = 3).unwrap_err().to_string();
     assert_eq!(text, "gemma_rmsnorm: out is of shape [3, 64], expected shape [4, 64], [rows, columns]");
     let text = norm_with(|p| p.input.ptr = ptr::null()).unwrap_err().to_string();
@@ -257,8 +260,8 @@ fn the_text_of_a_refusal_names_function_argument_found_and_expected() {
 }
 
 #[test]
-fn the_epsilon_of_a_norm_is_finite_and_positive() {
-    let expected = "finite positive number";
+fn the_epsilon_of_a_norm_is_positive_as_an_f32_too() {
+    let expected = "a positive number that an f32 holds in full";
     assert_norm_refuses(&[
         (|p| p.eps = f64::NAN, ("eps", "NaN", expected)),
         (|p| p.eps = f64::INFINITY, ("eps", "inf", expected)),
@@ -266,6 +269,10 @@ fn the_epsilon_of_a_norm_is_finite_and_positive() {
         (|p| p.eps = 0.0, ("eps", "0", expected)),
         (|p| p.eps = -0.0, ("eps", "-0", expected)),
         (|p| p.eps = -1e-6, ("eps", "-0.000001", expected)),
+        // The kernel computes with an f32, which flushes what is subnormal to 0.
+        (|p| p.eps = 1e-38, ("eps", "0.00000000000000000000000000000000000001", expected)),
+        (|p| p.eps = 1e-46, ("eps", "0.0000000000000000000000000000000000000000000001", expected)),
+        (|p| p.eps = 1e39, ("eps", "1000000000000000000000000000000000000000", expected)),
     ]);
 }
 
@@ -295,14 +302,14 @@ fn a_norm_computes_in_one_half_precision_type() {
         (|p| p.out.dtype = DType::F32, ("out", "F32", "BF16")),
         (|p| p.out.dtype = DType::F16, ("out", "F16", "BF16")),
         (|p| p.out.dtype = DType::F8E4M3, ("out", "F8E4M3", "BF16")),
-        (|p| p.input.dtype = DType::F16, ("weight", "BF16", "F16")),
+        (|p| p.input.dtype = DType::F16, ("out", "BF16", "F16, as input")),
     ]);
     for dtype in NOT_HALF.into_iter().chain([DType::F32]) {
         let name: &'static str = dtype.to_string().leak();
         let all = |p: &mut GemmaRmsNormParams| {
             (p.input.dtype, p.weight.dtype, p.out.dtype) = (dtype, dtype, dtype);
         };
-        assert_refused(norm_with(all), NORM, ("input", name, "F16 or BF16"));
+        assert_refused(norm_with(all), NORM, ("input", name, "BF16 or F16"));
     }
 }
 
@@ -311,7 +318,7 @@ fn the_tensors_of_a_norm_are_on_one_device() {
     assert_norm_refuses(&[
         (|p| p.weight.device_id = 1, ("weight", "on cuda:1", "memory of cuda:0")),
         (|p| p.out.device_id = 1, ("out", "on cuda:1", "memory of cuda:0")),
-        (|p| p.input.device_id = 1, ("weight", "on cuda:0", "memory of cuda:1")),
+        (|p| p.input.device_id = 1, ("out", "on cuda:0", "memory of cuda:1")),
     ]);
 }
 
@@ -330,21 +337,26 @@ fn the_shapes_of_a_norm_fit_each_other() {
 }
 
 #[test]
-fn the_columns_of_a_norm_are_contiguous_and_its_rows_do_not_overlap() {
-    let expected = "[64 or more, in steps of 8, 1]";
+fn the_columns_of_a_norm_are_contiguous_and_what_it_writes_does_not_overlap() {
+    let expected = "a last stride of 1, and others that are multiples of 8 and not negative";
+    let apart = "a place of its own, since it is written";
     assert_norm_refuses(&[
         (|p| p.input.stride_col = 2, ("input", "strided [64, 2]", expected)),
         (|p| p.input.stride_col = 0, ("input", "strided [64, 0]", expected)),
         (|p| p.out.stride_col = -1, ("out", "strided [64, -1]", expected)),
-        (|p| p.weight.stride = 2, ("weight", "strided [2]", "[1]")),
-        (|p| p.weight.stride = 0, ("weight", "strided [0]", "[1]")),
-        (|p| p.input.stride_row = 56, ("input", "strided [56, 1]", expected)),
-        (|p| p.input.stride_row = 0, ("input", "strided [0, 1]", expected)),
+        (|p| p.weight.stride = 2, ("weight", "strided [2]", "a last stride of 1")),
+        (|p| p.weight.stride = 0, ("weight", "strided [0]", "a last stride of 1")),
+        (|p| p.out.stride_row = 56, ("out", "strided [56, 1]", apart)),
+        (|p| p.out.stride_row = 0, ("out", "strided [0, 1]", apart)),
+        (|p| p.input.stride_row = -64, ("input", "strided [-64, 1]", expected)),
         (|p| p.out.stride_row = -64, ("out", "strided [-64, 1]", expected)),
         // One row, too, has columns.
-        (|p| (p.input.rows, p.out.rows, p.input.stride_col) = (1, 1, 2), ("input", "strided [64, 2]", "1]")),
+        (|p| (p.input.rows, p.out.rows, p.input.stride_col) = (1, 1, 2), ("input", "strided [64, 2]", expected)),
     ]);
     assert_accepted(norm_with(|p| (p.input.stride_row, p.out.stride_row) = (72, 4096)));
+    // What is only read may repeat, and overlap.
+    assert_accepted(norm_with(|p| p.input.stride_row = 0));
+    assert_accepted(norm_with(|p| p.input.stride_row = 56));
 }
 
 #[test]
@@ -360,7 +372,7 @@ fn rows_and_memory_of_a_norm_are_aligned_to_the_vector() {
         assert_accepted(shaped(&|p| p.input.stride_row += vector));
         assert_accepted(shaped(&|p| p.out.ptr = off(p.out.ptr, 2 * vector as usize)));
         for step in 1..vector {
-            let steps: &'static str = format!("in steps of {vector}").leak();
+            let steps: &'static str = format!("multiples of {vector}").leak();
             assert_refused(shaped(&|p| p.input.stride_row += step), NORM, ("input", "strided", steps));
             assert_refused(shaped(&|p| p.out.stride_row += step), NORM, ("out", "strided", steps));
         }
@@ -418,7 +430,7 @@ fn a_norm_without_rows_is_done_at_once() {
 }
 
 #[test]
-fn a_norm_of_rows_without_columns_is_done_at_once() {
+fn a_norm_without_columns_is_done_at_once_too() {
     norm_with(norm_of(4, 0, 0)).unwrap();
 }
 
@@ -524,20 +536,20 @@ fn a_norm_on_the_host_also_takes_f32_and_nothing_else() {
 #[test]
 fn a_norm_on_the_host_keeps_the_same_contract() {
     let rows: [Row<HostNorm>; 14] = [
-        (|c| c.options = c.options.with_eps(f64::NAN), ("eps", "NaN", "positive number that an f32 holds in full")),
-        (|c| c.options = c.options.with_eps(-1.0), ("eps", "-1", "positive number that an f32 holds in full")),
+        (|c| c.options = c.options.with_eps(f64::NAN), ("eps", "NaN", "a positive number")),
+        (|c| c.options = c.options.with_eps(-1.0), ("eps", "-1", "a positive number")),
         (|c| c.input = host(DType::BF16, &[32]), ("input", "of shape [32]", "2 dimensions")),
         (|c| c.input = host(DType::BF16, &[1, 2, 16]), ("input", "of shape [1, 2, 16]", "2 dimensions")),
-        (|c| c.weight = host(DType::BF16, &[1, 16]), ("weight", "of shape [1, 16]", "1 dimensions")),
-        (|c| c.out = host_mut(DType::BF16, &[32]), ("out", "of shape [32]", "[2, 16]")),
-        (|c| c.out = host_mut(DType::BF16, &[1, 2, 16]), ("out", "of shape [1, 2, 16]", "[2, 16]")),
+        (|c| c.weight = host(DType::BF16, &[1, 16]), ("weight", "of shape [1, 16]", "1 dimension, [columns]")),
+        (|c| c.out = host_mut(DType::BF16, &[32]), ("out", "of shape [32]", "2 dimensions")),
+        (|c| c.out = host_mut(DType::BF16, &[1, 2, 16]), ("out", "of shape [1, 2, 16]", "2 dimensions")),
         (|c| c.weight = host(DType::BF16, &[8]), ("weight", "of shape [8]", "[16]")),
         (|c| c.weight = host(DType::F32, &[16]), ("weight", "F32", "BF16")),
         (|c| c.out = host_mut(DType::F32, &[2, 16]), ("out", "F32", "BF16")),
         (|c| c.weight = on_gpu(DType::BF16, &[16]), ("weight", "on cuda:0", "memory of cpu")),
-        (|c| c.input = on_gpu(DType::BF16, &[2, 16]), ("weight", "on cpu", "memory of cuda:0")),
-        (|c| c.input = strided(32, 2), ("input", "strided [32, 2]", "[16 or more, in steps of 8, 1]")),
-        (|c| c.input = strided(17, 1), ("input", "strided [17, 1]", "[16 or more, in steps of 8, 1]")),
+        (|c| c.input = on_gpu(DType::BF16, &[2, 16]), ("out", "on cpu", "memory of cuda:0")),
+        (|c| c.input = strided(32, 2), ("input", "strided [32, 2]", "a last stride of 1")),
+        (|c| c.input = strided(17, 1), ("input", "strided [17, 1]", "multiples of 8")),
     ];
     for (change, refusal) in rows {
         assert_refused(host_norm(change), NORM, refusal);
@@ -573,7 +585,7 @@ const GDN: &str = "gdn_prefill";
 
 const TOKENS: i64 = 4;
 const SEQUENCES: i64 = 2;
-const WORKSPACE: i64 = 131_072;
+const WORKSPACE: i64 = WORKSPACE_SIZE;
 
 fn vector(ptr: usize, len: i64, dtype: DType) -> Tensor1DDesc {
     Tensor1DDesc { ptr: address(ptr), len, stride: 1, dtype, device_id: 0 }
@@ -705,17 +717,22 @@ fn the_heads_of_a_prefill_share_queries_or_values() {
 
 #[test]
 fn a_prefill_has_heads() {
-    for heads in [[0, 0, 0], [4, 0, 0], [0, 2, 2], [0, 0, 4], [4, 2, 0], [2, 0, 2]] {
+    for (heads, none) in [
+        ([0, 0, 0], "q_heads"),
+        ([4, 0, 0], "k_heads"),
+        ([0, 2, 2], "q_heads"),
+        ([4, 2, 0], "v_heads"),
+        ([2, 0, 2], "k_heads"),
+    ] {
         let result = gdn_call(gdn_of(SEQUENCES, TOKENS, heads, HEAD_SIZE));
-        let without = ["q_heads", "k_heads", "v_heads"][heads.iter().position(|&count| count == 0).unwrap()];
-        assert_refused(result, GDN, (without, "0", "1 to 2147483647"));
+        assert_refused(result, GDN, (none, "0", "1 to 2147483647"));
     }
 }
 
 #[test]
 fn each_tensor_of_a_prefill_has_its_type() {
     assert_gdn_refuses(&[
-        (|p| p.q.dtype = DType::F16, ("k", "BF16", "F16")),
+        (|p| p.q.dtype = DType::F16, ("output", "BF16", "F16, as q")),
         (|p| p.k.dtype = DType::F16, ("k", "F16", "BF16")),
         (|p| p.v.dtype = DType::F32, ("v", "F32", "BF16")),
         (|p| p.output.dtype = DType::F32, ("output", "F32", "BF16")),
@@ -731,14 +748,14 @@ fn each_tensor_of_a_prefill_has_its_type() {
         let all = |p: &mut GdnPrefillSm90Params| {
             (p.q.dtype, p.k.dtype, p.v.dtype, p.output.dtype) = (dtype, dtype, dtype, dtype);
         };
-        assert_refused(gdn_with(all), GDN, ("q", name, "F16 or BF16"));
+        assert_refused(gdn_with(all), GDN, ("q", name, "BF16 or F16"));
     }
 }
 
 #[test]
 fn each_tensor_of_a_prefill_has_its_shape() {
     assert_gdn_refuses(&[
-        (|p| p.q.dim0 = 5, ("k", "[4, 2, 128]", "[5, 2, 128]")),
+        (|p| p.q.dim0 = 5, ("output", "[4, 4, 128]", "[5, 4, 128]")),
         (|p| p.k.dim0 = 5, ("k", "[5, 2, 128]", "[4, 2, 128]")),
         (|p| p.k.dim2 = 64, ("k", "[4, 2, 64]", "[4, 2, 128]")),
         (|p| p.v.dim0 = 3, ("v", "[3, 2, 128]", "[4, 2, 128]")),
@@ -792,7 +809,7 @@ fn the_tensors_of_a_prefill_are_on_one_device() {
     assert_gdn_refuses(&[
         (|p| p.output.device_id = 1, ("output", "on cuda:1", "memory of cuda:0")),
         (|p| p.output_state.device_id = 1, ("output_state", "on cuda:1", "memory of cuda:0")),
-        (|p| p.q.device_id = 1, ("k", "on cuda:0", "memory of cuda:1")),
+        (|p| p.q.device_id = 1, ("output", "on cuda:0", "memory of cuda:1")),
         (|p| p.k.device_id = 1, ("k", "on cuda:1", "memory of cuda:0")),
         (|p| p.v.device_id = 1, ("v", "on cuda:1", "memory of cuda:0")),
         (|p| p.cu_seqlens.device_id = 1, ("cu_seqlens", "on cuda:1", "memory of cuda:0")),
@@ -811,9 +828,13 @@ fn the_memory_of_a_prefill_is_aligned() {
         (|p| p.v.ptr = off(p.v.ptr, 14), ("v", "at 0x50000e", "16 bytes")),
         (|p| p.output.ptr = off(p.output.ptr, 8), ("output", "at 0x100008", "16 bytes")),
         (|p| p.q.ptr = off(p.q.ptr, 1), ("q", "at 0x300001", "aligned to")),
-        (|p| p.output_state.ptr = off(p.output_state.ptr, 2), ("output_state", "at 0x200002", "4 bytes")),
+        (|p| p.output_state.ptr = off(p.output_state.ptr, 2), ("output_state", "at 0x200002", "16 bytes")),
         (|p| p.cu_seqlens.ptr = off(p.cu_seqlens.ptr, 4), ("cu_seqlens", "at 0x600004", "8 bytes")),
-        (|p| input_state(p).ptr = address(0x800001), ("input_state", "at 0x800001", "4 bytes")),
+        // The kernel moves eight bytes of it at once: at four the context was lost.
+        (|p| p.output_state.ptr = off(p.output_state.ptr, 4), ("output_state", "at 0x200004", "16 bytes")),
+        (|p| p.output_state.ptr = off(p.output_state.ptr, 8), ("output_state", "at 0x200008", "16 bytes")),
+        (|p| input_state(p).ptr = address(0x800001), ("input_state", "at 0x800001", "16 bytes")),
+        (|p| input_state(p).ptr = address(0x800004), ("input_state", "at 0x800004", "16 bytes")),
         (|p| alpha(p).ptr = address(0x900002), ("alpha", "at 0x900002", "4 bytes")),
         (|p| beta(p).ptr = address(0xA00003), ("beta", "at 0xa00003", "4 bytes")),
         (|p| p.workspace.ptr = off(p.workspace.ptr, 32), ("workspace", "at 0x700020", "64 bytes")),
@@ -827,10 +848,9 @@ fn the_memory_of_a_prefill_is_aligned() {
 
 #[test]
 fn each_sequence_has_a_token() {
-    let sequences = "sequences";
     for (count, found) in [(0, "0"), (-1, "-1")] {
         let result = gdn_with(|p| p.cu_seqlens.len = count + 1);
-        assert_refused(result, GDN, (sequences, found, "1 to 2147483647"));
+        assert_refused(result, GDN, ("sequences", found, "1 to 2147483647"));
     }
     for (count, tokens, refusal) in [
         (5, 4, ("sequences", "5 of 4 tokens", "no more than there are tokens")),
@@ -845,17 +865,18 @@ fn each_sequence_has_a_token() {
 fn the_sizes_of_a_prefill_fit_32_bits() {
     let past = 1i64 << 31;
     let most = "to 2147483647";
-    let sequences = "sequences";
-    assert_refused(gdn_with(|p| p.cu_seqlens.len = past + 1), GDN, (sequences, "2147483648", most));
+    assert_refused(gdn_with(|p| p.cu_seqlens.len = past + 1), GDN, ("sequences", "2147483648", most));
     let call = |sequences, tokens, heads| gdn_call(gdn_of(sequences, tokens, heads, HEAD_SIZE));
     assert_refused(call(1, past, [1, 1, 1]), GDN, ("tokens", "2147483648", most));
-    // The last offset of 2^31 elements fits; one token more, in all of its heads together, does not.
+    // 2^31 elements exactly, in all of a tensor's heads together: the greatest offset fits.
     assert_accepted(call(1, past >> 9, [4, 2, 2]));
     assert_accepted(call(1, past >> 9, [2, 2, 4]));
     assert_accepted(call(past >> 16, past >> 16, [4, 2, 2]));
     let elements = "at most 2147483648 elements";
-    assert_refused(call(1, (past >> 9) + 1, [4, 2, 2]), GDN, ("output", "2147484160 elements", elements));
-    assert_refused(call((past >> 16) + 1, past >> 15, [4, 2, 2]), GDN, ("output", "elements", elements));
+    assert_refused(call(1, (past >> 9) + 1, [4, 2, 2]), GDN, ("output", "2147484160 elements long", elements));
+    assert_refused(call(1, (past >> 9) + 1, [2, 2, 4]), GDN, ("output", "2147484160 elements long", elements));
+    let states = call((past >> 16) + 1, (past >> 16) + 1, [4, 2, 2]);
+    assert_refused(states, GDN, ("output_state", "2147549184 elements long", elements));
     assert_refused(gdn_with(|p| p.workspace.len = past), GDN, ("bytes", "2147483648", most));
 }
 
@@ -863,21 +884,23 @@ fn the_sizes_of_a_prefill_fit_32_bits() {
 fn the_workspace_of_a_prefill_serves_every_multiprocessor() {
     assert_gdn_refuses(&[
         (|p| p.workspace.len = WORKSPACE - 1, ("workspace", "131071 bytes", "131072 bytes or more")),
-        (|p| p.workspace.len = 128, ("workspace", "128 bytes", "131072 bytes or more")),
+        // As many as the stand-in has multiprocessors, whose numbers may go past that.
+        (|p| p.workspace.len = 132 * 128, ("workspace", "16896 bytes", "131072 bytes or more")),
         (|p| (p.workspace.len, p.workspace.ptr) = (0, ptr::null()), ("workspace", "0 bytes", "131072 bytes or more")),
     ]);
     assert_accepted(gdn_with(|p| p.workspace.len = 1 << 20));
 }
 
 #[test]
-fn the_scale_of_a_prefill_is_finite_and_not_negative() {
-    let expected = "a finite number";
+fn the_scale_of_a_prefill_is_positive_or_left_out() {
+    let expected = "a positive number that an f32 holds in full (1.2e-38 to 3.4e38), or 0.0";
     assert_gdn_refuses(&[
         (|p| p.scale = f64::NAN, ("scale", "NaN", expected)),
         (|p| p.scale = f64::INFINITY, ("scale", "inf", expected)),
         (|p| p.scale = f64::NEG_INFINITY, ("scale", "-inf", expected)),
         (|p| p.scale = -0.5, ("scale", "-0.5", expected)),
         (|p| p.scale = -f64::MIN_POSITIVE, ("scale", "-0.000", expected)),
+        (|p| p.scale = 1e-40, ("scale", "0.000", expected)),
     ]);
 }
 
@@ -979,23 +1002,26 @@ fn a_prefill_on_the_host_keeps_the_same_contract() {
         (|a| a.q = host(DType::BF16, &[TOKENS, 512]), ("q", "of shape [4, 512]", "3 dimensions")),
         (|a| a.k = host(DType::BF16, &[1, TOKENS, 2, 128]), ("k", "of shape [1, 4, 2, 128]", "3 dimensions")),
         (|a| a.v = host(DType::BF16, &[TOKENS]), ("v", "of shape [4]", "3 dimensions")),
-        (|a| a.cu_seqlens = host(DType::I64, &[1, 3]), ("cu_seqlens", "of shape [1, 3]", "1 dimensions")),
-        (|a| a.workspace = host_mut(DType::U8, &[1, 64]), ("workspace", "of shape [1, 64]", "1 dimensions")),
-        (|a| a.alpha = Some(host(DType::F32, &[16])), ("alpha", "of shape [16]", "[4, 4]")),
-        (|a| a.beta = Some(host(DType::F32, &[TOKENS, 4, 1])), ("beta", "of shape [4, 4, 1]", "[4, 4]")),
-        (|a| a.input_state = Some(host(DType::F32, &[2, 4, 16384])), ("input_state", "[2, 4, 16384]", "128, 128]")),
-        (|a| a.output = host_mut(DType::BF16, &[TOKENS, 512]), ("output", "of shape [4, 512]", "[4, 4, 128]")),
+        (
+            |a| a.cu_seqlens = host(DType::I64, &[1, 3]),
+            ("cu_seqlens", "of shape [1, 3]", "1 dimension, [sequences + 1]"),
+        ),
+        (|a| a.workspace = host_mut(DType::U8, &[1, 64]), ("workspace", "of shape [1, 64]", "1 dimension, [bytes]")),
+        (|a| a.alpha = Some(host(DType::F32, &[16])), ("alpha", "of shape [16]", "2 dimensions")),
+        (|a| a.beta = Some(host(DType::F32, &[TOKENS, 4, 1])), ("beta", "of shape [4, 4, 1]", "2 dimensions")),
+        (|a| a.input_state = Some(host(DType::F32, &[2, 4, 16384])), ("input_state", "[2, 4, 16384]", "4 dimensions")),
+        (|a| a.output = host_mut(DType::BF16, &[TOKENS, 512]), ("output", "of shape [4, 512]", "3 dimensions")),
         (|a| a.output = host_mut(DType::F32, &[TOKENS, 4, 128]), ("output", "F32", "BF16")),
         (|a| a.output_state = host_mut(DType::F32, &[1, 4, 128, 128]), ("output_state", "[1, 4,", "[2, 4,")),
         (|a| a.k = host(DType::F16, &[TOKENS, 2, 128]), ("k", "F16", "BF16")),
         (|a| a.cu_seqlens = host(DType::I32, &[3]), ("cu_seqlens", "I32", "I64")),
-        (|a| a.cu_seqlens = host(DType::I64, &[6]), ("the number of tokens", "4", "5 to")),
+        (|a| a.cu_seqlens = host(DType::I64, &[6]), ("sequences", "5 of 4 tokens", "no more than there are tokens")),
         (|a| a.cu_seqlens = on_gpu(DType::I64, &[3]), ("cu_seqlens", "on cuda:0", "memory of cpu")),
         (|a| a.alpha = Some(on_gpu(DType::F32, &[4, 4])), ("alpha", "on cuda:0", "memory of cpu")),
-        (|a| a.q = on_gpu(DType::BF16, &[TOKENS, 4, 128]), ("k", "on cpu", "memory of cuda:0")),
+        (|a| a.q = on_gpu(DType::BF16, &[TOKENS, 4, 128]), ("workspace", "0 bytes", "131072 bytes or more")),
         (|a| a.workspace = host_mut(DType::F32, &[4]), ("workspace", "F32", "U8")),
-        (|a| a.scale = f64::NAN, ("scale", "NaN", "finite")),
-        (|a| a.scale = -1.0, ("scale", "-1", "finite")),
+        (|a| a.scale = f64::NAN, ("scale", "NaN", "a positive number")),
+        (|a| a.scale = -1.0, ("scale", "-1", "a positive number")),
     ];
     for (change, refusal) in rows {
         assert_refused(host_gdn(change), GDN, refusal);

@@ -85,7 +85,8 @@ fn a_swapped_library_is_refused_by_its_digest() {
 fn a_swapped_kernel_library_is_refused_when_it_is_first_used() {
     native::isolated("a_swapped_kernel_library_is_refused_when_it_is_first_used", || {
         let folder = copies();
-        tamper(&folder.path().join("norm.so"));
+        // Both, since either may be the first that warming up loads.
+        ["norm.so", "gdn_prefill_sm90.so"].iter().for_each(|library| tamper(&folder.path().join(library)));
         let runtime = initialize(folder.path()).unwrap();
         let error = runtime.module("norm.so").unwrap_err();
         assert!(matches!(error, FlashInferError::DigestMismatch { .. }), "{error}");
@@ -466,18 +467,13 @@ fn artifacts_say_where_each_library_comes_from_and_was_loaded_from() {
 }
 
 #[test]
-fn the_report_tests_every_kernel_on_the_host_without_a_gpu() {
-    with_fake_cudart("the_report_tests_every_kernel_on_the_host_without_a_gpu", &[("FAKE_GPUS", "0")], |runtime| {
+fn the_report_of_a_machine_without_a_gpu_does_not_pass() {
+    with_fake_cudart("the_report_of_a_machine_without_a_gpu_does_not_pass", &[("FAKE_GPUS", "0")], |runtime| {
         let report = runtime.report();
-        assert!(report.passed(), "{report}");
-        let kernels: Vec<_> = report.self_tests.iter().map(|test| (test.kernel, test.dtype.to_string())).collect();
-        for expected in
-            [("gemma_rmsnorm", "BF16"), ("gemma_rmsnorm", "F16"), ("gdn_prefill", "BF16"), ("gdn_prefill", "F16")]
-        {
-            assert!(kernels.iter().any(|(kernel, dtype)| (*kernel, dtype.as_str()) == expected), "{kernels:?}");
-        }
+        // No kernel ran, so that none was found right.
+        assert!(!report.passed() && report.self_tests.is_empty(), "{report}");
         let text = report.to_string();
-        let parts = ["libtvm_ffi.so", "supports CUDA 13.0", "GPUs\n  none", "gdn_prefill F16 on cpu"];
+        let parts = ["libtvm_ffi.so", "supports CUDA 13.0", "GPUs\n  none"];
         assert!(parts.iter().all(|part| text.contains(part)), "{text}");
     });
 }

@@ -145,7 +145,8 @@ pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Str
         if (size < dimension.least) | (size > dimension.most) {
             return Err(Fault::Dimension(i));
         }
-        empty |= size == 0;
+        // Of the lead argument: without scratch memory there may still be something to do.
+        empty |= (size == 0) & matches!(dimension.from, From::Shape(argument, _) if argument == row.lead);
     });
     unrolled!(i in DIMENSIONS < row.relations.len(), {
         let relation = &row.relations[i];

@@ -6,6 +6,8 @@
 
 mod check;
 mod explain;
+#[cfg(test)]
+mod random;
 mod table;
 
 pub(crate) use check::{Checked, Fault, Operand, aligned, check, stream_fits, unrolled};

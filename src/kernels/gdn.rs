@@ -315,7 +315,20 @@ fn no_scale() -> FlashInferError {
 /// The kernel itself: prefill of the gated delta rule. For every sequence and head, token by token:
 /// `S ← α S`, `S ← S + β (v − S k) kᵀ`, `o = scale · S q`.
 ///
-/// @gdn_prefill
+/// <!-- gdn_prefill -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `output` | `[tokens, heads, head_size]` | as `q` | written; contiguous; aligned to 16 bytes |
+/// | `output_state` | `[sequences, heads, head_size, head_size]` | F32 | written; contiguous; aligned to 16 bytes |
+/// | `q` | `[tokens, q_heads, head_size]` | F16 or BF16 | read; contiguous; aligned to 16 bytes |
+/// | `k` | `[tokens, k_heads, head_size]` | as `q` | read; contiguous; aligned to 16 bytes |
+/// | `v` | `[tokens, v_heads, head_size]` | as `q` | read; contiguous; aligned to 16 bytes |
+/// | `cu_seqlens` | `[sequences + 1]` | I64 | read; contiguous; aligned to 8 bytes |
+/// | `input_state` | `[sequences, heads, head_size, head_size]` | F32 | read, optional; contiguous; aligned to 16 bytes |
+/// | `alpha` | `[tokens, heads]` | F32 | read, optional; contiguous; aligned to 4 bytes |
+/// | `beta` | `[tokens, heads]` | F32 | read, optional; contiguous; aligned to 4 bytes |
+/// | `workspace` | `[bytes]` | U8 | scratch memory; contiguous; aligned to 64 bytes |
 ///
 /// Heads: either key heads equal value heads and query heads are a multiple of them (GQA), or query heads equal key
 /// heads and value heads are a multiple of them (GVA).

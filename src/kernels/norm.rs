@@ -316,9 +316,21 @@ impl NormOptions {
 
 /// RMSNorm: `out[i] = input[i] / √(mean(input[i]²) + eps) · weight`, row by row; of three dimensions, of every head.
 ///
-/// @rmsnorm
+/// <!-- rmsnorm -->
 ///
-/// @rmsnorm of heads
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `out` | `[rows, columns]` | as `input` | written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `input` | `[rows, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+///
+/// <!-- rmsnorm of heads -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `out` | `[tokens, heads, columns]` | as `input` | written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `input` | `[tokens, heads, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self).
@@ -365,7 +377,13 @@ fn rmsnorm_of(
 
 /// Gemma's RMSNorm: `out[i] = input[i] / √(mean(input[i]²) + eps) · (1 + weight)`, row by row.
 ///
-/// @gemma_rmsnorm
+/// <!-- gemma_rmsnorm -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `out` | `[rows, columns]` | as `input` | written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `input` | `[rows, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self).
@@ -400,7 +418,13 @@ pub fn gemma_rmsnorm_in_place(
 /// Adds and norms: `residual ← input + residual`, then `input ← residual / √(mean(residual²) + eps) · weight`, row by
 /// row. The sum is normed before it is rounded.
 ///
-/// @fused_add_rmsnorm
+/// <!-- fused_add_rmsnorm -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `input` | `[rows, columns]` | F16 or BF16 | read and written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `residual` | `[rows, columns]` | as `input` | read and written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self). A row must fit a block's shared memory as f32: 58,000 columns or so.
@@ -418,7 +442,13 @@ pub fn fused_add_rmsnorm(
 
 /// As [`fused_add_rmsnorm`], with `1 + weight` in the weight's place.
 ///
-/// @gemma_fused_add_rmsnorm
+/// <!-- gemma_fused_add_rmsnorm -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `input` | `[rows, columns]` | F16 or BF16 | read and written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `residual` | `[rows, columns]` | as `input` | read and written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self). A row must fit a block's shared memory as f32: 58,000 columns or so.
@@ -437,7 +467,13 @@ pub fn gemma_fused_add_rmsnorm(
 
 /// [`rmsnorm`] of two dimensions with an 8-bit output: `out = clamp(rmsnorm(input) / scale, −448, 448)`. `scale` is positive.
 ///
-/// @rmsnorm_quant
+/// <!-- rmsnorm_quant -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `out` | `[rows, columns]` | F8E4M3 or F8E5M2 | written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `input` | `[rows, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self).
@@ -458,7 +494,14 @@ pub fn rmsnorm_quant(
 /// [`fused_add_rmsnorm`] with an 8-bit output: `residual ← input + residual`, then
 /// `out = clamp(rmsnorm(residual) / scale, −448, 448)`; `input` is only read. `scale` is positive.
 ///
-/// @fused_add_rmsnorm_quant
+/// <!-- fused_add_rmsnorm_quant -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `out` | `[rows, columns]` | F8E4M3 or F8E5M2 | written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `input` | `[rows, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `residual` | `[rows, columns]` | as `input` | read and written; rows anywhere; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self). A row must fit a block's shared memory as f32: 58,000 columns or so.
@@ -482,7 +525,14 @@ pub fn fused_add_rmsnorm_quant(
 /// LayerNorm: `out[i] = (input[i] − mean) / √(variance + eps) · gamma + beta`, row by row. Programmatic dependent launch is
 /// not for this one. On the host it also takes F16 and F32.
 ///
-/// @layernorm
+/// <!-- layernorm -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `out` | `[rows, columns]` | as `input` | written; contiguous; aligned to gcd(2, columns) elements |
+/// | `input` | `[rows, columns]` | BF16 | read; contiguous; aligned to gcd(2, columns) elements |
+/// | `gamma` | `[columns]` | F32 | read; contiguous; aligned to gcd(2, columns) elements |
+/// | `beta` | `[columns]` | F32 | read; contiguous; aligned to gcd(2, columns) elements |
 ///
 /// Upstream takes these tensors as reference-counted objects: a call allocates four of them.
 ///

@@ -1,0 +1,384 @@
+//! Calls that are made from the rows alone: those that keep them are done, and each condition that is broken is named.
+
+use std::ptr;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestCaseError, TestRng, TestRunner};
+
+use super::{Contents, Dimensions, Dtype, From, Kind, Operand, Role, Row, Strides, Tensor, check, explain};
+use crate::engine::Entry;
+use crate::error::{FlashInferError, Result};
+use crate::kernels;
+use crate::owner::Owner;
+use crate::runtime::{FlashInferRuntime, RuntimeConfig};
+use crate::stream::Stream;
+use crate::tensor::{DType, Device, Layout};
+
+/// The most elements of a lead argument, so that the reference is done soon.
+const MOST: i64 = 40_000;
+
+/// What was drawn, one after the other.
+struct Choices<'a>(std::iter::Cycle<std::slice::Iter<'a, u32>>);
+
+impl Choices<'_> {
+    fn below(&mut self, count: usize) -> usize {
+        self.0.next().map_or(0, |&number| number as usize % count)
+    }
+
+    fn of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len())]
+    }
+}
+
+/// A tensor of a call.
+#[derive(Debug, Clone)]
+struct Given {
+    address: *mut u8,
+    device: Device,
+    dtype: DType,
+    shape: Vec<i64>,
+    strides: Vec<i64>,
+    stream: Option<*mut std::ffi::c_void>,
+}
+
+/// A call of a row.
+#[derive(Debug, Clone)]
+struct Call {
+    row: &'static Row,
+    sizes: Dimensions,
+    /// Of the arguments that are tensors, where they are there.
+    tensors: Vec<Option<Given>>,
+    /// Of those that are numbers.
+    numbers: Vec<f64>,
+}
+
+/// The memory of a call's tensors: enough of it whatever their types and strides are.
+type Memory = Vec<Vec<u128>>;
+
+impl Call {
+    /// One that keeps the row; none where the sizes that were drawn do not.
+    fn draw(row: &'static Row, device: Device, choices: &mut Choices<'_>) -> Option<(Self, Memory)> {
+        let on_host = device == Device::Cpu;
+        let drawn: Vec<i64> = row
+            .dimensions
+            .iter()
+            .map(|dimension| if dimension.examples.is_empty() { 1 } else { choices.of(dimension.examples) })
+            .collect();
+        let sizes = row.dimensions_from(|i| drawn[i]);
+        let holds = |relation: &super::Relation| (on_host && relation.only_on_gpu) || (relation.holds)(&sizes);
+        if !row.relations.iter().all(holds) {
+            return None;
+        }
+        let lead = tensor(row, row.lead);
+        if row.shape(lead, &sizes).iter().product::<i64>() > MOST {
+            return None;
+        }
+        let dtype = choices.of(lead.dtype.allowed(on_host));
+        let mut memory = Memory::new();
+        let mut tensors = Vec::new();
+        for argument in row.arguments {
+            tensors.push(match &argument.kind {
+                Kind::Tensor(tensor) if !tensor.optional || choices.below(2) == 0 => {
+                    let (given, elements) = Given::draw(row, tensor, &sizes, dtype, device, choices);
+                    memory.push(elements);
+                    Some(given)
+                }
+                _ => None,
+            });
+        }
+        let numbers = row.arguments.iter().map(|argument| match argument.kind {
+            Kind::NotNegative => choices.of(&[0.0, 0.5, 1e-30]),
+            _ => choices.of(&[1e-6, 0.5, f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX)]),
+        });
+        let numbers = numbers.collect();
+        Some((Self { row, sizes, tensors, numbers }, memory))
+    }
+
+    fn layouts(&self) -> Vec<Option<Layout>> {
+        let layout = |given: &Given| {
+            let Given { address, device, dtype, shape, strides, stream } = given;
+            Layout::build(address.cast(), *device, *dtype, shape, Some(strides), *stream)
+        };
+        self.tensors.iter().map(|given| given.as_ref().map(layout)).collect()
+    }
+
+    fn operands<'a>(&self, layouts: &'a [Option<Layout>]) -> Vec<Operand<'a, 'a>> {
+        const NOBODY: &Owner<'static> = &Owner::NONE;
+        let operand = |i: usize| match (&self.row.arguments[i].kind, &layouts[i]) {
+            (Kind::Tensor(_), Some(layout)) => Operand::Tensor(layout, NOBODY),
+            (Kind::Tensor(_), None) => Operand::Absent,
+            (Kind::EnablePdl, _) => Operand::Bool(false),
+            (Kind::Positive | Kind::NotNegative, _) => Operand::Number(self.numbers[i]),
+        };
+        (0..self.row.arguments.len()).map(operand).collect()
+    }
+
+    /// Through everything, which on the host ends in the reference.
+    fn made(&self, entry: Entry) -> Result<()> {
+        let layouts = self.layouts();
+        // SAFETY: the memory is the test's own and on the host, or the call is refused; the reference checks the offsets.
+        unsafe { entry.call(&self.operands(&layouts), Stream::NULL) }
+    }
+
+    /// Its check alone, of what is said to be on a GPU.
+    fn checked(&self) -> Result<()> {
+        let layouts = self.layouts();
+        let (operands, stream) = (self.operands(&layouts), Stream::NULL);
+        check(self.row, &operands, stream).map(|_| ()).map_err(|fault| explain(self.row, &operands, stream, fault))
+    }
+
+    /// With one thing changed.
+    fn but(&self, change: impl FnOnce(&mut Self)) -> Self {
+        let mut other = self.clone();
+        change(&mut other);
+        other
+    }
+}
+
+fn tensor(row: &'static Row, i: usize) -> &'static Tensor {
+    match &row.arguments[i].kind {
+        Kind::Tensor(tensor) => tensor,
+        _ => unreachable!("a lead argument is a tensor"),
+    }
+}
+
+impl Given {
+    fn draw(
+        row: &'static Row,
+        tensor: &'static Tensor,
+        sizes: &Dimensions,
+        lead: DType,
+        device: Device,
+        choices: &mut Choices<'_>,
+    ) -> (Self, Vec<u128>) {
+        let dtype = match tensor.dtype {
+            Dtype::As(_) | Dtype::Half | Dtype::Bf16 => lead,
+            other => choices.of(other.allowed(device == Device::Cpu)),
+        };
+        let shape = row.shape(tensor, sizes);
+        let mut strides = vec![1i64; shape.len()];
+        // Row-major, in another order of the leading dimensions, with gaps, or with what is read repeated.
+        let free = matches!(tensor.strides, Strides::Rows);
+        let vector = tensor.alignment.elements(sizes, dtype.size());
+        let mut order: Vec<usize> = (0..shape.len().saturating_sub(1)).rev().collect();
+        if free && choices.below(2) == 0 {
+            order.reverse();
+        }
+        let mut next = shape.last().copied().unwrap_or(1);
+        for dimension in order {
+            let gap = if free && choices.below(2) == 0 { vector * choices.below(4) as i64 } else { 0 };
+            let repeated = free && !tensor.role.writes() && choices.below(6) == 0;
+            strides[dimension] = if repeated { 0 } else { next + gap };
+            next = (next + gap) * shape[dimension];
+        }
+        // 16 bytes for each element, whatever its type is made to be.
+        let mut memory = vec![0u128; next.max(1) as usize + 64];
+        if let Contents::Offsets(parts, whole) = tensor.contents {
+            let numbers = memory.as_mut_ptr().cast::<i64>();
+            for i in 0..=sizes[parts] {
+                // SAFETY: there are as many elements of 16 bytes each, and zeros are numbers too.
+                unsafe { numbers.add(i as usize).write(sizes[whole] * i / sizes[parts]) };
+            }
+        }
+        // Memory of u128 is aligned to 16 bytes; what a row asks beyond that is found in the room behind.
+        let address = memory.as_mut_ptr().cast::<u8>();
+        let address = address.wrapping_add(address.addr().wrapping_neg() % 64);
+        let moved = matches!(tensor.contents, Contents::Offsets(..));
+        let address = if moved { memory.as_mut_ptr().cast::<u8>() } else { address };
+        (Self { address, device, dtype, shape, strides, stream: None }, memory)
+    }
+}
+
+/// That a call was refused for one of these.
+fn refused(result: Result<()>, by: &[&str], what: &str, call: &Call) -> std::result::Result<(), TestCaseError> {
+    match result {
+        Err(FlashInferError::InvalidArgument { function, argument, .. }) => {
+            prop_assert_eq!(function, call.row.function);
+            prop_assert!(
+                by.contains(&argument),
+                "{}: {} blames {}, not one of {:?}",
+                what,
+                call.row.kernel,
+                argument,
+                by
+            );
+        }
+        other => prop_assert!(false, "{what} of {}: {other:?}; {call:?}", call.row.kernel),
+    }
+    Ok(())
+}
+
+/// Breaks each condition of a call, one at a time; `run` makes the call.
+fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> std::result::Result<(), TestCaseError> {
+    let row = call.row;
+    let every: Vec<&str> = row
+        .arguments
+        .iter()
+        .map(|argument| argument.name)
+        .chain(row.dimensions.iter().map(|dimension| dimension.name))
+        .chain(row.relations.iter().map(|relation| relation.name))
+        .collect();
+    for (i, name, spec) in row.tensors() {
+        let Some(given) = &call.tensors[i] else { continue };
+        let with = |change: &dyn Fn(&mut Given)| {
+            run(&call.but(|call| {
+                if let Some(given) = &mut call.tensors[i] {
+                    change(given);
+                }
+            }))
+        };
+        let rank = given.shape.len();
+        refused(
+            with(&|given| {
+                given.shape.push(1);
+                given.strides.push(1)
+            }),
+            &[name],
+            "a dimension more",
+            call,
+        )?;
+        refused(
+            with(&|given| {
+                given.shape.pop();
+                given.strides.pop();
+            }),
+            &[name],
+            "a dimension less",
+            call,
+        )?;
+        for at in 0..rank {
+            let decides = row.dimensions.iter().any(|dimension| match dimension.from {
+                From::Shape(argument, size) | From::OneLess(argument, size) => (argument, size) == (i, at),
+                From::Larger(..) => false,
+            });
+            let larger = with(&|given| given.shape[at] += 1);
+            match (decides, spec.role) {
+                // Of a workspace there may be more.
+                (true, Role::Workspace) => prop_assert!(larger.is_ok(), "{:?}", larger),
+                // Then it is the others that do not fit.
+                (true, _) => refused(larger, &every, "a larger dimension", call)?,
+                (false, _) => refused(larger, &[name], "a larger dimension", call)?,
+            }
+            if given.shape[at] > 1 && !decides {
+                refused(with(&|given| given.shape[at] -= 1), &[name], "a smaller dimension", call)?;
+            }
+            if given.shape[at] > 1 {
+                refused(
+                    with(&|given| given.strides[at] = -given.strides[at].max(1)),
+                    &[name],
+                    "a stride below 0",
+                    call,
+                )?;
+                if spec.role.writes() {
+                    refused(with(&|given| given.strides[at] = 0), &[name], "an output on itself", call)?;
+                }
+                if matches!(spec.strides, Strides::Contiguous) {
+                    refused(with(&|given| given.strides[at] += 1), &[name], "a gap", call)?;
+                }
+            }
+        }
+        if matches!(spec.strides, Strides::Rows) {
+            refused(with(&|given| given.strides[rank - 1] = 2), &[name], "columns apart", call)?;
+            let vector = spec.alignment.elements(&call.sizes, given.dtype.size());
+            for at in (0..rank - 1).filter(|&at| vector > 1 && given.shape[at] > 1 && given.strides[at] > 0) {
+                refused(with(&|given| given.strides[at] += 1), &[name], "rows between vectors", call)?;
+            }
+        }
+        let likewise: Vec<&str> = row
+            .tensors()
+            .filter(|(j, _, other)| *j == i || matches!(other.dtype, Dtype::As(lead) if lead == i))
+            .map(|(_, name, _)| name)
+            .collect();
+        refused(with(&|given| given.dtype = DType::I32), &likewise, "another type", call)?;
+        let elsewhere = if on_gpu { [Device::Cpu, Device::Cuda(1)] } else { [Device::Cuda(0), Device::Cuda(1)] };
+        for device in elsewhere {
+            let by = if i == row.lead { &every[..] } else { &[name] };
+            refused(with(&|given| given.device = device), by, "another device", call)?;
+        }
+        let stream = ptr::without_provenance_mut(0x10);
+        refused(with(&|given| given.stream = Some(stream)), &[name], "another stream", call)?;
+        if on_gpu && spec.alignment.elements(&call.sizes, 1) * given.dtype.size() as i64 > 1 {
+            refused(with(&|given| given.address = given.address.wrapping_add(1)), &[name], "an odd address", call)?;
+        }
+    }
+    for (i, argument) in row.arguments.iter().enumerate() {
+        let none: &[f64] = match argument.kind {
+            Kind::Positive => &[0.0, -0.0],
+            Kind::NotNegative => &[],
+            _ => continue,
+        };
+        for &number in [f64::NAN, f64::INFINITY, -0.5, 1e-40, 1e-300, 1e39].iter().chain(none) {
+            let result = run(&call.but(|call| call.numbers[i] = number));
+            refused(result, &[argument.name], &number.to_string(), call)?;
+        }
+    }
+    Ok(())
+}
+
+/// Draws calls of every row until there were so many that keep it.
+fn every_row(device: Device, cases: u32, test: &dyn Fn(Entry, &Call) -> std::result::Result<(), TestCaseError>) {
+    for entry in kernels::all() {
+        let config = Config { cases, failure_persistence: None, max_global_rejects: 1 << 16, ..Config::default() };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(Default::default()));
+        let choices = proptest::collection::vec(any::<u32>(), 64);
+        let outcome =
+            runner.run(&choices, |numbers| match Call::draw(entry.row, device, &mut Choices(numbers.iter().cycle())) {
+                Some((call, _memory)) => test(entry, &call),
+                None => Err(TestCaseError::reject("sizes that do not fit each other")),
+            });
+        outcome.unwrap_or_else(|error| panic!("{}: {error}", entry.row.kernel));
+    }
+}
+
+#[test]
+fn calls_on_the_host_that_keep_their_row_are_done_and_others_are_named() {
+    FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+    every_row(Device::Cpu, 24, &|entry, call| {
+        let result = call.made(entry);
+        prop_assert!(result.is_ok(), "{:?}; {:?}", result, call);
+        break_each(call, &|call| call.made(entry), false)
+    });
+}
+
+#[test]
+fn calls_on_a_gpu_that_keep_their_row_pass_its_check_and_others_are_named() {
+    every_row(Device::Cuda(0), 200, &|_, call| {
+        let result = call.checked();
+        prop_assert!(result.is_ok(), "{:?}; {:?}", result, call);
+        break_each(call, &Call::checked, true)
+    });
+}
+
+/// Tensors of rows that lie far from each other, as a library that counts in 32 bits is not given them.
+#[test]
+fn what_is_too_long_for_one_launch_is_divided_as_long_as_offsets_fit() {
+    let of_rows = |entry: &Entry| matches!(tensor(entry.row, entry.row.lead).strides, Strides::Rows);
+    for entry in kernels::all().into_iter().filter(|entry| entry.row.extent.split && of_rows(entry)) {
+        let (row, most) = (entry.row, entry.row.extent.most);
+        let several = |call: &Call| {
+            let shape = row.shape(tensor(row, row.lead), &call.sizes);
+            shape[..shape.len() - 1].iter().all(|&size| size > 2)
+        };
+        let drawn = (0..1 << 16).find_map(|seed: u32| {
+            let numbers: Vec<u32> = (1..65).map(|i| seed.wrapping_add(i).wrapping_mul(0x9E37_79B9) >> 8).collect();
+            Call::draw(row, Device::Cuda(0), &mut Choices(numbers.iter().cycle())).filter(|(call, _)| several(call))
+        });
+        let (call, _memory) = drawn.unwrap_or_else(|| panic!("{}: no examples of several rows", row.kernel));
+        let with_stride = |at: usize, stride: i64| {
+            let call = call.but(|call| {
+                if let Some(given) = &mut call.tensors[row.lead] {
+                    given.strides[at] = stride;
+                }
+            });
+            let layouts = call.layouts();
+            check(row, &call.operands(&layouts), Stream::NULL).map(|checked| checked.whole)
+        };
+        let name = row.kernel;
+        assert!(!with_stride(0, most).unwrap(), "{name}: no launch reaches two of these rows");
+        assert!(with_stride(0, i64::MAX / 2 - 7).is_err(), "{name}: where the last row is no number says");
+        let rank = tensor(row, row.lead).shape.len();
+        if rank > 2 {
+            assert!(with_stride(rank - 2, most).is_err(), "{name}: no launch reaches over what cannot be divided");
+        }
+    }
+}
