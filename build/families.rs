@@ -8,12 +8,14 @@ use super::error::{Error, Result};
 use super::store::publish_bytes;
 
 /// Writes `kernels.rs` and `references.rs`, which the library includes. Answers the folders that were searched.
+///
+/// Constants alone: of code that may panic the file's path would stand in every program, and it names the build's folder.
 pub fn list(manifest: &Path, out_dir: &Path) -> Result<[PathBuf; 2]> {
     let kernels = manifest.join("src").join("kernels");
     let references = manifest.join("src").join("reference");
-    let entries = "/// The kernels of each family.\nfn families() -> Vec<Vec<Entry>> {\n    vec![{}]\n}\n";
-    write(&kernels, &out_dir.join("kernels.rs"), "pub mod", "::entries()", entries)?;
-    let functions = "/// The functions of each family.\nfn families() -> Vec<&'static [(&'static str, SafeCall)]> {\n    vec![{}]\n}\n";
+    let entries = "/// The kernels of each family.\nconst FAMILIES: &[fn() -> Vec<Entry>] = &[{}];\n";
+    write(&kernels, &out_dir.join("kernels.rs"), "pub mod", "::entries", entries)?;
+    let functions = "/// The functions of each family.\nconst FAMILIES: &[&[(&str, SafeCall)]] = &[{}];\n";
     write(&references, &out_dir.join("references.rs"), "mod", "::FUNCTIONS", functions)?;
     Ok([kernels, references])
 }

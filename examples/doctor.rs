@@ -1,4 +1,4 @@
-//! Prints what a support request needs, and fails if a kernel computes wrong here. `cargo run --example doctor`
+//! Prints what a support request needs, and fails if a kernel computes wrong here, or none can run. `cargo run --example doctor`
 
 use std::process::ExitCode;
 

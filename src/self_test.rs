@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use half::{bf16, f16};
 
 use crate::contract::{Contents, Dimensions, Dtype, Kind, Operand, Role, Tensor};
-use crate::cuda::{Buffer, Cudart};
+use crate::cuda::Buffer;
 use crate::engine::Entry;
 use crate::error::Result;
 use crate::owner::Owner;
@@ -99,16 +99,14 @@ fn run(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32, dtype: D
         .collect();
     // SAFETY: as above; the memory is freed only after the null stream, where the kernel runs, was waited for.
     unsafe { kernel.call(&operands(kernel, &layouts), Stream::NULL) }?;
-    worst(kernel, &device_memory, &on_host, cudart)
+    worst(kernel, &device_memory, &on_host)
 }
 
+/// A tensor on the host: its type, its bytes and its shape.
+type OnHost = (DType, Vec<u8>, Vec<i64>);
+
 /// The worst error among what the kernel writes.
-fn worst(
-    kernel: Entry,
-    on_device: &[Option<(DType, Buffer)>],
-    on_host: &[Option<(DType, Vec<u8>, Vec<i64>)>],
-    _cudart: &Cudart,
-) -> Result<f64> {
+fn worst(kernel: Entry, on_device: &[Option<(DType, Buffer)>], on_host: &[Option<OnHost>]) -> Result<f64> {
     let mut worst = 0f64;
     for (i, _, tensor) in kernel.row.tensors() {
         if !matches!(tensor.role, Role::Out | Role::InPlace) {

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
-use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm, rmsnorm_quant};
+use flashinfer_rs::kernels::norm::{NormOptions, Rmsnorm, rmsnorm, rmsnorm_quant};
 use flashinfer_rs::{
-    Captured, DType, Device, FlashInferError, FlashInferRuntime, GraphMut, GraphRef, LaunchGraph, RuntimeConfig,
-    Stream, TensorMut, TensorRef,
+    Captured, DType, Device, FlashInferError, FlashInferRuntime, GraphMut, GraphRef, LaunchGraph, Prepared,
+    RuntimeConfig, Stream, TensorMut, TensorRef,
 };
 use half::bf16;
 use libloading::os::unix::Library;
@@ -278,7 +278,6 @@ fn parts_of_buffers_are_where_they_should_be() {
             let input_tensor = input.read(&SHAPE)?;
             rmsnorm_quant(&mut eight.write_bytes(bytes, &SHAPE)?, &input_tensor, &weight_tensor, 0.5, &options, s)?;
             assert!(eight.write_bytes(DType::BF16, &SHAPE).is_err() && first.into_ref().read(&SHAPE).is_ok());
-            drop(input_tensor);
             assert!(input.split_at(129).is_err());
             Ok(())
         });
@@ -295,5 +294,45 @@ fn parts_of_buffers_are_where_they_should_be() {
         let other = CudaContext::new(1).unwrap().new_stream().unwrap();
         let foreign = [zeros(8), other.alloc_zeros::<bf16>(8).unwrap()];
         assert!(LaunchGraph::new(&stream, foreign).is_err());
+    });
+}
+
+#[test]
+fn a_prepared_call_is_captured_and_is_for_the_stream_of_its_tensors() {
+    with_driver("a_prepared_call_is_captured_and_is_for_the_stream_of_its_tensors", |driver| {
+        let context = CudaContext::new(0).unwrap();
+        let (stream, other) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+        let (mut out, weight, _) = buffers(&stream);
+        let input = stream.alloc_zeros::<bf16>(128).unwrap();
+        let options = NormOptions::default();
+        let mut out = TensorMut::from_cudarc(&stream, &mut out, &SHAPE).unwrap();
+        let input = TensorRef::from_cudarc(&stream, &input, &SHAPE).unwrap();
+        let weight = TensorRef::from_cudarc(&stream, &*weight, &LENGTH).unwrap();
+        let prepared = Prepared::<Rmsnorm>::new(&out, &input, &weight, &options).unwrap();
+        prepared.launch(&mut out, &input, &weight, Stream::cudarc(&stream)).unwrap();
+        let calls = || Driver::read::<i64>(&driver.norm, "seen_calls");
+        let before = calls();
+        let refused = prepared.launch(&mut out, &input, &weight, Stream::cudarc(&other)).unwrap_err();
+        assert!(refused.to_string().contains("out is for stream"), "{refused}");
+        assert_eq!(calls(), before);
+
+        let mut graph = LaunchGraph::new(&stream, buffers(&stream)).unwrap();
+        let captured = graph.capture(|s, (input, weight, mut outs)| {
+            let (input, weight) = (input.read(&SHAPE)?, weight.read(&LENGTH)?);
+            prepared.launch(&mut outs[0].write(&SHAPE)?, &input, &weight, s)
+        });
+        captured.unwrap();
+        let private: usize = Driver::read(&driver.driver, "captured_stream");
+        assert_eq!(driver.last_norm(), (private, true), "and has the graph's programmatic dependent launch");
+
+        // What was prepared on the host is computed there, and no part of a graph.
+        let (zeros, mut host) = ([bf16::ZERO; 64], [bf16::ZERO; 64]);
+        let mut host = TensorMut::from_slice(&mut host, &[1, 64]).unwrap();
+        let (input, weight) =
+            (TensorRef::from_slice(&zeros, &[1, 64]).unwrap(), TensorRef::from_slice(&zeros, &LENGTH).unwrap());
+        let on_host = Prepared::<Rmsnorm>::new(&host, &input, &weight, &options).unwrap();
+        on_host.launch(&mut host, &input, &weight, Stream::NULL).unwrap();
+        let error = graph.capture(|s, _| on_host.launch(&mut host, &input, &weight, s)).unwrap_err();
+        assert!(error.to_string().contains("memory of the GPU whose graph is captured"), "{error}");
     });
 }

@@ -838,7 +838,7 @@ fn every_kernels_first_call_on_a_device_finds_its_flag_cleared() {
                     for turn in 0..400u32 {
                         let choice = (turn / 100 + thread) % 4;
                         let args = gdn_args_on(Device::Cuda(choice % 2), 64);
-                        let alpha = args.alpha.as_ref().map(|alpha| alpha.clone()).filter(|_| choice > 1);
+                        let alpha = args.alpha.clone().filter(|_| choice > 1);
                         // SAFETY: the stand-in touches nothing.
                         unsafe { Prefill { alpha, ..args }.call(stream(0x10)) }.unwrap();
                     }

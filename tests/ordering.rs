@@ -1,6 +1,11 @@
 //! No GPU, and yet: whether every use of a cudarc buffer that safe code can reach is ordered with every other and with the
 //! buffer's free. A stand-in for CUDA's driver knows (`ordering_model` shows that it does); it reports what nothing orders,
 //! whether or not a GPU would have lost that race. Each test runs in a process of its own.
+#![allow(
+    clippy::forget_non_drop,
+    clippy::drop_non_drop,
+    reason = "that tensors have no destructor makes it harmless to leak them, which is tested here"
+)]
 
 #[path = "support/launches.rs"]
 mod launches;

@@ -110,8 +110,7 @@ fn a_tensor_whose_elements_share_places_is_not_split_to_be_written() {
     let mut values = rows(6);
     let split = |values: &mut [f32], shape: &[i64], strides: &[i64]| {
         let mut tensor = TensorMut::from_slice_strided(values, shape, strides).unwrap();
-        let result = tensor.split_at(0, 1).map(|_| ());
-        result
+        tensor.split_at(0, 1).map(|_| ())
     };
     // A row again and again, and rows that begin within the one before.
     assert_refused(split(&mut values, &[3, COLUMNS], &[0, 1]), "tensor", "strided [0, 1]");

@@ -32,7 +32,7 @@ include!(concat!(env!("OUT_DIR"), "/references.rs"));
 pub fn module() -> Result<&'static Module> {
     static MODULE: OnceLock<Module> = OnceLock::new();
     let runtime = FlashInferRuntime::global()?;
-    Ok(MODULE.get_or_init(|| Module::here("reference", families().concat(), runtime.api())))
+    Ok(MODULE.get_or_init(|| Module::here("reference", FAMILIES.concat(), runtime.api())))
 }
 
 /// What a function raises: TVM-FFI's kind, and the message.
