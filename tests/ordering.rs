@@ -327,11 +327,7 @@ fn prepared_calls_are_ordered() {
                 let prepared = Prepared::<Rmsnorm>::new(&out, &input, &weight, &NormOptions::default()).unwrap();
                 prepared.launch(&mut out, &input, &weight, Stream::cudarc(&b)).unwrap();
                 prepared.launch(&mut out, &input, &weight, Stream::cudarc(&b)).unwrap();
-                if leaked {
-                    forget((prepared, out, input, weight))
-                } else {
-                    drop((prepared, out, input, weight))
-                }
+                if leaked { forget((prepared, out, input, weight)) } else { drop((prepared, out, input, weight)) }
             });
         }
     });

@@ -304,7 +304,9 @@ impl Call<'_, '_> {
             Condition::Extent => {
                 let most = self.row.extent.most;
                 let (reach, fits) = reach(rank, layout);
-                (fits & (reach <= most)) || self.empty || (fits && self.row.extent.split && splits(tensor, layout, most))
+                (fits & (reach <= most))
+                    || self.empty
+                    || (fits && self.row.extent.split && splits(tensor, layout, most))
             }
         }
     }
