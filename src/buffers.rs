@@ -1,7 +1,6 @@
 //! Tensors over cudarc's buffers, for its streams.
 
 use std::ffi::c_void;
-use std::mem;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -13,62 +12,24 @@ use crate::stream::{DeviceStream, Stream};
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef, impossible, numel, reach};
 
 mod sealed {
-    use cudarc::driver::{CudaView, CudaViewMut};
-
     pub trait Sealed {}
-
-    /// A buffer's bytes, with what cudarc tracks of it.
-    pub trait Bytes {
-        fn bytes(&self) -> CudaView<'_, u8>;
-    }
-
-    pub trait BytesMut {
-        fn bytes_mut(&mut self) -> CudaViewMut<'_, u8>;
-    }
 }
 
 /// cudarc's buffers that can be read: slices and views. Sealed, since cudarc's own `DevicePtr` is safe to implement and
 /// so promises nothing.
-pub trait DeviceBuffer<T>: sealed::Bytes + DevicePtr<T> {}
+pub trait DeviceBuffer<T>: sealed::Sealed + DevicePtr<T> {}
 
 /// cudarc's buffers that can be written.
-pub trait DeviceBufferMut<T>: sealed::BytesMut + DevicePtrMut<T> {}
+pub trait DeviceBufferMut<T>: sealed::Sealed + DevicePtrMut<T> {}
 
-macro_rules! buffers {
-    ($($buffer:ty),+; $($mutable:ty),+) => {
-        $(
-            impl<T> sealed::Bytes for $buffer {
-                #[inline]
-                fn bytes(&self) -> CudaView<'_, u8> {
-                    let bytes = self.len() * size_of::<T>();
-                    // SAFETY: bytes may be of anything that a kernel wrote, and nothing is read through the view but by
-                    // kernels, which are told the element type.
-                    match unsafe { self.transmute(bytes) } {
-                        Some(bytes) => bytes,
-                        None => unreachable!("a view of as many bytes as there are"),
-                    }
-                }
-            }
-            impl<T> DeviceBuffer<T> for $buffer {}
-        )+
-        $(
-            impl<T> sealed::BytesMut for $mutable {
-                #[inline]
-                fn bytes_mut(&mut self) -> CudaViewMut<'_, u8> {
-                    let bytes = self.len() * size_of::<T>();
-                    // SAFETY: as above; what is written is of the element type, which the constructors compare with `T`.
-                    match unsafe { self.transmute_mut(bytes) } {
-                        Some(bytes) => bytes,
-                        None => unreachable!("a view of as many bytes as there are"),
-                    }
-                }
-            }
-            impl<T> DeviceBufferMut<T> for $mutable {}
-        )+
-    };
-}
-
-buffers! { CudaSlice<T>, CudaView<'_, T>, CudaViewMut<'_, T>; CudaSlice<T>, CudaViewMut<'_, T> }
+impl<T> sealed::Sealed for CudaSlice<T> {}
+impl<T> sealed::Sealed for CudaView<'_, T> {}
+impl<T> sealed::Sealed for CudaViewMut<'_, T> {}
+impl<T> DeviceBuffer<T> for CudaSlice<T> {}
+impl<T> DeviceBuffer<T> for CudaView<'_, T> {}
+impl<T> DeviceBuffer<T> for CudaViewMut<'_, T> {}
+impl<T> DeviceBufferMut<T> for CudaSlice<T> {}
+impl<T> DeviceBufferMut<T> for CudaViewMut<'_, T> {}
 
 /// Rust types for 16-bit floating-point elements: `half`'s, or their bits.
 pub trait Half16: sealed::Sealed {
@@ -218,13 +179,12 @@ pub(crate) fn read<'a, T>(
     check_len(function, argument, buffer.len(), shape, strides)?;
     let _context = before_address(function, stream)?;
     let (address, guard) = buffer.device_ptr(stream);
-    // It would record a use that has not happened. Every call takes one of its own.
-    mem::forget(guard);
+    let owner = Owner::from_guard(guard, stream);
     let (device, own) = (device(stream.context()), Some(stream.cu_stream().cast()));
     let layout = Layout::build(address as *mut c_void, device, dtype, shape, strides, own);
     // SAFETY: cudarc owns the memory, which is on its context's device and holds the elements that were counted, each of
     // a Rust type that fits the element type. The owner orders every call with the buffer's other uses.
-    Ok(unsafe { TensorRef::from_layout(layout, Owner::shared(buffer.bytes(), stream)) })
+    Ok(unsafe { TensorRef::from_layout(layout, owner) })
 }
 
 /// As [`read`]; the buffer is borrowed mutably, so nothing else refers to it.
@@ -242,12 +202,11 @@ pub(crate) fn write<'a, T>(
     check_len(function, argument, buffer.len(), shape, strides)?;
     let _context = before_address(function, stream)?;
     let (address, guard) = buffer.device_ptr_mut(stream);
-    // As for `read`.
-    mem::forget(guard);
+    let owner = Owner::from_guard(guard, stream);
     let (device, own) = (device(stream.context()), Some(stream.cu_stream().cast()));
     let layout = Layout::build(address as *mut c_void, device, dtype, shape, strides, own);
     // SAFETY: as for `read`; nothing else refers to the buffer.
-    Ok(unsafe { TensorMut::from_layout(layout, Owner::exclusive(buffer.bytes_mut(), stream)) })
+    Ok(unsafe { TensorMut::from_layout(layout, owner) })
 }
 
 /// Before cudarc is asked for a buffer's address: where it tracks events it makes the stream wait on that occasion, which

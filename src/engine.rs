@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 
 use crate::contract::{
-    Attributes, Checked, Convention, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Role, Row, aligned, check, explain,
+    Attributes, Checked, Convention, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Row, aligned, check, explain,
     stream_fits, unrolled,
 };
 use crate::error::{FlashInferError, Result};
@@ -14,7 +14,7 @@ use crate::ffi::abi::Any;
 use crate::ffi::dlpack::DLTensor;
 use crate::first_call::{self, Ran};
 use crate::module::{Arg, Function};
-use crate::owner::{Access, Owner, ordered};
+use crate::owner::{Owner, ordered};
 use crate::reference;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
@@ -241,18 +241,13 @@ pub(crate) fn ordered_like(
     operands: &[Operand<'_, '_>],
     queue: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    if any_ordered(operands) { ordered(row.function, owners(row, operands), queue) } else { queue() }
+    if any_ordered(operands) { ordered(row.function, owners(operands), queue) } else { queue() }
 }
 
-/// The owners of a call's tensors, with what the kernel does with each.
-fn owners<'a, 'o>(
-    row: &'static Row,
-    operands: &'a [Operand<'_, 'o>],
-) -> impl Iterator<Item = (&'a Owner<'o>, Access)> + Clone {
-    row.arguments.iter().zip(operands).filter_map(|(argument, operand)| match (&argument.kind, operand) {
-        (Kind::Tensor(tensor), Operand::Tensor(_, owner)) => {
-            Some((*owner, if tensor.role == Role::In { Access::Read } else { Access::Write }))
-        }
+/// The owners of a call's tensors.
+fn owners<'a, 'o>(operands: &'a [Operand<'_, 'o>]) -> impl Iterator<Item = &'a Owner<'o>> + Clone {
+    operands.iter().filter_map(|operand| match operand {
+        Operand::Tensor(_, owner) => Some(*owner),
         _ => None,
     })
 }

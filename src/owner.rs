@@ -1,27 +1,20 @@
 //! Whose memory a tensor is over, and what a call does so that the owner orders it with its other uses.
 //!
-//! cudarc records an event for a buffer's last read and last write, and lets other streams wait for them. A call takes
-//! cudarc's guards for every tensor over one of its buffers, queues the kernel, and gives the guards back, which records
-//! the events: whatever becomes of the tensors afterwards, leaked or kept, the buffer's next use and its release are
-//! ordered behind the kernel.
+//! cudarc has two events for a buffer, which stand for its last read and its last write, and lets other streams wait for
+//! them. While a tensor borrows the buffer, the buffer's own waits were made when the tensor was, and nothing but calls on
+//! such tensors uses what it covers. So a call waits for the tensor's event and records it anew behind the kernel: whatever
+//! becomes of the tensors afterwards, leaked or kept, the buffer's next use and its release are ordered behind the kernel,
+//! and behind what the event stood for before.
 
 #[cfg(feature = "cudarc")]
 pub(crate) use tracked::{Owner, ordered};
 #[cfg(not(feature = "cudarc"))]
 pub(crate) use untracked::{Owner, ordered};
 
-/// What a call does with a tensor's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Access {
-    Read,
-    Write,
-}
-
 #[cfg(not(feature = "cudarc"))]
 mod untracked {
     use std::marker::PhantomData;
 
-    use super::Access;
     use crate::error::Result;
 
     /// Nobody that would have to be told: the memory's owner vouched for it.
@@ -39,7 +32,7 @@ mod untracked {
 
     pub(crate) fn ordered<'a, 'o: 'a>(
         _function: &'static str,
-        _owners: impl Iterator<Item = (&'a Owner<'o>, Access)>,
+        _owners: impl Iterator<Item = &'a Owner<'o>>,
         launch: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         launch()
@@ -48,74 +41,40 @@ mod untracked {
 
 #[cfg(feature = "cudarc")]
 mod tracked {
+    use std::mem;
     use std::ptr;
 
-    use cudarc::driver::{CudaContext, CudaStream, CudaView, CudaViewMut, SyncOnDrop, result, sys};
+    use cudarc::driver::{CudaContext, CudaEvent, CudaStream, SyncOnDrop, result, sys};
 
-    use super::Access;
     use crate::error::{FlashInferError, Result, driver_in};
 
-    /// The buffer of cudarc's that a tensor is over, and the stream that it was made for; or nobody, where whoever made the
-    /// tensor vouched for the memory.
-    pub(crate) struct Owner<'a>(Option<(View<'a>, &'a CudaStream)>);
-
-    enum View<'a> {
-        Shared(CudaView<'a, u8>),
-        Exclusive(CudaViewMut<'a, u8>),
-    }
-
-    impl Clone for Owner<'_> {
-        #[inline]
-        fn clone(&self) -> Self {
-            // SAFETY: cudarc's views hold an address, a length and shared references, and have no destructor, so a copy of
-            // the bytes is one more view. What may be done through an exclusive one is decided by the tensor that holds it:
-            // whoever copies it keeps the two apart, in time or in the elements they cover.
-            unsafe { ptr::read(self) }
-        }
-    }
+    /// The stream that a tensor over a buffer of cudarc's was made for, and the event for the buffer's last read or, of a
+    /// tensor that is written, its last write; or nobody, where whoever made the tensor vouched for the memory.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Owner<'a>(Option<(&'a CudaStream, Option<&'a CudaEvent>)>);
 
     impl<'a> Owner<'a> {
         pub(crate) const NONE: Self = Self(None);
 
+        /// By the guard that cudarc gave with the buffer's address, once the stream waits for what the guard is for.
         #[inline(always)]
-        pub(crate) fn shared(view: CudaView<'a, u8>, stream: &'a CudaStream) -> Self {
-            Self(Some((View::Shared(view), stream)))
-        }
-
-        #[inline(always)]
-        pub(crate) fn exclusive(view: CudaViewMut<'a, u8>, stream: &'a CudaStream) -> Self {
-            Self(Some((View::Exclusive(view), stream)))
+        pub(crate) fn from_guard(guard: SyncOnDrop<'a>, stream: &'a CudaStream) -> Self {
+            let event = match &guard {
+                SyncOnDrop::Record(Some((event, _))) => Some(*event),
+                // Buffers that were made while tracking was off have none.
+                _ => None,
+            };
+            // Dropped, it would record a use that has not happened.
+            mem::forget(guard);
+            Self(Some((stream, event)))
         }
 
         /// Whether a call must be ordered with other uses: where cudarc tracks them. On the null stream and the per-thread one
         /// in any case, since these exist in every context, and a call there would go to whichever is current.
         #[inline(always)]
         pub(crate) fn orders(&self) -> bool {
-            let Some((_, stream)) = &self.0 else { return false };
+            let Some((stream, _)) = self.0 else { return false };
             stream.context().is_managing_stream_synchronization() | is_of_any_context(stream.cu_stream())
-        }
-
-        fn stream(&self) -> Option<&'a CudaStream> {
-            self.0.as_ref().map(|(_, stream)| *stream)
-        }
-
-        /// Makes the stream wait for what the access must come behind; the guard, dropped, records the access.
-        fn guard(&self, access: Access) -> Option<SyncOnDrop<'a>> {
-            let (view, stream) = self.clone().0?;
-            let (_, guard) = match (view, access) {
-                (View::Exclusive(view), Access::Write) => view.view_ptr_mut(stream),
-                (View::Exclusive(view), Access::Read) => view.view_ptr(stream),
-                (View::Shared(view), _) => view.view_ptr(stream),
-            };
-            if access == Access::Read
-                && let SyncOnDrop::Record(Some((event, stream))) = &guard
-                && stream.context().is_managing_stream_synchronization()
-            {
-                // There is one event for all reads. What it stood for until now, on another stream, must come before
-                // what it will stand for, or the buffer's release would wait for the last of the two only.
-                stream.context().record_err(stream.wait(event));
-            }
-            Some(guard)
         }
     }
 
@@ -123,29 +82,31 @@ mod tracked {
         stream.addr() <= 2
     }
 
-    /// The most tensors that a kernel takes.
-    const MOST: usize = 16;
-
     /// Runs `launch` behind what used the memory before and ahead of what will, in the context that owns the memory.
     #[cold]
     pub(crate) fn ordered<'a, 'o: 'a>(
         function: &'static str,
-        owners: impl Iterator<Item = (&'a Owner<'o>, Access)> + Clone,
+        owners: impl Iterator<Item = &'a Owner<'o>> + Clone,
         launch: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let Some(stream) = owners.clone().find_map(|(owner, _)| owner.stream()) else { return launch() };
-        let _context = CurrentContext::bind(stream.context())?;
-        refuse_capture(function, stream)?;
-        let mut guards = [const { None }; MOST];
-        for (guard, (owner, access)) in guards.iter_mut().zip(owners) {
-            *guard = owner.guard(access);
-        }
-        // Where waiting failed, nothing may run: the error says that the order does not hold.
+        let Some((stream, _)) = owners.clone().find_map(|owner| owner.0) else { return launch() };
         let context = stream.context();
-        context.check_err().map_err(driver_in(context, "ordering a buffer's uses"))?;
+        let _context = CurrentContext::bind(context)?;
+        refuse_capture(function, stream)?;
+        let events = owners.filter_map(|owner| owner.0?.1).filter(|_| context.is_managing_stream_synchronization());
+        for event in events.clone() {
+            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            // SAFETY: both are live, since the owner borrows them, and of the context that is current.
+            let waited = unsafe { result::stream::wait_event(stream.cu_stream(), event.cu_event(), flags) };
+            waited.map_err(driver_in(context, "ordering a buffer's uses"))?;
+        }
         let result = launch();
-        drop(guards);
-        context.check_err().map_err(driver_in(context, "recording a buffer's use")).and(result)
+        let mut recorded = Ok(());
+        for event in events {
+            // SAFETY: as above.
+            recorded = recorded.and(unsafe { result::event::record(event.cu_event(), stream.cu_stream()) });
+        }
+        recorded.map_err(driver_in(context, "recording a buffer's use")).and(result)
     }
 
     /// That nothing is captured on the stream: a graph would keep the addresses, not the buffers.
