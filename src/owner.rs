@@ -18,7 +18,7 @@ mod untracked {
     use crate::error::Result;
 
     /// Nobody that would have to be told: the memory's owner vouched for it.
-    #[derive(Clone)]
+    #[derive(Clone, Copy)]
     pub(crate) struct Owner<'a>(PhantomData<&'a ()>);
 
     impl Owner<'_> {

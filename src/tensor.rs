@@ -641,7 +641,7 @@ impl<'a> TensorRef<'a> {
     accessors!();
 
     fn viewed(&self, layout: Layout) -> Self {
-        Self { layout, owner: self.owner.clone(), borrow: PhantomData }
+        Self { layout, owner: self.owner, borrow: PhantomData }
     }
 
     /// The same tensor, for as long as this one is there.
@@ -760,7 +760,7 @@ impl<'a> TensorMut<'a> {
 
     /// The same tensor, to be read, for as long as this one is not used otherwise.
     pub fn as_ref(&self) -> TensorRef<'_> {
-        TensorRef { layout: self.layout, owner: self.owner.clone(), borrow: PhantomData }
+        TensorRef { layout: self.layout, owner: self.owner, borrow: PhantomData }
     }
 
     /// Of the same memory: the caller sees to it that this one is not used meanwhile, or that both are disjoint.
@@ -768,7 +768,7 @@ impl<'a> TensorMut<'a> {
     where
         'a: 'b,
     {
-        TensorMut { layout, owner: self.owner.clone(), borrow: PhantomData }
+        TensorMut { layout, owner: self.owner, borrow: PhantomData }
     }
 
     /// The part of a dimension from `start` on, `count` long, for as long as this tensor is not used otherwise.
