@@ -91,6 +91,16 @@ fn a_call_runs_in_its_memorys_context_whatever_is_current() {
     });
 }
 
+/// The per-thread stream is another one in each thread, and these may be sent to one.
+#[test]
+fn the_stream_of_each_thread_is_refused_by_what_may_be_sent() {
+    with_driver("the_stream_of_each_thread_is_refused_by_what_may_be_sent", |driver| {
+        let stream = CudaContext::new(0).unwrap().per_thread_stream();
+        driver.refused("a context of prefills", || GdnPrefillContext::new(&stream));
+        driver.refused("a graph", || LaunchGraph::new(&stream, zeros::<bf16>(&stream, 64)));
+    });
+}
+
 #[test]
 fn a_threads_current_context_stays_what_it_was() {
     with_driver("a_threads_current_context_stays_what_it_was", |driver| {
