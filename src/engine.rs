@@ -216,6 +216,10 @@ unsafe fn launch_any(entry: Entry, operands: &[Operand<'_, '_>], checked: &Check
     runtime.checked_device(device)?;
     let ready = Ready { runtime, function: entry.on(device)?, device };
     let launch = || {
+        if checked.whole {
+            // SAFETY: the caller's promise.
+            return unsafe { queue_any(entry, &ready, operands, checked, stream) };
+        }
         for (start, count) in parts(row, operands, checked) {
             let mut cut = [const { MaybeUninit::<Layout>::uninit() }; MAX_ARGUMENTS];
             let mut part = [Operand::Absent; MAX_ARGUMENTS];
@@ -256,7 +260,7 @@ fn is_divided(tensor: &crate::contract::Tensor) -> bool {
     matches!(tensor.shape[0], crate::contract::Size::Of(0))
 }
 
-/// Where each launch starts in the row's first dimension, and how much it covers.
+/// Where each launch of a call that one would not do starts in the row's first dimension, and how much it covers.
 fn parts(row: &'static Row, operands: &[Operand<'_, '_>], checked: &Checked) -> impl Iterator<Item = (i64, i64)> {
     let count = checked.dimensions[0];
     let most = row.extent.most;
@@ -269,8 +273,7 @@ fn parts(row: &'static Row, operands: &[Operand<'_, '_>], checked: &Checked) -> 
     };
     let divided = row.tensors().filter(|(_, _, tensor)| is_divided(tensor));
     let layouts = divided.filter_map(|(i, ..)| operands[i].layout());
-    let step = if checked.whole { count } else { layouts.map(covered).min().unwrap_or(count) };
-    let step = step.clamp(1, count.max(1));
+    let step = layouts.map(covered).min().unwrap_or(count).clamp(1, count.max(1));
     (0..count).step_by(step as usize).map(move |start| (start, step.min(count - start)))
 }
 

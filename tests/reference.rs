@@ -7,11 +7,11 @@ use std::ffi::c_void;
 use std::fmt::Debug;
 use std::ptr;
 
-use flashinfer_rs::kernels::gdn::HEAD_SIZE;
+use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE};
 use flashinfer_rs::kernels::norm::{NormOptions, gemma_rmsnorm};
 use flashinfer_rs::{
-    Arg, DType, Device, Element, FlashInferError, FlashInferRuntime, Function, Result, RuntimeConfig, Stream,
-    TensorMut, TensorRef, Value, reference,
+    Arg, CuSeqlens, DType, Device, Element, FlashInferError, FlashInferRuntime, Function, Result, RuntimeConfig,
+    Stream, TensorMut, TensorRef, Value, reference,
 };
 use half::{bf16, f16};
 use prefill::Prefill;
@@ -543,6 +543,25 @@ fn a_sequence_without_tokens_keeps_its_state() {
         assert!(problem.state_of(&state, sequence).iter().all(|value| *value == 0.0));
     }
     assert!(problem.state_of(&state, 1).iter().any(|value| *value != 0.0));
+}
+
+/// Through the safe entry, where nothing at all is to be computed and the states are to be kept all the same.
+#[test]
+fn a_batch_without_tokens_keeps_its_states() {
+    function("gdn_prefill");
+    let states: Vec<f32> = (0..2 * 128 * 128).map(|i| i as f32).collect();
+    let (mut kept, mut output, none) = (vec![f32::NAN; states.len()], [0f32; 0], [0f32; 0]);
+    let mut tensors = GdnTensors {
+        output: TensorMut::from_slice(&mut output, &[0, 1, 128]).unwrap(),
+        output_state: TensorMut::from_slice(&mut kept, &[2, 1, 128, 128]).unwrap(),
+        q: TensorRef::from_slice(&none, &[0, 1, 128]).unwrap(),
+        k: TensorRef::from_slice(&none, &[0, 1, 128]).unwrap(),
+        v: TensorRef::from_slice(&none, &[0, 1, 128]).unwrap(),
+    };
+    let options = GdnOptions::default().with_input_state(TensorRef::from_slice(&states, &[2, 1, 128, 128]).unwrap());
+    let sequences = CuSeqlens::from_lengths(&[0, 0]).unwrap();
+    GdnPrefillContext::on_host().prefill(&mut tensors, &sequences, &options).unwrap();
+    assert_eq!(kept, states);
 }
 
 #[test]
