@@ -239,8 +239,16 @@ impl<'a> HostTensor<'a> {
         Ok(index.iter().zip(self.strides).map(|(&i, &stride)| i as isize * stride as isize).sum())
     }
 
-    /// A number of the tensor's.
+    /// A floating-point number of the tensor's.
     fn at(&self, index: &[usize]) -> std::result::Result<f64, Raised> {
+        match self.dtype {
+            DType::F16 | DType::BF16 | DType::F32 => self.number(index),
+            other => Err(self.not_a_float(other)),
+        }
+    }
+
+    /// A number of the tensor's, a floating-point one or a byte.
+    fn number(&self, index: &[usize]) -> std::result::Result<f64, Raised> {
         let offset = self.offset(index)?;
         // SAFETY: the element is inside the tensor, whose memory and element type its maker vouched for; reads do not
         // rely on alignment.
