@@ -3,6 +3,7 @@
 #[path = "support/native.rs"]
 mod native;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -85,8 +86,10 @@ fn a_swapped_library_is_refused_by_its_digest() {
 fn a_swapped_kernel_library_is_refused_when_it_is_first_used() {
     native::isolated("a_swapped_kernel_library_is_refused_when_it_is_first_used", || {
         let folder = copies();
-        // Both, since either may be the first that warming up loads.
-        ["norm.so", "gdn_prefill_sm90.so"].iter().for_each(|library| tamper(&folder.path().join(library)));
+        // All of them, since any may be the first that warming up loads.
+        let libraries: BTreeSet<_> = flashinfer_rs::kernels::rows().iter().map(|row| row.library).collect();
+        let paths = libraries.iter().map(|library| folder.path().join(library));
+        paths.filter(|path| path.is_file()).for_each(|path| tamper(&path));
         let runtime = initialize(folder.path()).unwrap();
         let error = runtime.module("norm.so").unwrap_err();
         assert!(matches!(error, FlashInferError::DigestMismatch { .. }), "{error}");
