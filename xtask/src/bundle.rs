@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use crate::bench;
 use crate::provision;
-use crate::recipes::USUAL;
+use crate::recipes;
 use crate::shell::{self, say};
 use crate::stress;
 use crate::vendoring::error::{Error, Result, refuse};
@@ -107,7 +107,7 @@ fn seconds(text: &str) -> Option<u32> {
 
 /// Fills `out`, which must be new, empty or an earlier bundle.
 pub fn command(out: &Path) -> Result<()> {
-    provision::kernels(&USUAL)?;
+    provision::kernels(&recipes::usual()?)?;
     say("building in release mode");
     let programs = programs(&shell::root())?;
     let mut libraries = None;
@@ -180,7 +180,9 @@ pub fn build(program: &Program) -> Result<String> {
         kind => (kind, Some("--no-run")),
     };
     cargo.arg(command).args(no_run).args((command != "bench").then_some("--release"));
-    cargo.args([&format!("--{}", program.kind), &*program.name, "--features", program.features]);
+    // Every family's kernels, whether or not they are among the default features.
+    let features = [recipes::usual()?, vec![program.features.to_owned()]].concat().join(",");
+    cargo.args([&format!("--{}", program.kind), &*program.name, "--features", &features]);
     shell::output(cargo.arg("--message-format=json-render-diagnostics"))
 }
 

@@ -72,7 +72,7 @@ fn tests(features: &str) -> Result<Vec<String>> {
 
 /// Runs and compiles them all.
 pub fn command() -> Result<()> {
-    provision::kernels(&["norm"])?;
+    provision::kernels(&["norm".to_owned()])?;
     for feature in ALONE {
         test(Some(feature))?;
     }

@@ -10,7 +10,7 @@ use crate::vendoring::error::{Error, Result, refuse};
 
 /// Builds the crate and copies what it vendored into `to`.
 pub fn command(to: &Path) -> Result<()> {
-    provision::kernels(&["norm"])?;
+    provision::kernels(&["norm".to_owned()])?;
     let mut cargo = shell::cargo();
     cargo.args(["build", "--message-format=json-render-diagnostics"]);
     let (_, libraries) = bundle::collect(&shell::output(&mut cargo)?);

@@ -43,8 +43,8 @@ enum Command {
     },
     /// Build a jit-cache wheel from FlashInfer's source package
     Wheel {
-        /// What to build: families or modules, as xtask/recipes.toml names them
-        #[arg(long, value_delimiter = ',', default_values_t = recipes::USUAL.map(str::to_owned))]
+        /// What to build: families or modules, as xtask/recipes.toml names them; default: those that this crate calls
+        #[arg(long, value_delimiter = ',')]
         kernels: Vec<String>,
         /// GPU architectures, `9.0a` for example; default: FLASHINFER_CUDA_ARCH_LIST, else 9.0a. Modules whose recipe
         /// names architectures are always for those
@@ -104,7 +104,10 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Demo => provision::demo(),
         Command::Test { args } => provision::test(&args),
-        Command::Wheel { kernels, arch, out } => jit_cache::command(&kernels, &arch, out.as_deref()),
+        Command::Wheel { kernels, arch, out } => {
+            let kernels = if kernels.is_empty() { recipes::usual()? } else { kernels };
+            jit_cache::command(&kernels, &arch, out.as_deref())
+        }
         Command::InstallLibs { to } => install::command(&to),
         Command::Cache(command) => cache::command(command),
         Command::Features => features::command(),

@@ -5,14 +5,14 @@ use std::process::Command;
 
 use crate::features;
 use crate::jit_cache;
-use crate::recipes::USUAL;
+use crate::recipes;
 use crate::shell::{self, say};
 use crate::vendoring::env::Env;
 use crate::vendoring::error::Result;
 use crate::vendoring::lock::{Lock, Wheel};
 use crate::vendoring::source::{Ladder, Source};
 
-const JIT_CACHE: &str = "flashinfer_jit_cache";
+pub const JIT_CACHE: &str = "flashinfer_jit_cache";
 
 /// `cargo xtask demo`
 pub fn demo() -> Result<()> {
@@ -22,7 +22,7 @@ pub fn demo() -> Result<()> {
         command.args(["--features", "cudarc"]);
     } else if has_gpu() {
         say("building the kernels from source, since there is a GPU to run them");
-        kernels(&USUAL)?;
+        kernels(&recipes::usual()?)?;
         command.args(["--features", "cudarc"]);
     } else {
         say("no kernels at hand and no GPU to run them: building without, the host reference needs libtvm_ffi.so only");
@@ -33,7 +33,7 @@ pub fn demo() -> Result<()> {
 
 /// `cargo xtask test`
 pub fn test(args: &[String]) -> Result<()> {
-    kernels(&["norm"])?;
+    kernels(&["norm".to_owned()])?;
     let mut command = shell::cargo();
     command.args(["test", "--workspace", "--all-features"]);
     if !args.is_empty() {
@@ -46,12 +46,11 @@ pub fn test(args: &[String]) -> Result<()> {
 }
 
 /// Makes sure that a build finds kernels: those that are at hand, else these families from source.
-pub fn kernels(families: &[&str]) -> Result<()> {
+pub fn kernels(families: &[String]) -> Result<()> {
     let env = Env::process();
     if !has_kernels(&env)? {
         say(format!("building {} from source", families.join(" and ")));
-        let families: Vec<String> = families.iter().map(|family| (*family).to_owned()).collect();
-        jit_cache::build(&families, &[], &env)?;
+        jit_cache::build(families, &[], &env)?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! How each module is built, as `recipes.toml` says: which sources, rendered from which templates, with which flags.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -8,14 +8,23 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value};
 use serde::Deserialize;
 
+use crate::provision::JIT_CACHE;
+use crate::shell;
 use crate::vendoring::digest::{Hasher, hash};
 use crate::vendoring::error::{Error, Result, refuse};
+use crate::vendoring::lock::Lock;
 use crate::vendoring::store::publish_bytes;
 
 const RECIPES: &str = include_str!("../recipes.toml");
 
-/// The families whose kernels this crate calls.
-pub const USUAL: [&str; 2] = ["norm", "gdn-prefill"];
+/// The families whose kernels this crate calls: the features that artifacts.lock names for the jit-cache wheel's members.
+pub fn usual() -> Result<Vec<String>> {
+    let lock = Lock::read(&shell::root().join("artifacts.lock"))?;
+    let target = shell::target();
+    let wheels = lock.for_target(&target).filter(|wheel| wheel.distribution == JIT_CACHE);
+    let features = wheels.flat_map(|wheel| wheel.members.iter().filter_map(|member| member.feature.clone()));
+    Ok(features.collect::<BTreeSet<_>>().into_iter().collect())
+}
 
 /// Where FlashInfer's sources lie in the tree, and those that are compiled.
 const PACKAGE: &str = "flashinfer";
@@ -499,7 +508,7 @@ mod tests {
         for family in recipes.families.keys() {
             assert!(!select(&recipes, &[family]).expect(family).is_empty());
         }
-        assert!(USUAL.iter().all(|family| recipes.families.contains_key(*family)));
+        assert!(usual().expect("the lock").iter().all(|family| recipes.families.contains_key(family)));
         // A pattern that no name matches would never be noticed.
         for recipe in &recipes.recipes {
             let used = recipes.families.values().flatten();

@@ -37,7 +37,7 @@ pub fn command() -> Result<()> {
     let cudart = folder.join("libcudart.so.13");
     let soname = "-Wl,-soname,libcudart.so.13";
     compile(&shell::root().join("tests/fixtures/cudart.c"), &cudart, &["-shared", "-fPIC", soname])?;
-    provision::kernels(&["norm"])?;
+    provision::kernels(&["norm".to_owned()])?;
     say("building in release mode");
     let (executables, libraries) = bundle::collect(&bundle::build(&bundle::INSTRUCTIONS)?);
     let Some(rust) = executables.get("instructions") else { refuse!("cargo built no instructions") };

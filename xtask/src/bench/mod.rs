@@ -165,7 +165,7 @@ fn packed(bundle: &Path, blocks: usize) -> Place {
 }
 
 fn built(blocks: usize) -> Result<Place> {
-    provision::kernels(&crate::recipes::USUAL)?;
+    provision::kernels(&crate::recipes::usual()?)?;
     say("building in release mode");
     let (executables, libraries) = bundle::collect(&bundle::build(&bundle::LAUNCH)?);
     let Some(launch) = executables.get("launch") else { refuse!("cargo built no launch") };
