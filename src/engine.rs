@@ -18,7 +18,7 @@ use crate::owner::{Owner, ordered};
 use crate::reference;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
-use crate::tensor::{Device, Form, Layout};
+use crate::tensor::{Device, Form, Layout, MAX_NDIM};
 
 /// A kernel: its row, and what is known of it in this process.
 pub(crate) trait Kernel: 'static {
@@ -478,7 +478,7 @@ impl Fixed {
         unrolled!(i in ARGUMENTS < operands.len(), {
             same &= match (operands[i].layout(), self.forms.get(i), &K::ROW.arguments[i].kind) {
                 (Some(layout), Some(Some(form)), Kind::Tensor(tensor)) => {
-                    layout.form().is(form)
+                    layout.form().is(form, tensor.shape.len())
                         & stream_fits(layout, stream)
                         & aligned(tensor, &self.checked.dimensions, layout)
                         & (layout.is_on_gpu() | stream.capture().is_none())
@@ -514,7 +514,7 @@ impl Fixed {
         check(row, operands, stream).map_err(|fault| explain(row, operands, stream, fault))?;
         let differs = operands.iter().zip(&self.forms).position(|(operand, form)| {
             match (operand.layout().map(Layout::form), form) {
-                (Some(found), Some(form)) => !found.is(form),
+                (Some(found), Some(form)) => !found.is(form, MAX_NDIM),
                 (None, None) => false,
                 _ => true,
             }

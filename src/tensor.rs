@@ -161,19 +161,20 @@ pub(crate) struct Form {
     device: DLDevice,
     ndim: i32,
     dtype: DLDataType,
-    /// Behind the last dimension 1, so that forms can be compared as a whole.
+    /// Behind the last dimension 1.
     shape: [i64; MAX_NDIM],
     strides: [i64; MAX_NDIM],
 }
 
 impl Form {
-    /// Whether two are the same. Without a branch: after a launch nothing of this is predicted.
+    /// Whether two are the same, of which at least one has `rank` dimensions. Without a branch: after a launch nothing of
+    /// this is predicted.
     #[inline(always)]
-    pub(crate) fn is(&self, other: &Self) -> bool {
+    pub(crate) fn is(&self, other: &Self, rank: usize) -> bool {
         let mut differs = self.device.bits() ^ other.device.bits();
         differs |= u64::from(self.dtype.bits() ^ other.dtype.bits());
         differs |= u64::from((self.ndim ^ other.ndim) as u32);
-        for i in 0..MAX_NDIM {
+        for i in 0..rank {
             differs |= (self.shape[i] ^ other.shape[i]) as u64 | (self.strides[i] ^ other.strides[i]) as u64;
         }
         differs == 0

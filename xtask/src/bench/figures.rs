@@ -22,7 +22,7 @@ const PYTHON: RGBColor = RGBColor(0x2f, 0x6f, 0xb0);
 pub fn all(samples: &Samples) -> Result<Vec<(&'static str, String)>> {
     Ok(vec![
         ("host.svg", host(samples)?),
-        ("differences.svg", differences(samples)?),
+        ("ratios.svg", ratios(samples)?),
         ("series.svg", series(samples)?),
         ("gemma.svg", gemma(samples)?),
         ("gdn.svg", gdn(samples)?),
@@ -96,27 +96,28 @@ fn row(name: &str, Summary { median, lower_quartile, upper_quartile }: Summary, 
     Row { name: name.to_owned(), color, value: median, range, bound: None, label }
 }
 
-fn differences(samples: &Samples) -> Result<String> {
-    let rows = COMPARISONS.iter().filter(|comparison| comparison.is_difference()).filter_map(|comparison| {
-        let Estimate { median, interval } = comparison.found(samples)?;
+fn ratios(samples: &Samples) -> Result<String> {
+    let above = |ratio: f64| (ratio - 1.0) * 100.0;
+    let rows = COMPARISONS.iter().filter_map(|comparison| {
         let Limit::AtMost(bound) = comparison.limit else { return None };
+        let Estimate { median, interval } = comparison.found(samples)?;
         let kernel = comparison.case().split(' ').nth(1).unwrap_or_default();
         Some(Row {
             name: format!("{kernel}: {}", comparison.what),
             color: RUST,
-            value: median,
-            range: interval,
-            bound: Some(bound),
-            label: format!("{median:.1} (bound: {bound})"),
+            value: above(median),
+            range: interval.map(|(low, high)| (above(low), above(high))),
+            bound: Some(above(bound)),
+            label: format!("{median:.3} (bound: {bound})"),
         })
     });
     lines(&Rows {
-        title: "What a call costs beside one from C",
-        note: "median of the differences within each block, with its 95 % interval",
-        axis: "ns per call",
+        title: "Host time of a call beside one from C",
+        note: "median of the ratios of host time within each block, with its 95 % interval",
+        axis: "% more than C",
         rows: rows.collect(),
         bars: false,
-        legend: &[("difference", RUST), ("bound", BOUND)],
+        legend: &[("ratio", RUST), ("bound", BOUND)],
     })
 }
 

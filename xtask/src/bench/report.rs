@@ -11,7 +11,7 @@ pub fn markdown(machine: &Machine, samples: &Samples) -> String {
     let _ = write!(
         text,
         "\n## Bounds\n\n{}\nEach figure is the median over blocks of what is computed within a block, with the interval that \
-         holds the true median with 95 % probability, from order statistics.\n\n![Differences to C](differences.svg)\n\n\
+         holds the true median with 95 % probability, from order statistics.\n\n![Ratios to C](ratios.svg)\n\n\
          ## Host time per call\n\nFrom the call until it returns. The GPU is idle when a batch of calls begins, and waiting \
          for it is not in the time.\n\ngemma_rmsnorm, 1 × 4096, bf16:\n\n{}\n![Host time per call](host.svg)\n\n\
          gdn_prefill, 64 tokens, 16/16/32 heads × 128, bf16:\n\n{}\nFor comparison:\n\n| | | ns | quartiles |\n\
@@ -80,7 +80,7 @@ pub fn bounds(samples: &Samples) -> String {
         let found = comparison.found(samples);
         let (median, interval) = found.map_or(("–".to_owned(), "–".to_owned()), |found| shown(comparison, found));
         let bound = match comparison.limit {
-            Limit::AtMost(bound) => format!("≤ {bound} ns"),
+            Limit::AtMost(bound) => format!("≤ {bound}"),
             Limit::AtLeast(bound) => format!("≥ {bound:.2}"),
             Limit::NearOne(width) => format!("1.00 ± {width}"),
             Limit::Open => "–".to_owned(),
