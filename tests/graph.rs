@@ -266,6 +266,8 @@ fn parts_of_buffers_are_where_they_should_be() {
             let (mut first, second) = rest.split_at(128)?;
             rmsnorm(&mut first.write(&SHAPE)?, &second.read(&SHAPE)?, &weight_tensor, &options, s)?;
             assert_eq!(values()[1] - values()[0], 128 * 2, "the second half of bf16");
+            let seen = [values()[0], values()[2]];
+            assert_eq!([first.as_mut_ptr().addr() as i64, weight.as_ptr().addr() as i64], seen);
             let apart = second.read_strided(&[1, 64], &[64, 1])?;
             rmsnorm(&mut first.write_strided(&[1, 64], &[128, 1])?, &apart, &weight_tensor, &options, s)?;
             assert!(
@@ -291,6 +293,10 @@ fn parts_of_buffers_are_where_they_should_be() {
         assert_eq!((driver.count("waits") - before.0, driver.count("records") - before.1), (7, 0));
         let ([_, rest], ..) = graph.into_buffers();
         assert_eq!(rest.len(), 256);
+        let mut graph = LaunchGraph::new(&stream, vec![zeros(8), zeros(16)]).unwrap();
+        let lengths = |buffers: &[usize]| assert_eq!(buffers, [8, 16]);
+        lengths(&graph.buffers().iter().map(|buffer| buffer.len()).collect::<Vec<_>>());
+        lengths(&graph.into_buffers().iter().map(CudaSlice::len).collect::<Vec<_>>());
         let other = CudaContext::new(1).unwrap().new_stream().unwrap();
         let foreign = [zeros(8), other.alloc_zeros::<bf16>(8).unwrap()];
         assert!(LaunchGraph::new(&stream, foreign).is_err());

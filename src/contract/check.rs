@@ -198,9 +198,10 @@ fn dimensions(row: &'static Row, operands: &[Operand<'_, '_>]) -> Dimensions {
 #[inline(always)]
 fn number_fits(kind: &Kind, value: f64) -> bool {
     let single = value as f32;
+    let positive = single.is_normal() & single.is_sign_positive();
     match kind {
-        Kind::Positive => single.is_normal() & (single > 0.0),
-        Kind::NotNegative => (single.is_normal() & (single > 0.0)) | (value == 0.0),
+        Kind::Positive => positive,
+        Kind::NotNegative => positive | (value == 0.0),
         Kind::Tensor(_) | Kind::EnablePdl => false,
     }
 }
