@@ -192,7 +192,7 @@ fn a_capture_that_fails_is_ended_and_the_graph_is_what_it_was() {
         }));
         assert!(panicked.is_err());
 
-        assert_eq!(driver.live(), before);
+        assert_eq!((driver.live(), driver.count("abandoned")), (before, 0));
         graph.launch().unwrap();
         assert_eq!(graph.capture(calls).unwrap(), Captured::Updated);
     });

@@ -1,6 +1,7 @@
 //! `cargo xtask features`: the tests pass with every Cargo feature alone, all features together compile, and so does a
 //! program that chooses cudarc's own features.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use serde::Deserialize;
@@ -11,8 +12,6 @@ use crate::vendoring::env::SKIP_VENDOR;
 use crate::vendoring::error::{Error, Result};
 use crate::vendoring::store::publish_bytes;
 
-const ALONE: [&str; 5] = ["norm", "gdn-prefill", "cudart", "embed", "cudarc"];
-const ALL: &str = "norm,gdn-prefill,cudart,embed,cudarc";
 /// What no feature makes a difference to: tests of the build script, of the wheels, and of what does not compile.
 const WHATEVER_FEATURES: [&str; 6] = ["cache", "compile_fail", "hermetic", "hostile_wheels", "network", "vendoring"];
 /// How tests are called that only a GPU can run.
@@ -32,8 +31,20 @@ struct Target {
 /// The part of Cargo.toml that is of use here.
 #[derive(Deserialize)]
 struct Manifest {
+    features: BTreeMap<String, Vec<String>>,
     #[serde(default)]
     test: Vec<Target>,
+}
+
+fn manifest() -> Result<Manifest> {
+    let path = shell::root().join("Cargo.toml");
+    let text = fs::read_to_string(&path).map_err(|e| Error::io("reading", &path, &e))?;
+    toml::from_str(&text).map_err(|e| Error::Refused(format!("{}: {e}", path.display())))
+}
+
+/// Every feature that there is, but `default`.
+fn features() -> Result<Vec<String>> {
+    Ok(manifest()?.features.into_keys().filter(|name| name != "default").collect())
 }
 
 /// Runs the tests that a feature can make a difference to: with the default features, or with these alone.
@@ -51,11 +62,7 @@ pub fn test(features: Option<&str>) -> Result<()> {
 
 /// The names of these tests, in order.
 fn tests(features: &str) -> Result<Vec<String>> {
-    let root = shell::root();
-    let (folder, manifest) = (root.join("tests"), root.join("Cargo.toml"));
-    let text = fs::read_to_string(&manifest).map_err(|e| Error::io("reading", &manifest, &e))?;
-    let manifest: Manifest =
-        toml::from_str(&text).map_err(|e| Error::Refused(format!("{}: {e}", manifest.display())))?;
+    let (folder, manifest) = (shell::root().join("tests"), manifest()?);
     let has = |feature: &String| features.split(',').any(|name| name == feature);
     let cannot = |name: &str| manifest.test.iter().any(|t| t.name == name && !t.required_features.iter().all(has));
     let mut names = Vec::new();
@@ -73,12 +80,13 @@ fn tests(features: &str) -> Result<Vec<String>> {
 /// Runs and compiles them all.
 pub fn command() -> Result<()> {
     provision::kernels(&["norm".to_owned()])?;
-    for feature in ALONE {
+    let features = features()?;
+    for feature in &features {
         test(Some(feature))?;
     }
     // Without kernels: no wheel is needed for that.
     let mut cargo = shell::cargo();
-    cargo.env(SKIP_VENDOR, "1").args(["check", "--quiet", "--no-default-features", "--features", ALL]);
+    cargo.env(SKIP_VENDOR, "1").args(["check", "--quiet", "--no-default-features", "--features", &features.join(",")]);
     shell::run(&mut cargo)?;
     let root = shell::root();
     for feature in CUDARC {
@@ -115,6 +123,15 @@ mod tests {
             assert!(!default.contains(&absent.to_owned()), "{default:?}");
         }
         assert!(all_tests("cudarc").expect("names").contains(&"graph".to_owned()));
+    }
+
+    #[test]
+    fn every_feature_but_the_default_ones_is_tested_alone() {
+        let features = features().expect("features");
+        for name in ["norm", "gdn-prefill", "cudart", "embed", "cudarc"] {
+            assert!(features.contains(&name.to_owned()), "{features:?}");
+        }
+        assert!(!features.contains(&"default".to_owned()));
     }
 
     #[test]
