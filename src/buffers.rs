@@ -74,12 +74,12 @@ impl<'a> From<&'a Arc<CudaStream>> for DeviceStream<'a> {
 impl<'a> TensorRef<'a> {
     /// A contiguous, row-major tensor in a buffer of cudarc's, for kernels on `stream`. The buffer may be longer.
     ///
-    /// Each call takes cudarc's guard for the buffer: where cudarc tracks events, `stream` waits for what used the buffer
-    /// elsewhere, and what uses it elsewhere later waits for `stream`.
+    /// Where cudarc tracks events, `stream` waits, when the tensor is made, for what used the buffer elsewhere; each call then
+    /// waits for the buffer's event and records it again behind its kernel, so that later uses elsewhere wait for it.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer that is too short, or of another context than
-    /// the stream's.
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer that is too short, of another context than the
+    /// stream's, or of a context that is not its device's primary one.
     #[inline(always)]
     pub fn from_cudarc<T: Element>(
         stream: &'a CudaStream,
@@ -121,7 +121,7 @@ impl<'a> TensorRef<'a> {
 
 impl<'a> TensorMut<'a> {
     /// A contiguous, row-major tensor in a buffer of cudarc's, to be written by kernels on `stream`. The buffer may be
-    /// longer. Guards are taken as for [`TensorRef::from_cudarc`].
+    /// longer. Its uses are ordered as those of [`TensorRef::from_cudarc`].
     ///
     /// # Errors
     /// As there.

@@ -1,4 +1,5 @@
-//! The little of the CUDA runtime that guards need: devices, their attributes, the current one.
+//! What this crate needs of CUDA's runtime: devices, the last error, whether a stream captures, updates of graphs, and the
+//! memory of self-tests and states.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;

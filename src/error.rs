@@ -135,12 +135,12 @@ pub enum FlashInferError {
         searched: Vec<String>,
     },
 
-    /// A call of the CUDA runtime failed.
+    /// A call of CUDA's runtime or driver failed.
     #[error("{call} failed with CUDA error {code}: {message}")]
     Cuda {
-        /// The function.
+        /// The function, or what was being done.
         call: &'static str,
-        /// `cudaError_t`.
+        /// `cudaError_t` or `CUresult`, which number alike.
         code: c_int,
         /// CUDA's own words.
         message: String,
@@ -221,7 +221,7 @@ pub enum FlashInferError {
     NotInitialized,
 }
 
-/// Errors after which CUDA answers nothing else in this process: illegal address, launch timeout, assertion, hardware
+/// Errors after which CUDA answers nothing else in this process: uncorrectable ECC error, illegal address, launch timeout, assertion, hardware
 /// stack, illegal instruction, misaligned address, invalid address space, invalid program counter, launch failure, an
 /// error that only a restart mends, and unknown.
 const STICKY: [c_int; 12] = [214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 226, 999];

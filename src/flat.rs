@@ -183,7 +183,7 @@ pub struct GdnPrefillSm90Params {
     pub beta: Option<Tensor2DDesc>,
     /// 0.0 for 1/√128.
     pub scale: f64,
-    /// U8.
+    /// `[131072]` U8 or longer ([`WORKSPACE_SIZE`](gdn::WORKSPACE_SIZE)), aligned to 64 bytes.
     pub workspace: Tensor1DDesc,
     /// The CUDA stream (`cudaStream_t`), null for the null stream.
     pub stream: *mut c_void,

@@ -645,8 +645,8 @@ pub enum Captured {
 /// ```
 ///
 /// # Limits
-/// Upstream reports that the prefill of release 0.6.3, which is never mended but replaced in 0.6.14, was seen to hang when it
-/// was replayed from a CUDA graph (flashinfer#3329: 32 value heads, 49 sequences of which most had 6 tokens). It was not seen
+/// Upstream reports that the prefill of release 0.6.3, which upstream did not mend (0.6.14 has another kernel in its place),
+/// was seen to hang when it was replayed from a CUDA graph (flashinfer#3329: 32 value heads, 49 sequences of which most had 6 tokens). It was not seen
 /// here; `DIR/stress` of the GPU bundle looks for it under a watchdog.
 pub struct LaunchGraph<B: GraphBuffers> {
     stream: Arc<CudaStream>,
@@ -812,7 +812,8 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         self.buffers.take()
     }
 
-    /// The buffers themselves; the graph is gone, once what was launched has run.
+    /// The buffers themselves, without the graph. It does not wait: what uses the buffers next is ordered behind what was
+    /// launched.
     pub fn into_buffers(mut self) -> B {
         match self.let_go() {
             Some(buffers) => B::from_owned(buffers),

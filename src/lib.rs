@@ -32,12 +32,13 @@
 //! # What is here
 //! - [`FlashInferRuntime`]: finds, checks and loads the libraries, once per process.
 //! - [`kernels::norm`]: RMSNorm, its Gemma, fused and 8-bit forms, and LayerNorm; [`kernels::gdn`]: prefill of the gated delta
-//!   rule. Safe, on [`TensorRef`] and [`TensorMut`], over cudarc's buffers or host slices. Tensors on the host
-//!   are computed by the [reference](reference), in f64.
+//!   rule. On [`TensorRef`] and [`TensorMut`], over cudarc's buffers or host slices; all safe but for
+//!   [`gdn_prefill`](kernels::gdn::gdn_prefill), whose safe form is `GdnPrefillContext`. Tensors on the host are computed by
+//!   the [reference](reference), in f64. Every other family is there too: see [`kernels`].
 //! - The flat functions, [`gemma_rmsnorm`] and [`gdn_prefill_sm90`], on raw device pointers; with the feature `cudarc`
 //!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options`.
 //! - For many small launches: [`FlashInferRuntime::on`], which sets a stream once for a series of calls; [`Prepared`], a call
-//!   that is checked and packed once; and with the feature `cudarc` `LaunchGraph`, a series that is captured into a CUDA
+//!   that is checked once; and with the feature `cudarc` `LaunchGraph`, a series that is captured into a CUDA
 //!   graph and replayed with one launch.
 //! - [`Module`], [`Function`], [`Arg`] and [`Value`]: any TVM-FFI function of any module.
 //!
@@ -57,8 +58,8 @@
 //! [`ArtifactMissing`](FlashInferError::ArtifactMissing).
 //!
 //! # Why it is built this way
-//! What is loaded is what was pinned: a wheel is named by its digest, nothing is parsed before that was compared, and a
-//! library is hashed through the descriptor that is then loaded. What upstream does not check is checked here, because
+//! What is loaded is what was pinned, or what a variable of the build named, whose digest is recorded: a library gets its name
+//! only after it was compared with a digest, and is hashed again through the descriptor that is then loaded. What upstream does not check is checked here, because
 //! its failures are silent: wrong numbers, a hanging GPU. And what cannot be checked from here, such as device memory's
 //! contents, makes a function `unsafe`.
 

@@ -1,10 +1,10 @@
 //! Whose memory a tensor is over, and what a call does so that the owner orders it with its other uses.
 //!
 //! cudarc has two events for a buffer, which stand for its last read and its last write, and lets other streams wait for
-//! them. While a tensor borrows the buffer, the buffer's own waits were made when the tensor was, and nothing but calls on
-//! such tensors uses what it covers. So a call waits for the tensor's event and records it anew behind the kernel: whatever
-//! becomes of the tensors afterwards, leaked or kept, the buffer's next use and its release are ordered behind the kernel,
-//! and behind what the event stood for before.
+//! them. Making a tensor lets its stream wait for the buffer's earlier uses. Each call waits for the tensor's event, launches,
+//! and records the event again, which then stands for the earlier uses and for this one: on two streams at once, tensors of
+//! one buffer share it. So whatever becomes of the tensors afterwards, leaked or kept, the buffer's next use and its release
+//! are ordered behind the kernel.
 
 #[cfg(feature = "cudarc")]
 pub(crate) use tracked::{Owner, ordered};

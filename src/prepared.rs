@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::stream::Stream;
 
 /// A call of the kernel `K` that was checked once, to be launched many times. It keeps no tensor: each launch is given them
-/// again, of the same form and in whatever memory, and only that is compared.
+/// again, of the same form and in whatever memory; their form, alignment and stream are all that is compared.
 ///
 /// ```
 /// # use flashinfer_rs::kernels::norm::{NormOptions, Rmsnorm};

@@ -40,7 +40,7 @@ pub struct RuntimeConfig {
 
 impl RuntimeConfig {
     /// The same as [`default`](Default::default): libraries are looked for in `FLASHINFER_RS_LIB_DIR`, then in
-    /// `lib/flashinfer-rs` beside the executable, then where the build put them, seen from the executable first, so that a
+    /// the program itself (feature `embed`), then in `lib/flashinfer-rs` beside the executable, then where the build put them, seen from the executable first, so that a
     /// project may be moved; each is checked against its vendored digest; kernels are loaded on first use.
     pub fn new() -> Self {
         Self::default()
@@ -53,7 +53,7 @@ impl RuntimeConfig {
         self
     }
 
-    /// Loads every vendored kernel at once, as [`FlashInferRuntime::warm_up`] does: with every call of
+    /// Loads the module of every kernel of this crate that was vendored at once, as [`FlashInferRuntime::warm_up`] does: with every call of
     /// [`initialize`](FlashInferRuntime::initialize) that asks for it, whether or not the runtime was there before.
     #[must_use]
     pub fn warm_up(mut self) -> Self {

@@ -15,7 +15,8 @@ impl FlashInferRuntime {
     /// # Errors
     /// [`ArtifactMissing`](crate::FlashInferError::ArtifactMissing), [`DigestMismatch`](crate::FlashInferError::DigestMismatch),
     /// [`LoadFailed`](crate::FlashInferError::LoadFailed), [`VersionMismatch`](crate::FlashInferError::VersionMismatch),
-    /// [`ForeignTvmFfi`](crate::FlashInferError::ForeignTvmFfi), or
+    /// [`ForeignTvmFfi`](crate::FlashInferError::ForeignTvmFfi), [`SymbolMissing`](crate::FlashInferError::SymbolMissing),
+    /// [`EmbeddingRefused`](crate::FlashInferError::EmbeddingRefused), [`Io`](crate::FlashInferError::Io), or
     /// [`AlreadyInitialized`](crate::FlashInferError::AlreadyInitialized) with another configuration. That there is no GPU is
     /// no error here.
     pub fn initialize(config: RuntimeConfig) -> Result<&'static Self> {
@@ -27,8 +28,8 @@ impl FlashInferRuntime {
         Ok(runtime)
     }
 
-    /// Loads every vendored kernel module and resolves every function this crate knows in it, so that no later call
-    /// does. Modules that were not vendored are left out.
+    /// Loads the module of every kernel of this crate and resolves every function this crate knows in it, so that no later
+    /// call does. Modules that were not vendored are left out, and so are those that `FLASHINFER_RS_MODULES` added.
     ///
     /// # Errors
     /// As for a kernel's first call.

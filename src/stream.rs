@@ -11,7 +11,7 @@ use crate::tensor::Device;
 #[derive(Debug, Clone, Copy)]
 pub struct Stream<'a> {
     pub(crate) raw: *mut c_void,
-    /// What is queued becomes part of a graph, whose kernels may start before the one ahead of them has ended.
+    /// What a graph asks for, while it is captured on this stream.
     capture: Option<Capture>,
     borrow: PhantomData<&'a ()>,
 }
@@ -102,8 +102,8 @@ pub(crate) struct Setting {
 }
 
 thread_local! {
-    /// What this thread's innermost scope set. It is so for as long as the scope lasts: a call on another stream gives it
-    /// back, and so does a scope within.
+    /// The device and the stream that this thread's innermost scope set. Calls on another stream, and inner scopes, put it back
+    /// when they end.
     pub(crate) static SCOPE: Cell<Setting> = const { Cell::new(Setting { device: -1, stream: ptr::null_mut() }) };
 }
 

@@ -501,7 +501,7 @@ impl<'a> From<&'a mut TensorMut<'_>> for PackedTensor<'a> {
     }
 }
 
-/// A tensor that is read. It borrows its memory; it may be copied, and cut into [views](Self::narrow).
+/// A tensor that is read. It borrows its memory; it may be cloned, and cut into [views](Self::narrow).
 #[derive(Clone)]
 pub struct TensorRef<'a> {
     layout: Layout,

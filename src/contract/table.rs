@@ -25,10 +25,12 @@ pub fn arguments(row: &Row) -> String {
         };
         let strides = match tensor.strides {
             Strides::Contiguous => "contiguous",
+            Strides::Rows if tensor.shape.len() == 1 => "stride 1",
             Strides::Rows if tensor.role.writes() => "rows anywhere",
             Strides::Rows => "rows anywhere, also repeated",
         };
         let alignment = match tensor.alignment {
+            Alignment::Bytes(1) => "at any address".to_owned(),
             Alignment::Bytes(bytes) => format!("aligned to {bytes} bytes"),
             Alignment::Vector { dimension, most } => {
                 format!("aligned to gcd({most}, {}) elements", row.dimensions[dimension].name)
@@ -74,8 +76,11 @@ pub fn index(rows: &[&Row]) -> String {
             let _ = writeln!(text, "- {}{place}: {}.", relation.name, relation.expected);
         }
         let split = if row.extent.split { "more are divided into several launches" } else { "more are refused" };
-        let _ =
-            writeln!(text, "- A launch reaches over {} elements of each tensor at the most; {split}.", row.extent.most);
+        let _ = writeln!(
+            text,
+            "- From a tensor's first element to its last, a launch covers at most {}; {split}.",
+            row.extent.most
+        );
         let pdl = match row.pdl {
             Pdl::None => "none".to_owned(),
             Pdl::Waits => "the kernel waits before it reads".to_owned(),

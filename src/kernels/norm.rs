@@ -1,12 +1,13 @@
 //! `norm.so`: RMSNorm and its relatives.
 //!
 //! What holds for all of them:
-//! - Rows lie along the last dimension, whose stride is 1. Other strides are free multiples of the vector, gcd(8, columns)
-//!   elements, and so is the memory: heads may come before tokens, and an input may repeat a row with a stride of 0.
+//! - Rows lie along the last dimension, whose stride is 1. But for [`layernorm`], whose tensors are contiguous, other strides
+//!   are free multiples of the vector, gcd(8, columns) elements, and so is the address: heads may come before tokens, and an
+//!   input may repeat a row with a stride of 0.
 //! - On a GPU a call is asynchronous on `stream` and never synchronizes; tensors on the host are computed by the
 //!   [reference](crate::reference), at once. Empty tensors are a no-op.
-//! - Release 0.6.3 counts elements in 32 bits and silently writes zeros past 2³² of them; larger tensors are split here
-//!   into several launches, on row boundaries.
+//! - Release 0.6.3 counts elements in 32 bits, [`layernorm`] in 31, and is silently wrong past that; larger tensors are split
+//!   here into several launches, on row boundaries.
 //! - GPUs: those that the wheel was compiled for, from compute capability 7.5 on.
 //!
 //! # Errors
@@ -322,7 +323,7 @@ impl NormOptions {
 /// |---|---|---|---|
 /// | `out` | `[rows, columns]` | as `input` | written; rows anywhere; aligned to gcd(8, columns) elements |
 /// | `input` | `[rows, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
-/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; stride 1; aligned to gcd(8, columns) elements |
 ///
 /// <!-- rmsnorm of heads -->
 ///
@@ -330,7 +331,7 @@ impl NormOptions {
 /// |---|---|---|---|
 /// | `out` | `[tokens, heads, columns]` | as `input` | written; rows anywhere; aligned to gcd(8, columns) elements |
 /// | `input` | `[tokens, heads, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
-/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; stride 1; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self).
@@ -383,7 +384,7 @@ fn rmsnorm_of(
 /// |---|---|---|---|
 /// | `out` | `[rows, columns]` | as `input` | written; rows anywhere; aligned to gcd(8, columns) elements |
 /// | `input` | `[rows, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
-/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; stride 1; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self).
@@ -424,7 +425,7 @@ pub fn gemma_rmsnorm_in_place(
 /// |---|---|---|---|
 /// | `input` | `[rows, columns]` | F16 or BF16 | read and written; rows anywhere; aligned to gcd(8, columns) elements |
 /// | `residual` | `[rows, columns]` | as `input` | read and written; rows anywhere; aligned to gcd(8, columns) elements |
-/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; stride 1; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self). A row must fit a block's shared memory as f32: 58,000 columns or so.
@@ -448,7 +449,7 @@ pub fn fused_add_rmsnorm(
 /// |---|---|---|---|
 /// | `input` | `[rows, columns]` | F16 or BF16 | read and written; rows anywhere; aligned to gcd(8, columns) elements |
 /// | `residual` | `[rows, columns]` | as `input` | read and written; rows anywhere; aligned to gcd(8, columns) elements |
-/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; stride 1; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self). A row must fit a block's shared memory as f32: 58,000 columns or so.
@@ -473,7 +474,7 @@ pub fn gemma_fused_add_rmsnorm(
 /// |---|---|---|---|
 /// | `out` | `[rows, columns]` | F8E4M3 or F8E5M2 | written; rows anywhere; aligned to gcd(8, columns) elements |
 /// | `input` | `[rows, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
-/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; stride 1; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self).
@@ -501,7 +502,7 @@ pub fn rmsnorm_quant(
 /// | `out` | `[rows, columns]` | F8E4M3 or F8E5M2 | written; rows anywhere; aligned to gcd(8, columns) elements |
 /// | `input` | `[rows, columns]` | F16 or BF16 | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
 /// | `residual` | `[rows, columns]` | as `input` | read and written; rows anywhere; aligned to gcd(8, columns) elements |
-/// | `weight` | `[columns]` | as `input` | read; rows anywhere, also repeated; aligned to gcd(8, columns) elements |
+/// | `weight` | `[columns]` | as `input` | read; stride 1; aligned to gcd(8, columns) elements |
 ///
 /// # Errors
 /// See the [module](self). A row must fit a block's shared memory as f32: 58,000 columns or so.
