@@ -33,11 +33,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     for token in 1..=3 {
         let embedding: Vec<_> = (0..count).map(|i| bf16::from_f32((i as f32 / token as f32).sin())).collect();
-        let (mut hidden, mut residual, ..) = graph.buffers();
+        let (mut hidden, mut residual, ..) = graph.buffers()?;
         stream.memcpy_htod(&embedding, &mut hidden)?;
         stream.memset_zeros(&mut residual)?;
         graph.launch()?;
-        println!("token {token}: {:.3?} …", &stream.clone_dtoh(&graph.buffers().2)?[..4]);
+        println!("token {token}: {:.3?} …", &stream.clone_dtoh(&graph.buffers()?.2)?[..4]);
     }
     Ok(())
 }

@@ -7,24 +7,25 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 
 use crate::error::{FlashInferError, Result};
-use crate::owner::{CurrentContext, Owner, refuse_capture};
+use crate::owner::{CurrentContext, Owner, no_error_is_kept, refuse_capture};
 use crate::stream::{DeviceStream, Stream};
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef, impossible, numel, reach};
 
 mod sealed {
-    pub trait Sealed {}
+    pub trait Buffer {}
+    pub trait Element {}
 }
 
 /// cudarc's buffers that can be read: slices and views. Sealed, since cudarc's own `DevicePtr` is safe to implement and
 /// so promises nothing.
-pub trait DeviceBuffer<T>: sealed::Sealed + DevicePtr<T> {}
+pub trait DeviceBuffer<T>: sealed::Buffer + DevicePtr<T> {}
 
 /// cudarc's buffers that can be written.
-pub trait DeviceBufferMut<T>: sealed::Sealed + DevicePtrMut<T> {}
+pub trait DeviceBufferMut<T>: sealed::Buffer + DevicePtrMut<T> {}
 
-impl<T> sealed::Sealed for CudaSlice<T> {}
-impl<T> sealed::Sealed for CudaView<'_, T> {}
-impl<T> sealed::Sealed for CudaViewMut<'_, T> {}
+impl<T> sealed::Buffer for CudaSlice<T> {}
+impl<T> sealed::Buffer for CudaView<'_, T> {}
+impl<T> sealed::Buffer for CudaViewMut<'_, T> {}
 impl<T> DeviceBuffer<T> for CudaSlice<T> {}
 impl<T> DeviceBuffer<T> for CudaView<'_, T> {}
 impl<T> DeviceBuffer<T> for CudaViewMut<'_, T> {}
@@ -32,14 +33,14 @@ impl<T> DeviceBufferMut<T> for CudaSlice<T> {}
 impl<T> DeviceBufferMut<T> for CudaViewMut<'_, T> {}
 
 /// Rust types for 16-bit floating-point elements: `half`'s, or their bits.
-pub trait Half16: sealed::Sealed {
+pub trait Half16: sealed::Element {
     /// Whether elements of this Rust type can be of that type.
     fn holds(dtype: DType) -> bool;
 }
 
 macro_rules! half16 {
     ($($rust:ty: $($dtype:ident)|+),*) => {$(
-        impl sealed::Sealed for $rust {}
+        impl sealed::Element for $rust {}
         impl Half16 for $rust {
             fn holds(dtype: DType) -> bool {
                 matches!(dtype, $(DType::$dtype)|+)
@@ -177,8 +178,9 @@ pub(crate) fn read<'a, T>(
 ) -> Result<TensorRef<'a>> {
     check_context(function, argument, buffer.stream().context(), stream.context())?;
     check_len(function, argument, buffer.len(), shape, strides)?;
-    let _context = before_address(function, stream)?;
+    let context = before_address(function, stream)?;
     let (address, guard) = buffer.device_ptr(stream);
+    after_address(stream, context)?;
     let owner = Owner::from_guard(guard, stream);
     let (device, own) = (device(stream.context()), Some(stream.cu_stream().cast()));
     let layout = Layout::build(address as *mut c_void, device, dtype, shape, strides, own);
@@ -200,8 +202,9 @@ pub(crate) fn write<'a, T>(
 ) -> Result<TensorMut<'a>> {
     check_context(function, argument, buffer.stream().context(), stream.context())?;
     check_len(function, argument, buffer.len(), shape, strides)?;
-    let _context = before_address(function, stream)?;
+    let context = before_address(function, stream)?;
     let (address, guard) = buffer.device_ptr_mut(stream);
+    after_address(stream, context)?;
     let owner = Owner::from_guard(guard, stream);
     let (device, own) = (device(stream.context()), Some(stream.cu_stream().cast()));
     let layout = Layout::build(address as *mut c_void, device, dtype, shape, strides, own);
@@ -210,7 +213,7 @@ pub(crate) fn write<'a, T>(
 }
 
 /// Before cudarc is asked for a buffer's address: where it tracks events it makes the stream wait on that occasion, which
-/// would break a capture and changes the thread's context.
+/// would break a capture, changes the thread's context, and is left out in silence where cudarc has kept an error.
 #[inline(always)]
 fn before_address(function: &'static str, stream: &CudaStream) -> Result<Option<CurrentContext>> {
     if !stream.context().is_managing_stream_synchronization() {
@@ -218,7 +221,14 @@ fn before_address(function: &'static str, stream: &CudaStream) -> Result<Option<
     }
     let context = CurrentContext::bind(stream.context())?;
     refuse_capture(function, stream)?;
+    no_error_is_kept(stream.context())?;
     Ok(Some(context))
+}
+
+/// That the stream waits indeed.
+#[inline(always)]
+fn after_address(stream: &CudaStream, waited: Option<CurrentContext>) -> Result<()> {
+    if waited.is_some() { no_error_is_kept(stream.context()) } else { Ok(()) }
 }
 
 #[inline]

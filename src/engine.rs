@@ -245,13 +245,16 @@ pub(crate) fn ordered_like(
     operands: &[Operand<'_, '_>],
     queue: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    if any_ordered(operands) { ordered(row.function, owners(operands), queue) } else { queue() }
+    if any_ordered(operands) { ordered(row.function, owners(row, operands), queue) } else { queue() }
 }
 
-/// The owners of a call's tensors.
-fn owners<'a, 'o>(operands: &'a [Operand<'_, 'o>]) -> impl Iterator<Item = &'a Owner<'o>> + Clone {
-    operands.iter().filter_map(|operand| match operand {
-        Operand::Tensor(_, owner) => Some(*owner),
+/// The owners of a call's tensors, by the names of their arguments.
+fn owners<'a, 'o>(
+    row: &'static Row,
+    operands: &'a [Operand<'_, 'o>],
+) -> impl Iterator<Item = (&'static str, &'a Owner<'o>)> + Clone {
+    row.arguments.iter().zip(operands).filter_map(|(argument, operand)| match operand {
+        Operand::Tensor(_, owner) => Some((argument.name, *owner)),
         _ => None,
     })
 }
@@ -310,11 +313,13 @@ unsafe fn queue(
     }
     let mut packed = [const { MaybeUninit::<DLTensor>::uninit() }; MAX_ARGUMENTS];
     let mut args = [const { MaybeUninit::<Arg<'_>>::uninit() }; MAX_ARGUMENTS];
+    // Once, since asking again would end what the arguments borrow.
+    let places = packed.as_mut_ptr();
     unrolled!(i in ARGUMENTS < operands.len(), {
         let arg = match &operands[i] {
             Operand::Tensor(layout, _) => {
                 // SAFETY: a place of this array that nothing else refers to, for as long as the arguments do.
-                let place = unsafe { &mut *packed.as_mut_ptr().add(i) };
+                let place = unsafe { &mut *places.add(i) };
                 Arg::dl_tensor(place.write(layout.pack()))
             }
             Operand::Absent => Arg::NONE,

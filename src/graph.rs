@@ -16,12 +16,12 @@ use std::sync::Arc;
 use cudarc::driver::result::{graph as driver_graph, stream as driver_stream};
 use cudarc::driver::sys::{self, CUgraph, CUgraphExec, CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode};
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError,
 };
 
 use crate::buffers::{check_byte, check_context, check_len, device, refuse_per_thread};
 use crate::error::{FlashInferError, Result, driver, driver_in};
-use crate::owner::{CurrentContext, Owner, refuse_capture};
+use crate::owner::{CurrentContext, Owner, event_of, no_error_is_kept, record, refuse_capture, wait};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::{Capture, Stream};
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
@@ -72,7 +72,7 @@ pub trait Leaf: 'static {
     type Captured<'a>;
     type Views<'a>;
 
-    /// That all memory is of this context.
+    /// That all memory is of this context, and that no stream that it was made on captures.
     fn check(&self, context: &Arc<CudaContext>) -> Result<()>;
 
     fn captured<'a>(&'a mut self, site: Site) -> Self::Captured<'a>;
@@ -82,8 +82,9 @@ pub trait Leaf: 'static {
     /// Makes the stream wait for what used the memory elsewhere.
     fn take_over(&mut self, stream: &CudaStream);
 
-    /// Makes what uses the memory elsewhere from now on wait for what was launched.
-    fn hand_back(&mut self, launched: &Launched<'_>);
+    /// Makes what uses the memory elsewhere from now on wait for what was launched. After an error nothing may be known of
+    /// some of it.
+    fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()>;
 }
 
 /// A type that a graph keeps as it is.
@@ -354,9 +355,18 @@ impl GraphMut<'_, u8> {
     }
 }
 
-/// What a guard would record, once it has made its stream wait: nothing was used there.
-fn only_wait(guard: SyncOnDrop<'_>) {
-    mem::forget(guard);
+/// That memory is of this context, and that nothing is captured on its own stream, which is made to wait where a graph takes
+/// the memory or gives it back.
+fn check_buffer(stream: &CudaStream, context: &Arc<CudaContext>) -> Result<()> {
+    check_context("graph", "buffer", stream.context(), context)?;
+    refuse_capture("graph", stream)
+}
+
+/// Lets a buffer's own stream, on which its memory is released, wait for the graph's last launch.
+fn wait_for_last(own: &CudaStream, launched: &Launched<'_>) -> Result<()> {
+    let Some(event) = launched.last else { return Ok(()) };
+    refuse_capture("graph", own)?;
+    wait(own, event).map_err(driver_in(own.context(), "ordering a buffer's release"))
 }
 
 impl<T: Element> Leaf for CudaSlice<T> {
@@ -364,13 +374,13 @@ impl<T: Element> Leaf for CudaSlice<T> {
     type Views<'a> = CudaViewMut<'a, T>;
 
     fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
-        check_context("graph", "buffer", self.stream().context(), context)
+        check_buffer(self.stream(), context)
     }
 
     fn captured<'a>(&'a mut self, site: Site) -> GraphMut<'a, T> {
         let (len, own) = (self.len(), Arc::clone(self.stream()));
         let (address, guard) = self.device_ptr(&own);
-        only_wait(guard);
+        event_of(guard);
         GraphMut { buffer: GraphRef { address, len, site, borrow: PhantomData }, borrow: PhantomData }
     }
 
@@ -379,18 +389,18 @@ impl<T: Element> Leaf for CudaSlice<T> {
     }
 
     fn take_over(&mut self, stream: &CudaStream) {
-        let (_, guard) = self.device_ptr_mut(stream);
-        only_wait(guard);
+        event_of(self.device_ptr_mut(stream).1);
     }
 
-    fn hand_back(&mut self, launched: &Launched<'_>) {
-        // The guard records that the graph's stream wrote.
-        drop(self.device_ptr_mut(launched.stream));
-        if let Some(event) = launched.last {
-            // Whatever cudarc tracks by then: memory is released on its own stream.
-            let own = self.stream();
-            own.context().record_err(own.wait(event));
+    fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()> {
+        let context = Arc::clone(self.stream().context());
+        if context.is_managing_stream_synchronization()
+            && let Some(writes) = event_of(self.device_ptr_mut(launched.stream).1)
+        {
+            record(writes, launched.stream).map_err(driver_in(&context, "recording a graph's use of a buffer"))?;
         }
+        // Whatever cudarc tracks by then.
+        wait_for_last(self.stream(), launched)
     }
 }
 
@@ -403,12 +413,12 @@ impl<T: Element> Leaf for Arc<CudaSlice<T>> {
     type Views<'a> = &'a CudaSlice<T>;
 
     fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
-        check_context("graph", "buffer", self.stream().context(), context)
+        check_buffer(self.stream(), context)
     }
 
     fn captured<'a>(&'a mut self, site: Site) -> GraphRef<'a, T> {
         let (address, guard) = self.device_ptr(self.stream());
-        only_wait(guard);
+        event_of(guard);
         GraphRef { address, len: self.len(), site, borrow: PhantomData }
     }
 
@@ -417,22 +427,24 @@ impl<T: Element> Leaf for Arc<CudaSlice<T>> {
     }
 
     fn take_over(&mut self, stream: &CudaStream) {
-        let (_, guard) = self.device_ptr(stream);
-        only_wait(guard);
+        event_of(self.device_ptr(stream).1);
     }
 
-    fn hand_back(&mut self, launched: &Launched<'_>) {
-        let Some(event) = launched.last else { return };
+    fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()> {
+        if launched.last.is_none() {
+            return Ok(());
+        }
         let own = self.stream();
         let context = own.context();
-        context.record_err(own.wait(event));
-        let (_, guard) = self.device_ptr(own);
-        if let SyncOnDrop::Record(Some((reads, _))) = &guard
-            && context.is_managing_stream_synchronization()
+        wait_for_last(own, launched)?;
+        if context.is_managing_stream_synchronization()
+            && let Some(reads) = event_of(self.device_ptr(own).1)
         {
             // The one event that stands for all reads is recorded anew, behind those that it stood for.
-            context.record_err(own.wait(reads));
+            let ordered = wait(own, reads).and_then(|()| record(reads, own));
+            ordered.map_err(driver_in(context, "recording a graph's use of a buffer"))?;
         }
+        Ok(())
     }
 }
 
@@ -449,8 +461,8 @@ macro_rules! each {
             self.iter_mut().for_each(|buffer| buffer.take_over(stream));
         }
 
-        fn hand_back(&mut self, launched: &Launched<'_>) {
-            self.iter_mut().for_each(|buffer| buffer.hand_back(launched));
+        fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()> {
+            self.iter_mut().try_for_each(|buffer| buffer.hand_back(launched))
         }
     };
 }
@@ -554,8 +566,9 @@ macro_rules! tuple {
                 $(self.$at.take_over(_stream);)*
             }
 
-            fn hand_back(&mut self, _launched: &Launched<'_>) {
-                $(self.$at.hand_back(_launched);)*
+            fn hand_back(&mut self, _launched: &Launched<'_>) -> Result<()> {
+                $(self.$at.hand_back(_launched)?;)*
+                Ok(())
             }
         }
 
@@ -636,7 +649,7 @@ pub enum Captured {
 /// })?;
 ///
 /// for step in 0..10 {
-///     let (mut input, ..) = graph.buffers();
+///     let (mut input, ..) = graph.buffers()?;
 ///     stream.memcpy_htod(&vec![bf16::from_f32(step as f32); 4 * 4096], &mut input)?;
 ///     graph.launch()?;
 /// }
@@ -646,8 +659,8 @@ pub enum Captured {
 ///
 /// # Limits
 /// Upstream reports that the prefill of release 0.6.3, which upstream did not mend (0.6.14 has another kernel in its place),
-/// was seen to hang when it was replayed from a CUDA graph (flashinfer#3329: 32 value heads, 49 sequences of which most had 6 tokens). It was not seen
-/// here; `DIR/stress` of the GPU bundle looks for it under a watchdog.
+/// was seen to hang when it was replayed from a CUDA graph (flashinfer#3329: 32 value heads, 49 sequences of which most had 6
+/// tokens). It was not seen here; `DIR/stress` of the GPU bundle looks for it under a watchdog.
 pub struct LaunchGraph<B: GraphBuffers> {
     stream: Arc<CudaStream>,
     pdl: bool,
@@ -675,7 +688,8 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// # Errors
     /// [`NotInitialized`](FlashInferError::NotInitialized); [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange); or
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a buffer of another context than the stream's, a context that
-    /// is not the GPU's primary one, or the per-thread stream, which is another in each thread.
+    /// is not the GPU's primary one, a buffer that was made on a stream that captures, or the per-thread stream, which is
+    /// another in each thread.
     pub fn new(stream: &Arc<CudaStream>, buffers: B) -> Result<Self> {
         refuse_per_thread("graph", stream)?;
         check_context("graph", "stream", stream.context(), stream.context())?;
@@ -704,7 +718,8 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// # Errors
     /// What `calls` answers: [`InvalidArgument`](FlashInferError::InvalidArgument) among it for tensors that are not over
     /// the graph's buffers, whose memory it could not keep. And [`Graph`](FlashInferError::Graph) where CUDA cannot capture
-    /// what was done: waiting for the GPU or allocating its memory, for example. The program's own streams are as before.
+    /// what was done: waiting for the GPU or allocating its memory, for example. The program's own streams are as before; a
+    /// buffer whose own stream captures is refused.
     pub fn capture(
         &mut self,
         calls: impl for<'s, 'c> FnOnce(Stream<'s>, B::Captured<'c>) -> Result<()>,
@@ -716,6 +731,7 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         let private = PrivateStream::new(context)?;
         let site = Site { device, stream: private.stream };
         let Some(buffers) = &mut self.buffers else { unreachable!("only a graph that is taken apart has none") };
+        buffers.check(context)?;
         let buffers = B::captured(buffers.captured(site));
         // SAFETY: the stream lives until the end of this function, and of this device.
         let stream = unsafe { Stream::from_raw(private.stream.cast()) }.capturing(Capture { pdl: self.pdl });
@@ -762,8 +778,9 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         let _current = CurrentContext::bind(context)?;
         refuse_capture("graph", &self.stream)?;
         if self.lent {
+            no_error_is_kept(context)?;
             self.buffers.iter_mut().for_each(|buffers| buffers.take_over(&self.stream));
-            context.check_err().map_err(driver_in(context, "ordering a buffer's uses"))?;
+            no_error_is_kept(context)?;
             self.lent = false;
         }
         (self.launched, self.unreported) = (true, true);
@@ -777,46 +794,62 @@ impl<B: GraphBuffers> LaunchGraph<B> {
 
     /// Views of the buffers, to be filled and read between launches. cudarc orders what is done through them with the
     /// launches, where it tracks events; without, what is done on the graph's own stream is in order.
-    pub fn buffers(&mut self) -> B::Views<'_> {
-        self.hand_back(None);
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) while the graph's stream captures something else, so that nothing
+    /// can be ordered behind the launches; [`ContextLost`](FlashInferError::ContextLost); [`Cuda`](FlashInferError::Cuda).
+    pub fn buffers(&mut self) -> Result<B::Views<'_>> {
+        if self.unreported {
+            self.hand_back(false)?;
+            self.unreported = false;
+        }
         self.lent = true;
         let Some(buffers) = &mut self.buffers else { unreachable!("only a graph that is taken apart has none") };
-        B::views(buffers.views())
+        Ok(B::views(buffers.views()))
     }
 
-    /// Orders what uses the buffers elsewhere from now on behind what was launched.
-    fn hand_back(&mut self, last: Option<&CudaEvent>) {
-        if !self.unreported && last.is_none() {
-            return;
-        }
-        let _current = CurrentContext::bind(self.stream.context());
-        let launched = Launched { stream: &self.stream, last };
-        self.buffers.iter_mut().for_each(|buffers| buffers.hand_back(&launched));
-        self.unreported = false;
+    /// Orders what uses the buffers elsewhere from now on behind what was launched, and their release too, if they leave the
+    /// graph. Where it cannot be ordered, it waits for what was launched.
+    fn hand_back(&mut self, leave: bool) -> Result<()> {
+        let context = self.stream.context();
+        let _current = CurrentContext::bind(context)?;
+        refuse_capture("graph", &self.stream)?;
+        let mut order = || {
+            let last = if leave { Some(last_launch(&self.stream)?) } else { None };
+            let launched = Launched { stream: &self.stream, last: last.as_ref() };
+            self.buffers.iter_mut().try_for_each(|buffers| buffers.hand_back(&launched))
+        };
+        order().or_else(|_| {
+            // SAFETY: the stream is live.
+            let waited = unsafe { driver_stream::synchronize(self.stream.cu_stream()) };
+            waited.map_err(driver_in(context, "waiting for a graph's launches"))
+        })
     }
 
-    /// Lets go of the buffers: whatever becomes of them comes behind what was launched.
-    fn let_go(&mut self) -> Option<B::Owned> {
-        if self.launched {
-            let current = CurrentContext::bind(self.stream.context());
-            let event = self.stream.record_event(None);
-            if event.is_err() {
-                // Then there is nothing to wait for by an event.
-                self.stream.context().record_err(self.stream.synchronize());
-            }
-            self.hand_back(event.as_ref().ok());
-            drop(event);
-            drop(current);
-        }
+    /// Lets go of the buffers: whatever becomes of them comes behind what was launched. Where that cannot be, they are leaked,
+    /// since a kernel may still use them.
+    fn let_go(&mut self) -> Result<Option<B::Owned>> {
+        let ordered = if mem::take(&mut self.launched) { self.hand_back(true) } else { Ok(()) };
         self.executable = None;
-        self.buffers.take()
+        let buffers = self.buffers.take();
+        match ordered {
+            // Nothing runs any more in a context that is lost.
+            Err(error) if !error.is_fatal() => {
+                mem::forget(buffers);
+                Err(error)
+            }
+            _ => Ok(buffers),
+        }
     }
 
     /// The buffers themselves, without the graph. It does not wait: what uses the buffers next is ordered behind what was
     /// launched.
-    pub fn into_buffers(mut self) -> B {
-        match self.let_go() {
-            Some(buffers) => B::from_owned(buffers),
+    ///
+    /// # Errors
+    /// As for [`buffers`](Self::buffers); the buffers are leaked then, since a launch may still use them.
+    pub fn into_buffers(mut self) -> Result<B> {
+        match self.let_go()? {
+            Some(buffers) => Ok(B::from_owned(buffers)),
             None => unreachable!("only a graph that is taken apart has none"),
         }
     }
@@ -834,8 +867,21 @@ impl<B: GraphBuffers> LaunchGraph<B> {
 
 impl<B: GraphBuffers> Drop for LaunchGraph<B> {
     fn drop(&mut self) {
-        drop(self.let_go());
+        // Where nothing could be ordered they are leaked, and there is nobody to tell.
+        self.let_go().ok();
     }
+}
+
+/// An event behind all that was launched on a stream.
+fn last_launch(stream: &CudaStream) -> Result<CudaEvent> {
+    let context = stream.context();
+    let event = context.new_event(None).map_err(|error| {
+        // Perhaps one that cudarc kept for whoever calls it next, which this was not meant to be.
+        context.record_err::<()>(Err(error));
+        driver_in(context, "cuEventCreate")(error)
+    })?;
+    record(&event, stream).map_err(driver_in(context, "recording a graph's last launch"))?;
+    Ok(event)
 }
 
 /// A stream that nobody else can queue anything on.

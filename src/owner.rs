@@ -32,7 +32,7 @@ mod untracked {
 
     pub(crate) fn ordered<'a, 'o: 'a>(
         _function: &'static str,
-        _owners: impl Iterator<Item = &'a Owner<'o>>,
+        _owners: impl Iterator<Item = (&'static str, &'a Owner<'o>)>,
         launch: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         launch()
@@ -43,8 +43,9 @@ mod untracked {
 mod tracked {
     use std::mem;
     use std::ptr;
+    use std::sync::Arc;
 
-    use cudarc::driver::{CudaContext, CudaEvent, CudaStream, SyncOnDrop, result, sys};
+    use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, SyncOnDrop, result, sys};
 
     use crate::error::{FlashInferError, Result, driver_in};
 
@@ -59,14 +60,7 @@ mod tracked {
         /// By the guard that cudarc gave with the buffer's address, once the stream waits for what the guard is for.
         #[inline(always)]
         pub(crate) fn from_guard(guard: SyncOnDrop<'a>, stream: &'a CudaStream) -> Self {
-            let event = match &guard {
-                SyncOnDrop::Record(Some((event, _))) => Some(*event),
-                // Buffers that were made while tracking was off have none.
-                _ => None,
-            };
-            // Dropped, it would record a use that has not happened.
-            mem::forget(guard);
-            Self(Some((stream, event)))
+            Self(Some((stream, event_of(guard))))
         }
 
         /// Whether a call must be ordered with other uses: where cudarc tracks them. On the null stream and the per-thread one
@@ -86,27 +80,72 @@ mod tracked {
     #[cold]
     pub(crate) fn ordered<'a, 'o: 'a>(
         function: &'static str,
-        owners: impl Iterator<Item = &'a Owner<'o>> + Clone,
+        owners: impl Iterator<Item = (&'static str, &'a Owner<'o>)> + Clone,
         launch: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let Some((stream, _)) = owners.clone().find_map(|owner| owner.0) else { return launch() };
+        let Some((stream, _)) = owners.clone().find_map(|(_, owner)| owner.0) else { return launch() };
         let context = stream.context();
+        // The null stream and the per-thread one have one handle in every context, so that the stream says nothing.
+        let foreign = |owner: &Owner<'_>| owner.0.is_some_and(|(other, _)| !Arc::ptr_eq(other.context(), context));
+        if let Some((argument, _)) = owners.clone().find(|(_, owner)| foreign(owner)) {
+            return Err(of_another_context(function, argument, context));
+        }
         let _context = CurrentContext::bind(context)?;
         refuse_capture(function, stream)?;
-        let events = owners.filter_map(|owner| owner.0?.1).filter(|_| context.is_managing_stream_synchronization());
+        let events =
+            owners.filter_map(|(_, owner)| owner.0?.1).filter(|_| context.is_managing_stream_synchronization());
         for event in events.clone() {
-            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-            // SAFETY: both are live, since the owner borrows them, and of the context that is current.
-            let waited = unsafe { result::stream::wait_event(stream.cu_stream(), event.cu_event(), flags) };
-            waited.map_err(driver_in(context, "ordering a buffer's uses"))?;
+            wait(stream, event).map_err(driver_in(context, "ordering a buffer's uses"))?;
         }
         let result = launch();
         let mut recorded = Ok(());
         for event in events {
-            // SAFETY: as above.
-            recorded = recorded.and(unsafe { result::event::record(event.cu_event(), stream.cu_stream()) });
+            recorded = recorded.and(record(event, stream));
         }
         recorded.map_err(driver_in(context, "recording a buffer's use")).and(result)
+    }
+
+    /// Lets the stream wait for the event. cudarc's own function would not, where it has kept an error of an earlier call.
+    pub(crate) fn wait(stream: &CudaStream, event: &CudaEvent) -> Result<(), DriverError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are live, since they are borrowed.
+        unsafe { result::stream::wait_event(stream.cu_stream(), event.cu_event(), flags) }
+    }
+
+    /// Records the event on the stream, whatever error cudarc has kept.
+    pub(crate) fn record(event: &CudaEvent, stream: &CudaStream) -> Result<(), DriverError> {
+        // SAFETY: as for `wait`.
+        unsafe { result::event::record(event.cu_event(), stream.cu_stream()) }
+    }
+
+    /// The event that a guard would record, which stands for a buffer's last read or write; the guard records nothing, since
+    /// nothing was used.
+    pub(crate) fn event_of<'a>(guard: SyncOnDrop<'a>) -> Option<&'a CudaEvent> {
+        let event = match &guard {
+            SyncOnDrop::Record(Some((event, _))) => Some(*event),
+            // Buffers that were made while tracking was off have none.
+            _ => None,
+        };
+        mem::forget(guard);
+        event
+    }
+
+    #[cold]
+    fn of_another_context(function: &'static str, argument: &'static str, context: &CudaContext) -> FlashInferError {
+        FlashInferError::InvalidArgument {
+            function,
+            argument,
+            found: "a tensor of another CudaContext than the other tensors".to_owned(),
+            expected: format!(
+                "tensors of one, for cuda:{}: clone the Arc instead of calling CudaContext::new again",
+                context.ordinal()
+            ),
+        }
+    }
+
+    /// That cudarc keeps no error of an earlier call in the context: it does not wait while it does, and says nothing.
+    pub(crate) fn no_error_is_kept(context: &CudaContext) -> Result<()> {
+        context.check_err().map_err(driver_in(context, "an earlier call of cudarc's, which kept the error,"))
     }
 
     /// That nothing is captured on the stream: a graph would keep the addresses, not the buffers.
@@ -127,31 +166,36 @@ mod tracked {
         })
     }
 
-    /// Gives a thread the context back that was current.
-    pub(crate) struct CurrentContext(Option<sys::CUcontext>);
+    /// A context that is current, and gives its place back to the one before. On CUDA's stack of contexts, since the one
+    /// before may be destroyed meanwhile, which CUDA knows and this crate does not.
+    pub(crate) struct CurrentContext {
+        pushed: bool,
+    }
 
     impl CurrentContext {
         /// Makes this context current.
         pub(crate) fn bind(context: &CudaContext) -> Result<Self> {
             let before = result::ctx::get_current().map_err(driver_in(context, "cuCtxGetCurrent"))?;
-            let before = before.unwrap_or(ptr::null_mut());
-            if before == context.cu_ctx() {
-                return Ok(Self(None));
+            if before == Some(context.cu_ctx()) {
+                return Ok(Self { pushed: false });
             }
-            context.bind_to_thread().map_err(driver_in(context, "binding the context"))?;
-            Ok(Self(Some(before)))
+            // SAFETY: the context is live, since it is borrowed.
+            let code = unsafe { sys::cuCtxPushCurrent_v2(context.cu_ctx()) };
+            code.result().map_err(driver_in(context, "cuCtxPushCurrent"))?;
+            Ok(Self { pushed: true })
         }
     }
 
     impl Drop for CurrentContext {
         fn drop(&mut self) {
-            if let Some(context) = self.0 {
-                // SAFETY: it was current when this was made, or there was none.
-                unsafe { result::ctx::set_current(context) }.ok();
+            if self.pushed {
+                let mut popped = ptr::null_mut();
+                // SAFETY: one handle is written through a pointer that is valid for the call.
+                unsafe { sys::cuCtxPopCurrent_v2(&mut popped) };
             }
         }
     }
 }
 
 #[cfg(feature = "cudarc")]
-pub(crate) use tracked::{CurrentContext, refuse_capture};
+pub(crate) use tracked::{CurrentContext, event_of, no_error_is_kept, record, refuse_capture, wait};

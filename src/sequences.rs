@@ -127,11 +127,13 @@ impl CuSeqlens {
 mod gpu {
     use std::sync::Arc;
 
-    use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaViewMut};
+    use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaViewMut, DeviceSlice};
 
     use super::{CuSeqlens, invalid};
+    use crate::buffers::check_context;
     use crate::error::{Result, driver};
     use crate::graph::{GraphRef, Launched, Leaf, Site};
+    use crate::owner::refuse_capture;
     use crate::tensor::TensorRef;
 
     /// [`CuSeqlens`] with its copy on a GPU.
@@ -145,8 +147,10 @@ mod gpu {
         /// Copies the offsets to the stream's GPU, asynchronously.
         ///
         /// # Errors
-        /// [`Cuda`](crate::FlashInferError::Cuda) where there is no memory.
+        /// [`Cuda`](crate::FlashInferError::Cuda) where there is no memory, and
+        /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a stream that captures, whose graph would copy later.
         pub fn to_device(&self, stream: &Arc<CudaStream>) -> Result<DeviceCuSeqlens> {
+            refuse_capture("cu_seqlens", stream)?;
             let mut runs = Vec::with_capacity(self.offsets.len());
             for run in self.runs.iter().filter(|run| !run.empty) {
                 let offsets = &self.offsets[run.first..=run.first + run.count];
@@ -245,8 +249,11 @@ mod gpu {
         ///
         /// # Errors
         /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for what does not fit the captured sizes, or an empty
-        /// sequence among them; [`Cuda`](crate::FlashInferError::Cuda).
+        /// sequence among them, for a stream of another `CudaContext` than the graph's, or one that captures;
+        /// [`Cuda`](crate::FlashInferError::Cuda).
         pub fn replace(&mut self, sequences: &CuSeqlens, stream: &Arc<CudaStream>) -> Result<()> {
+            check_context("cu_seqlens", "stream", stream.context(), self.buffer.stream().context())?;
+            refuse_capture("cu_seqlens", stream)?;
             let filled = sequences.filled_up(self.host)?;
             stream.memcpy_htod(&filled.offsets, &mut self.buffer).map_err(driver("copying cu_seqlens"))?;
             *self.host = filled;
@@ -274,8 +281,8 @@ mod gpu {
             self.buffer.take_over(stream);
         }
 
-        fn hand_back(&mut self, launched: &Launched<'_>) {
-            self.buffer.hand_back(launched);
+        fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()> {
+            self.buffer.hand_back(launched)
         }
     }
 

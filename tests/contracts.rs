@@ -584,7 +584,7 @@ fn a_norm_without_rows_on_the_host_is_done_at_once() {
 #[test]
 fn streams_are_told_apart_by_their_handles() {
     // SAFETY: nothing is queued on either.
-    let (one, other) = unsafe { (Stream::from_raw(std::ptr::without_provenance_mut(64)), Stream::NULL) };
+    let (one, other) = unsafe { (Stream::from_raw(ptr::without_provenance_mut(64)), Stream::NULL) };
     assert!(one == one && other == other && one != other);
 }
 

@@ -139,17 +139,17 @@ fn buffers_are_taken_over_once_and_handed_back_when_the_program_gets_them() {
         graph.launch().unwrap();
         assert_eq!(since(before), (7, 0), "nobody used them meanwhile");
         // Those that the program may write from now on.
-        graph.buffers();
+        graph.buffers().unwrap();
         let given = since(before);
         assert_eq!(given.1, 3);
-        graph.buffers();
+        graph.buffers().unwrap();
         assert_eq!(since(before), given, "nothing was launched meanwhile");
         graph.launch().unwrap();
         assert_eq!(since(before), (given.0 + 7, 3));
         // SAFETY: everything here is on one stream.
         unsafe { context.disable_event_tracking() };
         let before = counts();
-        graph.buffers();
+        graph.buffers().unwrap();
         graph.launch().unwrap();
         assert_eq!(counts(), before);
     });
@@ -284,19 +284,19 @@ fn parts_of_buffers_are_where_they_should_be() {
             Ok(())
         });
         capture.unwrap();
-        let ([input, rest], eight, weight) = graph.buffers();
+        let ([input, rest], eight, weight) = graph.buffers().unwrap();
         assert_eq!((input.len(), rest.len(), eight.len(), weight.len()), (128, 256, 128, 64));
         assert_eq!(format!("{graph:?}"), "LaunchGraph { nodes: 7, pdl: true, .. }");
         assert_eq!(graph.stream().cu_stream(), stream.cu_stream());
         let before = (driver.count("waits"), driver.count("records"));
         graph.launch().unwrap();
         assert_eq!((driver.count("waits") - before.0, driver.count("records") - before.1), (7, 0));
-        let ([_, rest], ..) = graph.into_buffers();
+        let ([_, rest], ..) = graph.into_buffers().unwrap();
         assert_eq!(rest.len(), 256);
         let mut graph = LaunchGraph::new(&stream, vec![zeros(8), zeros(16)]).unwrap();
         let lengths = |buffers: &[usize]| assert_eq!(buffers, [8, 16]);
-        lengths(&graph.buffers().iter().map(|buffer| buffer.len()).collect::<Vec<_>>());
-        lengths(&graph.into_buffers().iter().map(CudaSlice::len).collect::<Vec<_>>());
+        lengths(&graph.buffers().unwrap().iter().map(|buffer| buffer.len()).collect::<Vec<_>>());
+        lengths(&graph.into_buffers().unwrap().iter().map(CudaSlice::len).collect::<Vec<_>>());
         let other = CudaContext::new(1).unwrap().new_stream().unwrap();
         let foreign = [zeros(8), other.alloc_zeros::<bf16>(8).unwrap()];
         assert!(LaunchGraph::new(&stream, foreign).is_err());

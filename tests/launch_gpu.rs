@@ -104,7 +104,7 @@ fn first_use(gpu: &Gpu) {
     assert_eq!(captured.unwrap(), Captured::Instantiated);
     assert_eq!(graph.nodes(), 1);
     graph.launch().unwrap();
-    let found = bits(stream, &graph.buffers().2);
+    let found = bits(stream, &graph.buffers().unwrap().2);
     assert_eq!(found, eager(stream, &matrix(stream, 1), &weight, &NormOptions::default()));
 }
 
@@ -296,14 +296,14 @@ fn every_norm(gpu: &Gpu) {
         for seed in [100, 200, 300] {
             let mut expected = make(seed);
             {
-                let ([a, _, _, d, _], ..) = graph.buffers();
+                let ([a, _, _, d, _], ..) = graph.buffers().unwrap();
                 let (mut a, mut d) = (a, d);
                 stream.memcpy_dtod(&expected.0[0], &mut a).unwrap();
                 stream.memcpy_dtod(&expected.0[3], &mut d).unwrap();
             }
             graph.launch().unwrap();
             eager(&mut expected);
-            let (found, _, _, _, eight) = graph.buffers();
+            let (found, _, _, _, eight) = graph.buffers().unwrap();
             for (i, (found, expected)) in found.iter().zip(&expected.0).enumerate() {
                 assert_eq!(bits(stream, found), bits(stream, expected), "pdl {pdl}, seed {seed}, matrix {i}");
             }
@@ -335,9 +335,9 @@ fn chain(gpu: &Gpu, pdl: bool) {
         assert_eq!(graph.nodes(), LINKS);
         for seed in 10..15 {
             let input = upload::<f16>(stream, seed, rows * columns);
-            stream.memcpy_dtod(&input, &mut graph.buffers().0).unwrap();
+            stream.memcpy_dtod(&input, &mut graph.buffers().unwrap().0).unwrap();
             graph.launch().unwrap();
-            let found = stream.clone_dtoh(&graph.buffers().0).unwrap();
+            let found = stream.clone_dtoh(&graph.buffers().unwrap().0).unwrap();
             let mut buffers = [input, upload::<f16>(stream, 2, rows * columns)];
             for link in 0..LINKS {
                 let [a, b] = &mut buffers;
@@ -454,7 +454,8 @@ fn prefills(gpu: &Gpu) {
         for seed in [11, 12, 13] {
             let (mut expected, offsets) = Prefill::new(stream, lengths, seed);
             {
-                let ((mut q, mut k, mut v, mut alpha, mut beta), (mut output, mut state, _), _) = graph.buffers();
+                let ((mut q, mut k, mut v, mut alpha, mut beta), (mut output, mut state, _), _) =
+                    graph.buffers().unwrap();
                 stream.memcpy_dtod(&expected.q, &mut q).unwrap();
                 stream.memcpy_dtod(&expected.k, &mut k).unwrap();
                 stream.memcpy_dtod(&expected.v, &mut v).unwrap();
@@ -476,7 +477,7 @@ fn prefills(gpu: &Gpu) {
                 Stream::cudarc(stream),
             )
             .unwrap();
-            let (_, (output, state, found), _) = graph.buffers();
+            let (_, (output, state, found), _) = graph.buffers().unwrap();
             assert!(bits(stream, &output) == bits(stream, &expected.output), "{lengths:?}, seed {seed}: output");
             assert!(
                 stream.clone_dtoh(&state).unwrap() == stream.clone_dtoh(&expected.state).unwrap(),
@@ -505,7 +506,7 @@ fn update(gpu: &Gpu) {
     };
     let check = |graph: &mut LaunchGraph<(CudaSlice<bf16>, CudaSlice<bf16>, CudaSlice<bf16>)>, eps| {
         graph.launch().unwrap();
-        assert_eq!(bits(stream, &graph.buffers().2), expected(eps), "eps {eps}");
+        assert_eq!(bits(stream, &graph.buffers().unwrap().2), expected(eps), "eps {eps}");
     };
     assert_eq!(capture(&mut graph, 1e-6, 2).unwrap(), Captured::Instantiated);
     check(&mut graph, 1e-6);
@@ -547,7 +548,7 @@ fn buffers(gpu: &Gpu) {
         assert!(bits(stream, other) == bits(stream, &matrix(stream, 1000 + i as u64)), "{i}");
     }
     let half = ROWS / 2 * COLUMNS;
-    let (list, _, back) = graph.into_buffers();
+    let (list, _, back) = graph.into_buffers().unwrap();
     assert_eq!(bits(stream, &list[8])[..half], expected[half..]);
     assert!(Arc::ptr_eq(&back, &weight));
 }
@@ -565,9 +566,9 @@ fn ordered(gpu: &Gpu) {
     for seed in [60, 61, 62] {
         let input = matrix(&other, seed);
         let busy = gpu.occupy(&other);
-        other.memcpy_dtod(&input, &mut graph.buffers().0).unwrap();
+        other.memcpy_dtod(&input, &mut graph.buffers().unwrap().0).unwrap();
         graph.launch().unwrap();
-        let found = bits(&other, &graph.buffers().2);
+        let found = bits(&other, &graph.buffers().unwrap().2);
         assert_eq!(found, eager(stream, &matrix(stream, seed), &vector(stream, 2), &NormOptions::default()));
         drop(busy);
     }
@@ -585,7 +586,7 @@ fn null_stream(gpu: &Gpu) {
     });
     capture.unwrap();
     graph.launch().unwrap();
-    let found = bits(&stream, &graph.buffers().2);
+    let found = bits(&stream, &graph.buffers().unwrap().2);
     assert_eq!(found, eager(&stream, &matrix(&stream, 1), &vector(&stream, 2), &NormOptions::default()));
     drop(graph);
     // SAFETY: the buffers that were made meanwhile are gone.
@@ -617,7 +618,7 @@ fn threads(gpu: &Gpu) {
     for (seed, stream, mut graph) in results {
         graph.launch().unwrap();
         let expected = eager(&stream, &matrix(&stream, seed), &vector(&stream, 2), &NormOptions::default());
-        assert_eq!(bits(&stream, &graph.buffers().2), expected);
+        assert_eq!(bits(&stream, &graph.buffers().unwrap().2), expected);
     }
 }
 
@@ -697,7 +698,7 @@ fn uncapturable(gpu: &Gpu) {
     });
     capture.unwrap();
     graph.launch().unwrap();
-    assert_eq!(bits(stream, &graph.buffers().2), expected);
+    assert_eq!(bits(stream, &graph.buffers().unwrap().2), expected);
 }
 
 fn uncaptured(gpu: &Gpu) {
@@ -755,7 +756,7 @@ fn cudarc_capture(gpu: &Gpu) {
     });
     capture.unwrap();
     graph.launch().unwrap();
-    assert_eq!(bits(stream, &graph.buffers().2), expected);
+    assert_eq!(bits(stream, &graph.buffers().unwrap().2), expected);
 }
 
 flashinfer_rs::graph_buffers! {
@@ -794,18 +795,18 @@ fn own_struct(gpu: &Gpu) {
     assert_eq!(graph.nodes(), 3);
     for seed in [20, 21, 22] {
         let input = matrix(stream, seed);
-        stream.memcpy_dtod(&input, &mut graph.buffers().input).unwrap();
+        stream.memcpy_dtod(&input, &mut graph.buffers().unwrap().input).unwrap();
         graph.launch().unwrap();
         let once = eager(stream, &input, &weights[0], &options);
         let normed: Vec<_> = once.iter().map(|&bits| bf16::from_bits(bits)).collect();
         let twice = eager(stream, &stream.clone_htod(&normed).unwrap(), &weights[1], &options);
-        let StepViews { input: kept, normed, copied, out, weights } = graph.buffers();
+        let StepViews { input: kept, normed, copied, out, weights } = graph.buffers().unwrap();
         assert_eq!(bits(stream, &kept), bits(stream, &input));
         assert_eq!((bits(stream, &normed), bits(stream, &copied)), (once.clone(), once), "seed {seed}");
         assert_eq!(bits(stream, &out), twice, "seed {seed}");
         assert_eq!(weights.len(), 2);
     }
-    let step = graph.into_buffers();
+    let step = graph.into_buffers().unwrap();
     assert!(step.weights.iter().zip(&weights).all(|(a, b)| Arc::ptr_eq(a, b)));
     assert_eq!(step.out.len(), ROWS * COLUMNS);
 }
@@ -846,7 +847,7 @@ fn replaced_sequences(gpu: &Gpu) {
         let (mut direct, direct_offsets) = Prefill::new(stream, &filled, 1);
         direct.poison(stream);
         {
-            let (_, (mut output, mut state), (mut offsets, ())) = graph.buffers();
+            let (_, (mut output, mut state), (mut offsets, ())) = graph.buffers().unwrap();
             stream.memcpy_dtod(&direct.output, &mut output).unwrap();
             stream.memcpy_dtod(&direct.state, &mut state).unwrap();
             // From another stream, the launch waits for the copy.
@@ -857,7 +858,7 @@ fn replaced_sequences(gpu: &Gpu) {
         graph.launch().unwrap();
         direct.eager(&mut context, &direct_offsets, stream);
         let expected = direct.results(stream);
-        let (_, (output, state), _) = graph.buffers();
+        let (_, (output, state), _) = graph.buffers().unwrap();
         let found = (stream.clone_dtoh(&output).unwrap(), stream.clone_dtoh(&state).unwrap());
         assert!(found == expected, "{given:?}, beside a direct call of {filled:?}");
 
@@ -885,7 +886,7 @@ fn replaced_sequences(gpu: &Gpu) {
         assert!(found.1[..states] == alone.1[..states], "{given:?}: states, alone");
     }
     // What does not fit is refused, and the sequences stay as they were.
-    let (_, _, (mut offsets, ())) = graph.buffers();
+    let (_, _, (mut offsets, ())) = graph.buffers().unwrap();
     for lengths in [&[25; 4][..], &[50, 0, 50], &[60, 60], &[40, 24, 37], &[40, 24, 35], &[99, 1]] {
         let error = offsets.replace(&CuSeqlens::from_lengths(lengths).unwrap(), stream).unwrap_err();
         assert!(matches!(error, FlashInferError::InvalidArgument { argument: "cu_seqlens", .. }), "{error}");

@@ -200,7 +200,7 @@ fn streams_may_go_before_buffers() {
             graph.launch().unwrap();
             capture(&mut graph).unwrap();
             graph.launch().unwrap();
-            let (out, ..) = graph.into_buffers();
+            let (out, ..) = graph.into_buffers().unwrap();
             drop((weight, out));
         });
     });

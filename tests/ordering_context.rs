@@ -13,11 +13,12 @@ use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
 use flashinfer_rs::kernels::gdn::GdnPrefillContext;
-use flashinfer_rs::{CuSeqlens, FlashInferError, FlashInferRuntime, LaunchGraph, Result};
+use flashinfer_rs::kernels::norm::{NormOptions, fused_add_rmsnorm};
+use flashinfer_rs::{CuSeqlens, FlashInferError, FlashInferRuntime, LaunchGraph, Result, Stream, TensorMut, TensorRef};
 use half::bf16;
-use launches::{Norms, Prefill, capture, graph, streams};
+use launches::{LENGTH, Norms, Prefill, SHAPE, capture, graph, streams};
 use ordering::{with_driver, zeros};
 
 #[test]
@@ -43,6 +44,73 @@ fn memory_of_another_context_object_is_refused() {
             LaunchGraph::new(&here, (zeros::<bf16>(&here, 8), vec![zeros::<bf16>(&there, 8)]))
         });
         driver.refused("a graph's prefill", || LaunchGraph::new(&here, GdnPrefillContext::new(&there).unwrap()));
+
+        // Every null stream has the same handle, so the stream of a call does not say whose memory it uses.
+        let null = ours.default_stream();
+        let (mut input, mut residual) = (zeros::<bf16>(&there, 128), zeros::<bf16>(&here, 128));
+        let weight = zeros::<bf16>(&there, 64);
+        driver.refused("tensors of two contexts", || {
+            let mut input = TensorMut::from_cudarc(&there, &mut input, &SHAPE)?;
+            let mut residual = TensorMut::from_cudarc(&null, &mut residual, &SHAPE)?;
+            let weight = TensorRef::from_cudarc(&there, &weight, &LENGTH)?;
+            fused_add_rmsnorm(&mut input, &mut residual, &weight, &NormOptions::default(), Stream::NULL)
+        });
+        driver.refused("a prefill's context of another", || {
+            let mut prefill = Prefill::new(&there, &[3, 5]);
+            let offsets = CuSeqlens::from_lengths(&[3, 5]).unwrap().to_device(&here).unwrap();
+            prefill.offsets = offsets;
+            prefill.call(&mut GdnPrefillContext::new(&null).unwrap(), &there)
+        });
+    });
+}
+
+/// cudarc keeps an error of a call that cannot answer it, in its context, and waits for nothing until somebody has asked for it.
+#[test]
+fn an_error_that_cudarc_keeps_is_answered_before_anything_is_queued() {
+    with_driver("an_error_that_cudarc_keeps_is_answered_before_anything_is_queued", |driver| {
+        let [a, b] = streams();
+        let weight = Arc::new(zeros::<bf16>(&a, 64));
+        let (mut norms, mut graph) = (Norms::apart(&a), graph(&b, &weight));
+        let answered = |case: &str, call: &mut dyn FnMut() -> Result<()>| {
+            let before = driver.queued();
+            b.context().record_err::<()>(Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_PERMITTED)));
+            match call() {
+                Err(FlashInferError::Cuda { code: 800, .. }) if driver.queued() == before => {}
+                other => driver.fail(case, format_args!("{other:?}")),
+            }
+            driver.ordered(case, || call().unwrap_or_else(|error| driver.fail(case, error)));
+        };
+        answered("a call", &mut || norms.call(&b));
+        answered("every call", &mut || norms.call_every(&b));
+        answered("a graph's launch", &mut || graph.launch());
+        driver.ordered("what comes behind", || drop((norms, graph, weight)));
+    });
+}
+
+#[test]
+fn what_allocates_or_copies_is_refused_where_it_could_not_be_ordered() {
+    with_driver("what_allocates_or_copies_is_refused_where_it_could_not_be_ordered", |driver| {
+        let [a, b] = streams();
+        let lengths = CuSeqlens::from_lengths(&[3, 5]).unwrap();
+        let mut graph = LaunchGraph::new(&b, lengths.to_device(&b).unwrap()).unwrap();
+        let elsewhere = CudaContext::new(0).unwrap().default_stream();
+        let buffer = Arc::new(zeros::<bf16>(&a, 8));
+        let kept = Arc::clone(&buffer);
+        driver.violations();
+        a.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+        driver.refused("offsets", || lengths.to_device(&a));
+        driver.refused("a context of prefills", || GdnPrefillContext::new(&a));
+        driver.refused("other offsets", || graph.buffers()?.replace(&lengths, &a));
+        driver.refused("a graph of a buffer of that stream", || LaunchGraph::new(&b, buffer));
+        a.context().check_err().ok();
+        // SAFETY: the stream is live; what was captured is given up.
+        unsafe { result::stream::end_capture(a.cu_stream()) }.ok();
+        driver.violations();
+        driver.refused("other offsets on a stream of another context object", || {
+            graph.buffers()?.replace(&lengths, &elsewhere)
+        });
+        graph.buffers().unwrap().replace(&lengths, &a).unwrap();
+        drop(kept);
     });
 }
 

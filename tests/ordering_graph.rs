@@ -8,10 +8,12 @@ mod native;
 mod ordering;
 
 use std::any::Any;
+use std::mem::forget;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use cudarc::driver::CudaContext;
+use cudarc::driver::sys::{self, CUstreamCaptureMode};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
 use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
 use flashinfer_rs::{DType, LaunchGraph, gemma_rmsnorm_cudarc};
@@ -34,7 +36,7 @@ fn graphs_are_ordered_with_every_other_use() {
             let weight = Arc::new(zeros::<bf16>(&a, 64));
             let mut graph = graph(&b, &weight);
             for stream in [&a, &b, &c] {
-                let (out, mut input, _) = graph.buffers();
+                let (out, mut input, _) = graph.buffers().unwrap();
                 stream.clone_dtoh(&out).unwrap();
                 stream.memset_zeros(&mut input).unwrap();
                 graph.launch().unwrap();
@@ -42,7 +44,7 @@ fn graphs_are_ordered_with_every_other_use() {
                 capture(&mut graph).unwrap();
                 graph.launch().unwrap();
             }
-            let (mut out, ..) = graph.into_buffers();
+            let (mut out, ..) = graph.into_buffers().unwrap();
             a.memset_zeros(&mut out).unwrap();
         });
         driver.ordered("calls with the graph's buffers between launches", || {
@@ -50,7 +52,7 @@ fn graphs_are_ordered_with_every_other_use() {
             let mut graph = graph(&b, &weight);
             for _ in 0..2 {
                 graph.launch().unwrap();
-                let (mut out, mut input, _) = graph.buffers();
+                let (mut out, mut input, _) = graph.buffers().unwrap();
                 let own = zeros::<bf16>(&c, 64);
                 gemma_rmsnorm_cudarc(&c, &input, &own, &mut out, 2, 64, DType::BF16, 1e-6).unwrap();
                 gemma_rmsnorm_cudarc(&c, &out, &own, &mut input, 2, 64, DType::BF16, 1e-6).unwrap();
@@ -73,7 +75,7 @@ fn graphs_are_ordered_with_every_other_use() {
             });
             captured.unwrap();
             graph.launch().unwrap();
-            let (.., qkv) = graph.buffers();
+            let (.., qkv) = graph.buffers().unwrap();
             qkv.into_iter().for_each(|mut buffer| a.memset_zeros(&mut buffer).unwrap());
             graph.launch().unwrap();
         });
@@ -118,13 +120,13 @@ fn graphs_that_share_a_buffer_are_ordered() {
             });
             driver.ordered(&format!("taken out, then dropped in the order {order:?}"), || {
                 let ([first, second], weight) = both();
-                let (first, second) = (first.into_buffers(), second.into_buffers());
+                let (first, second) = (first.into_buffers().unwrap(), second.into_buffers().unwrap());
                 drop_in(order, [Some(Box::new(first)), Some(Box::new(second)), Some(Box::new(weight))]);
             });
         }
         driver.ordered("taken out, then written", || {
             let ([first, second], weight) = both();
-            drop((first.into_buffers(), second));
+            drop((first.into_buffers().unwrap(), second));
             let mut weight = Arc::into_inner(weight).unwrap();
             a.memset_zeros(&mut weight).unwrap();
         });
@@ -164,7 +166,7 @@ fn a_graph_may_hold_the_last_stream() {
         });
         driver.ordered("taken out", || {
             let (graph, weight) = made();
-            let (mut out, ..) = graph.into_buffers();
+            let (mut out, ..) = graph.into_buffers().unwrap();
             let null = Arc::clone(out.stream());
             null.memset_zeros(&mut out).unwrap();
             drop(weight);
@@ -179,5 +181,69 @@ fn a_graph_may_hold_the_last_stream() {
             drop(own);
         });
         assert_eq!(driver.live(), [0; 5]);
+    });
+}
+
+/// What cannot be ordered is waited for; where that cannot be either, the memory is kept.
+#[test]
+fn a_graph_that_cannot_order_its_buffers_release_keeps_them_until_it_has_run() {
+    let name = "a_graph_that_cannot_order_its_buffers_release_keeps_them_until_it_has_run";
+    with_driver(name, |driver| {
+        const RELAXED: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let end = |stream: &Arc<CudaStream>| {
+            // SAFETY: the stream is live; what was captured is given up.
+            unsafe { result::stream::end_capture(stream.cu_stream()) }.ok();
+            stream.context().check_err().ok();
+        };
+        let made = |homes: [&Arc<CudaStream>; 3], on: &Arc<CudaStream>| {
+            let weight = Arc::new(zeros::<bf16>(homes[2], 64));
+            let mut next = homes.into_iter();
+            let mut graph = graph_over(|| Arc::clone(next.next().unwrap()), on, &weight);
+            graph.launch().unwrap();
+            graph
+        };
+        let [a, b, c, g] = streams();
+
+        driver.ordered("cudarc keeps an error", || {
+            let graph = made([&a, &b, &c], &g);
+            g.context().record_err::<()>(Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_PERMITTED)));
+            drop(graph);
+        });
+        g.context().check_err().ok();
+        driver.ordered("cudarc keeps an error, and the program gets the buffers", || {
+            let mut graph = made([&a, &b, &c], &g);
+            g.context().record_err::<()>(Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_PERMITTED)));
+            let (mut out, ..) = graph.buffers().unwrap();
+            g.context().check_err().ok();
+            a.memset_zeros(&mut out).unwrap();
+        });
+        for place in 0..3 {
+            let homes = [&a, &b, &c];
+            let graph = made(homes, &g);
+            driver.ordered(&format!("the stream of buffer {place} captures"), || {
+                homes[place].begin_capture(RELAXED).unwrap();
+                let (out, input, weight) = graph.into_buffers().unwrap();
+                // Its own release would be a part of the program's capture, which is cudarc's.
+                match place {
+                    0 => drop((forget(out), input, weight)),
+                    1 => drop((out, forget(input), weight)),
+                    _ => drop((out, input, forget(weight))),
+                }
+                end(homes[place]);
+            });
+        }
+        let mut graph = made([&a, &b, &c], &g);
+        let memory = driver.live()[2];
+        driver.ordered("the graph's stream captures", || {
+            g.begin_capture(RELAXED).unwrap();
+            driver.refused("buffers of a graph whose stream captures", || graph.buffers().map(drop));
+            drop(graph);
+            end(&g);
+        });
+        assert_eq!(driver.live()[2], memory, "what may still be in use is not released");
+        let graph = made([&a, &b, &c], &g);
+        g.begin_capture(RELAXED).unwrap();
+        driver.refused("to take a graph apart whose stream captures", || graph.into_buffers());
+        end(&g);
     });
 }

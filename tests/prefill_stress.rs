@@ -188,7 +188,7 @@ fn replay(process: u64) -> ExitCode {
     for replay in 0..replays {
         let inputs = &each[replay as usize % 2];
         {
-            let (halves, floats, (mut output, mut output_state), _) = graph.buffers();
+            let (halves, floats, (mut output, mut output_state), _) = graph.buffers().unwrap();
             for (mut to, from) in halves.into_iter().zip(&inputs.halves) {
                 stream.memcpy_dtod(from, &mut to).unwrap();
             }
@@ -199,7 +199,7 @@ fn replay(process: u64) -> ExitCode {
             stream.memset_zeros(&mut output_state).unwrap();
         }
         graph.launch().unwrap();
-        let (_, _, (output, output_state), _) = graph.buffers();
+        let (_, _, (output, output_state), _) = graph.buffers().unwrap();
         let mut right = stream.clone_dtoh(&output).unwrap() == inputs.expected.0;
         // 100 MB of states are not fetched each time.
         if replay % 10 == 0 || replay + 1 == replays {

@@ -563,6 +563,7 @@ mod gpu {
     use crate::buffers::{device, refuse_per_thread};
     use crate::error::{FlashInferError, Result, driver};
     use crate::graph::{GraphMut, Leaf, Site};
+    use crate::owner::refuse_capture;
     use crate::runtime::FlashInferRuntime;
     use crate::sequences::{CapturedCuSeqlens, Sequences};
     use crate::stream::Stream;
@@ -580,9 +581,10 @@ mod gpu {
         /// # Errors
         /// [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange), [`Cuda`](FlashInferError::Cuda) where there is no
         /// memory, [`InvalidArgument`](FlashInferError::InvalidArgument) for the per-thread stream, which is another in each
-        /// thread, or why there is no GPU.
+        /// thread, and for a stream that captures, or why there is no GPU.
         pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
             refuse_per_thread("gdn_prefill", stream)?;
+            refuse_capture("gdn_prefill", stream)?;
             FlashInferRuntime::global()?.checked_device(device(stream.context()))?;
             let workspace = stream.alloc_zeros(WORKSPACE_SIZE as usize).map_err(driver("allocating the workspace"))?;
             Ok(Self { gpu: Some(OnStream { stream: Arc::clone(stream), workspace }) })
@@ -655,8 +657,8 @@ mod gpu {
             self.gpu.iter_mut().for_each(|gpu| gpu.workspace.take_over(stream));
         }
 
-        fn hand_back(&mut self, launched: &crate::graph::Launched<'_>) {
-            self.gpu.iter_mut().for_each(|gpu| gpu.workspace.hand_back(launched));
+        fn hand_back(&mut self, launched: &crate::graph::Launched<'_>) -> Result<()> {
+            self.gpu.iter_mut().try_for_each(|gpu| gpu.workspace.hand_back(launched))
         }
     }
 

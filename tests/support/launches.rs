@@ -202,7 +202,7 @@ pub fn graph(stream: &Arc<CudaStream>, weight: &Arc<CudaSlice<bf16>>) -> LaunchG
 }
 
 pub fn graph_over(
-    home: impl Fn() -> Arc<CudaStream>,
+    mut home: impl FnMut() -> Arc<CudaStream>,
     stream: &Arc<CudaStream>,
     weight: &Arc<CudaSlice<bf16>>,
 ) -> LaunchGraph<Shared> {
