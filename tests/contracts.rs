@@ -581,6 +581,18 @@ fn a_norm_without_rows_on_the_host_is_done_at_once() {
 
 // gdn_prefill.
 
+/// Without optimization too: a thread's stack has 2 MiB where nobody asks for more.
+#[test]
+fn calls_need_little_stack() {
+    let calls = || {
+        host_norm(|_| ()).unwrap();
+        host_gdn(|_| ()).unwrap();
+    };
+    // The first loads libraries.
+    calls();
+    std::thread::Builder::new().stack_size(256 * 1024).spawn(calls).unwrap().join().unwrap();
+}
+
 #[test]
 fn streams_are_told_apart_by_their_handles() {
     // SAFETY: nothing is queued on either.

@@ -21,12 +21,20 @@ macro_rules! unrolled {
         $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5)
     };
     (@ $i:ident, $count:expr, $body:block, $($at:literal)+) => {
-        $(
-            if $at < $count {
-                let $i: usize = $at;
-                $body
-            }
-        )+
+        // Not optimized, each copy of the block has its own place on the stack, of which there would be megabytes.
+        #[cfg(debug_assertions)]
+        for $i in 0..$count {
+            $body
+        }
+        #[cfg(not(debug_assertions))]
+        {
+            $(
+                if $at < $count {
+                    let $i: usize = $at;
+                    $body
+                }
+            )+
+        }
     };
 }
 pub(crate) use unrolled;
