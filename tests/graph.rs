@@ -315,6 +315,7 @@ fn a_prepared_call_is_captured_and_is_for_the_stream_of_its_tensors() {
         let input = TensorRef::from_cudarc(&stream, &input, &SHAPE).unwrap();
         let weight = TensorRef::from_cudarc(&stream, &*weight, &LENGTH).unwrap();
         let prepared = Prepared::<Rmsnorm>::new(&out, &input, &weight, &options).unwrap();
+        assert_eq!(format!("{prepared:?}"), "Prepared { kernel: \"rmsnorm\", .. }");
         prepared.launch(&mut out, &input, &weight, Stream::cudarc(&stream)).unwrap();
         let calls = || Driver::read::<i64>(&driver.norm, "seen_calls");
         let before = calls();

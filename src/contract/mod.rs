@@ -81,6 +81,15 @@ pub enum RunsOn {
 
 impl RunsOn {
     /// Whether a compute capability is among them.
+    ///
+    /// ```
+    /// use flashinfer_rs::contract::RunsOn;
+    ///
+    /// let (turing, hopper) = ((7, 5), (9, 0));
+    /// assert!(RunsOn::AtLeast(7, 5).includes(turing) && RunsOn::AtLeast(7, 5).includes(hopper));
+    /// assert!(!RunsOn::AtLeast(8, 0).includes(turing));
+    /// assert!(RunsOn::Exactly(9, 0).includes(hopper) && !RunsOn::Exactly(9, 0).includes((10, 0)));
+    /// ```
     pub fn includes(self, capability: (i32, i32)) -> bool {
         match self {
             Self::AtLeast(major, minor) => capability >= (major, minor),
