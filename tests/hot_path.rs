@@ -54,7 +54,9 @@ impl StandIns {
             fs::copy(native::vendored_libraries().join(tvm_ffi), folder.path().join(tvm_ffi)).unwrap();
             // SAFETY: the test's own libraries, and the vendored one.
             let config = unsafe { RuntimeConfig::default().lib_dir(folder.path()).without_verification() };
-            FlashInferRuntime::initialize(config).unwrap().warm_up().unwrap();
+            let runtime = FlashInferRuntime::initialize(config).unwrap();
+            // Not all that were vendored: others have no stand-in.
+            ["norm.so", "gdn_prefill_sm90.so"].iter().for_each(|name| drop(runtime.module(name).unwrap()));
             folder
         });
         // SAFETY: they are loaded already, and have no initializers.
