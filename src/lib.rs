@@ -34,7 +34,7 @@
 //! - [`kernels::norm`]: RMSNorm, its Gemma, fused and 8-bit forms, and LayerNorm; [`kernels::gdn`]: prefill of the gated delta
 //!   rule. On [`TensorRef`] and [`TensorMut`], over cudarc's buffers or host slices; all safe but for
 //!   [`gdn_prefill`](kernels::gdn::gdn_prefill), whose safe form is `GdnPrefillContext`. Tensors on the host are computed by
-//!   the [reference](reference), in f64. Every other family is there too: see [`kernels`].
+//!   the [reference](mod@reference), in f64. Every other family is there too: see [`kernels`].
 //! - The flat functions, [`gemma_rmsnorm`] and [`gdn_prefill_sm90`], on raw device pointers; with the feature `cudarc`
 //!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options`.
 //! - For many small launches: [`FlashInferRuntime::on`], which sets a stream once for a series of calls; [`Prepared`], a call

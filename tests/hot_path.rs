@@ -56,7 +56,9 @@ impl StandIns {
             let config = unsafe { RuntimeConfig::default().lib_dir(folder.path()).without_verification() };
             let runtime = FlashInferRuntime::initialize(config).unwrap();
             // Not all that were vendored: others have no stand-in.
-            ["norm.so", "gdn_prefill_sm90.so"].iter().for_each(|name| drop(runtime.module(name).unwrap()));
+            for name in ["norm.so", "gdn_prefill_sm90.so"] {
+                runtime.module(name).unwrap();
+            }
             folder
         });
         // SAFETY: they are loaded already, and have no initializers.
