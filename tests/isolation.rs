@@ -1,6 +1,6 @@
 //! Nothing else gets in: decoys, swaps, strangers, forks. Each test runs in a process of its own.
 #![cfg_attr(
-    not(all(feature = "norm", feature = "cudart", feature = "embed")),
+    not(all(feature = "norm", feature = "gdn-prefill", feature = "cudart", feature = "embed")),
     allow(dead_code, unused_imports, reason = "what the tests of absent features use")
 )]
 
@@ -211,6 +211,7 @@ fn descriptor_of(soname: &str) -> RawFd {
     open.find(is_it).unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap()
 }
 
+#[cfg(all(feature = "norm", feature = "gdn-prefill", feature = "cudart"))]
 #[test]
 fn a_program_that_closes_every_descriptor_still_loads_what_it_asks_for() {
     native::isolated("a_program_that_closes_every_descriptor_still_loads_what_it_asks_for", || {
@@ -238,6 +239,7 @@ fn overflow(depth: u64) -> u64 {
     overflow(depth + 1) + kept[depth as usize % 64]
 }
 
+#[cfg(all(feature = "norm", feature = "cudart"))]
 #[test]
 fn a_stack_overflow_is_still_reported_by_rust() {
     let text = native::dying("a_stack_overflow_is_still_reported_by_rust", || {

@@ -1,4 +1,8 @@
 //! Finding, checking and loading libraries. A process has one runtime, so each test runs in one of its own.
+#![cfg_attr(
+    not(all(feature = "norm", feature = "gdn-prefill", feature = "cudart")),
+    allow(dead_code, unused_imports, reason = "what the tests of absent features use")
+)]
 
 #[path = "support/native.rs"]
 mod native;
@@ -235,6 +239,7 @@ fn what_modules_need_is_no_module_where_nothing_is_verified_either() {
     });
 }
 
+#[cfg(all(feature = "norm", feature = "cudart"))]
 #[test]
 fn a_warm_up_that_fails_fails_again_and_the_runtime_is_there() {
     native::isolated("a_warm_up_that_fails_fails_again_and_the_runtime_is_there", || {
@@ -257,6 +262,7 @@ fn a_warm_up_that_fails_fails_again_and_the_runtime_is_there() {
     });
 }
 
+#[cfg(all(feature = "norm", feature = "gdn-prefill", feature = "cudart"))]
 #[test]
 fn a_runtime_that_is_there_is_warmed_up_by_a_call_that_asks_for_it() {
     native::isolated("a_runtime_that_is_there_is_warmed_up_by_a_call_that_asks_for_it", || {
@@ -274,10 +280,10 @@ fn a_runtime_that_is_there_is_warmed_up_by_a_call_that_asks_for_it() {
 }
 
 /// Where this program runs as if it had been built elsewhere: that folder.
-#[cfg(not(feature = "embed"))]
+#[cfg(all(feature = "norm", not(feature = "embed")))]
 const MOVED: &str = "FLASHINFER_RS_MOVED_TEST";
 
-#[cfg(not(feature = "embed"))]
+#[cfg(all(feature = "norm", not(feature = "embed")))]
 #[test]
 fn a_program_that_was_moved_with_its_target_folder_finds_its_libraries_there() {
     let name = "a_program_that_was_moved_with_its_target_folder_finds_its_libraries_there";

@@ -1,8 +1,11 @@
 //! Small C libraries for tests, and tests in a process of their own.
 #![allow(dead_code, reason = "each test uses its own part")]
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::thread;
+use std::time::Duration;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 
@@ -71,7 +74,13 @@ pub fn again(program: &Path, name: &str, variables: &[(&str, &Path)]) -> Output 
     let mut child = Command::new(program);
     child.args(["--exact", name, "--nocapture"]).env(MARK, name).env_remove("FLASHINFER_RS_LIB_DIR");
     child.envs(variables.iter().copied());
-    child.output().expect("this test, started again")
+    loop {
+        match child.output() {
+            // A program that was copied a moment ago, while another test's child still has it open for writing.
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => thread::sleep(Duration::from_millis(10)),
+            output => break output.expect("this test, started again"),
+        }
+    }
 }
 
 /// All that a process wrote.
