@@ -322,9 +322,21 @@ unsafe fn queue(
                 let place = unsafe { &mut *places.add(i) };
                 Arg::dl_tensor(place.write(layout.pack()))
             }
-            Operand::Absent => Arg::NONE,
+            Operand::Absent => match row.arguments[i].kind {
+                Kind::Missing(rank) => {
+                    // SAFETY: as above.
+                    let place = unsafe { &mut *places.add(i) };
+                    Arg::dl_tensor(place.write(Layout::without_memory(checked.device, rank)))
+                }
+                _ => Arg::NONE,
+            },
             Operand::Number(value) => Arg::float(*value),
-            Operand::Bool(value) => Arg::bool(*value | (row.pdl == Pdl::Waits && stream.captures_with_pdl())),
+            Operand::Whole(value) => Arg::int(*value),
+            Operand::Word(word) => Arg::str(word),
+            Operand::Bool(value) => {
+                let pdl = matches!(row.arguments[i].kind, Kind::EnablePdl) & (row.pdl == Pdl::Waits);
+                Arg::bool(*value | (pdl && stream.captures_with_pdl()))
+            }
         };
         args[i].write(arg);
     });
@@ -357,6 +369,8 @@ unsafe fn queue_objects(
     let args = operands.iter().zip(&objects).map(|(operand, object)| match (operand, object) {
         (_, Some(object)) => Arg::object(object),
         (Operand::Number(value), None) => Arg::float(*value),
+        (Operand::Whole(value), None) => Arg::int(*value),
+        (Operand::Word(word), None) => Arg::str(word),
         (Operand::Bool(value), None) => Arg::bool(*value),
         _ => Arg::NONE,
     });

@@ -28,8 +28,8 @@ use crate::stream::Stream;
 /// ```
 pub struct Prepared<K> {
     fixed: Fixed,
-    /// The arguments that are no tensors, each in its place; for one that is on or off, 1 or 0.
-    numbers: [f64; MAX_ARGUMENTS],
+    /// The arguments that are no tensors, each in its place.
+    others: [Operand<'static, 'static>; MAX_ARGUMENTS],
     kernel: PhantomData<K>,
 }
 
@@ -42,15 +42,17 @@ impl<K> fmt::Debug for Prepared<K> {
 #[allow(private_bounds, reason = "kernels are this crate's")]
 impl<K: Kernel> Prepared<K> {
     pub(crate) fn checked(operands: &[Operand<'_, '_>]) -> Result<Self> {
-        let mut numbers = [0.0; MAX_ARGUMENTS];
-        for (number, operand) in numbers.iter_mut().zip(operands) {
-            *number = match *operand {
-                Operand::Number(value) => value,
-                Operand::Bool(value) => f64::from(u8::from(value)),
-                Operand::Tensor(..) | Operand::Absent => 0.0,
+        let mut others = [Operand::Absent; MAX_ARGUMENTS];
+        for (other, operand) in others.iter_mut().zip(operands) {
+            *other = match *operand {
+                Operand::Number(value) => Operand::Number(value),
+                Operand::Whole(value) => Operand::Whole(value),
+                Operand::Word(word) => Operand::Word(word),
+                Operand::Bool(value) => Operand::Bool(value),
+                Operand::Tensor(..) | Operand::Absent => Operand::Absent,
             };
         }
-        Ok(Self { fixed: Fixed::new::<K>(operands)?, numbers, kernel: PhantomData })
+        Ok(Self { fixed: Fixed::new::<K>(operands)?, others, kernel: PhantomData })
     }
 
     /// Launches with these tensors, in the row's order; an optional one that is not there is absent.
@@ -72,8 +74,7 @@ impl<K: Kernel> Prepared<K> {
                     next += 1;
                     tensors[next - 1]
                 }
-                Kind::EnablePdl => Operand::Bool(self.numbers[i] != 0.0),
-                Kind::Positive | Kind::NotNegative => Operand::Number(self.numbers[i]),
+                _ => self.others[i],
             };
         });
         // SAFETY: the caller's promise.

@@ -4,11 +4,12 @@ use std::ffi::c_void;
 
 use half::{bf16, f16};
 
-use crate::contract::{Contents, Dimensions, Dtype, Kind, Operand, Role, Tensor};
+use crate::contract::{Contents, Dimensions, Dtype, Kind, Operand, Role, Row, Tensor};
 use crate::cuda::Buffer;
 use crate::engine::Entry;
 use crate::error::Result;
 use crate::owner::Owner;
+use crate::reference;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Layout};
@@ -59,7 +60,9 @@ fn run(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32, dtype: D
     let mut host: Vec<Option<Memory>> = Vec::new();
     for (i, argument) in row.arguments.iter().enumerate() {
         host.push(match &argument.kind {
-            Kind::Tensor(tensor) => Some(Memory::new(tensor, i, &sizes, type_of(tensor, dtype, DType::F32), dtype)),
+            Kind::Tensor(tensor) => {
+                Some(Memory::new(tensor, i, &sizes, type_of(row, tensor, dtype, DType::F32), dtype))
+            }
             _ => None,
         });
     }
@@ -67,7 +70,7 @@ fn run(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32, dtype: D
     for (argument, values) in row.arguments.iter().zip(&host) {
         device_memory.push(match (&argument.kind, values) {
             (Kind::Tensor(tensor), Some(memory)) => {
-                let dtype = type_of(tensor, dtype, dtype);
+                let dtype = type_of(row, tensor, dtype, dtype);
                 Some((dtype, cudart.upload(&encode(&memory.values, dtype))?))
             }
             _ => None,
@@ -87,7 +90,7 @@ fn run(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32, dtype: D
         })
         .collect();
     // SAFETY: the memory is this function's own, of as many elements as the row's shapes say, and the offsets are in order.
-    unsafe { kernel.call(&operands(kernel, &layouts), Stream::NULL) }?;
+    unsafe { kernel.call(&operands(kernel, &sizes, &layouts), Stream::NULL) }?;
     let layouts: Vec<_> = device_memory
         .iter()
         .zip(&host)
@@ -98,7 +101,7 @@ fn run(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32, dtype: D
         })
         .collect();
     // SAFETY: as above; the memory is freed only after the null stream, where the kernel runs, was waited for.
-    unsafe { kernel.call(&operands(kernel, &layouts), Stream::NULL) }?;
+    unsafe { kernel.call(&operands(kernel, &sizes, &layouts), Stream::NULL) }?;
     worst(kernel, &device_memory, &on_host)
 }
 
@@ -121,27 +124,41 @@ fn worst(kernel: Entry, on_device: &[Option<(DType, Buffer)>], on_host: &[Option
     Ok(worst)
 }
 
-fn operands<'a>(kernel: Entry, layouts: &'a [Option<Layout>]) -> Vec<Operand<'a, 'a>> {
+fn operands<'a>(kernel: Entry, sizes: &Dimensions, layouts: &'a [Option<Layout>]) -> Vec<Operand<'a, 'a>> {
     const NOBODY: &Owner<'static> = &Owner::NONE;
-    let operand = |(argument, layout): (&crate::contract::Argument, &'a Option<Layout>)| match (&argument.kind, layout)
-    {
+    let operand = |(i, layout): (usize, &'a Option<Layout>)| match (&kernel.row.arguments[i].kind, layout) {
         (Kind::Tensor(_), Some(layout)) => Operand::Tensor(layout, NOBODY),
         (Kind::Tensor(_), None) => Operand::Absent,
-        (Kind::Positive, _) if argument.name == "eps" => Operand::Number(1e-6),
+        (Kind::Positive, _) if kernel.row.arguments[i].name == "eps" => Operand::Number(1e-6),
         (Kind::Positive, _) => Operand::Number(0.5),
         (Kind::NotNegative, _) => Operand::Number(0.0),
-        (Kind::EnablePdl, _) => Operand::Bool(false),
+        (Kind::Between(least, most), _) => Operand::Number((least + most) / 2.0),
+        (Kind::Whole(..), _) => Operand::Whole(kernel.row.whole(i, sizes).unwrap_or(0)),
+        (Kind::Word(words), _) => Operand::Word(words[0]),
+        (Kind::Missing(_), _) => Operand::Absent,
+        (Kind::EnablePdl | Kind::Switch, _) => Operand::Bool(false),
     };
-    kernel.row.arguments.iter().zip(layouts).map(operand).collect()
+    layouts.iter().enumerate().map(operand).collect()
 }
 
 /// The type of a tensor whose call's floating-point type is one of `half`.
-fn type_of(tensor: &Tensor, lead: DType, half: DType) -> DType {
+fn type_of(row: &Row, tensor: &Tensor, lead: DType, half: DType) -> DType {
     match tensor.dtype {
-        Dtype::Half | Dtype::Bf16 | Dtype::As(_) => half,
+        Dtype::Half | Dtype::Bf16 => half,
+        Dtype::As(other) => match &row.arguments[other].kind {
+            Kind::Tensor(other) => type_of(row, other, lead, half),
+            _ => half,
+        },
         Dtype::Eight => DType::F8E4M3,
-        Dtype::Only(dtype) if dtype == lead => dtype,
         Dtype::Only(dtype) => dtype,
+        // What the lead may be, the self-test goes through.
+        Dtype::OneOf(types) => {
+            if types.contains(&lead) {
+                lead
+            } else {
+                types[0]
+            }
+        }
     }
 }
 
@@ -172,6 +189,8 @@ impl Memory {
             Contents::Offsets(parts, whole) => {
                 (0..count as i64).map(|i| (sizes[whole] * i / sizes[parts].max(1)) as f64).collect()
             }
+            Contents::Turns(among) => (0..count as i64).map(|i| (i % sizes[among].max(1)) as f64).collect(),
+            Contents::Rounds(among) => (0..count as i64).map(|i| (i / sizes[among].max(1)) as f64).collect(),
             Contents::Zeros => vec![0.0; count],
         };
         Self { dtype, shape, values }
@@ -203,8 +222,8 @@ fn encode(values: &[f64], dtype: DType) -> Vec<u8> {
             DType::F64 => value.to_le_bytes().to_vec(),
             DType::I32 => (value as i32).to_le_bytes().to_vec(),
             DType::I64 => (value as i64).to_le_bytes().to_vec(),
-            // These are scratch memory or outputs: what is there does not matter.
-            DType::U8 | DType::F8E4M3 | DType::F8E5M2 => vec![value as u8],
+            DType::U8 => vec![value as u8],
+            DType::F8E4M3 | DType::F8E5M2 => vec![reference::eight_bit(value, dtype)],
         }
     };
     values.iter().flat_map(bytes).collect()
@@ -216,6 +235,7 @@ fn decode(bytes: &[u8], dtype: DType) -> Vec<f64> {
         (DType::BF16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f64(),
         (DType::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
         (DType::I32, &[a, b, c, d]) => f64::from(i32::from_le_bytes([a, b, c, d])),
+        (DType::I64, &[a, b, c, d, e, f, g, h]) => i64::from_le_bytes([a, b, c, d, e, f, g, h]) as f64,
         (DType::F8E4M3, &[byte]) => eight_bit(byte, 3, 7),
         (DType::F8E5M2, &[byte]) => eight_bit(byte, 2, 15),
         (DType::U8, &[byte]) => f64::from(byte),

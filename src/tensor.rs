@@ -528,6 +528,18 @@ impl fmt::Debug for TensorMut<'_> {
     }
 }
 
+impl Layout {
+    /// A tensor of this rank that has no memory, for functions that tell their forms by that.
+    #[inline(always)]
+    pub(crate) fn without_memory(device: Device, rank: usize) -> DLTensor {
+        static ZEROS: [i64; MAX_NDIM] = [0; MAX_NDIM];
+        static ONES: [i64; MAX_NDIM] = [1; MAX_NDIM];
+        let (device, dtype) = (device.to_dl(), DType::U8.to_dl());
+        let (shape, strides) = (ZEROS.as_ptr(), ONES.as_ptr());
+        DLTensor { data: std::ptr::null_mut(), device, ndim: rank as i32, dtype, shape, strides, byte_offset: 0 }
+    }
+}
+
 /// That a strided tensor stays inside a slice of `len` elements.
 fn check_reach(len: usize, layout: &Layout) -> Result<()> {
     let inside = layout.strides().iter().all(|&stride| stride >= 0);

@@ -4,7 +4,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use flashinfer_rs::contract::{self, Alignment, Contents, From, Kind, MAX_ARGUMENTS, MAX_DIMENSIONS, Row, Size};
+use flashinfer_rs::contract::{
+    self, Alignment, Contents, From, Kind, MAX_ARGUMENTS, MAX_DIMENSIONS, Row, Size, Strides,
+};
 use flashinfer_rs::kernels;
 
 const COMMENT: &str = "///";
@@ -105,7 +107,9 @@ fn every_row_makes_sense() {
         assert!(row.tensors().any(|(i, _, tensor)| i == row.lead && !tensor.optional), "{name}: its lead");
         for (_, argument, tensor) in row.tensors() {
             tensor.shape.iter().for_each(|size| match size {
-                Size::Of(dimension) | Size::OneMore(dimension) => known(*dimension),
+                Size::Of(dimension) | Size::OneMore(dimension) | Size::Twice(dimension) | Size::Eighth(dimension) => {
+                    known(*dimension);
+                }
             });
             match tensor.alignment {
                 Alignment::Bytes(bytes) => assert!(bytes.is_power_of_two(), "{name}: {argument}"),
@@ -114,9 +118,13 @@ fn every_row_makes_sense() {
                     assert!((most as u64).is_power_of_two(), "{name}: {argument}");
                 }
             }
-            if let Contents::Offsets(parts, whole) = tensor.contents {
-                known(parts);
-                known(whole);
+            match tensor.contents {
+                Contents::Offsets(parts, whole) => [parts, whole].into_iter().for_each(known),
+                Contents::Turns(among) | Contents::Rounds(among) => known(among),
+                Contents::Uniform(_) | Contents::Between(..) | Contents::Zeros => {}
+            }
+            if let Strides::As(other) = tensor.strides {
+                assert_eq!(rank_of(other), tensor.shape.len(), "{name}: {argument}");
             }
         }
         for (at, dimension) in row.dimensions.iter().enumerate() {
@@ -125,6 +133,10 @@ fn every_row_makes_sense() {
             match dimension.from {
                 From::Shape(argument, size) | From::OneLess(argument, size) => {
                     assert!(size < rank_of(argument) && !dimension.examples.is_empty(), "{name}: {}", dimension.name);
+                }
+                From::Number(argument) => {
+                    assert!(matches!(row.arguments[argument].kind, Kind::Whole(..)), "{name}: {}", dimension.name);
+                    assert!(!dimension.examples.is_empty(), "{name}: {}", dimension.name);
                 }
                 From::Larger(a, b) => assert!(a < at && b < at && dimension.examples.is_empty(), "{name}"),
             }

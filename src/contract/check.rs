@@ -1,5 +1,7 @@
 //! Whether a call keeps a row: every condition stands here, once.
 
+use std::ffi::CStr;
+
 use super::{Alignment, Argument, Dimensions, Dtype, From, Kind, MAX_DIMENSIONS, Row, Strides, Tensor};
 use crate::owner::Owner;
 use crate::stream::Stream;
@@ -9,13 +11,13 @@ use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
 /// constant, and so is what the block looks up by `i`, nothing of the looking up remains.
 macro_rules! unrolled {
     ($i:ident in ARGUMENTS < $count:expr, $body:block) => {
-        $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+        $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23)
     };
     ($i:ident in CONDITIONS < $count:expr, $body:block) => {
         $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5 6 7 8)
     };
     ($i:ident in DIMENSIONS < $count:expr, $body:block) => {
-        $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5 6 7)
+        $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
     };
     ($i:ident in RANK < $count:expr, $body:block) => {
         $crate::contract::unrolled!(@ $i, $count, $body, 0 1 2 3 4 5)
@@ -43,9 +45,11 @@ pub(crate) use unrolled;
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a, 'o> {
     Tensor(&'a Layout, &'a Owner<'o>),
-    /// Nothing, for an optional tensor.
+    /// Nothing, for an optional tensor and for one that is [missing](Kind::Missing).
     Absent,
     Number(f64),
+    Whole(i64),
+    Word(&'static CStr),
     Bool(bool),
 }
 
@@ -69,6 +73,14 @@ impl<'a> Operand<'a, '_> {
         match self {
             Self::Tensor(layout, _) => Some(layout),
             _ => None,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn whole(&self) -> i64 {
+        match self {
+            Self::Whole(value) => *value,
+            _ => 0,
         }
     }
 }
@@ -174,6 +186,10 @@ pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Str
                 whole &= reach <= row.extent.most;
             }
             (Operand::Number(value), kind) if !number_fits(kind, *value) => return Err(Fault::Number(i)),
+            (Operand::Whole(value), Kind::Whole(least, most)) if (value < least) | (value > most) => {
+                return Err(Fault::Number(i));
+            }
+            (Operand::Word(word), Kind::Word(words)) if !words.contains(word) => return Err(Fault::Number(i)),
             _ => {}
         }
     });
@@ -197,6 +213,7 @@ fn dimensions(row: &'static Row, operands: &[Operand<'_, '_>]) -> Dimensions {
             From::Shape(argument, dimension) => size(argument, dimension),
             From::OneLess(argument, dimension) => size(argument, dimension) - 1,
             From::Larger(a, b) => dimensions[a].max(dimensions[b]),
+            From::Number(argument) => operands[argument].whole(),
         };
     });
     dimensions
@@ -210,7 +227,8 @@ fn number_fits(kind: &Kind, value: f64) -> bool {
     match kind {
         Kind::Positive => positive,
         Kind::NotNegative => positive | (value == 0.0),
-        Kind::Tensor(_) | Kind::EnablePdl => false,
+        Kind::Between(least, most) => (single >= *least as f32) & (single <= *most as f32),
+        Kind::Tensor(_) | Kind::Whole(..) | Kind::Switch | Kind::Word(_) | Kind::Missing(_) | Kind::EnablePdl => false,
     }
 }
 
@@ -295,24 +313,34 @@ impl Call<'_, '_> {
             }
             Condition::Strides => match tensor.strides {
                 Strides::Contiguous => layout.is_contiguous(),
-                Strides::Rows => {
+                Strides::Rows | Strides::As(_) => {
                     let vector = tensor.alignment.elements(&self.dimensions, layout.element_size());
                     let mut fit = layout.stride(rank - 1) == 1;
                     unrolled!(i in RANK < rank - 1, {
                         let stride = layout.stride(i);
                         fit &= (layout.size(i) == 1) | ((stride >= 0) & (stride & (vector - 1) == 0));
                     });
+                    if let Strides::As(other) = tensor.strides
+                        && let Some(other) = self.operands[other].layout()
+                    {
+                        unrolled!(i in RANK < rank, {
+                            fit &= layout.stride(i) == other.stride(i);
+                        });
+                    }
                     fit | self.empty
                 }
             },
             Condition::Overlap => match tensor.strides {
-                Strides::Rows if tensor.role.writes() => is_injective(rank, layout) | self.empty,
+                Strides::Rows | Strides::As(_) if tensor.role.writes() => is_injective(rank, layout) | self.empty,
                 _ => true,
             },
             Condition::Alignment => aligned(tensor, &self.dimensions, layout) | self.empty,
             Condition::Extent => {
                 let most = self.row.extent.most;
-                let (reach, fits) = reach(rank, layout);
+                let (reach, mut fits) = reach(rank, layout);
+                unrolled!(i in RANK < rank, {
+                    fits &= (layout.stride(i) <= self.row.extent.stride) | (layout.size(i) == 1);
+                });
                 (fits & (reach <= most))
                     || self.empty
                     || (fits && self.row.extent.split && splits(tensor, layout, most))
@@ -328,6 +356,7 @@ impl Call<'_, '_> {
             Dtype::Bf16 => layout.is_of(DType::BF16) | (host & (layout.is_of(DType::F16) | layout.is_of(DType::F32))),
             Dtype::Eight => layout.is_of(DType::F8E4M3) | layout.is_of(DType::F8E5M2),
             Dtype::Only(dtype) => layout.is_of(dtype),
+            Dtype::OneOf(types) => types.iter().any(|&dtype| layout.is_of(dtype)),
             Dtype::As(other) => self.operands[other].layout().is_none_or(|other| layout.has_dtype_of(other)),
         }
     }
@@ -351,8 +380,10 @@ fn fits_kinds(row: &Row, operands: &[Operand<'_, '_>]) -> bool {
     let fits = |(argument, operand): (&Argument, &Operand<'_, '_>)| match (&argument.kind, operand) {
         (Kind::Tensor(_), Operand::Tensor(..)) => true,
         (Kind::Tensor(tensor), Operand::Absent) => tensor.optional,
-        (Kind::Positive | Kind::NotNegative, Operand::Number(_)) => true,
-        (Kind::EnablePdl, Operand::Bool(_)) => true,
+        (Kind::Positive | Kind::NotNegative | Kind::Between(..), Operand::Number(_)) => true,
+        (Kind::Whole(..), Operand::Whole(_)) | (Kind::Word(_), Operand::Word(_)) => true,
+        (Kind::Missing(_), Operand::Absent) => true,
+        (Kind::EnablePdl | Kind::Switch, Operand::Bool(_)) => true,
         _ => false,
     };
     row.arguments.len() == operands.len() && row.arguments.iter().zip(operands).all(fits)

@@ -27,6 +27,7 @@ pub(crate) fn explain(
         row.dimensions_from(|i| match row.dimensions[i].from {
             From::Shape(argument, at) => layout(argument).map_or(0, |layout| layout.size(at)),
             From::OneLess(argument, at) => layout(argument).map_or(0, |layout| layout.size(at) - 1),
+            From::Number(argument) => operands[argument].whole(),
             From::Larger(..) => 0,
         })
     };
@@ -53,19 +54,34 @@ pub(crate) fn explain(
         Fault::Number(i) => {
             let found = match operands[i] {
                 Operand::Number(value) => value.to_string(),
+                Operand::Whole(value) => value.to_string(),
+                Operand::Word(word) => format!("{word:?}"),
                 _ => String::new(),
             };
-            let expected = match row.arguments[i].kind {
-                Kind::Positive => "a positive number that an f32 holds in full (1.2e-38 to 3.4e38)",
-                _ => "a positive number that an f32 holds in full (1.2e-38 to 3.4e38), or 0.0 for the kernel's default",
-            };
-            invalid(row.arguments[i].name, found, expected.to_owned())
+            invalid(row.arguments[i].name, found, number(&row.arguments[i].kind))
         }
         Fault::Tensor(i, condition) => {
             let Some(layout) = operands[i].layout() else { unreachable!("the fault is a tensor's") };
             let (found, expected) = broken(row, operands, stream, i, condition, layout, &dimensions());
             invalid(row.arguments[i].name, found, expected)
         }
+    }
+}
+
+/// What is expected of an argument that is no tensor.
+pub(super) fn number(kind: &Kind) -> String {
+    let positive = "a positive number that an f32 holds in full (1.2e-38 to 3.4e38)";
+    match kind {
+        Kind::NotNegative => format!("{positive}, or 0.0 for the kernel's default"),
+        Kind::Between(least, most) => format!("a number from {least:?} to {most:?}"),
+        Kind::Whole(i64::MIN, i64::MAX) => "any 64 bits".to_owned(),
+        Kind::Whole(least, most) if least == most => format!("{least}"),
+        Kind::Whole(least, i64::MAX) => format!("a whole number, {least} or more"),
+        Kind::Whole(least, most) => format!("a whole number from {least} to {most}"),
+        Kind::Switch | Kind::EnablePdl => "on or off".to_owned(),
+        Kind::Word(words) => words.iter().map(|word| format!("{word:?}")).collect::<Vec<_>>().join(" or "),
+        Kind::Missing(_) => "nothing".to_owned(),
+        Kind::Positive | Kind::Tensor(_) => positive.to_owned(),
     }
 }
 
@@ -85,11 +101,13 @@ pub(super) fn names(row: &Row, tensor: &Tensor) -> String {
     let name = |size: &Size| match size {
         Size::Of(i) => row.dimensions[*i].name.to_owned(),
         Size::OneMore(i) => format!("{} + 1", row.dimensions[*i].name),
+        Size::Twice(i) => format!("2 {}", row.dimensions[*i].name),
+        Size::Eighth(i) => format!("⌈{} / 8⌉", row.dimensions[*i].name),
     };
     format!("[{}]", tensor.shape.iter().map(name).collect::<Vec<_>>().join(", "))
 }
 
-fn joined(types: &[impl Display]) -> String {
+pub(super) fn joined(types: &[impl Display]) -> String {
     types.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ")
 }
 
@@ -135,7 +153,11 @@ fn broken(
         ),
         Condition::Strides => match spec.strides {
             Strides::Contiguous => (laid_out(), "contiguous row-major memory".to_owned()),
-            Strides::Rows => {
+            Strides::As(other) if operands[other].layout().is_some_and(|other| other.strides() != layout.strides()) => {
+                let strides = operands[other].layout().map_or(&[][..], Layout::strides);
+                (laid_out(), format!("strides {strides:?}, as {}", row.arguments[other].name))
+            }
+            Strides::Rows | Strides::As(_) => {
                 (laid_out(), format!("a last stride of 1, and others that are multiples of {vector} and not negative"))
             }
         },
@@ -150,7 +172,10 @@ fn broken(
             (format!("at {:p}", layout.data()), format!("memory aligned to {bytes} bytes"))
         }
         Condition::Extent => {
-            let most = row.extent.most;
+            let (most, stride) = (row.extent.most, row.extent.stride);
+            if (0..layout.ndim()).any(|i| layout.size(i) > 1 && layout.stride(i) > stride) {
+                return (laid_out(), format!("strides of at most {stride}"));
+            }
             let reach = layout.reach().map_or_else(|| "more than 2^63".to_owned(), |reach| reach.to_string());
             let rows = if row.extent.split { "for each index of the first dimension " } else { "" };
             (

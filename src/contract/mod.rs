@@ -4,6 +4,8 @@
 //! reads the rows: it checks calls, says what is wrong with them, packs the arguments, takes the locks that a kernel needs
 //! and captures it into graphs. The documentation's tables, the kernel index and the self-tests follow from the same rows.
 
+use std::ffi::CStr;
+
 mod check;
 mod explain;
 #[cfg(test)]
@@ -17,10 +19,10 @@ pub use table::{arguments, index};
 use crate::tensor::DType;
 
 /// The most arguments that a kernel takes.
-pub const MAX_ARGUMENTS: usize = 16;
+pub const MAX_ARGUMENTS: usize = 24;
 
 /// The most named dimensions of a row.
-pub const MAX_DIMENSIONS: usize = 8;
+pub const MAX_DIMENSIONS: usize = 12;
 
 /// The sizes of a row's dimensions in a call, in the row's order.
 pub type Dimensions = [i64; MAX_DIMENSIONS];
@@ -116,6 +118,16 @@ pub enum Kind {
     Positive,
     /// A number that an f32 holds, 0.0 or above it.
     NotNegative,
+    /// A number within these bounds, as the f32 that a kernel makes of it.
+    Between(f64, f64),
+    /// A whole number within these bounds.
+    Whole(i64, i64),
+    /// On or off.
+    Switch,
+    /// One of these words.
+    Word(&'static [&'static CStr]),
+    /// A tensor that this form of the function does without: it is passed with no memory, of this rank.
+    Missing(usize),
     /// Whether programmatic dependent launch is on.
     EnablePdl,
 }
@@ -161,6 +173,8 @@ pub enum Dtype {
     Bf16,
     /// F8E4M3 or F8E5M2.
     Eight,
+    /// One of these.
+    OneOf(&'static [DType]),
     /// This one.
     Only(DType),
     /// That of another argument.
@@ -174,6 +188,10 @@ pub enum Size {
     Of(usize),
     /// One more than a named dimension.
     OneMore(usize),
+    /// Twice a named dimension.
+    Twice(usize),
+    /// An eighth of a named dimension, rounded up: bytes of so many bits.
+    Eighth(usize),
 }
 
 /// How a tensor's elements may lie.
@@ -184,6 +202,8 @@ pub enum Strides {
     /// Rows along the last dimension, whose stride is 1. The other strides are not negative and multiples of what
     /// [`Alignment::Vector`] says; 0 repeats what is read. No two elements that are written lie in the same place.
     Rows,
+    /// As [`Rows`](Self::Rows), with the strides of another argument of the same shape.
+    As(usize),
 }
 
 /// What an address must be a multiple of.
@@ -209,6 +229,10 @@ pub enum Contents {
     Between(f64, f64),
     /// Offsets that divide the second dimension into as many parts as the first says.
     Offsets(usize, usize),
+    /// Indices into this dimension, in turn: 0, 1, 2 and so on, and 0 again behind the last.
+    Turns(usize),
+    /// How often [`Turns`](Self::Turns) of this dimension began anew: with those, pairs of which no two are the same.
+    Rounds(usize),
     /// Zeros.
     Zeros,
 }
@@ -237,6 +261,8 @@ pub enum From {
     OneLess(usize, usize),
     /// The larger of two dimensions.
     Larger(usize, usize),
+    /// The whole number that an argument is.
+    Number(usize),
 }
 
 /// What dimensions must be to each other.
@@ -261,6 +287,8 @@ pub struct Extent {
     pub most: i64,
     /// Whether more are divided into several launches, along the first dimension of each tensor that has the row's first one.
     pub split: bool,
+    /// The most that a stride may be, in elements.
+    pub stride: i64,
 }
 
 /// Programmatic dependent launch: whether a kernel may start before the one ahead of it in its stream has ended.
@@ -342,10 +370,18 @@ impl Row {
         for (i, dimension) in self.dimensions.iter().enumerate() {
             dimensions[i] = match dimension.from {
                 From::Larger(a, b) => dimensions[a].max(dimensions[b]),
-                From::Shape(..) | From::OneLess(..) => given(i),
+                From::Shape(..) | From::OneLess(..) | From::Number(_) => given(i),
             };
         }
         dimensions
+    }
+
+    /// The whole number that an argument is in a call of these dimensions: the dimension that it gives, else the number within
+    /// its bounds that is next to 0. For tests.
+    pub fn whole(&self, argument: usize, dimensions: &Dimensions) -> Option<i64> {
+        let Kind::Whole(least, most) = self.arguments[argument].kind else { return None };
+        let gives = |dimension: &Dimension| matches!(dimension.from, From::Number(from) if from == argument);
+        Some(self.dimensions.iter().position(gives).map_or(0i64.clamp(least, most), |i| dimensions[i]))
     }
 }
 
@@ -356,6 +392,8 @@ impl Size {
         match self {
             Self::Of(i) => dimensions[i],
             Self::OneMore(i) => dimensions[i].wrapping_add(1),
+            Self::Twice(i) => dimensions[i].wrapping_mul(2),
+            Self::Eighth(i) => dimensions[i].wrapping_add(7) >> 3,
         }
     }
 }
@@ -365,7 +403,7 @@ impl Alignment {
     #[inline(always)]
     pub fn elements(self, dimensions: &Dimensions, size: usize) -> i64 {
         match self {
-            Self::Bytes(bytes) => bytes as i64 / size as i64,
+            Self::Bytes(bytes) => (bytes as i64 / size as i64).max(1),
             Self::Vector { dimension, most } => 1 << dimensions[dimension].trailing_zeros().min(most.trailing_zeros()),
         }
     }
@@ -379,6 +417,7 @@ impl Dtype {
             (Self::Half | Self::Bf16, true) => &[DType::BF16, DType::F16, DType::F32],
             (Self::Bf16, false) => &[DType::BF16],
             (Self::Eight, _) => &[DType::F8E4M3, DType::F8E5M2],
+            (Self::OneOf(types), _) => types,
             (Self::Only(dtype), _) => dtype.alone(),
             (Self::As(_), _) => &[],
         }

@@ -50,6 +50,8 @@ struct Call {
     tensors: Vec<Option<Given>>,
     /// Of those that are numbers.
     numbers: Vec<f64>,
+    /// Of those that are whole numbers.
+    whole: Vec<i64>,
 }
 
 /// The memory of a call's tensors: enough of it whatever their types and strides are.
@@ -75,11 +77,11 @@ impl Call {
         }
         let dtype = choices.of(lead.dtype.allowed(on_host));
         let mut memory = Memory::new();
-        let mut tensors = Vec::new();
+        let mut tensors: Vec<Option<Given>> = Vec::new();
         for argument in row.arguments {
             tensors.push(match &argument.kind {
                 Kind::Tensor(tensor) if !tensor.optional || choices.below(2) == 0 => {
-                    let (given, elements) = Given::draw(row, tensor, &sizes, dtype, device, choices);
+                    let (given, elements) = Given::draw(row, tensor, &sizes, &tensors, dtype, device, choices);
                     memory.push(elements);
                     Some(given)
                 }
@@ -88,10 +90,12 @@ impl Call {
         }
         let numbers = row.arguments.iter().map(|argument| match argument.kind {
             Kind::NotNegative => choices.of(&[0.0, 0.5, 1e-30]),
+            Kind::Between(least, most) => choices.of(&[least, most, (least + most) / 2.0]),
             _ => choices.of(&[1e-6, 0.5, f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX)]),
         });
         let numbers = numbers.collect();
-        Some((Self { row, sizes, tensors, numbers }, memory))
+        let whole = (0..row.arguments.len()).map(|i| row.whole(i, &sizes).unwrap_or(0)).collect();
+        Some((Self { row, sizes, tensors, numbers, whole }, memory))
     }
 
     fn layouts(&self) -> Vec<Option<Layout>> {
@@ -107,8 +111,11 @@ impl Call {
         let operand = |i: usize| match (&self.row.arguments[i].kind, &layouts[i]) {
             (Kind::Tensor(_), Some(layout)) => Operand::Tensor(layout, NOBODY),
             (Kind::Tensor(_), None) => Operand::Absent,
-            (Kind::EnablePdl, _) => Operand::Bool(false),
-            (Kind::Positive | Kind::NotNegative, _) => Operand::Number(self.numbers[i]),
+            (Kind::EnablePdl | Kind::Switch, _) => Operand::Bool(false),
+            (Kind::Positive | Kind::NotNegative | Kind::Between(..), _) => Operand::Number(self.numbers[i]),
+            (Kind::Whole(..), _) => Operand::Whole(self.whole[i]),
+            (Kind::Word(words), _) => Operand::Word(words[0]),
+            (Kind::Missing(_), _) => Operand::Absent,
         };
         (0..self.row.arguments.len()).map(operand).collect()
     }
@@ -147,18 +154,21 @@ impl Given {
         row: &'static Row,
         tensor: &'static Tensor,
         sizes: &Dimensions,
+        drawn: &[Option<Self>],
         lead: DType,
         device: Device,
         choices: &mut Choices<'_>,
     ) -> (Self, Vec<u128>) {
         let dtype = match tensor.dtype {
-            Dtype::As(_) | Dtype::Half | Dtype::Bf16 => lead,
+            Dtype::Half | Dtype::Bf16 => lead,
+            Dtype::As(other) => drawn.get(other).and_then(Option::as_ref).map_or(lead, |other| other.dtype),
             other => choices.of(other.allowed(device == Device::Cpu)),
         };
+        let dtype = if ptr::eq(tensor, self::tensor(row, row.lead)) { lead } else { dtype };
         let shape = row.shape(tensor, sizes);
         let mut strides = vec![1i64; shape.len()];
         // Row-major, in another order of the leading dimensions, with gaps, or with what is read repeated.
-        let free = matches!(tensor.strides, Strides::Rows);
+        let free = matches!(tensor.strides, Strides::Rows | Strides::As(_));
         let vector = tensor.alignment.elements(sizes, dtype.size());
         let mut order: Vec<usize> = (0..shape.len().saturating_sub(1)).rev().collect();
         if free && choices.below(2) == 0 {
@@ -171,20 +181,34 @@ impl Given {
             strides[dimension] = if repeated { 0 } else { next + gap };
             next = (next + gap) * shape[dimension];
         }
+        if let Strides::As(other) = tensor.strides
+            && let Some(Some(other)) = drawn.get(other)
+        {
+            strides.clone_from(&other.strides);
+            next = other.shape.iter().zip(&strides).map(|(size, stride)| (size - 1) * stride).sum::<i64>() + 1;
+        }
         // 16 bytes for each element, whatever its type is made to be.
         let mut memory = vec![0u128; next.max(1) as usize + 64];
-        if let Contents::Offsets(parts, whole) = tensor.contents {
-            let numbers = memory.as_mut_ptr().cast::<i64>();
-            for i in 0..=sizes[parts] {
-                // SAFETY: there are as many elements of 16 bytes each, and zeros are numbers too.
-                unsafe { numbers.add(i as usize).write(sizes[whole] * i / sizes[parts]) };
-            }
-        }
         // Memory of u128 is aligned to 16 bytes; what a row asks beyond that is found in the room behind.
         let address = memory.as_mut_ptr().cast::<u8>();
         let address = address.wrapping_add(address.addr().wrapping_neg() % 64);
-        let moved = matches!(tensor.contents, Contents::Offsets(..));
-        let address = if moved { memory.as_mut_ptr().cast::<u8>() } else { address };
+        // Zeros, which the memory is of, are numbers and indices too.
+        for i in 0..shape.first().copied().unwrap_or(0) {
+            let number = match tensor.contents {
+                Contents::Offsets(parts, whole) => sizes[whole] * i / sizes[parts].max(1),
+                Contents::Turns(among) => i % sizes[among].max(1),
+                Contents::Rounds(among) => i / sizes[among].max(1),
+                _ => break,
+            };
+            let place = address.wrapping_add(i as usize * dtype.size());
+            // SAFETY: there is room for 16 bytes for each element and 64 more.
+            unsafe {
+                match dtype {
+                    DType::I64 => place.cast::<i64>().write(number),
+                    _ => place.cast::<i32>().write(number as i32),
+                }
+            }
+        }
         (Self { address, device, dtype, shape, strides, stream: None }, memory)
     }
 }
@@ -249,7 +273,7 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
         for at in 0..rank {
             let decides = row.dimensions.iter().any(|dimension| match dimension.from {
                 From::Shape(argument, size) | From::OneLess(argument, size) => (argument, size) == (i, at),
-                From::Larger(..) => false,
+                From::Larger(..) | From::Number(_) => false,
             });
             let larger = with(&|given| given.shape[at] += 1);
             match (decides, spec.role) {
@@ -277,8 +301,10 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
                 }
             }
         }
-        if matches!(spec.strides, Strides::Rows) {
-            refused(with(&|given| given.strides[rank - 1] = 2), &[name], "columns apart", call)?;
+        if matches!(spec.strides, Strides::Rows | Strides::As(_)) {
+            let followers = row.tensors().filter(|(_, _, other)| matches!(other.strides, Strides::As(of) if of == i));
+            let likewise: Vec<_> = followers.map(|(_, name, _)| name).chain([name]).collect();
+            refused(with(&|given| given.strides[rank - 1] = 2), &likewise, "columns apart", call)?;
             let vector = spec.alignment.elements(&call.sizes, given.dtype.size());
             for at in (0..rank - 1).filter(|&at| vector > 1 && given.shape[at] > 1 && given.strides[at] > 0) {
                 refused(with(&|given| given.strides[at] += 1), &[name], "rows between vectors", call)?;
@@ -302,6 +328,20 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
         }
     }
     for (i, argument) in row.arguments.iter().enumerate() {
+        let gives = |dimension: &super::Dimension| matches!(dimension.from, From::Number(from) if from == i);
+        if let Kind::Whole(least, most) = argument.kind {
+            for number in [least.checked_sub(1), most.checked_add(1)].into_iter().flatten() {
+                // Where the number is a dimension, that is what is looked at first.
+                let by = if row.dimensions.iter().any(gives) { &every[..] } else { &[argument.name] };
+                refused(run(&call.but(|call| call.whole[i] = number)), by, &number.to_string(), call)?;
+            }
+        }
+        if let Kind::Between(least, most) = argument.kind {
+            for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, least - 1.0, most * 2.0 + 1.0] {
+                let result = run(&call.but(|call| call.numbers[i] = number));
+                refused(result, &[argument.name], &number.to_string(), call)?;
+            }
+        }
         let none: &[f64] = match argument.kind {
             Kind::Positive => &[0.0, -0.0],
             Kind::NotNegative => &[],

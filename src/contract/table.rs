@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::explain::names;
+use super::explain::{joined, names, number};
 use super::{Alignment, Attributes, Dtype, Kind, Pdl, Reports, Role, Row, RunsOn, Strides};
 
 /// The table of a kernel's tensors, as it stands in its function's documentation.
@@ -14,6 +14,7 @@ pub fn arguments(row: &Row) -> String {
             Dtype::Bf16 => "BF16".to_owned(),
             Dtype::Eight => "F8E4M3 or F8E5M2".to_owned(),
             Dtype::Only(dtype) => dtype.to_string(),
+            Dtype::OneOf(types) => joined(types),
             Dtype::As(other) => format!("as `{}`", row.arguments[other].name),
         };
         let role = match tensor.role {
@@ -24,10 +25,11 @@ pub fn arguments(row: &Row) -> String {
             Role::Workspace => "scratch memory",
         };
         let strides = match tensor.strides {
-            Strides::Contiguous => "contiguous",
-            Strides::Rows if tensor.shape.len() == 1 => "stride 1",
-            Strides::Rows if tensor.role.writes() => "rows anywhere",
-            Strides::Rows => "rows anywhere, also repeated",
+            Strides::Contiguous => "contiguous".to_owned(),
+            Strides::As(other) => format!("strides as `{}`", row.arguments[other].name),
+            Strides::Rows if tensor.shape.len() == 1 => "stride 1".to_owned(),
+            Strides::Rows if tensor.role.writes() => "rows anywhere".to_owned(),
+            Strides::Rows => "rows anywhere, also repeated".to_owned(),
         };
         let alignment = match tensor.alignment {
             Alignment::Bytes(1) => "at any address".to_owned(),
@@ -60,7 +62,8 @@ pub fn index(rows: &[&Row]) -> String {
             Kind::Tensor(_) => None,
             Kind::Positive => Some(format!("`{}` positive", argument.name)),
             Kind::NotNegative => Some(format!("`{}` positive, or 0.0 for the default", argument.name)),
-            Kind::EnablePdl => Some(format!("`{}` on or off", argument.name)),
+            Kind::Missing(_) => Some(format!("`{}` without memory", argument.name)),
+            ref kind => Some(format!("`{}` {}", argument.name, number(kind))),
         });
         let scalars: Vec<_> = scalars.collect();
         if !scalars.is_empty() {
@@ -81,6 +84,9 @@ pub fn index(rows: &[&Row]) -> String {
             "- From a tensor's first element to its last, a launch covers at most {}; {split}.",
             row.extent.most
         );
+        if row.extent.stride < row.extent.most {
+            let _ = writeln!(text, "- Strides are at most {}.", row.extent.stride);
+        }
         let pdl = match row.pdl {
             Pdl::None => "none".to_owned(),
             Pdl::Waits => "the kernel waits before it reads".to_owned(),

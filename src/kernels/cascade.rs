@@ -101,7 +101,7 @@ const MERGE: Row = Row {
     dimensions: &dimensions(0),
     relations: &[COMPILED, FITS_BLOCK],
     // Elements are counted in 32 bits.
-    extent: Extent { most: 1 << 32, split: true },
+    extent: Extent { most: 1 << 32, split: true, stride: i64::MAX },
     pdl: Pdl::None,
     attributes: Attributes::None,
     reports: Reports::Status,

@@ -157,7 +157,7 @@ const ROW: Row = Row {
     dimensions: &dimensions(1),
     relations: &[GROUPS, ENOUGH_WORKSPACE, A_TOKEN_EACH],
     // Offsets and strides are 32-bit and signed.
-    extent: Extent { most: 1 << 31, split: false },
+    extent: Extent { most: 1 << 31, split: false, stride: i64::MAX },
     pdl: Pdl::None,
     attributes: Attributes::OncePerProcess { flag: "11initialized", variant },
     reports: Reports::LastError,

@@ -113,7 +113,7 @@ const NORM: Row = Row {
     dimensions: &rows_and_columns(1),
     relations: &[],
     // Elements are counted in 32 bits.
-    extent: Extent { most: 1 << 32, split: true },
+    extent: Extent { most: 1 << 32, split: true, stride: i64::MAX },
     pdl: Pdl::Waits,
     attributes: Attributes::PerCall,
     reports: Reports::Status,
@@ -253,7 +253,7 @@ kernels! {
         ],
         relations: &[FITS_LAYERNORM],
         // Offsets are signed here.
-        extent: Extent { most: MOST, split: true },
+        extent: Extent { most: MOST, split: true, stride: i64::MAX },
         pdl: Pdl::None,
         reports: Reports::Nothing,
         convention: Convention::Objects,

@@ -136,6 +136,19 @@ impl<'a> Args<'a> {
         if self.args[position].type_index == type_index::NONE { Ok(None) } else { self.tensor(position).map(Some) }
     }
 
+    fn int(&self, position: usize) -> std::result::Result<i64, Raised> {
+        let arg = &self.args[position];
+        match arg.type_index {
+            // SAFETY: the index says which payload is there.
+            type_index::INT | type_index::BOOL => Ok(unsafe { arg.payload.int }),
+            _ => Err(self.mismatch(position, "int")),
+        }
+    }
+
+    fn bool(&self, position: usize) -> std::result::Result<bool, Raised> {
+        Ok(self.int(position)? != 0)
+    }
+
     fn float(&self, position: usize) -> std::result::Result<f64, Raised> {
         let arg = &self.args[position];
         // SAFETY: each index says which payload is there.
@@ -160,8 +173,9 @@ struct EightBit {
 const E4M3: EightBit = EightBit { mantissa: 3, bias: 7 };
 const E5M2: EightBit = EightBit { mantissa: 2, bias: 15 };
 
-/// Rounds to the nearest value of the format, ties to even, after clamping to ±448.
-fn eight_bit(value: f64, format: EightBit) -> u8 {
+/// Rounds to the nearest value of F8E5M2 or F8E4M3, ties to even, after clamping to ±448.
+pub(crate) fn eight_bit(value: f64, dtype: DType) -> u8 {
+    let format = if dtype == DType::F8E5M2 { E5M2 } else { E4M3 };
     let sign = if value.is_sign_negative() { 0x80 } else { 0 };
     if value.is_nan() {
         return sign | 0x7F;
@@ -174,6 +188,17 @@ fn eight_bit(value: f64, format: EightBit) -> u8 {
     // `steps` has the implicit bit above the mantissa; what rounding carries over raises the exponent by itself.
     let bits = ((exponent + format.bias - 1) << format.mantissa) + steps;
     sign | bits as u8
+}
+
+/// The value of an 8-bit floating-point number. Neither a norm nor a cache writes NaN or infinity, which are not told apart.
+fn of_eight_bits(bits: u8, format: EightBit) -> f64 {
+    let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
+    let exponent = i32::from(bits & 0x7F) >> format.mantissa;
+    let fraction = f64::from(bits & ((1 << format.mantissa) - 1)) * f64::from(-format.mantissa).exp2();
+    match exponent {
+        0 => sign * fraction * f64::from(1 - format.bias).exp2(),
+        _ => sign * (1.0 + fraction) * f64::from(exponent - format.bias).exp2(),
+    }
 }
 
 /// A tensor whose elements can be read and written as f64.
@@ -247,7 +272,7 @@ impl<'a> HostTensor<'a> {
         }
     }
 
-    /// A number of the tensor's, a floating-point one or a byte.
+    /// A number of the tensor's, of any type.
     fn number(&self, index: &[usize]) -> std::result::Result<f64, Raised> {
         let offset = self.offset(index)?;
         // SAFETY: the element is inside the tensor, whose memory and element type its maker vouched for; reads do not
@@ -257,10 +282,47 @@ impl<'a> HostTensor<'a> {
                 DType::F16 => Ok(self.data.cast::<f16>().offset(offset).read_unaligned().to_f64()),
                 DType::BF16 => Ok(self.data.cast::<bf16>().offset(offset).read_unaligned().to_f64()),
                 DType::F32 => Ok(self.data.cast::<f32>().offset(offset).read_unaligned().into()),
+                DType::F64 => Ok(self.data.cast::<f64>().offset(offset).read_unaligned()),
                 DType::U8 => Ok(self.data.cast::<u8>().offset(offset).read().into()),
-                other => Err(self.not_a_float(other)),
+                DType::I32 => Ok(self.data.cast::<i32>().offset(offset).read_unaligned().into()),
+                DType::I64 => Ok(self.data.cast::<i64>().offset(offset).read_unaligned() as f64),
+                DType::F8E4M3 => Ok(of_eight_bits(self.data.cast::<u8>().offset(offset).read(), E4M3)),
+                DType::F8E5M2 => Ok(of_eight_bits(self.data.cast::<u8>().offset(offset).read(), E5M2)),
             }
         }
+    }
+
+    /// A whole number of the tensor's that is within these bounds, the upper one excluded.
+    fn index(&self, index: &[usize], below: usize) -> std::result::Result<usize, Raised> {
+        let number = match self.dtype {
+            DType::I32 | DType::I64 => self.number(index)?,
+            other => {
+                return Err(("TypeError", format!("argument #{} holds {other}, expected I32 or I64", self.position)));
+            }
+        };
+        if number >= 0.0 && number < below as f64 {
+            return Ok(number as usize);
+        }
+        let position = self.position;
+        Err(("IndexError", format!("argument #{position} has {number} at {index:?}, expected an index below {below}")))
+    }
+
+    /// The address of an element's bytes, which may be of any type.
+    fn bytes(&self, index: &[usize]) -> std::result::Result<*mut u8, Raised> {
+        let offset = self.offset(index)?;
+        Ok(self.data.cast::<u8>().wrapping_offset(offset * self.dtype.size() as isize))
+    }
+
+    /// Copies an element of another tensor of the same type, bit for bit.
+    fn copy(&self, to: &[usize], from: &HostTensor<'_>, index: &[usize]) -> std::result::Result<(), Raised> {
+        if self.dtype != from.dtype {
+            let (position, found, expected) = (from.position, from.dtype, self.dtype);
+            return Err(("TypeError", format!("argument #{position} holds {found}, expected {expected}")));
+        }
+        let (to, from) = (self.bytes(to)?, from.bytes(index)?);
+        // SAFETY: both are inside their tensors, whose memory and element type their makers vouched for.
+        unsafe { std::ptr::copy(from, to, self.dtype.size()) };
+        Ok(())
     }
 
     fn set(&self, index: &[usize], value: f64) -> std::result::Result<(), Raised> {
@@ -271,8 +333,11 @@ impl<'a> HostTensor<'a> {
                 DType::F16 => self.data.cast::<f16>().offset(offset).write_unaligned(f16::from_f64(value)),
                 DType::BF16 => self.data.cast::<bf16>().offset(offset).write_unaligned(bf16::from_f64(value)),
                 DType::F32 => self.data.cast::<f32>().offset(offset).write_unaligned(value as f32),
-                DType::F8E4M3 => self.data.cast::<u8>().offset(offset).write(eight_bit(value, E4M3)),
-                DType::F8E5M2 => self.data.cast::<u8>().offset(offset).write(eight_bit(value, E5M2)),
+                DType::U8 => self.data.cast::<u8>().offset(offset).write(value as u8),
+                DType::I32 => self.data.cast::<i32>().offset(offset).write_unaligned(value as i32),
+                DType::I64 => self.data.cast::<i64>().offset(offset).write_unaligned(value as i64),
+                DType::F8E4M3 => self.data.cast::<u8>().offset(offset).write(eight_bit(value, self.dtype)),
+                DType::F8E5M2 => self.data.cast::<u8>().offset(offset).write(eight_bit(value, self.dtype)),
                 other => return Err(self.not_a_float(other)),
             }
         }

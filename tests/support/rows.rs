@@ -1,7 +1,7 @@
 //! Random calls of a kernel, right ones and wrong ones, made of what its row says. A family's test gives the function; sizes,
 //! strides, alignments, types, optional arguments and the limits of the dimensions come from the row.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cudarc::driver::{CudaSlice, DevicePtr};
@@ -29,6 +29,8 @@ enum Given<'a> {
     Tensor(TensorMut<'a>),
     Absent,
     Number(f64),
+    Whole(i64),
+    Word(&'static CStr),
     Bool(bool),
 }
 
@@ -71,6 +73,20 @@ impl<'a> Call<'a> {
         }
     }
 
+    pub fn whole(&mut self, name: &str) -> i64 {
+        match self.find(name) {
+            Given::Whole(value) => *value,
+            _ => panic!("{name} is no whole number"),
+        }
+    }
+
+    pub fn word(&mut self, name: &str) -> &'static CStr {
+        match self.find(name) {
+            Given::Word(word) => word,
+            _ => panic!("{name} is no word"),
+        }
+    }
+
     /// Whether an argument is on.
     pub fn on(&mut self, name: &str) -> bool {
         match self.find(name) {
@@ -99,6 +115,8 @@ enum Planned {
     Tensor(Plan),
     Absent,
     Number(f64),
+    Whole(i64),
+    Word(&'static CStr),
     Bool(bool),
 }
 
@@ -185,7 +203,12 @@ fn plans(row: &'static Row, random: &mut Random, dimensions: Dimensions) -> Plan
         Kind::Tensor(tensor) => Planned::Tensor(plan(row, random, tensor, &dimensions, types[i])),
         Kind::Positive => Planned::Number(*random.pick(&[1e-6, 1e-5, 0.05, 0.5])),
         Kind::NotNegative => Planned::Number(*random.pick(&[0.0, 0.3])),
-        Kind::EnablePdl => Planned::Bool(random.chance(2)),
+        Kind::Between(least, most) => Planned::Number(least + (most - least) * random.uniform()),
+        Kind::Whole(i64::MIN, i64::MAX) => Planned::Whole(random.below(1 << 40)),
+        Kind::Whole(..) => Planned::Whole(row.whole(i, &dimensions).unwrap_or(0)),
+        Kind::Word(words) => Planned::Word(*random.pick(words)),
+        Kind::Missing(_) => Planned::Absent,
+        Kind::EnablePdl | Kind::Switch => Planned::Bool(random.chance(2)),
     });
     Plans { arguments: arguments.collect(), dimensions }
 }
@@ -195,7 +218,7 @@ fn plan(row: &Row, random: &mut Random, tensor: &Tensor, dimensions: &Dimensions
     let (rank, vector) = (shape.len(), vector(tensor, dimensions, dtype));
     let mut strides = vec![1; rank];
     let mut order: Vec<usize> = (0..rank).collect();
-    if let Strides::Rows = tensor.strides {
+    if let Strides::Rows | Strides::As(_) = tensor.strides {
         // The dimensions before the last in any order, with whole vectors between what they step over.
         for i in 0..rank - 1 {
             order.swap(i, i + random.below((rank - 1 - i) as i64) as usize);
@@ -205,7 +228,7 @@ fn plan(row: &Row, random: &mut Random, tensor: &Tensor, dimensions: &Dimensions
     for &i in order.iter().rev() {
         strides[i] = next;
         next *= shape[i].max(1);
-        if let Strides::Rows = tensor.strides {
+        if let Strides::Rows | Strides::As(_) = tensor.strides {
             next = (next + vector - 1) / vector * vector + vector * random.below(3);
             if i != rank - 1 && tensor.role == Role::In && random.chance(8) {
                 strides[i] = 0;
@@ -243,6 +266,8 @@ fn contents(tensor: &Tensor, dimensions: &Dimensions, random: &mut Random, count
             let (parts, whole) = (dimensions[parts].max(1), dimensions[whole]);
             (0..count as i64).map(|i| (whole * i / parts) as f64).collect()
         }
+        Contents::Turns(among) => (0..count as i64).map(|i| (i % dimensions[among].max(1)) as f64).collect(),
+        Contents::Rounds(among) => (0..count as i64).map(|i| (i / dimensions[among].max(1)) as f64).collect(),
         Contents::Zeros => vec![0.0; count],
     }
 }
@@ -264,6 +289,8 @@ fn decoded(bytes: &[u8], dtype: DType) -> f64 {
         DType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f64(),
         DType::BF16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f64(),
         DType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).into(),
+        DType::U8 => bytes[0].into(),
+        DType::I32 => i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).into(),
         DType::F8E4M3 => eight_bit(bytes[0], 3, 7),
         DType::F8E5M2 => eight_bit(bytes[0], 2, 15),
         other => panic!("{other} is nothing that a kernel writes here"),
@@ -328,6 +355,8 @@ fn call<'a>(row: &'static Row, plans: &Plans, mut given: impl FnMut(usize, &Plan
         Planned::Tensor(plan) => Given::Tensor(given(i, plan)),
         Planned::Absent => Given::Absent,
         Planned::Number(value) => Given::Number(*value),
+        Planned::Whole(value) => Given::Whole(*value),
+        Planned::Word(word) => Given::Word(word),
         Planned::Bool(value) => Given::Bool(*value),
     });
     Call { row, arguments: arguments.collect() }
@@ -495,6 +524,10 @@ fn broken(row: &'static Row, random: &mut Random, plans: &mut Plans) -> Option<(
             *value = *random.pick(&[-1.0, 1e-42, f64::NAN, f64::INFINITY, 1e300]);
             Some(("a number", Some(name)))
         }
+        (Kind::Between(least, most), Planned::Number(value)) => {
+            *value = *random.pick(&[least - 1.0, most * 2.0 + 1.0, f64::NAN, f64::INFINITY]);
+            Some(("a number", Some(name)))
+        }
         (Kind::Tensor(spec), Planned::Tensor(plan)) => {
             let is_lead = at == row.lead;
             let elements = vector(spec, &dimensions, plan.dtype);
@@ -565,9 +598,9 @@ fn broken(row: &'static Row, random: &mut Random, plans: &mut Plans) -> Option<(
                     match spec.strides {
                         // Of the first dimension with more than one index, a step that is no row-major one.
                         Strides::Contiguous => plan.strides[i] += elements,
-                        Strides::Rows if i == rank - 1 => plan.strides[i] = 2,
-                        Strides::Rows if elements > 1 => plan.strides[i] += 1,
-                        Strides::Rows => {
+                        Strides::Rows | Strides::As(_) if i == rank - 1 => plan.strides[i] = 2,
+                        Strides::Rows | Strides::As(_) if elements > 1 => plan.strides[i] += 1,
+                        Strides::Rows | Strides::As(_) => {
                             plan.strides[rank - 1] = if plan.shape[rank - 1] > 1 { 2 } else { return None }
                         }
                     }
@@ -575,7 +608,7 @@ fn broken(row: &'static Row, random: &mut Random, plans: &mut Plans) -> Option<(
                 }
                 _ => {
                     let &i = wide.iter().find(|&&i| i != rank - 1)?;
-                    if !spec.role.writes() || !matches!(spec.strides, Strides::Rows) {
+                    if !spec.role.writes() || !matches!(spec.strides, Strides::Rows | Strides::As(_)) {
                         return None;
                     }
                     plan.strides[i] = 0;
