@@ -80,6 +80,7 @@ mod flat;
 mod flat_cudarc;
 #[cfg(feature = "cudarc")]
 mod graph;
+mod indices;
 pub mod kernels;
 mod loader;
 mod module;
@@ -117,6 +118,9 @@ pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, LaunchGraph};
 #[cfg(feature = "cudarc")]
 #[doc(hidden)]
 pub use graph::{GraphCaptured, GraphViews};
+#[cfg(feature = "cudarc")]
+pub use indices::{CapturedOnDevice, OnDevice, OnDeviceMut};
+pub use indices::{PageTable, Placed, Positions, PositionsFacts, Steering, TokenTensors, Tokens, TokensFacts, Words};
 pub use module::{Arg, Function, Module, Object, Value};
 pub use prepared::Prepared;
 pub use report::{DeviceReport, Report};
