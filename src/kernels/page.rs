@@ -16,8 +16,8 @@
 //! [`Cuda`](crate::FlashInferError::Cuda) or [`ContextLost`](crate::FlashInferError::ContextLost) where it was not launched.
 
 use crate::contract::{
-    Alignment, Argument, Attributes, Contents, Convention, Dimension, Dtype, Extent, From, Kind, Operand, Pdl, Relation,
-    Reports, Role, Row, RunsOn, Size, Strides, Tensor,
+    Alignment, Argument, Attributes, Contents, Convention, Dimension, Dtype, Extent, From, Kind, Operand, Pdl,
+    Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor,
 };
 use crate::engine::{Entry, call, kernels};
 use crate::error::{FlashInferError, Result};
@@ -166,7 +166,11 @@ impl<'a> PagedMlaCache<'a> {
         }
         let same = kpe.shape().len() == 3 && kpe.shape()[..2] == ckv.shape()[..2] && kpe.shape()[2] > 0;
         if !same || (ckv.dtype(), ckv.device()) != (kpe.dtype(), kpe.device()) {
-            return invalid("kpe_cache", format!("{kpe:?}"), format!("the pages, type and device of ckv_cache, {ckv:?}"));
+            return invalid(
+                "kpe_cache",
+                format!("{kpe:?}"),
+                format!("the pages, type and device of ckv_cache, {ckv:?}"),
+            );
         }
         Ok(Self { ckv: ckv_cache, kpe: kpe_cache })
     }
@@ -409,9 +413,33 @@ pub fn is_supported(device: Device) -> Result<bool> {
 ///
 /// <!-- append_paged_kv_cache -->
 ///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `append_key` | `[tokens, heads, head_dim]` | BF16 or F16 or F8E4M3 or F8E5M2 | read; rows anywhere, also repeated; aligned to 16 bytes |
+/// | `append_value` | `[tokens, heads, head_dim]` | as `append_key` | read; rows anywhere, also repeated; aligned to 16 bytes |
+/// | `batch_indices` | `[tokens]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `positions` | `[tokens]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `paged_k_cache` | `[pages, page_size, heads, head_dim]` | as `append_key` | read and written; rows anywhere; aligned to 16 bytes |
+/// | `paged_v_cache` | `[pages, page_size, heads, head_dim]` | as `append_key` | read and written; strides as `paged_k_cache`; aligned to 16 bytes |
+/// | `kv_indices` | `[indices]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `kv_indptr` | `[requests + 1]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `kv_last_page_len` | `[requests]` | I32 | read; contiguous; aligned to 4 bytes |
+///
 /// With a cache in [`KvLayout::Hnd`]:
 ///
 /// <!-- append_paged_kv_cache of heads -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `append_key` | `[tokens, heads, head_dim]` | BF16 or F16 or F8E4M3 or F8E5M2 | read; rows anywhere, also repeated; aligned to 16 bytes |
+/// | `append_value` | `[tokens, heads, head_dim]` | as `append_key` | read; rows anywhere, also repeated; aligned to 16 bytes |
+/// | `batch_indices` | `[tokens]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `positions` | `[tokens]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `paged_k_cache` | `[pages, heads, page_size, head_dim]` | as `append_key` | read and written; rows anywhere; aligned to 16 bytes |
+/// | `paged_v_cache` | `[pages, heads, page_size, head_dim]` | as `append_key` | read and written; strides as `paged_k_cache`; aligned to 16 bytes |
+/// | `kv_indices` | `[indices]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `kv_indptr` | `[requests + 1]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `kv_last_page_len` | `[requests]` | I32 | read; contiguous; aligned to 4 bytes |
 ///
 /// # Errors
 /// See the [module](self), and `InvalidArgument` for tokens of a table for other pages. On a GPU the head size is 64, 128, 256
@@ -451,6 +479,18 @@ pub fn append_paged_kv_cache(
 /// Copies the compressed keys and values of a step's tokens, and their keys' rotary part, to their places in a paged cache.
 ///
 /// <!-- append_paged_mla_kv_cache -->
+///
+/// | tensor | shape | dtype | |
+/// |---|---|---|---|
+/// | `append_ckv` | `[tokens, ckv_dim]` | BF16 or F16 or F8E4M3 or F8E5M2 | read; rows anywhere, also repeated; aligned to 4 bytes |
+/// | `append_kpe` | `[tokens, kpe_dim]` | as `append_ckv` | read; rows anywhere, also repeated; aligned to 4 bytes |
+/// | `batch_indices` | `[tokens]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `positions` | `[tokens]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `ckv_cache` | `[pages, page_size, ckv_dim]` | as `append_ckv` | read and written; rows anywhere; aligned to 4 bytes |
+/// | `kpe_cache` | `[pages, page_size, kpe_dim]` | as `append_ckv` | read and written; rows anywhere; aligned to 4 bytes |
+/// | `kv_indices` | `[indices]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `kv_indptr` | `[requests + 1]` | I32 | read; contiguous; aligned to 4 bytes |
+/// | `kv_last_page_len` | `[requests]` | I32 | read; contiguous; aligned to 4 bytes |
 ///
 /// # Errors
 /// As for [`append_paged_kv_cache`]; the sizes are 512 and 64, as DeepSeek's models have them.
