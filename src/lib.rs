@@ -88,6 +88,7 @@ mod owner;
 mod prepared;
 pub mod reference;
 mod report;
+mod rotary;
 mod runtime;
 mod self_test;
 mod sequences;
@@ -120,10 +121,14 @@ pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, LaunchGraph};
 pub use graph::{GraphCaptured, GraphViews};
 #[cfg(feature = "cudarc")]
 pub use indices::{CapturedOnDevice, OnDevice, OnDeviceMut};
-pub use indices::{PageTable, Placed, Positions, PositionsFacts, Steering, TokenTensors, Tokens, TokensFacts, Words};
+pub use indices::{
+    PageTable, Placed, Positions, PositionsFacts, RaggedFacts, RaggedPositions, Steering, TokenTensors, Tokens,
+    TokensFacts, Words,
+};
 pub use module::{Arg, Function, Module, Object, Value};
 pub use prepared::Prepared;
 pub use report::{DeviceReport, Report};
+pub use rotary::{CosSinCache, CosSinFacts, RopeScaling};
 pub use runtime::{FlashInferRuntime, RuntimeConfig};
 pub use self_test::SelfTest;
 pub use sequences::CuSeqlens;

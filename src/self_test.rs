@@ -136,7 +136,8 @@ fn operands<'a>(kernel: Entry, sizes: &Dimensions, layouts: &'a [Option<Layout>]
         (Kind::Whole(..), _) => Operand::Whole(kernel.row.whole(i, sizes).unwrap_or(0)),
         (Kind::Word(words), _) => Operand::Word(words[0]),
         (Kind::Missing(_), _) => Operand::Absent,
-        (Kind::EnablePdl | Kind::Switch, _) => Operand::Bool(false),
+        (Kind::Switch, _) => Operand::Bool(kernel.row.whole(i, sizes) == Some(1)),
+        (Kind::EnablePdl, _) => Operand::Bool(false),
     };
     layouts.iter().enumerate().map(operand).collect()
 }

@@ -225,23 +225,33 @@ fn caches_whose_halves_differ_are_refused() {
 }
 
 #[test]
-fn arrays_from_elsewhere_must_be_as_long_as_their_facts_say() {
-    let facts = TokensFacts { tokens: 3, requests: 1, page_size: 4, pages: 5, below: 8 };
+fn arrays_from_elsewhere_are_checked_where_they_are_used() {
+    start();
     let of = |words: &'static [i32]| TensorRef::from_slice(words, &[words.len() as i64]).unwrap();
-    let all = move |facts| {
+    let facts = TokensFacts { tokens: 3, requests: 1, page_size: 4, pages: 5, below: 8 };
+    let append = |indptr: &'static [i32], batch_indices: &'static [i32]| {
         let tensors = TokenTensors {
             kv_indices: of(&[0, 1]),
-            kv_indptr: of(&[0, 2]),
+            kv_indptr: of(indptr),
             kv_last_page_len: of(&[1]),
-            batch_indices: of(&[0, 0, 0]),
+            batch_indices: of(batch_indices),
             positions: of(&[0, 1, 2]),
         };
-        // SAFETY: these are indices of one request with two pages of 4 tokens, and nothing is called with them.
-        unsafe { Placed::<Tokens>::from_tensors(tensors, facts) }.map(|_| ())
+        // SAFETY: these are indices of one request with two pages of 4 tokens, or the call is refused.
+        let placed = unsafe { Placed::<Tokens>::from_tensors(tensors, facts) };
+        let (key, mut k, mut v) = (numbered(3 * 16, 0.0), vec![bf16::ZERO; 320], vec![bf16::ZERO; 320]);
+        let mut cache = PagedKvCache::new(
+            TensorMut::from_slice(&mut k, &[5, 4, 2, 8]).unwrap(),
+            TensorMut::from_slice(&mut v, &[5, 4, 2, 8]).unwrap(),
+            KvLayout::Nhd,
+        )
+        .unwrap();
+        let key = TensorRef::from_slice(&key, &[3, 2, 8]).unwrap();
+        append_paged_kv_cache(&mut cache, &key, &key, &placed, Stream::NULL)
     };
-    assert!(all(facts).is_ok());
-    names(all(TokensFacts { tokens: 2, ..facts }), "batch_indices", "of length 3; expected 2");
-    names(all(TokensFacts { requests: 2, ..facts }), "kv_indptr", "of length 2; expected 3");
+    assert!(append(&[0, 2], &[0, 0, 0]).is_ok());
+    names(append(&[0, 2], &[0, 0]), "batch_indices", "shape [3]");
+    names(append(&[0, 2, 2], &[0, 0, 0]), "kv_last_page_len", "shape [2]");
 }
 
 #[test]

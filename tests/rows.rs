@@ -135,10 +135,16 @@ fn every_row_makes_sense() {
                     assert!(size < rank_of(argument) && !dimension.examples.is_empty(), "{name}: {}", dimension.name);
                 }
                 From::Number(argument) => {
-                    assert!(matches!(row.arguments[argument].kind, Kind::Whole(..)), "{name}: {}", dimension.name);
+                    assert!(
+                        matches!(row.arguments[argument].kind, Kind::Whole(..) | Kind::Switch),
+                        "{name}: {}",
+                        dimension.name
+                    );
                     assert!(!dimension.examples.is_empty(), "{name}: {}", dimension.name);
                 }
-                From::Larger(a, b) => assert!(a < at && b < at && dimension.examples.is_empty(), "{name}"),
+                From::Larger(a, b) | From::Sum(a, b) => {
+                    assert!(a < at && b < at && dimension.examples.is_empty(), "{name}")
+                }
             }
         }
         for relation in row.relations {

@@ -2,7 +2,9 @@
 
 use std::ffi::CStr;
 
-use super::{Alignment, Argument, Dimensions, Dtype, From, Kind, MAX_DIMENSIONS, Row, Strides, Tensor};
+use super::{
+    Alignment, Argument, Dimension, Dimensions, Dtype, From, Kind, MAX_DIMENSIONS, Row, Size, Strides, Tensor,
+};
 use crate::owner::Owner;
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
@@ -80,6 +82,7 @@ impl<'a> Operand<'a, '_> {
     pub(crate) fn whole(&self) -> i64 {
         match self {
             Self::Whole(value) => *value,
+            Self::Bool(value) => *value as i64,
             _ => 0,
         }
     }
@@ -213,6 +216,7 @@ fn dimensions(row: &'static Row, operands: &[Operand<'_, '_>]) -> Dimensions {
             From::Shape(argument, dimension) => size(argument, dimension),
             From::OneLess(argument, dimension) => size(argument, dimension) - 1,
             From::Larger(a, b) => dimensions[a].max(dimensions[b]),
+            From::Sum(a, b) => dimensions[a].saturating_add(dimensions[b]),
             From::Number(argument) => operands[argument].whole(),
         };
     });
@@ -298,6 +302,7 @@ impl Call<'_, '_> {
     #[inline(always)]
     fn keeps(&self, condition: Condition, tensor: &'static Tensor, layout: &Layout) -> bool {
         let rank = tensor.shape.len();
+        let nowhere = self.empty | self.is_nowhere(tensor, layout);
         match condition {
             Condition::Type => self.type_fits(tensor, layout),
             Condition::Device => layout.has_device_of(self.lead),
@@ -327,25 +332,39 @@ impl Call<'_, '_> {
                             fit &= layout.stride(i) == other.stride(i);
                         });
                     }
-                    fit | self.empty
+                    fit | nowhere
                 }
             },
             Condition::Overlap => match tensor.strides {
-                Strides::Rows | Strides::As(_) if tensor.role.writes() => is_injective(rank, layout) | self.empty,
+                Strides::Rows | Strides::As(_) if tensor.role.writes() => is_injective(rank, layout) | nowhere,
                 _ => true,
             },
-            Condition::Alignment => aligned(tensor, &self.dimensions, layout) | self.empty,
+            Condition::Alignment => aligned(tensor, &self.dimensions, layout) | nowhere,
             Condition::Extent => {
                 let most = self.row.extent.most;
                 let (reach, mut fits) = reach(rank, layout);
                 unrolled!(i in RANK < rank, {
                     fits &= (layout.stride(i) <= self.row.extent.stride) | (layout.size(i) == 1);
                 });
-                (fits & (reach <= most))
-                    || self.empty
-                    || (fits && self.row.extent.split && splits(tensor, layout, most))
+                (fits & (reach <= most)) || nowhere || (fits && self.row.extent.split && splits(tensor, layout, most))
             }
         }
+    }
+
+    /// Whether a tensor has no elements in a call that has something to do, so that where they lie means nothing.
+    #[inline(always)]
+    fn is_nowhere(&self, tensor: &'static Tensor, layout: &Layout) -> bool {
+        let mut nowhere = false;
+        unrolled!(i in RANK < tensor.shape.len(), {
+            if let Size::Of(dimension) = tensor.shape[i] {
+                let Dimension { least, from, .. } = &self.row.dimensions[dimension];
+                // A dimension of the lead's is 0 where there is nothing to do.
+                if *least == 0 && !matches!(from, From::Shape(argument, _) if *argument == self.row.lead) {
+                    nowhere |= layout.size(i) == 0;
+                }
+            }
+        });
+        nowhere
     }
 
     #[inline(always)]
@@ -371,7 +390,7 @@ impl Call<'_, '_> {
 /// Whether a launch for each index of the first dimension would do, of a tensor whose reach fits 64 bits.
 #[cold]
 fn splits(tensor: &Tensor, layout: &Layout, most: i64) -> bool {
-    let divided = matches!(tensor.shape[0], super::Size::Of(0));
+    let divided = matches!(tensor.shape[0], Size::Of(0));
     divided && layout.size(0) > 0 && layout.narrow(0, 0, 1).reach().is_some_and(|reach| reach <= most)
 }
 

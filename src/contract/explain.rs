@@ -28,7 +28,7 @@ pub(crate) fn explain(
             From::Shape(argument, at) => layout(argument).map_or(0, |layout| layout.size(at)),
             From::OneLess(argument, at) => layout(argument).map_or(0, |layout| layout.size(at) - 1),
             From::Number(argument) => operands[argument].whole(),
-            From::Larger(..) => 0,
+            From::Larger(..) | From::Sum(..) => 0,
         })
     };
     match fault {

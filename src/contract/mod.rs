@@ -261,7 +261,9 @@ pub enum From {
     OneLess(usize, usize),
     /// The larger of two dimensions.
     Larger(usize, usize),
-    /// The whole number that an argument is.
+    /// The sum of two dimensions.
+    Sum(usize, usize),
+    /// The whole number that an argument is; of one that is on or off, 1 or 0.
     Number(usize),
 }
 
@@ -370,16 +372,21 @@ impl Row {
         for (i, dimension) in self.dimensions.iter().enumerate() {
             dimensions[i] = match dimension.from {
                 From::Larger(a, b) => dimensions[a].max(dimensions[b]),
+                From::Sum(a, b) => dimensions[a] + dimensions[b],
                 From::Shape(..) | From::OneLess(..) | From::Number(_) => given(i),
             };
         }
         dimensions
     }
 
-    /// The whole number that an argument is in a call of these dimensions: the dimension that it gives, else the number within
+    /// The whole number that an argument is, or whether it is on, in a call of these dimensions: the dimension that it gives, else the number within
     /// its bounds that is next to 0. For tests.
     pub fn whole(&self, argument: usize, dimensions: &Dimensions) -> Option<i64> {
-        let Kind::Whole(least, most) = self.arguments[argument].kind else { return None };
+        let (least, most) = match self.arguments[argument].kind {
+            Kind::Whole(least, most) => (least, most),
+            Kind::Switch => (0, 1),
+            _ => return None,
+        };
         let gives = |dimension: &Dimension| matches!(dimension.from, From::Number(from) if from == argument);
         Some(self.dimensions.iter().position(gives).map_or(0i64.clamp(least, most), |i| dimensions[i]))
     }

@@ -111,7 +111,8 @@ impl Call {
         let operand = |i: usize| match (&self.row.arguments[i].kind, &layouts[i]) {
             (Kind::Tensor(_), Some(layout)) => Operand::Tensor(layout, NOBODY),
             (Kind::Tensor(_), None) => Operand::Absent,
-            (Kind::EnablePdl | Kind::Switch, _) => Operand::Bool(false),
+            (Kind::EnablePdl, _) => Operand::Bool(false),
+            (Kind::Switch, _) => Operand::Bool(self.whole[i] != 0),
             (Kind::Positive | Kind::NotNegative | Kind::Between(..), _) => Operand::Number(self.numbers[i]),
             (Kind::Whole(..), _) => Operand::Whole(self.whole[i]),
             (Kind::Word(words), _) => Operand::Word(words[0]),
@@ -252,6 +253,8 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
             }))
         };
         let rank = given.shape.len();
+        // Where there are none, it does not matter where they are.
+        let elements = given.shape.iter().all(|&size| size > 0);
         refused(
             with(&|given| {
                 given.shape.push(1);
@@ -273,7 +276,7 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
         for at in 0..rank {
             let decided = row.dimensions.iter().position(|dimension| match dimension.from {
                 From::Shape(argument, size) | From::OneLess(argument, size) => (argument, size) == (i, at),
-                From::Larger(..) | From::Number(_) => false,
+                From::Larger(..) | From::Sum(..) | From::Number(_) => false,
             });
             let decides = decided.is_some();
             // One that no other tensor has may be larger: of pages that are listed, for example.
@@ -293,7 +296,7 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
             if given.shape[at] > 1 && !decides {
                 refused(with(&|given| given.shape[at] -= 1), &[name], "a smaller dimension", call)?;
             }
-            if given.shape[at] > 1 {
+            if given.shape[at] > 1 && elements {
                 refused(
                     with(&|given| given.strides[at] = -given.strides[at].max(1)),
                     &[name],
@@ -308,7 +311,7 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
                 }
             }
         }
-        if matches!(spec.strides, Strides::Rows | Strides::As(_)) {
+        if elements && matches!(spec.strides, Strides::Rows | Strides::As(_)) {
             let followers = row.tensors().filter(|(_, _, other)| matches!(other.strides, Strides::As(of) if of == i));
             let likewise: Vec<_> = followers.map(|(_, name, _)| name).chain([name]).collect();
             refused(with(&|given| given.strides[rank - 1] = 2), &likewise, "columns apart", call)?;
@@ -330,7 +333,7 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
         }
         let stream = ptr::without_provenance_mut(0x10);
         refused(with(&|given| given.stream = Some(stream)), &[name], "another stream", call)?;
-        if on_gpu && spec.alignment.elements(&call.sizes, 1) * given.dtype.size() as i64 > 1 {
+        if on_gpu && elements && spec.alignment.elements(&call.sizes, 1) * given.dtype.size() as i64 > 1 {
             refused(with(&|given| given.address = given.address.wrapping_add(1)), &[name], "an odd address", call)?;
         }
     }

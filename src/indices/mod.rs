@@ -84,6 +84,7 @@ pub struct Placed<'a, D: Steering> {
     arrays: Arrays<'a>,
 }
 
+#[allow(clippy::large_enum_variant, reason = "the large one is that of every call on a GPU, which must not allocate")]
 enum Arrays<'a> {
     /// Each a tensor of its own.
     Apart(Vec<TensorRef<'a>>),
@@ -132,6 +133,17 @@ impl<'a, D: Steering> Placed<'a, D> {
             Arrays::Apart(arrays) => arrays[i].reborrow(),
             Arrays::Together(memory, places) => {
                 let (start, len, dtype) = places[i];
+                memory.words(start, len, dtype)
+            }
+        }
+    }
+
+    /// The first elements of an array, of which there must be so many.
+    pub(crate) fn array_part(&self, i: usize, len: i64) -> TensorRef<'_> {
+        match &self.arrays {
+            Arrays::Apart(arrays) => arrays[i].words(0, len, arrays[i].dtype()),
+            Arrays::Together(memory, places) => {
+                let (start, _, dtype) = places[i];
                 memory.words(start, len, dtype)
             }
         }
@@ -215,17 +227,13 @@ impl Steering for Positions {
 }
 
 impl<'a> Placed<'a, Positions> {
-    /// Positions that are on a device already.
-    ///
-    /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) unless the tensor is one of I32, of one dimension, contiguous.
+    /// Positions that are on a device already: I32, one for each token. What the tensor must be besides, calls check.
     ///
     /// # Safety
     /// Whenever a kernel that was given this runs, each of the numbers must be at least 0 and below `below`.
-    pub unsafe fn from_tensor(positions: TensorRef<'a>, below: i64) -> Result<Self> {
-        vector("Positions", "positions", &positions)?;
-        let facts = PositionsFacts { tokens: positions.shape()[0], below };
-        Ok(Self::promised(facts, vec![positions]))
+    pub unsafe fn from_tensor(positions: TensorRef<'a>, below: i64) -> Self {
+        let tokens = positions.shape().first().copied().unwrap_or(0);
+        Self::promised(PositionsFacts { tokens, below }, vec![positions])
     }
 
     pub(crate) fn positions(&self) -> TensorRef<'_> {
@@ -233,11 +241,90 @@ impl<'a> Placed<'a, Positions> {
     }
 }
 
-/// That a tensor is a contiguous vector of I32.
-pub(crate) fn vector(function: &'static str, argument: &'static str, tensor: &TensorRef<'_>) -> Result<()> {
-    if tensor.dtype() == DType::I32 && tensor.shape().len() == 1 && tensor.layout().is_contiguous() {
-        return Ok(());
+/// The positions of tokens that lie one sequence after the other: each sequence's go on from an offset of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RaggedPositions {
+    indptr: Vec<i32>,
+    offsets: Vec<i32>,
+}
+
+/// What calls need to know of [`RaggedPositions`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RaggedFacts {
+    /// How many tokens all sequences have together.
+    pub tokens: i64,
+    /// How many sequences there are.
+    pub sequences: i64,
+}
+
+impl RaggedPositions {
+    /// From where each sequence starts among the tokens and where the last one ends, `0 = i0 ≤ i1 ≤ … ≤ iN`, and from the
+    /// position of each sequence's first token.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for offsets that do not start with 0 or decrease, another number
+    /// of first positions than of sequences, a negative one, and a position past 2³¹ − 1.
+    pub fn new(indptr: &[i64], first_positions: &[i64]) -> Result<Self> {
+        let checked = crate::sequences::CuSeqlens::from_offsets(indptr)?;
+        if first_positions.len() != checked.sequences() {
+            let found = format!("{} of them", first_positions.len());
+            let expected = format!("one for each of the {} sequences", checked.sequences());
+            return refuse("RaggedPositions", "first_positions", found, expected);
+        }
+        for (i, (&first, ends)) in first_positions.iter().zip(indptr.windows(2)).enumerate() {
+            if first < 0 || first.saturating_add(ends[1] - ends[0]) > i64::from(i32::MAX) {
+                let found = format!("{first} for the {} tokens of sequence {i}", ends[1] - ends[0]);
+                return refuse("RaggedPositions", "first_positions", found, "positions from 0 to 2147483647");
+            }
+        }
+        let narrow = |numbers: &[i64]| numbers.iter().map(|&number| number as i32).collect();
+        Ok(Self { indptr: narrow(indptr), offsets: narrow(first_positions) })
     }
-    let (dtype, shape, strides) = (tensor.dtype(), tensor.shape(), tensor.strides());
-    refuse(function, argument, format!("{dtype}{shape:?} strided {strides:?}"), "I32 of one dimension, contiguous")
+}
+
+impl sealed::Sealed for RaggedPositions {}
+
+impl Steering for RaggedPositions {
+    type Facts = RaggedFacts;
+
+    fn facts(&self) -> RaggedFacts {
+        let tokens = self.indptr.last().copied().unwrap_or(0).into();
+        RaggedFacts { tokens, sequences: self.offsets.len() as i64 }
+    }
+
+    fn arrays(&self) -> Vec<Words<'_>> {
+        vec![Words::I32(&self.indptr), Words::I32(&self.offsets)]
+    }
+
+    fn in_place_of(&self, captured: &Self) -> Result<Self> {
+        let (found, expected) = (self.facts(), captured.facts());
+        if found.tokens != expected.tokens || found.sequences > expected.sequences {
+            let shown = |facts: RaggedFacts| format!("{} tokens of {} sequences", facts.tokens, facts.sequences);
+            let expected = format!("{} or fewer, as captured", shown(expected));
+            return refuse("RaggedPositions", "indptr", shown(found), expected);
+        }
+        // Sequences without tokens behind them.
+        let mut filled = self.clone();
+        filled.indptr.resize(captured.indptr.len(), expected.tokens as i32);
+        filled.offsets.resize(captured.offsets.len(), 0);
+        Ok(filled)
+    }
+}
+
+impl<'a> Placed<'a, RaggedPositions> {
+    /// Arrays that are on a device already: I32, `indptr` one longer than `offsets`. What they must be besides, calls check.
+    ///
+    /// # Safety
+    /// Whenever a kernel that was given this runs, `indptr` must start with 0, not decrease, and end with `facts.tokens`.
+    pub unsafe fn from_tensors(indptr: TensorRef<'a>, offsets: TensorRef<'a>, facts: RaggedFacts) -> Self {
+        Self::promised(facts, vec![indptr, offsets])
+    }
+
+    pub(crate) fn indptr(&self) -> TensorRef<'_> {
+        self.array(0)
+    }
+
+    pub(crate) fn offsets(&self) -> TensorRef<'_> {
+        self.array(1)
+    }
 }

@@ -1,6 +1,6 @@
 //! Which pages of a cache requests have, and where their tokens go.
 
-use super::{Placed, Positions, PositionsFacts, Steering, Words, refuse, sealed, vector};
+use super::{Placed, Positions, PositionsFacts, Steering, Words, refuse, sealed};
 use crate::error::Result;
 use crate::tensor::TensorRef;
 
@@ -381,32 +381,16 @@ pub struct TokenTensors<'a> {
 }
 
 impl<'a> Placed<'a, Tokens> {
-    /// Arrays that are on a device already, for a cache of `facts.pages` pages of `facts.page_size` tokens.
-    ///
-    /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) unless each is of I32, of one dimension, contiguous, and as long
-    /// as `facts` say.
+    /// Arrays that are on a device already, for a cache of `facts.pages` pages of `facts.page_size` tokens. What they must be
+    /// besides, calls check.
     ///
     /// # Safety
     /// Whenever a kernel that was given this runs: `kv_indptr` must start with 0, not decrease and end within `kv_indices`;
     /// every number in `kv_indices` must be at least 0 and below `facts.pages`; every batch index must be that of a request;
     /// and every position must be at least 0, below `facts.below`, and below the tokens that its request's pages hold.
-    pub unsafe fn from_tensors(tensors: TokenTensors<'a>, facts: TokensFacts) -> Result<Self> {
+    pub unsafe fn from_tensors(tensors: TokenTensors<'a>, facts: TokensFacts) -> Self {
         let TokenTensors { kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions } = tensors;
-        let pages = kv_indices.shape().first().copied().unwrap_or(0);
-        for (name, tensor, len) in [
-            ("kv_indices", &kv_indices, pages),
-            ("kv_indptr", &kv_indptr, facts.requests.saturating_add(1)),
-            ("kv_last_page_len", &kv_last_page_len, facts.requests),
-            ("batch_indices", &batch_indices, facts.tokens),
-            ("positions", &positions, facts.tokens),
-        ] {
-            vector("Tokens", name, tensor)?;
-            if tensor.shape()[0] != len {
-                return refuse("Tokens", name, format!("of length {}", tensor.shape()[0]), len.to_string());
-            }
-        }
-        Ok(Self::promised(facts, vec![kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions]))
+        Self::promised(facts, vec![kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions])
     }
 
     /// The positions alone, for rotary embeddings.

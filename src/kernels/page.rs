@@ -237,11 +237,11 @@ const fn cache(name: &'static str, strides: Strides, shape: &'static [Size]) -> 
     tensor(name, (Role::InPlace, Dtype::As(0), strides, 16), shape, ANY)
 }
 
-const fn indices(name: &'static str, shape: &'static [Size], contents: Contents) -> Argument {
+pub(super) const fn indices(name: &'static str, shape: &'static [Size], contents: Contents) -> Argument {
     tensor(name, (Role::In, Dtype::Only(DType::I32), Strides::Contiguous, 4), shape, contents)
 }
 
-/// The indices of a row whose dimensions `requests` and `indices` have these numbers.
+/// Whose request each token is, of a row whose dimension `requests` has this number.
 const fn batch_indices(requests: usize) -> Argument {
     indices("batch_indices", &[Size::Of(0)], Contents::Turns(requests))
 }
@@ -468,10 +468,11 @@ pub fn append_paged_kv_cache(
         last.operand(),
         Operand::Whole(layout),
     ];
-    // SAFETY: whoever made the tokens sees to it that the indices are those of a cache of these pages: the page table by its
-    // checks, or the caller of an unsafe constructor.
     match cache.layout {
+        // SAFETY: whoever made the tokens sees to it that the indices are those of a cache of these pages: the page table by its
+        // checks, or the caller of an unsafe constructor.
         KvLayout::Nhd => unsafe { call::<AppendPagedKvCache, 10>(operands, stream) },
+        // SAFETY: as above.
         KvLayout::Hnd => unsafe { call::<AppendPagedKvCacheHnd, 10>(operands, stream) },
     }
 }

@@ -1,6 +1,8 @@
 //! Random calls of a kernel, right ones and wrong ones, made of what its row says. A family's test gives the function; sizes,
 //! strides, alignments, types, optional arguments and the limits of the dimensions come from the row.
 
+#![allow(dead_code, reason = "each test uses its own part")]
+
 use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -206,9 +208,10 @@ fn plans(row: &'static Row, random: &mut Random, dimensions: Dimensions) -> Plan
         Kind::Between(least, most) => Planned::Number(least + (most - least) * random.uniform()),
         Kind::Whole(i64::MIN, i64::MAX) => Planned::Whole(random.below(1 << 40)),
         Kind::Whole(..) => Planned::Whole(row.whole(i, &dimensions).unwrap_or(0)),
-        Kind::Word(words) => Planned::Word(*random.pick(words)),
+        Kind::Word(words) => Planned::Word(random.pick(words)),
         Kind::Missing(_) => Planned::Absent,
-        Kind::EnablePdl | Kind::Switch => Planned::Bool(random.chance(2)),
+        Kind::Switch => Planned::Bool(row.whole(i, &dimensions) == Some(1)),
+        Kind::EnablePdl => Planned::Bool(random.chance(2)),
     });
     Plans { arguments: arguments.collect(), dimensions }
 }
