@@ -1,5 +1,6 @@
 //! Calls that are checked once and launched many times.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -29,8 +30,18 @@ use crate::stream::Stream;
 pub struct Prepared<K> {
     fixed: Fixed,
     /// The arguments that are no tensors, each in its place.
-    others: [Operand<'static, 'static>; MAX_ARGUMENTS],
+    others: [Other; MAX_ARGUMENTS],
     kernel: PhantomData<K>,
+}
+
+/// An argument that is no tensor.
+#[derive(Clone, Copy)]
+enum Other {
+    Nothing,
+    Number(f64),
+    Whole(i64),
+    Word(&'static CStr),
+    Bool(bool),
 }
 
 impl<K> fmt::Debug for Prepared<K> {
@@ -42,14 +53,14 @@ impl<K> fmt::Debug for Prepared<K> {
 #[allow(private_bounds, reason = "kernels are this crate's")]
 impl<K: Kernel> Prepared<K> {
     pub(crate) fn checked(operands: &[Operand<'_, '_>]) -> Result<Self> {
-        let mut others = [Operand::Absent; MAX_ARGUMENTS];
+        let mut others = [Other::Nothing; MAX_ARGUMENTS];
         for (other, operand) in others.iter_mut().zip(operands) {
             *other = match *operand {
-                Operand::Number(value) => Operand::Number(value),
-                Operand::Whole(value) => Operand::Whole(value),
-                Operand::Word(word) => Operand::Word(word),
-                Operand::Bool(value) => Operand::Bool(value),
-                Operand::Tensor(..) | Operand::Absent => Operand::Absent,
+                Operand::Number(value) => Other::Number(value),
+                Operand::Whole(value) => Other::Whole(value),
+                Operand::Word(word) => Other::Word(word),
+                Operand::Bool(value) => Other::Bool(value),
+                Operand::Tensor(..) | Operand::Absent => Other::Nothing,
             };
         }
         Ok(Self { fixed: Fixed::new::<K>(operands)?, others, kernel: PhantomData })
@@ -74,7 +85,13 @@ impl<K: Kernel> Prepared<K> {
                     next += 1;
                     tensors[next - 1]
                 }
-                _ => self.others[i],
+                _ => match self.others[i] {
+                    Other::Number(value) => Operand::Number(value),
+                    Other::Whole(value) => Operand::Whole(value),
+                    Other::Word(word) => Operand::Word(word),
+                    Other::Bool(value) => Operand::Bool(value),
+                    Other::Nothing => Operand::Absent,
+                },
             };
         });
         // SAFETY: the caller's promise.
