@@ -208,7 +208,7 @@ fn plans(row: &'static Row, random: &mut Random, dimensions: Dimensions) -> Plan
         Kind::Between(least, most) => Planned::Number(least + (most - least) * random.uniform()),
         Kind::Whole(i64::MIN, i64::MAX) => Planned::Whole(random.below(1 << 40)),
         Kind::Whole(..) => Planned::Whole(row.whole(i, &dimensions).unwrap_or(0)),
-        Kind::Word(words) => Planned::Word(random.pick(words)),
+        Kind::Word(words) => Planned::Word(words[random.below(words.len() as i64) as usize]),
         Kind::Missing(_) => Planned::Absent,
         Kind::Switch => Planned::Bool(row.whole(i, &dimensions) == Some(1)),
         Kind::EnablePdl => Planned::Bool(random.chance(2)),
