@@ -12,6 +12,7 @@ mod rows;
 use std::process::ExitCode;
 
 use data::{Number, Random, relative_error, widened};
+use flashinfer_rs::kernels::activation::{ActivationOptions, gelu_and_mul, gelu_tanh_and_mul, silu_and_mul};
 use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE, gdn_prefill};
 use flashinfer_rs::kernels::norm::{
     NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm,
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
 }
 
 /// How each kernel is called whose calls are made of its row.
-const CALLS: [(&str, rows::Function); 9] = [
+const CALLS: &[(&str, rows::Function)] = &[
     ("rmsnorm", |call, s| {
         let (weight, options) = (call.read("weight"), norm_options(call));
         rmsnorm(&mut call.write("out"), &call.read("input"), &weight, &options, s)
@@ -94,7 +95,23 @@ const CALLS: [(&str, rows::Function); 9] = [
         // this call's own.
         unsafe { gdn_prefill(&mut tensors, &offsets, &mut workspace, &options, s) }
     }),
+    ("silu_and_mul", |call, s| {
+        let options = activation_options(call);
+        silu_and_mul(&mut call.write("out"), &call.read("input"), &options, s)
+    }),
+    ("gelu_and_mul", |call, s| {
+        let options = activation_options(call);
+        gelu_and_mul(&mut call.write("out"), &call.read("input"), &options, s)
+    }),
+    ("gelu_tanh_and_mul", |call, s| {
+        let options = activation_options(call);
+        gelu_tanh_and_mul(&mut call.write("out"), &call.read("input"), &options, s)
+    }),
 ];
+
+fn activation_options(call: &mut rows::Call<'_>) -> ActivationOptions {
+    ActivationOptions::default().with_pdl(call.on("enable_pdl"))
+}
 
 fn norm_options(call: &mut rows::Call<'_>) -> NormOptions {
     NormOptions::default().with_eps(call.number("eps")).with_pdl(call.on("enable_pdl"))

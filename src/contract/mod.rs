@@ -60,7 +60,9 @@ pub struct Row {
     pub attributes: Attributes,
     /// How the launcher tells what its launch came to.
     pub reports: Reports,
-    /// Whether the launcher asks for the thread's current device, which must then be the tensors'; others select it themselves.
+    /// Whether the launcher asks for the thread's current device, which must then be the tensors', or makes theirs the current
+    /// one and leaves it so: the engine makes it the tensors' for the call, and then what it was. Other launchers select it
+    /// themselves and give the thread its own back.
     pub uses_current_device: bool,
     /// How tensors are passed.
     pub convention: Convention,
