@@ -18,6 +18,7 @@ use flashinfer_rs::kernels::norm::{
     NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm,
     rmsnorm, rmsnorm_quant,
 };
+use flashinfer_rs::kernels::quantization::{BitOrder, packbits};
 use flashinfer_rs::{CuSeqlens, Stream, TensorMut, TensorRef};
 use gpu::Gpu;
 use half::{bf16, f16};
@@ -106,6 +107,10 @@ const CALLS: &[(&str, rows::Function)] = &[
     ("gelu_tanh_and_mul", |call, s| {
         let options = activation_options(call);
         gelu_tanh_and_mul(&mut call.write("out"), &call.read("input"), &options, s)
+    }),
+    ("packbits", |call, s| {
+        let order = if call.word("bitorder") == c"big" { BitOrder::Big } else { BitOrder::Little };
+        packbits(&mut call.write("y"), &call.read("x"), order, s)
     }),
 ];
 

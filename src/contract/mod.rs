@@ -407,15 +407,6 @@ impl Size {
     }
 }
 
-#[cfg(test)]
-impl Size {
-    /// Whether it follows from this dimension.
-    fn is_of(self, dimension: usize) -> bool {
-        let (Self::Of(i) | Self::OneMore(i) | Self::Twice(i) | Self::Eighth(i)) = self;
-        i == dimension
-    }
-}
-
 impl Alignment {
     /// In elements of `size` bytes.
     #[inline(always)]

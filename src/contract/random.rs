@@ -279,11 +279,12 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
                 From::Larger(..) | From::Sum(..) | From::Number(_) => false,
             });
             let decides = decided.is_some();
-            // One that no other tensor has may be larger: of pages that are listed, for example.
-            let shared = row.tensors().any(|(j, _, other)| {
-                let changes = |size: &super::Size| decided.is_some_and(|dimension| size.is_of(dimension));
-                j != i && other.shape.iter().any(changes)
-            });
+            // One may be larger that makes no other tensor larger: of pages that are listed, for example, or of bits that fill up
+            // a byte.
+            let moved = row.dimensions_from(|i| call.sizes[i] + i64::from(Some(i) == decided));
+            let shared = row
+                .tensors()
+                .any(|(j, _, other)| j != i && other.shape.iter().any(|size| size.of(&moved) != size.of(&call.sizes)));
             let larger = with(&|given| given.shape[at] += 1);
             match (decides, spec.role) {
                 // Of a workspace there may be more.

@@ -9,7 +9,7 @@
 //!
 //! [`Function`]: crate::Function
 
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::slice;
 use std::sync::OnceLock;
@@ -147,6 +147,15 @@ impl<'a> Args<'a> {
 
     fn bool(&self, position: usize) -> std::result::Result<bool, Raised> {
         Ok(self.int(position)? != 0)
+    }
+
+    fn word(&self, position: usize) -> std::result::Result<&'a CStr, Raised> {
+        let arg = &self.args[position];
+        match arg.type_index {
+            // SAFETY: the index says that the payload is a C string, which is valid during the call.
+            type_index::RAW_STR => Ok(unsafe { CStr::from_ptr(arg.payload.c_str) }),
+            _ => Err(self.mismatch(position, "str")),
+        }
     }
 
     fn float(&self, position: usize) -> std::result::Result<f64, Raised> {
