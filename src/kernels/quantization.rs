@@ -20,7 +20,7 @@ use crate::contract::{
 };
 use crate::engine::{Entry, call, kernels};
 use crate::error::Result;
-use crate::indices::{Placed, Steering, Words, refuse, sealed, vector};
+use crate::indices::{Placed, Steering, Words, refuse, sealed};
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, TensorMut, TensorRef};
 
@@ -352,11 +352,8 @@ impl Steering for PackedSegments {
 }
 
 impl<'a> Placed<'a, PackedSegments> {
-    /// Offsets that are on a device already, for an `x` and a `y` as long as `facts` say.
-    ///
-    /// # Errors
-    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) unless both are of I32, of one dimension, contiguous, and
-    /// one longer than there are segments.
+    /// Offsets that are on a device already, I32, for an `x` and a `y` as long as `facts` say. What they must be besides, calls
+    /// check.
     ///
     /// # Safety
     /// Whenever a kernel that was given this runs: `input_indptr` must not decrease, start at 0 or above and end at
@@ -366,15 +363,7 @@ impl<'a> Placed<'a, PackedSegments> {
         input_indptr: TensorRef<'a>,
         output_indptr: TensorRef<'a>,
         facts: PackedSegmentsFacts,
-    ) -> Result<Self> {
-        let len = facts.segments.saturating_add(1);
-        for (name, tensor) in [("input_indptr", &input_indptr), ("output_indptr", &output_indptr)] {
-            vector("PackedSegments", name, tensor)?;
-            if tensor.shape()[0] != len {
-                let found = format!("of length {}", tensor.shape()[0]);
-                return refuse("PackedSegments", name, found, format!("{len}, one more than there are segments"));
-            }
-        }
-        Ok(Self::promised(facts, vec![input_indptr, output_indptr]))
+    ) -> Self {
+        Self::promised(facts, vec![input_indptr, output_indptr])
     }
 }
