@@ -93,7 +93,7 @@ fn from_wheel<'a>(
         // A contributor may have built one kernel family only; everybody else's wheel must be complete.
         if source == Source::Local && !archive.has(&member.path) {
             let fault = format!(
-                "the local build {} has no {}; `cargo xtask wheel --kernels norm,gdn-prefill` builds it",
+                "the local build {} has no {}; `cargo xtask wheel` builds every kernel",
                 path.display(),
                 member.soname
             );

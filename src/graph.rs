@@ -41,7 +41,8 @@ pub struct Launched<'a> {
 }
 
 /// What a [`LaunchGraph`] owns: `CudaSlice<T>`, `Arc<CudaSlice<T>>` for what is only read and shared (weights),
-/// [`GdnPrefillContext`](crate::kernels::gdn::GdnPrefillContext), [`DeviceCuSeqlens`](crate::DeviceCuSeqlens), tuples, arrays
+/// [`GdnPrefillContext`](crate::kernels::gdn::GdnPrefillContext), [`DeviceCuSeqlens`](crate::DeviceCuSeqlens),
+/// [`OnDevice`](crate::OnDevice) and, shared, `Arc<OnDevice<D>>` (tables of cosines and sines), tuples, arrays
 /// and vectors of these, and structs that [`graph_buffers!`](crate::graph_buffers) declares.
 pub trait GraphBuffers: Sized + 'static {
     /// What the graph keeps: buffers, and tuples, arrays and vectors of them.
@@ -406,8 +407,39 @@ impl<T: Element> Leaf for CudaSlice<T> {
 
 graph_leaf!({T: Element} CudaSlice<T>);
 
-/// While a graph has its share, nobody can write the buffer: what it waited for once stays so, and its reads need to be known
-/// only when it gives its share up.
+/// A buffer that graphs only read and share with others. While one has its share, nobody can write the buffer: what it waited
+/// for once stays so, and its reads need to be known only when it gives its share up.
+pub(crate) mod shared {
+    use super::*;
+
+    pub(crate) fn captured<'a, T: Element>(buffer: &'a CudaSlice<T>, site: Site) -> GraphRef<'a, T> {
+        let (address, guard) = buffer.device_ptr(buffer.stream());
+        event_of(guard);
+        GraphRef { address, len: buffer.len(), site, borrow: PhantomData }
+    }
+
+    pub(crate) fn take_over<T: Element>(buffer: &CudaSlice<T>, stream: &CudaStream) {
+        event_of(buffer.device_ptr(stream).1);
+    }
+
+    pub(crate) fn hand_back<T: Element>(buffer: &CudaSlice<T>, launched: &Launched<'_>) -> Result<()> {
+        if launched.last.is_none() {
+            return Ok(());
+        }
+        let own = buffer.stream();
+        let context = own.context();
+        wait_for_last(own, launched)?;
+        if context.is_managing_stream_synchronization()
+            && let Some(reads) = event_of(buffer.device_ptr(own).1)
+        {
+            // The one event that stands for all reads is recorded anew, behind those that it stood for.
+            let ordered = wait(own, reads).and_then(|()| record(reads, own));
+            ordered.map_err(driver_in(context, "recording a graph's use of a buffer"))?;
+        }
+        Ok(())
+    }
+}
+
 impl<T: Element> Leaf for Arc<CudaSlice<T>> {
     type Captured<'a> = GraphRef<'a, T>;
     type Views<'a> = &'a CudaSlice<T>;
@@ -417,9 +449,7 @@ impl<T: Element> Leaf for Arc<CudaSlice<T>> {
     }
 
     fn captured<'a>(&'a mut self, site: Site) -> GraphRef<'a, T> {
-        let (address, guard) = self.device_ptr(self.stream());
-        event_of(guard);
-        GraphRef { address, len: self.len(), site, borrow: PhantomData }
+        shared::captured(self, site)
     }
 
     fn views(&mut self) -> &CudaSlice<T> {
@@ -427,24 +457,11 @@ impl<T: Element> Leaf for Arc<CudaSlice<T>> {
     }
 
     fn take_over(&mut self, stream: &CudaStream) {
-        event_of(self.device_ptr(stream).1);
+        shared::take_over(self, stream);
     }
 
     fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()> {
-        if launched.last.is_none() {
-            return Ok(());
-        }
-        let own = self.stream();
-        let context = own.context();
-        wait_for_last(own, launched)?;
-        if context.is_managing_stream_synchronization()
-            && let Some(reads) = event_of(self.device_ptr(own).1)
-        {
-            // The one event that stands for all reads is recorded anew, behind those that it stood for.
-            let ordered = wait(own, reads).and_then(|()| record(reads, own));
-            ordered.map_err(driver_in(context, "recording a graph's use of a buffer"))?;
-        }
-        Ok(())
+        shared::hand_back(self, launched)
     }
 }
 

@@ -467,7 +467,7 @@ fn replayed(gpu: &Gpu) {
     let first = Positions::new(&[0, 0, 0], 64).unwrap();
     let buffers = (
         (stream.clone_htod(&batch.heads[0]).unwrap(), stream.clone_htod(&batch.heads[1]).unwrap()),
-        (OnDevice::new(table.clone(), stream).unwrap(), OnDevice::new(first, stream).unwrap()),
+        (std::sync::Arc::new(OnDevice::new(table.clone(), stream).unwrap()), OnDevice::new(first, stream).unwrap()),
     );
     let mut graph = LaunchGraph::new(stream, buffers).unwrap();
     graph

@@ -7,7 +7,7 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaViewMut, DeviceSlic
 use super::{Arrays, MAX_ARRAYS, Placed, Steering, Words};
 use crate::buffers::check_context;
 use crate::error::{Result, driver};
-use crate::graph::{GraphRef, Launched, Leaf, Site};
+use crate::graph::{GraphRef, Launched, Leaf, Site, shared};
 use crate::owner::refuse_capture;
 use crate::tensor::{DType, TensorRef};
 
@@ -169,3 +169,31 @@ impl<D: Steering> Leaf for OnDevice<D> {
 }
 
 crate::graph::graph_leaf!({D: Steering} OnDevice<D>);
+
+/// Shared with others, and never replaced while a graph has its share: a table of cosines and sines, for example.
+impl<D: Steering> Leaf for Arc<OnDevice<D>> {
+    type Captured<'a> = CapturedOnDevice<'a, D>;
+    type Views<'a> = &'a OnDevice<D>;
+
+    fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+        self.buffer.check(context)
+    }
+
+    fn captured<'a>(&'a mut self, site: Site) -> CapturedOnDevice<'a, D> {
+        CapturedOnDevice { host: &self.host, buffer: shared::captured(&self.buffer, site) }
+    }
+
+    fn views(&mut self) -> &OnDevice<D> {
+        self
+    }
+
+    fn take_over(&mut self, stream: &CudaStream) {
+        shared::take_over(&self.buffer, stream);
+    }
+
+    fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()> {
+        shared::hand_back(&self.buffer, launched)
+    }
+}
+
+crate::graph::graph_leaf!({D: Steering} Arc<OnDevice<D>>);

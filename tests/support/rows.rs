@@ -145,9 +145,16 @@ impl Random {
     }
 }
 
+/// Whether there is nothing to do, or a tensor without elements.
+fn is_empty(row: &Row, dimensions: &Dimensions) -> bool {
+    let sizes = row.dimensions.iter().zip(dimensions);
+    sizes.filter(|(dimension, _)| !matches!(dimension.from, From::Number(_))).any(|(_, size)| *size == 0)
+}
+
 fn keeps_relations(row: &Row, dimensions: &Dimensions) -> bool {
-    let empty = (0..row.dimensions.len()).any(|i| dimensions[i] == 0);
-    empty || row.relations.iter().all(|relation| (relation.holds)(dimensions))
+    let lead = |from: &From| matches!(from, From::Shape(argument, _) if *argument == row.lead);
+    let nothing = row.dimensions.iter().zip(dimensions).any(|(d, size)| *size == 0 && lead(&d.from));
+    nothing || row.relations.iter().all(|relation| (relation.holds)(dimensions))
 }
 
 /// Dimensions within their limits, some of them the row's examples, that are kept or broken as `fit` says.
@@ -488,8 +495,7 @@ pub fn invalid(gpu: &Gpu, row: &'static Row, cases: u64, function: Function) {
         let mut random = Random(seed);
         // Without empty dimensions, beside which strides and addresses mean nothing.
         let fit = |dimensions: &Dimensions| {
-            let empty = (0..row.dimensions.len()).any(|i| dimensions[i] == 0);
-            !empty && keeps_relations(row, dimensions) && small(row, dimensions)
+            !is_empty(row, dimensions) && keeps_relations(row, dimensions) && small(row, dimensions)
         };
         let dimensions = dimensions(row, &mut random, 600, fit).expect("sizes that keep the row");
         let mut plans = plans(row, &mut random, dimensions);
@@ -540,8 +546,10 @@ fn broken(row: &'static Row, random: &mut Random, plans: &mut Plans) -> Option<(
                 0 => {
                     plan.shape.insert(0, 1);
                     plan.strides.insert(0, 1);
-                    // By the lead's rank a function may choose another row.
-                    Some(("the rank", (!is_lead).then_some(name)))
+                    // By a rank a function may choose another row.
+                    let forms = kernels::rows().into_iter().filter(|other| other.function == row.function);
+                    let alone = !is_lead && forms.count() == 1;
+                    Some(("the rank", alone.then_some(name)))
                 }
                 1 => {
                     // A size of the tensor that decides a dimension makes another tensor wrong.
@@ -628,9 +636,7 @@ pub fn limits(row: &'static Row, cases: u64, function: Function) {
     let mut refused = std::collections::BTreeSet::new();
     for seed in 0..cases {
         let mut random = Random(seed);
-        let breaks = |dimensions: &Dimensions| {
-            (0..row.dimensions.len()).all(|i| dimensions[i] != 0) && !keeps_relations(row, dimensions)
-        };
+        let breaks = |dimensions: &Dimensions| !is_empty(row, dimensions) && !keeps_relations(row, dimensions);
         let Some(dimensions) = dimensions_far(row, &mut random, breaks) else { continue };
         let plans = plans(row, &mut random, dimensions);
         let expected = row.relations.iter().find(|relation| !(relation.holds)(&dimensions)).unwrap().name;

@@ -7,6 +7,7 @@ use std::fs;
 use serde::Deserialize;
 
 use crate::provision;
+use crate::recipes;
 use crate::shell;
 use crate::vendoring::env::SKIP_VENDOR;
 use crate::vendoring::error::{Error, Result};
@@ -79,7 +80,7 @@ fn tests(features: &str) -> Result<Vec<String>> {
 
 /// Runs and compiles them all.
 pub fn command() -> Result<()> {
-    provision::kernels(&["norm".to_owned()])?;
+    provision::kernels(&recipes::quick()?)?;
     let features = features()?;
     for feature in &features {
         test(Some(feature))?;

@@ -1,5 +1,6 @@
 //! README's two commands: wheels first, by whatever way works here, then cargo.
 
+use std::io::BufReader;
 use std::path::Path;
 use std::process::Command;
 
@@ -9,8 +10,9 @@ use crate::recipes;
 use crate::shell::{self, say};
 use crate::vendoring::env::Env;
 use crate::vendoring::error::Result;
-use crate::vendoring::lock::{Lock, Wheel};
-use crate::vendoring::source::{Ladder, Source};
+use crate::vendoring::lock::{Lock, Member, Wheel};
+use crate::vendoring::source::{Found, Ladder, Source};
+use crate::vendoring::wheel::Wheel as Archive;
 
 pub const JIT_CACHE: &str = "flashinfer_jit_cache";
 
@@ -33,7 +35,7 @@ pub fn demo() -> Result<()> {
 
 /// `cargo xtask test`
 pub fn test(args: &[String]) -> Result<()> {
-    kernels(&["norm".to_owned()])?;
+    kernels(&recipes::quick()?)?;
     let mut command = shell::cargo();
     command.args(["test", "--workspace", "--all-features"]);
     if !args.is_empty() {
@@ -45,42 +47,64 @@ pub fn test(args: &[String]) -> Result<()> {
     features::test(None)
 }
 
-/// Makes sure that a build finds kernels: those that are at hand, else these families from source.
+/// Makes sure that a build finds kernels: those that are at hand, else these families from source. A local build that lacks
+/// some of them is built anew, of all that it has and of these.
 pub fn kernels(families: &[String]) -> Result<()> {
     let env = Env::process();
-    if !has_kernels(&env)? {
-        say(format!("building {} from source", families.join(" and ")));
-        jit_cache::build(families, &[], &env)?;
+    let mut wanted = families.to_vec();
+    if let Some((wheel, found)) = at_hand(&env)? {
+        if found.source != Source::Local {
+            return Ok(());
+        }
+        let archive = Archive::open(BufReader::new(found.file), found.path.display().to_string())?;
+        let asked = |member: &&Member| member.feature.as_ref().is_some_and(|feature| families.contains(feature));
+        let missing = wheel.members.iter().filter(asked).filter(|member| !archive.has(&member.path));
+        let missing: Vec<_> = missing.map(|member| member.soname.as_str()).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        say(format!("the local build has no {}", missing.join(" and no ")));
+        let there = wheel.members.iter().filter(|member| archive.has(&member.path));
+        wanted.extend(there.filter_map(|member| member.feature.clone()));
+        wanted.sort();
+        wanted.dedup();
     }
+    say(format!("building {} from source", wanted.join(" and ")));
+    jit_cache::build(&wanted, &[], &env)?;
     Ok(())
 }
 
 /// Whether the jit-cache wheel can be had, from this machine or from its release host.
 fn has_kernels(env: &Env) -> Result<bool> {
+    Ok(at_hand(env)?.is_some())
+}
+
+/// The jit-cache wheel as a build would find it, if it would.
+fn at_hand(env: &Env) -> Result<Option<(Wheel, Found)>> {
     let root = shell::root();
     let lock = Lock::read(&root.join("artifacts.lock"))?;
     let target = shell::target();
-    let Some(wheel) = lock.for_target(&target).find(|wheel| wheel.distribution == JIT_CACHE) else { return Ok(false) };
+    let Some(wheel) = lock.for_target(&target).find(|wheel| wheel.distribution == JIT_CACHE) else { return Ok(None) };
     match find(wheel, env, &root) {
-        Ok(source) => {
-            say(format!("{} found ({source})", wheel.distribution));
-            Ok(true)
+        Ok(found) => {
+            say(format!("{} found ({})", wheel.distribution, found.source));
+            Ok(Some((wheel.clone(), found)))
         }
         Err(fault) if fault.is_unavailable() => {
             say(fault);
-            Ok(false)
+            Ok(None)
         }
         Err(fault) => Err(fault),
     }
 }
 
-fn find(wheel: &Wheel, env: &Env, root: &Path) -> Result<Source> {
+fn find(wheel: &Wheel, env: &Env, root: &Path) -> Result<Found> {
     let bar = shell::transfer_bar(&wheel.file);
     let mut progress = shell::progress(&bar);
     let checkout = Some(root.to_owned());
     let found = Ladder { env, workspace: checkout.clone(), checkout, progress: &mut progress }.find(wheel);
     bar.finish_and_clear();
-    found.map(|found| found.source)
+    found
 }
 
 /// Whether the NVIDIA driver is here and lists a GPU.

@@ -26,6 +26,14 @@ pub fn usual() -> Result<Vec<String>> {
     Ok(features.collect::<BTreeSet<_>>().into_iter().collect())
 }
 
+/// What takes half an hour to build on two cores, and is left to whoever asks for it.
+const SLOW: &str = "gdn-prefill";
+
+/// The families that the tests are run with, where nothing else is at hand: all but the slow one.
+pub fn quick() -> Result<Vec<String>> {
+    Ok(usual()?.into_iter().filter(|family| family != SLOW).collect())
+}
+
 /// Where FlashInfer's sources lie in the tree, and those that are compiled.
 const PACKAGE: &str = "flashinfer";
 const SOURCES: &str = "flashinfer/csrc";
