@@ -12,6 +12,10 @@ const NEEDED_DRIVER: c_int = 13000;
 
 /// `cudaDevAttrComputeCapabilityMajor` and `…Minor`.
 const CAPABILITY: [c_int; 2] = [75, 76];
+/// `cudaDevAttrMaxSharedMemoryPerBlockOptin`.
+const SHARED_MEMORY: c_int = 97;
+/// `cudaDevAttrMultiProcessorCount`.
+const MULTIPROCESSORS: c_int = 16;
 /// `cudaMemcpyDefault`: by the pointers.
 const COPY: c_int = 4;
 /// `cudaErrorNoDevice`.
@@ -148,6 +152,14 @@ impl Cudart {
     /// A GPU's compute capability, major and minor.
     pub(crate) fn compute_capability(&self, device: c_int) -> Result<(c_int, c_int)> {
         Ok((self.attribute(CAPABILITY[0], device)?, self.attribute(CAPABILITY[1], device)?))
+    }
+
+    /// What a GPU has that some kernels are launched by.
+    pub(crate) fn limits(&self, device: c_int) -> Result<Limits> {
+        Ok(Limits {
+            shared_memory: self.attribute(SHARED_MEMORY, device)?.into(),
+            multiprocessors: self.attribute(MULTIPROCESSORS, device)?.into(),
+        })
     }
 
     fn attribute(&self, attribute: c_int, device: c_int) -> Result<c_int> {
@@ -315,6 +327,14 @@ impl Cudart {
         }
         Err(self.error(call, code))
     }
+}
+
+/// What a GPU has that some kernels are launched by.
+pub(crate) struct Limits {
+    /// The bytes of shared memory that a block can have, where its launcher asks for them.
+    pub(crate) shared_memory: i64,
+    /// How many multiprocessors there are.
+    pub(crate) multiprocessors: i64,
 }
 
 /// Device memory of the report's own.

@@ -276,7 +276,7 @@ fn parts(row: &'static Row, operands: &[Operand<'_, '_>], checked: &Checked) -> 
     };
     let divided = row.tensors().filter(|(_, _, tensor)| is_divided(tensor));
     let layouts = divided.filter_map(|(i, ..)| operands[i].layout());
-    let step = layouts.map(covered).min().unwrap_or(count).clamp(1, count.max(1));
+    let step = layouts.map(covered).min().unwrap_or(count).min(checked.at_once).clamp(1, count.max(1));
     (0..count).step_by(step as usize).map(move |start| (start, step.min(count - start)))
 }
 

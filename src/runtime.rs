@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::artifact::{self, Artifact, Location};
-use crate::cuda::Cudart;
+use crate::cuda::{Cudart, Limits};
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::ffi::dlpack::DLTensor;
@@ -101,6 +101,8 @@ struct GpuState {
     lost: OnceLock<(i32, String)>,
     /// Held by a call that sets something about its kernel and then launches it.
     turn: Turns,
+    /// What it has, once it was asked.
+    limits: OnceLock<Limits>,
 }
 
 /// The process's one runtime: TVM-FFI, CUDA's runtime and the kernel modules, loaded and checked.
@@ -391,6 +393,19 @@ impl FlashInferRuntime {
                 FlashInferError::ContextLost { device, code: *code, message: message.clone() }
             }
             None => error,
+        }
+    }
+
+    /// What a device has that some kernels are launched by; none where there is no such device.
+    #[inline]
+    pub(crate) fn limits(&self, device: u32) -> Option<&Limits> {
+        let state = self.devices().ok()?.get(device as usize)?;
+        match state.limits.get() {
+            Some(limits) => Some(limits),
+            None => {
+                let limits = self.cudart().ok()?.limits(device as i32).ok()?;
+                Some(state.limits.get_or_init(|| limits))
+            }
         }
     }
 

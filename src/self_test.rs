@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use half::{bf16, f16};
 
-use crate::contract::{Contents, Dimensions, Dtype, Kind, Operand, Role, Row, Tensor};
+use crate::contract::{Contents, Dimensions, Dtype, From, Kind, Operand, Role, Row, Tensor};
 use crate::cuda::Buffer;
 use crate::engine::Entry;
 use crate::error::Result;
@@ -56,7 +56,12 @@ fn run(runtime: &'static FlashInferRuntime, kernel: Entry, device: u32, dtype: D
     let row = kernel.row;
     let cudart = runtime.cudart()?;
     let _current = cudart.set_current(runtime.checked_device(Device::Cuda(device))?)?;
-    let sizes = row.dimensions_from(|i| row.dimensions[i].examples.first().copied().unwrap_or(1));
+    let sizes = row.dimensions_from(|i| match row.dimensions[i].from {
+        // The rows that have it have the lead's.
+        From::ElementSize(_) => dtype.size() as i64,
+        From::Gpu(limit) => limit.of(Device::Cuda(device)),
+        _ => row.dimensions[i].examples.first().copied().unwrap_or(1),
+    });
     let mut host: Vec<Option<Memory>> = Vec::new();
     for (i, argument) in row.arguments.iter().enumerate() {
         host.push(match &argument.kind {
@@ -112,11 +117,18 @@ type OnHost = (DType, Vec<u8>, Vec<i64>);
 fn worst(kernel: Entry, on_device: &[Option<(DType, Buffer)>], on_host: &[Option<OnHost>]) -> Result<f64> {
     let mut worst = 0f64;
     for (i, _, tensor) in kernel.row.tensors() {
-        if !matches!(tensor.role, Role::Out | Role::InPlace) {
+        if !matches!(tensor.role, Role::Out | Role::Unordered | Role::InPlace) {
             continue;
         }
-        if let (Some((dtype, buffer)), Some((expected_dtype, expected, _))) = (&on_device[i], &on_host[i]) {
-            let error = relative_error(&decode(&buffer.download()?, *dtype), &decode(expected, *expected_dtype));
+        if let (Some((dtype, buffer)), Some((expected_dtype, expected, shape))) = (&on_device[i], &on_host[i]) {
+            let mut found = decode(&buffer.download()?, *dtype);
+            let mut expected = decode(expected, *expected_dtype);
+            if tensor.role == Role::Unordered {
+                let columns = shape.last().map_or(1, |&columns| columns.max(1) as usize);
+                let rows = found.chunks_mut(columns).chain(expected.chunks_mut(columns));
+                rows.for_each(|row| row.sort_by(f64::total_cmp));
+            }
+            let error = relative_error(&found, &expected);
             // A NaN is no small error.
             worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
         }
@@ -191,11 +203,19 @@ impl Memory {
                 (0..count as i64).map(|i| (sizes[whole] * i / sizes[parts].max(1)) as f64).collect()
             }
             Contents::Turns(among) => (0..count as i64).map(|i| (i % sizes[among].max(1)) as f64).collect(),
+            Contents::Distinct(columns) => (0..count as i64).map(|i| distinct(i, sizes[columns].max(1))).collect(),
             Contents::Rounds(among) => (0..count as i64).map(|i| (i / sizes[among].max(1)) as f64).collect(),
             Contents::Zeros => vec![0.0; count],
         };
         Self { dtype, shape, values }
     }
+}
+
+/// Of whole numbers around 0, as many as there are columns, each once in a row: in steps of a prime number, and in another order
+/// in each row.
+fn distinct(i: i64, columns: i64) -> f64 {
+    let (row, column) = (i / columns, i % columns);
+    ((column * 7919 + row * 31) % columns - columns / 2) as f64
 }
 
 /// A number between 0 and 1 (splitmix64), the same everywhere.

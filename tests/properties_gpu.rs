@@ -19,7 +19,8 @@ use flashinfer_rs::kernels::norm::{
     rmsnorm, rmsnorm_quant,
 };
 use flashinfer_rs::kernels::quantization::{BitOrder, packbits};
-use flashinfer_rs::{CuSeqlens, Stream, TensorMut, TensorRef};
+use flashinfer_rs::kernels::topk::{radix_topk, radix_topk_page_table_transform, radix_topk_ragged_transform};
+use flashinfer_rs::{CuSeqlens, Placed, Stream, TensorMut, TensorRef};
 use gpu::Gpu;
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -35,10 +36,10 @@ fn main() -> ExitCode {
             CALLS.iter().for_each(|&(kernel, call)| rows::valid(gpu, rows::row(kernel), 60, call));
         }),
         ("calls_that_break_their_row_in_one_place_are_refused_by_name", |gpu| {
-            CALLS.iter().for_each(|&(kernel, call)| rows::invalid(gpu, rows::row(kernel), 200, call));
+            CALLS.iter().chain(UNORDERED).for_each(|&(kernel, call)| rows::invalid(gpu, rows::row(kernel), 200, call));
         }),
         ("sizes_that_break_a_relation_are_refused_by_name", |_| {
-            CALLS.iter().for_each(|&(kernel, call)| rows::limits(rows::row(kernel), 2000, call));
+            CALLS.iter().chain(UNORDERED).for_each(|&(kernel, call)| rows::limits(rows::row(kernel), 2000, call));
         }),
     ])
 }
@@ -111,6 +112,35 @@ const CALLS: &[(&str, rows::Function)] = &[
     ("packbits", |call, s| {
         let order = if call.word("bitorder") == c"big" { BitOrder::Big } else { BitOrder::Little };
         packbits(&mut call.write("y"), &call.read("x"), order, s)
+    }),
+];
+
+/// Those whose results come in any order, which their own tests look at: here they are only refused.
+const UNORDERED: &[(&str, rows::Function)] = &[
+    ("radix_topk", |call, s| {
+        let (top_k, input) = (call.whole("top_k"), call.read("input"));
+        radix_topk(&mut call.write("output_indices"), &mut call.write("output_values"), &input, top_k, s)
+    }),
+    ("radix_topk_page_table_transform", |call, s| {
+        let (top_k, input, tables) = (call.whole("top_k"), call.read("input"), call.read("src_page_table"));
+        // SAFETY: no such call is launched.
+        let rows = unsafe { Placed::from_lengths(call.read("lengths"), 0) };
+        let mut output = call.write("output_page_table");
+        radix_topk_page_table_transform(&mut output, &input, &tables, &rows, top_k, s)
+    }),
+    ("radix_topk_page_table_transform of requests", |call, s| {
+        let (top_k, input, tables) = (call.whole("top_k"), call.read("input"), call.read("src_page_table"));
+        let (lengths, row_to_batch) = (call.read("lengths"), call.read("maybe_row_to_batch"));
+        // SAFETY: no such call is launched.
+        let rows = unsafe { Placed::from_lengths_of_requests(lengths, row_to_batch, (0, 0)) };
+        let mut output = call.write("output_page_table");
+        radix_topk_page_table_transform(&mut output, &input, &tables, &rows, top_k, s)
+    }),
+    ("radix_topk_ragged_transform", |call, s| {
+        let (top_k, input, offsets) = (call.whole("top_k"), call.read("input"), call.read("offsets"));
+        // SAFETY: no such call is launched.
+        let rows = unsafe { Placed::from_lengths(call.read("lengths"), 0) };
+        radix_topk_ragged_transform(&mut call.write("output_indices"), &input, &offsets, &rows, top_k, s)
     }),
 ];
 

@@ -117,10 +117,14 @@ fn every_row_makes_sense() {
                     known(dimension);
                     assert!((most as u64).is_power_of_two(), "{name}: {argument}");
                 }
+                Alignment::Access { dimension, bytes } => {
+                    known(dimension);
+                    assert!(bytes.is_power_of_two(), "{name}: {argument}");
+                }
             }
             match tensor.contents {
                 Contents::Offsets(parts, whole) => [parts, whole].into_iter().for_each(known),
-                Contents::Turns(among) | Contents::Rounds(among) => known(among),
+                Contents::Turns(among) | Contents::Rounds(among) | Contents::Distinct(among) => known(among),
                 Contents::Uniform(_) | Contents::Between(..) | Contents::Zeros => {}
             }
             if let Strides::As(other) = tensor.strides {
@@ -145,6 +149,11 @@ fn every_row_makes_sense() {
                 From::Larger(a, b) | From::Sum(a, b) => {
                     assert!(a < at && b < at && dimension.examples.is_empty(), "{name}")
                 }
+                // Tests draw the lead's type first.
+                From::ElementSize(argument) => {
+                    assert!(argument == row.lead && dimension.examples.is_empty(), "{name}: {}", dimension.name);
+                }
+                From::Gpu(_) => assert!(dimension.examples.is_empty(), "{name}: {}", dimension.name),
             }
         }
         for relation in row.relations {

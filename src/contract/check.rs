@@ -97,6 +97,15 @@ pub(crate) struct Checked {
     pub(crate) empty: bool,
     /// Whether one launch does it.
     pub(crate) whole: bool,
+    /// How many of the first dimension one launch may have, beside what the row's extent says.
+    pub(crate) at_once: i64,
+}
+
+impl Checked {
+    /// With at most so many of the first dimension in one launch.
+    pub(crate) fn at_once(self, most: i64) -> Self {
+        Self { whole: self.whole && self.dimensions[0] <= most, at_once: most, ..self }
+    }
 }
 
 /// The condition that a call breaks: of an argument by its place, of a dimension or a relation by its number.
@@ -196,7 +205,7 @@ pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Str
             _ => {}
         }
     });
-    Ok(Checked { device: lead.device(), dimensions, empty, whole })
+    Ok(Checked { device: lead.device(), dimensions, empty, whole, at_once: i64::MAX })
 }
 
 #[inline(always)]
@@ -218,6 +227,10 @@ fn dimensions(row: &'static Row, operands: &[Operand<'_, '_>]) -> Dimensions {
             From::Larger(a, b) => dimensions[a].max(dimensions[b]),
             From::Sum(a, b) => dimensions[a].saturating_add(dimensions[b]),
             From::Number(argument) => operands[argument].whole(),
+            From::ElementSize(argument) => {
+                operands[argument].layout().map_or(1, |layout| layout.element_size() as i64)
+            }
+            From::Gpu(limit) => limit.of(lead(row, operands).device()),
         };
     });
     dimensions
@@ -281,7 +294,7 @@ pub(crate) fn stream_fits(layout: &Layout, stream: Stream<'_>) -> bool {
 pub(crate) fn aligned(tensor: &Tensor, dimensions: &Dimensions, layout: &Layout) -> bool {
     let bytes = match tensor.alignment {
         Alignment::Bytes(bytes) => bytes,
-        vector => vector.elements(dimensions, 1) as usize * layout.element_size(),
+        vector => vector.elements(dimensions, layout.element_size()) as usize * layout.element_size(),
     };
     (layout.data().addr() & (bytes - 1) == 0) | !layout.is_on_gpu()
 }

@@ -28,6 +28,8 @@ pub(crate) fn explain(
             From::Shape(argument, at) => layout(argument).map_or(0, |layout| layout.size(at)),
             From::OneLess(argument, at) => layout(argument).map_or(0, |layout| layout.size(at) - 1),
             From::Number(argument) => operands[argument].whole(),
+            From::ElementSize(argument) => layout(argument).map_or(1, |layout| layout.element_size() as i64),
+            From::Gpu(limit) => limit.of(layout(row.lead).map_or(Device::Cpu, Layout::device)),
             From::Larger(..) | From::Sum(..) => 0,
         })
     };
@@ -167,7 +169,7 @@ fn broken(
         Condition::Alignment => {
             let bytes = match spec.alignment {
                 Alignment::Bytes(bytes) => bytes,
-                Alignment::Vector { .. } => vector as usize * layout.dtype().size(),
+                Alignment::Vector { .. } | Alignment::Access { .. } => vector as usize * layout.dtype().size(),
             };
             (format!("at {:p}", layout.data()), format!("memory aligned to {bytes} bytes"))
         }

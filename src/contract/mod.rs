@@ -16,7 +16,8 @@ pub(crate) use check::{Checked, Fault, Operand, aligned, check, stream_fits, unr
 pub(crate) use explain::explain;
 pub use table::{arguments, index};
 
-use crate::tensor::DType;
+use crate::runtime::FlashInferRuntime;
+use crate::tensor::{DType, Device};
 
 /// The most arguments that a kernel takes.
 pub const MAX_ARGUMENTS: usize = 24;
@@ -160,6 +161,8 @@ pub enum Role {
     In,
     /// It is written, whatever was there.
     Out,
+    /// As [`Out`](Self::Out); what is written to a row of the last dimension comes in any order.
+    Unordered,
     /// It is read and written.
     InPlace,
     /// It is scratch memory of the kernel's.
@@ -220,6 +223,13 @@ pub enum Alignment {
         /// The longest vector, in elements.
         most: i64,
     },
+    /// As [`Vector`](Self::Vector), where the longest one has so many bytes, whatever the elements are.
+    Access {
+        /// The dimension that is divided into vectors.
+        dimension: usize,
+        /// The longest vector, in bytes.
+        bytes: usize,
+    },
 }
 
 /// What a test fills a tensor with.
@@ -233,6 +243,8 @@ pub enum Contents {
     Offsets(usize, usize),
     /// Indices into this dimension, in turn: 0, 1, 2 and so on, and 0 again behind the last.
     Turns(usize),
+    /// Whole numbers of which no two that lie in one row, as long as this dimension, are the same, in no order.
+    Distinct(usize),
     /// How often [`Turns`](Self::Turns) of this dimension began anew: with those, pairs of which no two are the same.
     Rounds(usize),
     /// Zeros.
@@ -267,6 +279,34 @@ pub enum From {
     Sum(usize, usize),
     /// The whole number that an argument is; of one that is on or off, 1 or 0.
     Number(usize),
+    /// The bytes of an argument's elements.
+    ElementSize(usize),
+    /// What the lead argument's GPU has. On the host and where there is no GPU to be asked, what the largest have.
+    Gpu(Limit),
+}
+
+/// What GPUs differ in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// The bytes of shared memory that a block can have.
+    SharedMemory,
+    /// How many multiprocessors there are.
+    Multiprocessors,
+}
+
+impl Limit {
+    /// What it is on a device.
+    #[inline]
+    pub fn of(self, device: Device) -> i64 {
+        let known = match device {
+            Device::Cuda(id) => FlashInferRuntime::get().and_then(|runtime| runtime.limits(id)),
+            Device::Cpu => None,
+        };
+        match self {
+            Self::SharedMemory => known.map_or(227 << 10, |limits| limits.shared_memory),
+            Self::Multiprocessors => known.map_or(132, |limits| limits.multiprocessors),
+        }
+    }
 }
 
 /// What dimensions must be to each other.
@@ -375,7 +415,7 @@ impl Row {
             dimensions[i] = match dimension.from {
                 From::Larger(a, b) => dimensions[a].max(dimensions[b]),
                 From::Sum(a, b) => dimensions[a] + dimensions[b],
-                From::Shape(..) | From::OneLess(..) | From::Number(_) => given(i),
+                From::Shape(..) | From::OneLess(..) | From::Number(_) | From::ElementSize(_) | From::Gpu(_) => given(i),
             };
         }
         dimensions
@@ -414,6 +454,10 @@ impl Alignment {
         match self {
             Self::Bytes(bytes) => (bytes as i64 / size as i64).max(1),
             Self::Vector { dimension, most } => 1 << dimensions[dimension].trailing_zeros().min(most.trailing_zeros()),
+            Self::Access { dimension, bytes } => {
+                let most = (bytes / size).max(1);
+                1 << dimensions[dimension].trailing_zeros().min(most.trailing_zeros())
+            }
         }
     }
 }

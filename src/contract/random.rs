@@ -61,21 +61,27 @@ impl Call {
     /// One that keeps the row; none where the sizes that were drawn do not.
     fn draw(row: &'static Row, device: Device, choices: &mut Choices<'_>) -> Option<(Self, Memory)> {
         let on_host = device == Device::Cpu;
+        let lead = tensor(row, row.lead);
+        let dtype = choices.of(lead.dtype.allowed(on_host));
         let drawn: Vec<i64> = row
             .dimensions
             .iter()
-            .map(|dimension| if dimension.examples.is_empty() { 1 } else { choices.of(dimension.examples) })
+            .map(|dimension| match dimension.from {
+                // The rows that have it have the lead's.
+                From::ElementSize(_) => dtype.size() as i64,
+                From::Gpu(limit) => limit.of(device),
+                _ if dimension.examples.is_empty() => 1,
+                _ => choices.of(dimension.examples),
+            })
             .collect();
         let sizes = row.dimensions_from(|i| drawn[i]);
         let holds = |relation: &super::Relation| (on_host && relation.only_on_gpu) || (relation.holds)(&sizes);
         if !row.relations.iter().all(holds) {
             return None;
         }
-        let lead = tensor(row, row.lead);
         if row.shape(lead, &sizes).iter().product::<i64>() > MOST {
             return None;
         }
-        let dtype = choices.of(lead.dtype.allowed(on_host));
         let mut memory = Memory::new();
         let mut tensors: Vec<Option<Given>> = Vec::new();
         for argument in row.arguments {
@@ -276,7 +282,7 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
         for at in 0..rank {
             let decided = row.dimensions.iter().position(|dimension| match dimension.from {
                 From::Shape(argument, size) | From::OneLess(argument, size) => (argument, size) == (i, at),
-                From::Larger(..) | From::Sum(..) | From::Number(_) => false,
+                From::Larger(..) | From::Sum(..) | From::Number(_) | From::ElementSize(_) | From::Gpu(_) => false,
             });
             let decides = decided.is_some();
             // One may be larger that makes no other tensor larger: of pages that are listed, for example, or of bits that fill up

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::explain::{joined, names, number};
-use super::{Alignment, Attributes, Dtype, Kind, Pdl, Reports, Role, Row, RunsOn, Strides};
+use super::{Alignment, Attributes, Dtype, From, Kind, Pdl, Reports, Role, Row, RunsOn, Strides};
 
 /// The table of a kernel's tensors, as it stands in its function's documentation.
 pub fn arguments(row: &Row) -> String {
@@ -21,6 +21,7 @@ pub fn arguments(row: &Row) -> String {
             Role::In if tensor.optional => "read, optional",
             Role::In => "read",
             Role::Out => "written",
+            Role::Unordered => "written, each row in any order",
             Role::InPlace => "read and written",
             Role::Workspace => "scratch memory",
         };
@@ -34,8 +35,13 @@ pub fn arguments(row: &Row) -> String {
         let alignment = match tensor.alignment {
             Alignment::Bytes(1) => "at any address".to_owned(),
             Alignment::Bytes(bytes) => format!("aligned to {bytes} bytes"),
+            Alignment::Vector { most: 1, .. } => "aligned to an element".to_owned(),
             Alignment::Vector { dimension, most } => {
                 format!("aligned to gcd({most}, {}) elements", row.dimensions[dimension].name)
+            }
+            Alignment::Access { dimension, bytes } => {
+                let name = row.dimensions[dimension].name;
+                format!("aligned to gcd({bytes} bytes' elements, {name}) elements")
             }
         };
         let _ = writeln!(table, "| `{name}` | `{}` | {dtype} | {role}; {strides}; {alignment} |", names(row, tensor));
@@ -69,7 +75,9 @@ pub fn index(rows: &[&Row]) -> String {
         if !scalars.is_empty() {
             let _ = writeln!(text, "\nNumbers: {}.", scalars.join(", "));
         }
-        let limits = row.dimensions.iter().map(|d| match (d.least, d.most) {
+        // Those that are not of a shape are not the caller's to choose.
+        let chosen = row.dimensions.iter().filter(|d| !matches!(d.from, From::ElementSize(_) | From::Gpu(_)));
+        let limits = chosen.map(|d| match (d.least, d.most) {
             (least, most) if least == most => format!("{} = {least}", d.name),
             (least, most) => format!("{least} ≤ {} ≤ {most}", d.name),
         });

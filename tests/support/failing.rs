@@ -89,6 +89,11 @@ impl Cuda {
         self.told.borrow_mut().insert(row.kernel);
     }
 
+    /// How many kernels told.
+    pub fn told(&self) -> usize {
+        self.told.borrow().len()
+    }
+
     /// That every kernel of these libraries told.
     pub fn assert_all_told(&self, libraries: &[&str]) {
         let of_these = rows().into_iter().filter(|row| libraries.contains(&row.library)).map(|row| row.kernel);

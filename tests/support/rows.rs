@@ -157,6 +157,15 @@ fn keeps_relations(row: &Row, dimensions: &Dimensions) -> bool {
     nothing || row.relations.iter().all(|relation| (relation.holds)(dimensions))
 }
 
+/// A dimension that is not drawn as others are: of the type that the lead is to have, or of the GPU.
+fn fixed(row: &Row, from: From, random: &mut Random) -> Option<i64> {
+    match (from, &row.arguments[row.lead].kind) {
+        (From::ElementSize(_), Kind::Tensor(lead)) => Some(random.pick(lead.dtype.allowed(false)).size() as i64),
+        (From::Gpu(limit), _) => Some(limit.of(Device::Cuda(0))),
+        _ => None,
+    }
+}
+
 /// Dimensions within their limits, some of them the row's examples, that are kept or broken as `fit` says.
 fn dimensions(row: &Row, random: &mut Random, most: i64, fit: impl Fn(&Dimensions) -> bool) -> Option<Dimensions> {
     for _ in 0..2000 {
@@ -169,7 +178,7 @@ fn dimensions(row: &Row, random: &mut Random, most: i64, fit: impl Fn(&Dimension
                 // Few, so that dimensions that must divide each other often do.
                 _ => 1 + random.below(most.min(4)),
             };
-            given[i] = given[i].clamp(dimension.least, dimension.most);
+            given[i] = fixed(row, dimension.from, random).unwrap_or(given[i]).clamp(dimension.least, dimension.most);
         }
         let dimensions = row.dimensions_from(|i| given[i]);
         let within = row.dimensions.iter().zip(&dimensions).all(|(d, size)| (d.least..=d.most).contains(size));
@@ -196,10 +205,13 @@ fn plans(row: &'static Row, random: &mut Random, dimensions: Dimensions) -> Plan
     let mut types = vec![DType::U8; row.arguments.len()];
     // Those that follow another come after all that do not.
     for (i, _, tensor) in row.tensors() {
-        if let Some(&dtype) =
-            Some(tensor.dtype.allowed(false)).filter(|all| !all.is_empty()).map(|all| random.pick(all))
-        {
-            types[i] = dtype;
+        let size = row.dimensions.iter().zip(&dimensions).find_map(|(dimension, &size)| {
+            matches!(dimension.from, From::ElementSize(of) if of == i).then_some(size as usize)
+        });
+        let all = tensor.dtype.allowed(false).iter().copied();
+        let all: Vec<_> = all.filter(|dtype| size.is_none_or(|size| dtype.size() == size)).collect();
+        if !all.is_empty() {
+            types[i] = *random.pick(&all);
         }
     }
     for (i, _, tensor) in row.tensors() {
@@ -277,6 +289,10 @@ fn contents(tensor: &Tensor, dimensions: &Dimensions, random: &mut Random, count
             (0..count as i64).map(|i| (whole * i / parts) as f64).collect()
         }
         Contents::Turns(among) => (0..count as i64).map(|i| (i % dimensions[among].max(1)) as f64).collect(),
+        Contents::Distinct(columns) => {
+            let columns = dimensions[columns].max(1);
+            (0..count as i64).map(|i| (i % columns * 7919 % columns) as f64).collect()
+        }
         Contents::Rounds(among) => (0..count as i64).map(|i| (i / dimensions[among].max(1)) as f64).collect(),
         Contents::Zeros => vec![0.0; count],
     }
@@ -338,7 +354,7 @@ impl Memory {
         // More than it needs, so that a wrong view that was let through reads no foreign memory.
         let len = plan.len() as usize + 64;
         let (mut bytes, mut host) = (vec![UNWRITTEN; len * size], vec![UNWRITTEN; len * host_size]);
-        if tensor.role != Role::Out {
+        if !matches!(tensor.role, Role::Out | Role::Unordered) {
             let places = plan.places();
             let values = contents(tensor, dimensions, random, places.len());
             for (&place, &value) in places.iter().zip(&values) {
@@ -596,7 +612,7 @@ fn broken(row: &'static Row, random: &mut Random, plans: &mut Plans) -> Option<(
                 4 => {
                     let bytes = match spec.alignment {
                         Alignment::Bytes(bytes) => bytes,
-                        Alignment::Vector { .. } => elements as usize * plan.dtype.size(),
+                        Alignment::Vector { .. } | Alignment::Access { .. } => elements as usize * plan.dtype.size(),
                     };
                     if bytes <= plan.dtype.size() {
                         return None;
@@ -668,7 +684,7 @@ fn dimensions_far(row: &Row, random: &mut Random, fit: impl Fn(&Dimensions) -> b
                 1 => 1 + random.below(far),
                 _ => 1 + random.below(4),
             };
-            given[i] = given[i].clamp(dimension.least, dimension.most);
+            given[i] = fixed(row, dimension.from, random).unwrap_or(given[i]).clamp(dimension.least, dimension.most);
         }
         let dimensions = row.dimensions_from(|i| given[i]);
         if fit(&dimensions) {
