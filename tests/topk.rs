@@ -392,6 +392,17 @@ mod real {
         });
     }
 
+    /// For a test that is alone in its process.
+    fn set_variable(value: Option<&str>) {
+        // SAFETY: no other thread reads the environment meanwhile.
+        unsafe {
+            match value {
+                Some(value) => std::env::set_var(VARIABLE, value),
+                None => std::env::remove_var(VARIABLE),
+            }
+        }
+    }
+
     /// What one launch of upstream's comes to, for sizes that it is given whatever comes of it.
     #[derive(Debug, PartialEq, Eq)]
     enum Upstream {
@@ -453,11 +464,7 @@ mod real {
                 cuda.set("shared_per_multiprocessor", multiprocessor);
                 cuda.set("multiprocessors", multiprocessors);
                 for value in [None, Some("filtered"), Some("multi_cta"), Some("something else")] {
-                    // SAFETY: this test is alone in its process, and no other thread reads the environment.
-                    match value {
-                        Some(value) => unsafe { std::env::set_var(VARIABLE, value) },
-                        None => unsafe { std::env::remove_var(VARIABLE) },
-                    }
+                    set_variable(value);
                     for dtype in [DType::F32, DType::F16, DType::BF16] {
                         for d in sizes(i64::from(block), dtype.size() as i64) {
                             for rows in [1, 2, 3, 4, 5, 17] {
@@ -526,8 +533,7 @@ mod real {
             assert_eq!(launches(265, 20001, 3), (3, 1));
             // The filtered one has a block for each row.
             assert_eq!(launches(1000, 4096, 50), (1, 1000));
-            // SAFETY: this test is alone in its process, and no other thread reads the environment.
-            unsafe { std::env::set_var(VARIABLE, "multi_cta") };
+            set_variable(Some("multi_cta"));
             assert_eq!(launches(1000, 4096, 50), (8, 76));
 
             let before = cuda.get("launches");
