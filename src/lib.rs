@@ -31,10 +31,15 @@
 //!
 //! # What is here
 //! - [`FlashInferRuntime`]: finds, checks and loads the libraries, once per process.
-//! - [`kernels::norm`]: RMSNorm, its Gemma, fused and 8-bit forms, and LayerNorm; [`kernels::gdn`]: prefill of the gated delta
-//!   rule. On [`TensorRef`] and [`TensorMut`], over cudarc's buffers or host slices; all safe but for
-//!   [`gdn_prefill`](kernels::gdn::gdn_prefill), whose safe form is `GdnPrefillContext`. Tensors on the host are computed by
-//!   the [reference](mod@reference), in f64. Every other family is there too: see [`kernels`].
+//! - The kernels, a module for each family, on [`TensorRef`] and [`TensorMut`], over cudarc's buffers or host slices. What a
+//!   decoder needs beside its matrix products and attention: [`norm`](kernels::norm), [`activation`](kernels::activation),
+//!   [`rope`](kernels::rope), [`page`](kernels::page) and [`sampling`](kernels::sampling). And
+//!   [`gdn`](kernels::gdn), prefill of the gated delta rule; [`cascade`](kernels::cascade), merging the states of attention;
+//!   [`topk`](kernels::topk) and [`quantization`](kernels::quantization). Where a safe function could not be sound there is an
+//!   `unsafe` one that says why, and mostly a safe form beside it. Tensors on the host are computed by the
+//!   [reference](mod@reference), in f64.
+//! - Indices that steer kernels, made of host data that is checked: [`PageTable`] and its [`Tokens`], [`Positions`], and with the
+//!   feature `cudarc` `OnDevice`, such data with its copy on a GPU. [`CosSinCache`]: the angles of rotary embeddings.
 //! - The flat functions, [`gemma_rmsnorm`] and [`gdn_prefill_sm90`], on raw device pointers; with the feature `cudarc`
 //!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options`.
 //! - For many small launches: [`FlashInferRuntime::on`], which sets a stream once for a series of calls; [`Prepared`], a call
@@ -50,6 +55,14 @@
 //! |---|---|---|
 //! | `norm` | yes | vendors `norm.so` |
 //! | `gdn-prefill` | yes | vendors `gdn_prefill_sm90.so` |
+//! | `activation` | no | vendors `silu_and_mul.so`, `gelu_and_mul.so` and `gelu_tanh_and_mul.so` |
+//! | `rope` | no | vendors `rope.so` |
+//! | `page` | no | vendors `page.so` |
+//! | `sampling` | no | vendors `sampling.so` |
+//! | `decoder` | no | `norm`, `activation`, `rope`, `page` and `sampling` |
+//! | `cascade` | no | vendors `cascade.so` |
+//! | `topk` | no | vendors `topk.so` |
+//! | `quantization` | no | vendors `quantization.so` |
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
