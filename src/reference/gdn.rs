@@ -51,8 +51,10 @@ function!(gdn_prefill, |args| {
                     row.iter_mut().for_each(|s| *s *= decay);
                     let correction = rate * (value[i] - dot(row, &key));
                     row.iter_mut().zip(&key).for_each(|(s, k)| *s += correction * k);
-                    output.set(&[token, head, i], scale * dot(row, &query))?;
+                    // What it was is not needed any more.
+                    value[i] = scale * dot(row, &query);
                 }
+                output.write(&[token, head], &value)?;
             }
             output_state.write(&[sequence, head], &state)?;
         }

@@ -362,7 +362,11 @@ impl<'a> HostTensor<'a> {
         self.below(index, values.len(), |index, i| self.at(index).map(|value| values[i] = value))
     }
 
+    /// Writes floating-point numbers to all that lies below a leading index, row-major.
     fn write(&self, index: &[usize], values: &[f64]) -> std::result::Result<(), Raised> {
+        if matches!(self.dtype, DType::U8 | DType::I32 | DType::I64) {
+            return Err(self.not_a_float(self.dtype));
+        }
         self.below(index, values.len(), |index, i| self.set(index, values[i]))
     }
 
