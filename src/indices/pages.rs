@@ -48,7 +48,7 @@ impl PageTable {
     /// Of no request yet, for a cache of `pages` pages of `page_size` tokens each, and sequences of at most `longest` tokens.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a number that is not within 1 and 2³¹ − 1.
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a number that is not within 1 and 2³¹ − 1.
     pub fn new(page_size: i64, pages: i64, longest: i64) -> Result<Self> {
         for (name, number) in [("page_size", page_size), ("pages", pages), ("longest", longest)] {
             if !(1..=MOST).contains(&number) {
@@ -62,7 +62,7 @@ impl PageTable {
     /// requests before it.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a page that the cache has not, for tokens that the pages have
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a page that the cache has not, for tokens that the pages have
     /// no room for, for a sequence that is too long, and for more pages of all requests than 32 bits can count tokens in.
     pub fn push(&mut self, pages: &[i32], length: i64) -> Result<usize> {
         self.check_pages(pages)?;
@@ -74,7 +74,7 @@ impl PageTable {
     /// Adds pages behind those of a request.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a request that there is not, and as for [`push`](Self::push).
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a request that there is not, and as for [`push`](Self::push).
     pub fn extend(&mut self, request: usize, pages: &[i32]) -> Result<()> {
         self.check_pages(pages)?;
         let count = self.requests.len();
@@ -88,7 +88,7 @@ impl PageTable {
     /// Takes a request out; those behind it move up by one. Answers its pages.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a request that there is not.
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a request that there is not.
     pub fn remove(&mut self, request: usize) -> Result<Vec<i32>> {
         match request < self.requests.len() {
             true => Ok(self.requests.remove(request).pages),
@@ -99,7 +99,7 @@ impl PageTable {
     /// Makes a request shorter: of its tokens the first `length` stay, as after a speculation of which the rest was refused.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for a request that there is not, or one that is shorter already.
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a request that there is not, or one that is shorter already.
     pub fn truncate(&mut self, request: usize, length: i64) -> Result<()> {
         let count = self.requests.len();
         match self.requests.get_mut(request) {
@@ -116,7 +116,7 @@ impl PageTable {
     /// Adds so many tokens to each request, in its order, and answers where they go. After an error nothing is changed.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for another number of counts than there are requests, a negative
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for another number of counts than there are requests, a negative
     /// one, a sequence that becomes too long, pages that are [missing](Self::missing_pages), and for two requests that would
     /// write the same entry of a page that they share.
     pub fn append(&mut self, counts: &[i64]) -> Result<Tokens> {
@@ -291,7 +291,7 @@ impl Tokens {
     /// it can be given larger tables later. What is left is filled with requests without pages.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for less than there is, or more than 32 bits count.
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for less than there is, or more than 32 bits count.
     pub fn with_room_for(mut self, pages: usize, requests: usize) -> Result<Self> {
         let (least, has) = (self.indices.len(), self.last_page_len.len());
         if pages < least || requests < has || pages as i64 > MOST || requests as i64 > MOST {

@@ -2,7 +2,7 @@
 //!
 //! A paged cache is two buffers, of keys and of values, each divided into pages of a fixed number of tokens
 //! ([`PagedKvCache`]). Which pages a request has, and where a step's tokens go, says a [`PageTable`](crate::PageTable), whose
-//! [`append`](crate::PageTable::append) answers [`Tokens`](crate::Tokens): indices that were checked on the host and are owned
+//! [`append`](crate::PageTable::append) answers [`Tokens`]: indices that were checked on the host and are owned
 //! together with their copy on the GPU. Upstream looks at no index: a wrong one writes anywhere. Indices that were computed on
 //! the GPU come in by [`Placed::from_tensors`], which is `unsafe`.
 //!
