@@ -38,6 +38,9 @@ pub(crate) struct Cudart {
     memory: Option<Memory>,
     last_error: Option<LastError>,
     capture_state: Option<CaptureState>,
+    /// Only this crate's own kernels need it.
+    #[cfg(feature = "cudarc")]
+    kernels: Option<Kernels>,
 }
 
 /// The last argument is a `cudaGraphExecUpdateResultInfo`.
@@ -64,6 +67,61 @@ struct LastError {
 struct CaptureState {
     stream_is_capturing: unsafe extern "C" fn(*mut c_void, *mut c_int) -> c_int,
     thread_exchange_stream_capture_mode: unsafe extern "C" fn(*mut c_int) -> c_int,
+}
+
+/// What loads kernels from memory and launches them.
+#[cfg(feature = "cudarc")]
+#[derive(Clone, Copy)]
+struct Kernels {
+    /// Library, code, options of the translation with their values and number, those of the library likewise.
+    load: unsafe extern "C" fn(
+        *mut *mut c_void,
+        *const c_char,
+        *const c_int,
+        *mut *mut c_void,
+        u32,
+        *const c_int,
+        *mut *mut c_void,
+        u32,
+    ) -> c_int,
+    get: unsafe extern "C" fn(*mut Kernel, *mut c_void, *const c_char) -> c_int,
+    attributes: unsafe extern "C" fn(*mut [u64; ATTRIBUTES], Kernel) -> c_int,
+    launch: unsafe extern "C" fn(Kernel, Dim3, Dim3, *mut *mut c_void, usize, *mut c_void) -> c_int,
+}
+
+/// Room for a `cudaFuncAttributes`, and for what a later release may add to it, in words.
+#[cfg(feature = "cudarc")]
+const ATTRIBUTES: usize = 128;
+
+/// `dim3`.
+#[cfg(feature = "cudarc")]
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Dim3 {
+    x: u32,
+    y: u32,
+    z: u32,
+}
+
+/// A kernel of a library that was loaded from memory: a `cudaKernel_t`, which every device of the process may run.
+#[cfg(feature = "cudarc")]
+pub(crate) type Kernel = *mut c_void;
+
+#[cfg(feature = "cudarc")]
+impl Kernels {
+    /// # Safety
+    /// `library` must be libcudart.so.13.
+    unsafe fn resolve(library: &Library) -> Result<Self> {
+        // SAFETY: the caller's promise; the types are those of cuda_runtime_api.h.
+        unsafe {
+            Ok(Self {
+                load: library.symbol(c"cudaLibraryLoadData")?,
+                get: library.symbol(c"cudaLibraryGetKernel")?,
+                attributes: library.symbol(c"cudaFuncGetAttributes")?,
+                launch: library.symbol(c"cudaLaunchKernel")?,
+            })
+        }
+    }
 }
 
 impl Memory {
@@ -128,6 +186,8 @@ impl Cudart {
                 memory: Memory::resolve(library).ok(),
                 last_error: LastError::resolve(library).ok(),
                 capture_state: CaptureState::resolve(library).ok(),
+                #[cfg(feature = "cudarc")]
+                kernels: Kernels::resolve(library).ok(),
             })
         }
     }
@@ -246,11 +306,85 @@ impl Cudart {
         }
     }
 
+    /// Kernels by their names, out of PTX that the driver translates for each device on its first launch there. They stay for as
+    /// long as the process does.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn load_kernels<const N: usize>(&self, ptx: &'static CStr, names: [&CStr; N]) -> Result<[Kernel; N]> {
+        let kernels = self.kernels()?;
+        let mut library = ptr::null_mut();
+        let (none, nothing) = (ptr::null(), ptr::null_mut());
+        self.without_breaking_captures(|| {
+            // SAFETY: the code ends with a zero byte; a handle is written through a pointer that is valid for the call; there
+            // are no options.
+            let code = unsafe { (kernels.load)(&mut library, ptx.as_ptr(), none, nothing, 0, none, nothing, 0) };
+            self.check("cudaLibraryLoadData", code)
+        })?;
+        let mut found = [ptr::null_mut(); N];
+        for (kernel, name) in found.iter_mut().zip(names) {
+            // SAFETY: the library was loaded above and is never unloaded; a handle is written likewise.
+            let code = unsafe { (kernels.get)(kernel, library, name.as_ptr()) };
+            self.check("cudaLibraryGetKernel", code)?;
+        }
+        Ok(found)
+    }
+
+    /// Translates and loads a kernel for the current device, which its first launch would do otherwise.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn prepare(&self, kernel: Kernel) -> Result<()> {
+        let kernels = self.kernels()?;
+        let mut attributes = [0; ATTRIBUTES];
+        // SAFETY: the kernel is one of `load_kernels`; its attributes are written through a pointer that is valid for the call,
+        // to more room than they take.
+        let code = self.without_breaking_captures(|| unsafe { (kernels.attributes)(&mut attributes, kernel) });
+        self.check("cudaFuncGetAttributes", code)
+    }
+
+    /// Launches a kernel on the current device with so many blocks of so many threads; CUDA's answer.
+    ///
+    /// # Safety
+    /// The kernel must be one of [`load_kernels`](Self::load_kernels), `arguments` pointers to what it takes, each of its type,
+    /// which must hold for it, and `stream` a live stream of that device.
+    #[cfg(feature = "cudarc")]
+    pub(crate) unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        (blocks, threads): (u32, u32),
+        arguments: &mut [*mut c_void],
+        stream: *mut c_void,
+    ) -> Result<c_int> {
+        let along = |x| Dim3 { x, y: 1, z: 1 };
+        // SAFETY: the caller's promise; CUDA copies the arguments before it returns.
+        Ok(unsafe {
+            (self.kernels()?.launch)(kernel, along(blocks), along(threads), arguments.as_mut_ptr(), 0, stream)
+        })
+    }
+
+    #[cfg(feature = "cudarc")]
+    fn kernels(&self) -> Result<Kernels> {
+        let searched = || vec!["the one in use has no cudaLibraryLoadData".to_owned()];
+        self.kernels.ok_or_else(|| FlashInferError::CudartMissing { searched: searched() })
+    }
+
+    /// Does what a capture forbids while one of another stream or thread goes on, which relaxed calls do not break.
+    fn without_breaking_captures<T>(&self, call: impl FnOnce() -> T) -> T {
+        const RELAXED: c_int = 2;
+        let mut mode = RELAXED;
+        let exchange = |mode: &mut c_int| {
+            // SAFETY: one number is exchanged through a pointer that is valid for the call.
+            self.capture_state.map_or(0, |capture| unsafe { (capture.thread_exchange_stream_capture_mode)(mode) })
+        };
+        let exchanged = exchange(&mut mode) == 0;
+        let result = call();
+        if exchanged {
+            exchange(&mut mode);
+        }
+        result
+    }
+
     /// The error that makes every call on the current device fail from now on, if there is one and asking for it breaks no
     /// capture on this stream.
     pub(crate) fn sticky_error(&self, stream: *mut c_void) -> Option<(c_int, String)> {
         const NOT_CAPTURING: c_int = 0;
-        const RELAXED: c_int = 2;
         let (memory, capture) = (self.memory.as_ref()?, self.capture_state);
         if let Some(capture) = capture {
             let mut status = NOT_CAPTURING;
@@ -264,18 +398,8 @@ impl Cudart {
                 return None;
             }
         }
-        // Another stream or thread may capture: what is relaxed breaks none.
-        let mut mode = RELAXED;
-        let exchange = |mode: &mut c_int| {
-            // SAFETY: one number is exchanged through a pointer that is valid for the call.
-            capture.map_or(0, |capture| unsafe { (capture.thread_exchange_stream_capture_mode)(mode) })
-        };
-        let exchanged = exchange(&mut mode) == 0;
         // SAFETY: freeing nothing does nothing, but answers what is wrong with the context.
-        let code = unsafe { (memory.free)(ptr::null_mut()) };
-        if exchanged {
-            exchange(&mut mode);
-        }
+        let code = self.without_breaking_captures(|| unsafe { (memory.free)(ptr::null_mut()) });
         let sticky = self.as_sticky(code);
         self.forget_stale_error();
         sticky

@@ -173,9 +173,21 @@ fn environment(env: &Env) -> Vec<(String, OsString, bool)> {
 
 /// Finds or fetches everything.
 pub fn prepare(env: &Env) -> Result<Toolchain> {
+    prepare_with(env, given_nvcc)
+}
+
+/// As [`prepare`], with the compiler that is pinned and told nothing by the environment, whatever stands there: for what must
+/// come out the same everywhere.
+pub fn pinned(env: &Env) -> Result<Toolchain> {
+    let mut toolchain = prepare_with(env, |_| Ok(None))?;
+    toolchain.environment.retain(|(_, _, told)| !told);
+    Ok(toolchain)
+}
+
+fn prepare_with(env: &Env, given: impl FnOnce(&Env) -> Result<Option<(PathBuf, PathBuf)>>) -> Result<Toolchain> {
     // Named before anything is downloaded: nvcc is of no use without it.
     let (host, version) = host_compiler(env)?;
-    let given = given_nvcc(env)?;
+    let given = given(env)?;
     let lock: CompilerLock = toml::from_str(LOCK).map_err(|e| Error::Refused(format!("xtask/compiler.lock: {e}")))?;
     let role = |wheel: &&Pinned| given.is_none() || wheel.role == Role::Sources;
     let wheels: Vec<&Pinned> = lock.wheels.iter().filter(role).collect();

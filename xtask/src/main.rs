@@ -6,6 +6,7 @@ mod cache;
 mod compile;
 mod compiler;
 mod features;
+mod glue;
 mod install;
 mod jit_cache;
 mod lock;
@@ -82,6 +83,12 @@ enum Command {
         #[arg(long)]
         file: Option<PathBuf>,
     },
+    /// Compile this crate's own CUDA kernels, src/glue/*.cu, to the PTX that is checked in beside them
+    Glue {
+        /// Fail where a file would change, and write nothing
+        #[arg(long)]
+        check: bool,
+    },
     /// Pack the GPU tests, the quick start, the benchmarks and the libraries into a folder for a GPU machine without Rust
     GpuBundle {
         /// The folder; `run` in it starts the tests, `bench` the benchmarks
@@ -114,6 +121,7 @@ fn run(command: Command) -> Result<()> {
         Command::Stress => stress::command(),
         Command::Bench(options) => bench::command(options),
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
+        Command::Glue { check } => glue::command(check),
         Command::GpuBundle { out } => bundle::command(&out),
     }
 }
