@@ -182,6 +182,16 @@ pub enum FlashInferError {
         expected: String,
     },
 
+    /// A call that draws random numbers was to be captured into a graph, which would draw the same ones in every launch.
+    #[error(
+        "{function} takes its random numbers by value, so that a graph would draw the same ones in every launch; call it \
+         between the graph's launches, or ask for that by Philox::frozen"
+    )]
+    FrozenRandomness {
+        /// The function that was called.
+        function: &'static str,
+    },
+
     /// A kernel raised an error through TVM-FFI.
     #[error("{function} raised {kind}: {message}")]
     TvmFfiCall {
