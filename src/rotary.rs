@@ -102,7 +102,11 @@ impl CosSinCache {
         }
         let frequencies = frequencies(rotary_dim, rope_theta, scaling)?;
         let scale = attention_factor(scaling);
-        let mut values = Vec::with_capacity(count as usize);
+        let mut values = Vec::new();
+        if values.try_reserve_exact(count as usize).is_err() {
+            let expected = "a table that the host has memory for, 4 bytes for each of its numbers";
+            return refuse("CosSinCache", "positions", format!("{positions}, which take {count} numbers"), expected);
+        }
         for position in 0..=positions {
             let angles = frequencies.iter().map(|frequency| frequency * position as f64);
             values.extend(angles.clone().map(|angle| (angle.cos() * scale) as f32));
@@ -144,7 +148,7 @@ impl CosSinCache {
 
     fn value(&self, position: usize, i: usize, part: usize) -> f32 {
         let CosSinFacts { positions, rotary_dim } = self.facts;
-        let inside = (position as i64) < positions && (i as i64) < rotary_dim / 2;
+        let inside = position < positions as usize && i < rotary_dim as usize / 2;
         if inside { self.values[position * rotary_dim as usize + part + i] } else { f32::NAN }
     }
 }
@@ -261,9 +265,26 @@ impl<'a> Placed<'a, CosSinCache> {
         let CosSinFacts { positions, rotary_dim } = self.facts();
         let whole = self.array(0);
         // Of a table of this module's own the spare row is there too.
-        match whole.shape() == [(positions + 1) * rotary_dim] {
+        match whole.shape().len() == 1 && rotary_dim > 0 && whole.shape()[0] / rotary_dim > positions {
             true => self.array_part(0, positions * rotary_dim).reshape(&[positions, rotary_dim]),
             false => Ok(whole),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CosSinCache, RopeScaling};
+    use crate::indices::{Steering, Words};
+
+    /// Interleaved kernels read up to 32 bytes past a row.
+    #[test]
+    fn behind_the_last_row_there_is_another() {
+        let own = CosSinCache::new(16, 5, 1e4, RopeScaling::None).unwrap();
+        let given = CosSinCache::from_values(&[1.0; 5 * 16], 16).unwrap();
+        for table in [own, given] {
+            let [Words::F32(values)] = table.arrays()[..] else { panic!("one array of F32") };
+            assert_eq!((table.facts().positions, values.len()), (5, 6 * 16));
         }
     }
 }

@@ -85,13 +85,38 @@ fn a_page_that_the_cache_has_not_is_refused_by_its_number() {
 }
 
 #[test]
-fn requests_that_write_one_entry_of_a_shared_page_are_refused() {
+fn tokens_are_not_written_where_another_request_has_one() {
     let mut table = PageTable::new(4, 10, 100).unwrap();
-    // Both share page 5, which is full for neither.
-    table.push(&[5], 2).unwrap();
-    table.push(&[5], 1).unwrap();
-    names(table.append(&[1, 2]), "counts", "both writing entry 2 of page 5");
-    assert!(table.append(&[1, 1]).is_ok(), "entries 2 and 1");
+    // Both share page 5, which is full for neither, and a full one.
+    table.push(&[3, 5], 6).unwrap();
+    table.push(&[3, 5], 5).unwrap();
+    // Both at once, the one with fewer tokens over the other's, and what nobody has.
+    names(table.append(&[1, 2]), "counts", "where request 1 has a token");
+    names(table.append(&[0, 1]), "counts", "request 1 writing entry 1 of page 5, where request 0 has a token");
+    assert!(table.append(&[1, 0]).is_ok(), "entry 2, which request 1 is not as long as");
+    // A page twice in one request.
+    let mut twice = PageTable::new(4, 10, 100).unwrap();
+    twice.push(&[0, 0], 4).unwrap();
+    names(twice.append(&[1]), "counts", "request 0 writing entry 0 of page 0, where request 0 has a token");
+    // With a copy of its own it goes on, and so does the other once it is alone.
+    let mut table = PageTable::new(4, 10, 100).unwrap();
+    table.push(&[3, 5], 6).unwrap();
+    table.push(&[3, 7], 6).unwrap();
+    assert!(table.append(&[1, 1]).is_ok());
+    table.push(&[3, 5], 7).unwrap();
+    assert!(table.append(&[0, 0, 1]).is_ok(), "entry 3, which request 0 is not as long as");
+    assert!(table.append(&[1, 0, 0]).is_err());
+    table.remove(2).unwrap();
+    assert!(table.append(&[1, 0]).is_ok());
+}
+
+#[test]
+fn more_tokens_than_a_step_has_are_refused_before_memory_is_asked_for() {
+    let mut table = PageTable::new(i64::from(i32::MAX), 1, i64::from(i32::MAX)).unwrap();
+    table.push(&[0], 0).unwrap();
+    names(table.append(&[i64::from(i32::MAX)]), "counts", "at most 16777216 in one step");
+    let tokens = table.append(&[1]).unwrap();
+    names(tokens.with_room_for(usize::MAX, 1), "room", "1 to 1 pages");
 }
 
 #[test]
@@ -260,6 +285,7 @@ fn without_tokens_nothing_is_done() {
     let mut table = table();
     let tokens = table.append(&[0, 0]).unwrap();
     let (mut k, mut v) = (vec![bf16::ONE; 10 * 16 * 4], vec![bf16::ONE; 10 * 16 * 4]);
+    let nobody = PageTable::new(16, 10, 100).unwrap().append(&[]).unwrap();
     let mut cache = PagedKvCache::new(
         TensorMut::from_slice(&mut k, &[10, 16, 1, 4]).unwrap(),
         TensorMut::from_slice(&mut v, &[10, 16, 1, 4]).unwrap(),
@@ -269,5 +295,6 @@ fn without_tokens_nothing_is_done() {
     let empty: [bf16; 0] = [];
     let none = TensorRef::from_slice(&empty, &[0, 1, 4]).unwrap();
     append_paged_kv_cache(&mut cache, &none, &none, &Placed::on_host(&tokens).unwrap(), Stream::NULL).unwrap();
+    append_paged_kv_cache(&mut cache, &none, &none, &Placed::on_host(&nobody).unwrap(), Stream::NULL).unwrap();
     assert!(k.iter().chain(&v).all(|x| *x == bf16::ONE));
 }

@@ -223,6 +223,7 @@ fn tables_that_cannot_be_are_refused() {
     let own = CosSinCache::from_values(&numbers(128), 64).unwrap();
     assert_eq!((own.cos(1, 0), own.sin(1, 31)), (numbers(128)[64], numbers(128)[127]));
     assert!(own.cos(2, 0).is_nan() && own.cos(0, 32).is_nan(), "what the table has not is no number");
+    assert!(own.cos(usize::MAX, 0).is_nan() && own.sin(0, usize::MAX).is_nan());
 }
 
 #[test]
@@ -241,8 +242,8 @@ fn positions_past_the_table_are_refused() {
 #[test]
 fn sequences_that_are_not_in_order_are_refused() {
     start();
-    names(RaggedPositions::new(&[0, 3, 2], &[0, 0]), "cu_seqlens", "do not decrease");
-    names(RaggedPositions::new(&[1, 3], &[0]), "cu_seqlens", "0 there");
+    names(RaggedPositions::new(&[0, 3, 2], &[0, 0]), "indptr", "do not decrease");
+    names(RaggedPositions::new(&[1, 3], &[0]), "indptr", "0 there");
     names(RaggedPositions::new(&[0, 3], &[0, 0]), "first_positions", "one for each of the 1 sequences");
     names(RaggedPositions::new(&[0, 3], &[-1]), "first_positions", "-1");
     names(RaggedPositions::new(&[0, 3], &[i64::from(i32::MAX) - 2]), "first_positions", "2147483647");
@@ -274,9 +275,43 @@ fn options_that_contradict_each_other_are_refused() {
     names(with(None, 0.0, 1e4), "rope_scale", "positive");
     names(with(None, 1.0, f64::INFINITY), "rope_theta", "positive");
     let mut llama = Llama31RopeOptions::default();
+    (llama.low_freq_factor, llama.high_freq_factor) = (1.0, 1.0 + 1e-12);
+    let result = apply_llama31_rope_pos_ids_inplace(&mut q, &mut k, &positions, &llama, Stream::NULL);
+    names(result, "high_freq_factor", "more than low_freq_factor");
+    let mut llama = Llama31RopeOptions::default();
     llama.low_freq_factor = 4.0;
     let result = apply_llama31_rope_pos_ids_inplace(&mut q, &mut k, &positions, &llama, Stream::NULL);
     names(result, "high_freq_factor", "more than low_freq_factor");
+}
+
+#[test]
+fn large_numbers_are_rounded_to_the_type_that_they_are_for() {
+    start();
+    let positions = Positions::new(&[0], 8).unwrap();
+    let table = CosSinCache::new(16, 8, 1e4, RopeScaling::None).unwrap();
+    let (positions, table) = (Placed::on_host(&positions).unwrap(), Placed::on_host(&table).unwrap());
+    let large = [1000f32; 16];
+    // 448, the largest of the one, and 1024, next to it in the other.
+    for (dtype, expected) in [(DType::F8E4M3, 0x7E), (DType::F8E5M2, 0x64)] {
+        let (mut q, mut k) = ([0u8; 16], [0u8; 16]);
+        let read = || TensorRef::from_slice(&large, &[1, 1, 16]).unwrap();
+        let write = |bytes: &mut [u8; 16]| {
+            // SAFETY: as many bytes as there are elements, which outlive the tensors.
+            unsafe { TensorMut::from_raw(bytes.as_mut_ptr().cast(), Device::Cpu, dtype, &[1, 1, 16], None) }.unwrap()
+        };
+        let mut tensors = RopeQuantizeTensors {
+            q_rope_in: read(),
+            k_rope_in: read(),
+            q_nope_in: None,
+            k_nope_in: None,
+            q_rope_out: write(&mut q),
+            k_rope_out: write(&mut k),
+            q_nope_out: None,
+            k_nope_out: None,
+        };
+        rope_quantize(&mut tensors, &table, &positions, &RopeQuantizeOptions::default(), Stream::NULL).unwrap();
+        assert!(q.iter().chain(&k).all(|&b| b == expected), "{dtype}: {q:x?}");
+    }
 }
 
 /// A tensor of 8-bit numbers over bytes.

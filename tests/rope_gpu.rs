@@ -130,10 +130,6 @@ fn llama31(call: &mut rows::Call<'_>) -> Llama31RopeOptions {
     (llama31.low_freq_factor, llama31.high_freq_factor) =
         (call.number("low_freq_factor"), call.number("high_freq_factor"));
     llama31.old_context_length = call.number("old_context_length");
-    // What is not a number is not above another one either, and is the row's to refuse.
-    if llama31.high_freq_factor <= llama31.low_freq_factor {
-        llama31.low_freq_factor = 0.5;
-    }
     llama31
 }
 

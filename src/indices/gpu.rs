@@ -18,8 +18,13 @@ const STEP: usize = 4;
 #[derive(Debug)]
 pub struct OnDevice<D> {
     host: D,
+    /// Where each array lies in the buffer.
+    places: Places,
     buffer: CudaSlice<i32>,
 }
+
+/// Where arrays lie in one buffer: where each starts, how long it is, and its type.
+type Places = [(i64, i64, DType); MAX_ARRAYS];
 
 /// All arrays one after the other, as they lie on the GPU.
 fn packed<D: Steering>(data: &D) -> Vec<i32> {
@@ -36,7 +41,7 @@ fn packed<D: Steering>(data: &D) -> Vec<i32> {
     words
 }
 
-fn places<D: Steering>(data: &D) -> [(i64, i64, DType); MAX_ARRAYS] {
+fn places<D: Steering>(data: &D) -> Places {
     let (mut places, mut start) = ([(0, 0, DType::I32); MAX_ARRAYS], 0);
     for (place, array) in places.iter_mut().zip(data.arrays()) {
         *place = (start as i64, array.len() as i64, array.dtype());
@@ -45,8 +50,8 @@ fn places<D: Steering>(data: &D) -> [(i64, i64, DType); MAX_ARRAYS] {
     places
 }
 
-fn placed<'a, D: Steering>(host: &D, memory: TensorRef<'a>) -> Placed<'a, D> {
-    Placed { facts: host.facts(), arrays: Arrays::Together(memory, places(host)) }
+fn placed<'a, D: Steering>(host: &D, places: Places, memory: TensorRef<'a>) -> Placed<'a, D> {
+    Placed { facts: host.facts(), arrays: Arrays::Together(memory, places) }
 }
 
 impl<D: Steering> OnDevice<D> {
@@ -58,7 +63,7 @@ impl<D: Steering> OnDevice<D> {
     pub fn new(data: D, stream: &Arc<CudaStream>) -> Result<Self> {
         refuse_capture("indices", stream)?;
         let buffer = stream.clone_htod(&packed(&data)).map_err(driver("copying indices"))?;
-        Ok(Self { host: data, buffer })
+        Ok(Self { places: places(&data), host: data, buffer })
     }
 
     /// The data on the host.
@@ -76,6 +81,7 @@ impl<D: Steering> OnDevice<D> {
         let words = packed(&data);
         if words.len() == self.buffer.len() && Arc::ptr_eq(stream.context(), self.buffer.context()) {
             stream.memcpy_htod(&words, &mut self.buffer).map_err(driver("copying indices"))?;
+            self.places = places(&data);
             self.host = data;
             return Ok(());
         }
@@ -89,7 +95,7 @@ impl<D: Steering> OnDevice<D> {
     /// As for [`TensorRef::from_cudarc`].
     pub fn placed<'a>(&'a self, stream: &'a CudaStream) -> Result<Placed<'a, D>> {
         let memory = TensorRef::from_cudarc(stream, &self.buffer, &[self.buffer.len() as i64])?;
-        Ok(placed(&self.host, memory))
+        Ok(placed(&self.host, self.places, memory))
     }
 }
 
@@ -97,6 +103,7 @@ impl<D: Steering> OnDevice<D> {
 #[derive(Debug)]
 pub struct CapturedOnDevice<'a, D> {
     host: &'a D,
+    places: Places,
     buffer: GraphRef<'a, i32>,
 }
 
@@ -111,7 +118,7 @@ impl<D: Steering> CapturedOnDevice<'_, D> {
     /// # Errors
     /// None that the data's own checks leave.
     pub fn placed(&self) -> Result<Placed<'_, D>> {
-        Ok(placed(self.host, self.buffer.read(&[self.buffer.len() as i64])?))
+        Ok(placed(self.host, self.places, self.buffer.read(&[self.buffer.len() as i64])?))
     }
 }
 
@@ -152,7 +159,7 @@ impl<D: Steering> Leaf for OnDevice<D> {
     }
 
     fn captured<'a>(&'a mut self, site: Site) -> CapturedOnDevice<'a, D> {
-        CapturedOnDevice { host: &self.host, buffer: self.buffer.captured(site).into_ref() }
+        CapturedOnDevice { host: &self.host, places: self.places, buffer: self.buffer.captured(site).into_ref() }
     }
 
     fn views(&mut self) -> OnDeviceMut<'_, D> {
@@ -180,7 +187,7 @@ impl<D: Steering> Leaf for Arc<OnDevice<D>> {
     }
 
     fn captured<'a>(&'a mut self, site: Site) -> CapturedOnDevice<'a, D> {
-        CapturedOnDevice { host: &self.host, buffer: shared::captured(&self.buffer, site) }
+        CapturedOnDevice { host: &self.host, places: self.places, buffer: shared::captured(&self.buffer, site) }
     }
 
     fn views(&mut self) -> &OnDevice<D> {

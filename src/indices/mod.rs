@@ -3,22 +3,27 @@
 //! A kernel that is given a wrong index reads or writes somewhere else, and nothing on the way looks at indices that are on
 //! the GPU. So they are made here, of host data that was checked, and the copy on the GPU is owned together with it: neither
 //! can be changed without the other. [`PageTable`] says which pages of a cache the requests of a batch have, [`Tokens`] where
-//! the tokens of a step go, [`Positions`] which places in their sequences tokens have.
+//! the tokens of a step go, [`Positions`] which places in their sequences tokens have, [`PerRow`] what sampling goes by in each
+//! row.
 //!
 //! What is on the GPU already, computed there, enters by an `unsafe` constructor, whose promise is what is checked otherwise.
 
 use std::fmt;
 
 use crate::error::{FlashInferError, Result};
+use crate::sequences::CuSeqlens;
 use crate::tensor::{DType, Device, TensorRef};
 
 #[cfg(feature = "cudarc")]
 mod gpu;
 mod pages;
+mod per_row;
 
 #[cfg(feature = "cudarc")]
 pub use gpu::{CapturedOnDevice, OnDevice, OnDeviceMut};
 pub use pages::{PageTable, TokenTensors, Tokens, TokensFacts};
+pub(crate) use per_row::{LEAST_TOP_P, TEMPERATURES};
+pub use per_row::{MinP, Parameter, PerRow, PerRowFacts, Setting, Temperature, TopK, TopP};
 
 /// The most arrays that such data has.
 const MAX_ARRAYS: usize = 6;
@@ -265,7 +270,13 @@ impl RaggedPositions {
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) for offsets that do not start with 0 or decrease, another number
     /// of first positions than of sequences, a negative one, and a position past 2³¹ − 1.
     pub fn new(indptr: &[i64], first_positions: &[i64]) -> Result<Self> {
-        let checked = crate::sequences::CuSeqlens::from_offsets(indptr)?;
+        let renamed = |error| match error {
+            FlashInferError::InvalidArgument { found, expected, .. } => {
+                FlashInferError::InvalidArgument { function: "RaggedPositions", argument: "indptr", found, expected }
+            }
+            other => other,
+        };
+        let checked = CuSeqlens::from_offsets(indptr).map_err(renamed)?;
         if first_positions.len() != checked.sequences() {
             let found = format!("{} of them", first_positions.len());
             let expected = format!("one for each of the {} sequences", checked.sequences());

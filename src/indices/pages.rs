@@ -1,5 +1,7 @@
 //! Which pages of a cache requests have, and where their tokens go.
 
+use std::collections::HashMap;
+
 use super::{Placed, Positions, PositionsFacts, Steering, Words, refuse, sealed};
 use crate::error::Result;
 use crate::tensor::TensorRef;
@@ -7,7 +9,8 @@ use crate::tensor::TensorRef;
 /// Which pages of a paged cache each request of a batch has, and how many tokens it has in them.
 ///
 /// A request's tokens lie in its pages one after the other: token `i` in the entry `i % page_size` of its page number
-/// `i / page_size`. A page may be in several requests, as those are that share a prefix.
+/// `i / page_size`. A page may be in several requests, as those are that share a prefix. A token is only appended where no other
+/// request that shares the page has one: a request that goes on within a shared page needs a copy of it first.
 ///
 /// ```
 /// use flashinfer_rs::PageTable;
@@ -33,6 +36,8 @@ pub struct PageTable {
     pages: i64,
     longest: i64,
     requests: Vec<Request>,
+    /// How often each page is held, of those that are.
+    holders: HashMap<i32, usize>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +48,9 @@ struct Request {
 
 /// The most that numbers of tokens, of pages and of their products are: what kernels count in 32 bits.
 const MOST: i64 = i32::MAX as i64;
+
+/// The most tokens that are appended at once, and the most requests and pages that room is made for.
+const MOST_IN_A_STEP: i64 = 1 << 24;
 
 impl PageTable {
     /// Of no request yet, for a cache of `pages` pages of `page_size` tokens each, and sequences of at most `longest` tokens.
@@ -55,7 +63,7 @@ impl PageTable {
                 return refuse("PageTable", name, number.to_string(), format!("1 to {MOST}"));
             }
         }
-        Ok(Self { page_size, pages, longest, requests: Vec::new() })
+        Ok(Self { page_size, pages, longest, requests: Vec::new(), holders: HashMap::new() })
     }
 
     /// Adds a request that has these pages and so many tokens in them already. Answers its number, which is that of the
@@ -67,6 +75,7 @@ impl PageTable {
     pub fn push(&mut self, pages: &[i32], length: i64) -> Result<usize> {
         self.check_pages(pages)?;
         self.check_length(self.requests.len(), pages.len(), length)?;
+        self.hold(pages);
         self.requests.push(Request { pages: pages.to_vec(), length });
         Ok(self.requests.len() - 1)
     }
@@ -82,7 +91,12 @@ impl PageTable {
             Some(request) => request.pages.extend_from_slice(pages),
             None => return no_request(request, count),
         }
+        self.hold(pages);
         Ok(())
+    }
+
+    fn hold(&mut self, pages: &[i32]) {
+        pages.iter().for_each(|page| *self.holders.entry(*page).or_default() += 1);
     }
 
     /// Takes a request out; those behind it move up by one. Answers its pages.
@@ -90,10 +104,19 @@ impl PageTable {
     /// # Errors
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a request that there is not.
     pub fn remove(&mut self, request: usize) -> Result<Vec<i32>> {
-        match request < self.requests.len() {
-            true => Ok(self.requests.remove(request).pages),
-            false => no_request(request, self.requests.len()),
+        if request >= self.requests.len() {
+            return no_request(request, self.requests.len());
         }
+        let pages = self.requests.remove(request).pages;
+        for page in &pages {
+            if let Some(held) = self.holders.get_mut(page) {
+                *held -= 1;
+                if *held == 0 {
+                    self.holders.remove(page);
+                }
+            }
+        }
+        Ok(pages)
     }
 
     /// Makes a request shorter: of its tokens the first `length` stay, as after a speculation of which the rest was refused.
@@ -117,8 +140,8 @@ impl PageTable {
     ///
     /// # Errors
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for another number of counts than there are requests, a negative
-    /// one, a sequence that becomes too long, pages that are [missing](Self::missing_pages), and for two requests that would
-    /// write the same entry of a page that they share.
+    /// one, more than 2²⁴ tokens, a sequence that becomes too long, pages that are [missing](Self::missing_pages), and for a token
+    /// that would be written to an entry where another request that shares the page has one, or its own request a second time.
     pub fn append(&mut self, counts: &[i64]) -> Result<Tokens> {
         if counts.len() != self.requests.len() {
             let found = format!("{} counts", counts.len());
@@ -137,9 +160,11 @@ impl PageTable {
             self.check_length(i, request.pages.len(), request.length.saturating_add(count))?;
             total = total.saturating_add(count);
         }
-        if total > MOST {
-            return refuse("PageTable", "counts", format!("{total} tokens"), format!("at most {MOST}"));
+        if total > MOST_IN_A_STEP {
+            let found = format!("{total} tokens");
+            return refuse("PageTable", "counts", found, format!("at most {MOST_IN_A_STEP} in one step"));
         }
+        self.check_sharing(counts)?;
         let mut tokens = Tokens {
             page_size: self.page_size,
             pages: self.pages,
@@ -150,7 +175,6 @@ impl PageTable {
             batch_indices: Vec::with_capacity(total as usize),
             positions: Vec::with_capacity(total as usize),
         };
-        let mut entries = Vec::with_capacity(total as usize);
         for (i, (request, &count)) in self.requests.iter().zip(counts).enumerate() {
             let length = request.length + count;
             // The pages that have tokens by then, and no more: attention takes all but the last of them as full.
@@ -161,15 +185,7 @@ impl PageTable {
             for position in request.length..length {
                 tokens.batch_indices.push(i as i32);
                 tokens.positions.push(position as i32);
-                let page = request.pages[(position / self.page_size) as usize];
-                entries.push((page, position % self.page_size, i));
             }
-        }
-        entries.sort_unstable();
-        if let Some(pair) = entries.windows(2).find(|pair| (pair[0].0, pair[0].1) == (pair[1].0, pair[1].1)) {
-            let (page, entry, first) = pair[0];
-            let found = format!("requests {first} and {} both writing entry {entry} of page {page}", pair[1].2);
-            return refuse("PageTable", "counts", found, "pages of their own for what requests append");
         }
         for (request, &count) in self.requests.iter_mut().zip(counts) {
             request.length += count;
@@ -198,6 +214,36 @@ impl PageTable {
         let request = self.requests.get(request)?;
         let needed = request.length.saturating_add(count.max(0)).saturating_add(self.page_size - 1) / self.page_size;
         Some(usize::try_from(needed).unwrap_or(usize::MAX).saturating_sub(request.pages.len()))
+    }
+
+    /// That tokens are appended where nobody else has any. Only of pages that are held more than once somebody else is looked for.
+    fn check_sharing(&self, counts: &[i64]) -> Result<()> {
+        // How many of a page's entries a request with so many tokens has, where it is the page with this place.
+        let entries = |length: i64, place: usize| (length - place as i64 * self.page_size).clamp(0, self.page_size);
+        for (i, (request, &count)) in self.requests.iter().zip(counts).enumerate().filter(|(_, (_, count))| **count > 0)
+        {
+            let first = (request.length / self.page_size) as usize;
+            let last = ((request.length + count - 1) / self.page_size) as usize;
+            for (place, page) in request.pages.iter().enumerate().take(last + 1).skip(first) {
+                if self.holders.get(page).is_none_or(|&held| held < 2) {
+                    continue;
+                }
+                let entry = entries(request.length, place);
+                for (j, (other, &more)) in self.requests.iter().zip(counts).enumerate() {
+                    let held =
+                        other.pages.iter().enumerate().filter(|(at, held)| *held == page && (j, *at) != (i, place));
+                    // What it has by then starts with the page's first entry.
+                    if held.map(|(at, _)| entries(other.length + more, at)).any(|others| others > entry) {
+                        let found =
+                            format!("request {i} writing entry {entry} of page {page}, where request {j} has a token");
+                        let expected =
+                            "a page of its own for what a request appends: copy the page that it shares first";
+                        return refuse("PageTable", "counts", found, expected);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     fn check_pages(&self, added: &[i32]) -> Result<()> {
@@ -294,9 +340,11 @@ impl Tokens {
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for less than there is, or more than 32 bits count.
     pub fn with_room_for(mut self, pages: usize, requests: usize) -> Result<Self> {
         let (least, has) = (self.indices.len(), self.last_page_len.len());
-        if pages < least || requests < has || pages as i64 > MOST || requests as i64 > MOST {
+        let most = MOST_IN_A_STEP.min(MOST / self.page_size).max(least as i64) as usize;
+        if pages < least || requests < has || pages > most || requests > MOST_IN_A_STEP as usize {
             let found = format!("{pages} pages and {requests} requests");
-            return refuse("Tokens", "room", found, format!("at least {least} and {has}, and at most {MOST} of each"));
+            let expected = format!("{least} to {most} pages and {has} to {MOST_IN_A_STEP} requests");
+            return refuse("Tokens", "room", found, expected);
         }
         self.fill_up(pages, requests);
         Ok(self)
@@ -387,7 +435,8 @@ impl<'a> Placed<'a, Tokens> {
     /// # Safety
     /// Whenever a kernel that was given this runs: `kv_indptr` must start with 0, not decrease and end within `kv_indices`;
     /// every number in `kv_indices` must be at least 0 and below `facts.pages`; every batch index must be that of a request;
-    /// and every position must be at least 0, below `facts.below`, and below the tokens that its request's pages hold.
+    /// and every position must be at least 0, below `facts.below`, and below the tokens that its request's pages hold. No two
+    /// tokens may have one place.
     pub unsafe fn from_tensors(tensors: TokenTensors<'a>, facts: TokensFacts) -> Self {
         let TokenTensors { kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions } = tensors;
         Self::promised(facts, vec![kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions])

@@ -16,8 +16,8 @@
 //! [`Cuda`](crate::FlashInferError::Cuda) or [`ContextLost`](crate::FlashInferError::ContextLost) where it was not launched.
 
 use crate::contract::{
-    Alignment, Argument, Attributes, Contents, Convention, Dimension, Dtype, Extent, From, Kind, Operand, Pdl,
-    Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor,
+    Alignment, Argument, Attributes, Contents, Convention, Dimension, Dimensions, Dtype, Extent, From, Kind, Operand,
+    Pdl, Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor,
 };
 use crate::engine::{Entry, call, kernels};
 use crate::error::{FlashInferError, Result};
@@ -287,7 +287,7 @@ const fn dimensions(page_size: usize) -> [Dimension; 7] {
         dimension("head_dim", From::Shape(0, 2), 1, &[128, 64, 256, 512]),
         dimension("pages", From::Shape(4, 0), 1, &[12, 20]),
         dimension("page_size", From::Shape(4, page_size), 1, &[16, 5, 64]),
-        dimension("requests", From::OneLess(7, 0), 1, &[3, 6]),
+        dimension("requests", From::OneLess(7, 0), 0, &[3, 6]),
         dimension("indices", From::Shape(6, 0), 0, &[9, 12]),
     ]
 }
@@ -303,11 +303,22 @@ const COMPILED: Relation = Relation {
 const FITS_BLOCK: Relation = Relation {
     name: "heads",
     only_on_gpu: true,
-    // Of 16-bit elements. Of 8 bits twice as many would fit with 64 and 128; no model has them.
+    // Of 16-bit elements. Of 8 bits twice as many would fit with 64, 128 and 256; no model has them.
     holds: |sizes| sizes[HEADS] <= 32.max(8192 / sizes[HEAD_DIM].max(1)),
     found: |sizes| sizes[HEADS].to_string(),
     expected: "few enough for a block's 1,024 threads: 128 of 64 elements, 64 of 128, 32 of 256 or 512",
 };
+
+/// A token's page is found by a product of these, and a division that is right below 2³¹.
+pub(super) const fn counted(holds: fn(&Dimensions) -> bool, found: fn(&Dimensions) -> String) -> Relation {
+    let expected = "pages that hold at most 2147483647 tokens together, which is how far the kernel counts";
+    Relation { name: "kv_indices", only_on_gpu: true, holds, found, expected }
+}
+
+const COUNTED: Relation = counted(
+    |sizes| sizes[INDICES].saturating_mul(sizes[PAGE_SIZE]) <= MOST,
+    |sizes| format!("{} pages of {} tokens", sizes[INDICES], sizes[PAGE_SIZE]),
+);
 
 const APPEND: Row = Row {
     kernel: "append_paged_kv_cache",
@@ -320,7 +331,7 @@ const APPEND: Row = Row {
     arguments: &arguments(NHD, 0),
     lead: 0,
     dimensions: &dimensions(1),
-    relations: &[COMPILED, FITS_BLOCK],
+    relations: &[COMPILED, FITS_BLOCK, COUNTED],
     // Products with the number of a page are 64 bits wide, the strides in them 32.
     extent: Extent { most: i64::MAX / 8, split: false, stride: u32::MAX as i64 },
     pdl: Pdl::None,
@@ -339,11 +350,7 @@ const APPEND: Row = Row {
     tests: "`tests/page.rs`, `tests/page_gpu.rs`",
 };
 
-// The dimensions of `append_paged_mla_kv_cache`.
-const MLA_PAGES: usize = 3;
-const MLA_PAGE_SIZE: usize = 4;
-const MLA_REQUESTS: usize = 5;
-const MLA_INDICES: usize = 6;
+// The dimensions of `append_paged_mla_kv_cache`, of which the last ones are as above.
 
 kernels! {
     /// [`append_paged_kv_cache`], to a cache in [`KvLayout::Nhd`].
@@ -364,23 +371,23 @@ kernels! {
         arguments: &[
             tensor("append_ckv", (Role::In, Dtype::OneOf(TYPES), Strides::Rows, 4), &[Size::Of(0), Size::Of(1)], ANY),
             tensor("append_kpe", (Role::In, Dtype::As(0), Strides::Rows, 4), &[Size::Of(0), Size::Of(2)], ANY),
-            batch_indices(MLA_REQUESTS),
-            positions(MLA_REQUESTS),
+            batch_indices(REQUESTS),
+            positions(REQUESTS),
             tensor(
                 "ckv_cache",
                 (Role::InPlace, Dtype::As(0), Strides::Rows, 4),
-                &[Size::Of(MLA_PAGES), Size::Of(MLA_PAGE_SIZE), Size::Of(1)],
+                &[Size::Of(PAGES), Size::Of(PAGE_SIZE), Size::Of(1)],
                 ANY,
             ),
             tensor(
                 "kpe_cache",
                 (Role::InPlace, Dtype::As(0), Strides::Rows, 4),
-                &[Size::Of(MLA_PAGES), Size::Of(MLA_PAGE_SIZE), Size::Of(2)],
+                &[Size::Of(PAGES), Size::Of(PAGE_SIZE), Size::Of(2)],
                 ANY,
             ),
-            indices("kv_indices", &[Size::Of(MLA_INDICES)], Contents::Turns(MLA_PAGES)),
-            indices("kv_indptr", &[Size::OneMore(MLA_REQUESTS)], Contents::Offsets(MLA_REQUESTS, MLA_INDICES)),
-            indices("kv_last_page_len", &[Size::Of(MLA_REQUESTS)], Contents::Zeros),
+            indices("kv_indices", &[Size::Of(INDICES)], Contents::Turns(PAGES)),
+            indices("kv_indptr", &[Size::OneMore(REQUESTS)], Contents::Offsets(REQUESTS, INDICES)),
+            indices("kv_last_page_len", &[Size::Of(REQUESTS)], Contents::Zeros),
         ],
         dimensions: &[
             dimension("tokens", From::Shape(0, 0), 0, &[7, 1, 30]),
@@ -388,10 +395,10 @@ kernels! {
             Dimension { name: "kpe_dim", from: From::Shape(1, 1), least: 64, most: 64, examples: &[64] },
             dimension("pages", From::Shape(4, 0), 1, &[12, 20]),
             dimension("page_size", From::Shape(4, 1), 1, &[16, 5, 64]),
-            dimension("requests", From::OneLess(7, 0), 1, &[3, 6]),
+            dimension("requests", From::OneLess(7, 0), 0, &[3, 6]),
             dimension("indices", From::Shape(6, 0), 0, &[9, 12]),
         ],
-        relations: &[],
+        relations: &[COUNTED],
         ..APPEND
     };
 }

@@ -18,7 +18,7 @@
 //! answers; [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what the kernel raised; and
 //! [`Cuda`](crate::FlashInferError::Cuda) or [`ContextLost`](crate::FlashInferError::ContextLost) where it was not launched.
 
-use super::page::{KvLayout, PagedKvCache, PagedMlaCache, check_tokens, indices};
+use super::page::{KvLayout, PagedKvCache, PagedMlaCache, check_tokens, counted, indices};
 use crate::contract::{
     Alignment, Argument, Attributes, Contents, Convention, Dimension, Dtype, Extent, From, Kind, Operand, Pdl,
     Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor,
@@ -485,7 +485,7 @@ const fn appended_dimensions(kv_heads: (i64, &'static [i64]), pages: usize) -> [
         Dimension { name: "kv_heads", from: From::Shape(1, 1), least: 1, most: kv_heads.0, examples: kv_heads.1 },
         dimension("pages", From::Shape(pages, 0), 1, &[12, 20]),
         dimension("page_size", From::Number(18), 1, &[16, 11]),
-        dimension("requests", From::OneLess(14, 0), 1, &[3, 6]),
+        dimension("requests", From::OneLess(14, 0), 0, &[3, 6]),
         dimension("indices", From::Shape(13, 0), 0, &[9, 12]),
         Dimension { name: "head_dim", from: From::Sum(2, 3), least: 1, most: MOST, examples: &[] },
     ]
@@ -499,13 +499,18 @@ const WHOLE_PARTS: Relation = Relation {
     expected: "a multiple of rope_dim, since this kernel moves whole parts of that size; rope_quantize takes others",
 };
 
+const COUNTED: Relation = counted(
+    |sizes| sizes[INDICES].saturating_mul(sizes[PAGE_SIZE]) <= MOST,
+    |sizes| format!("{} pages of {} tokens", sizes[INDICES], sizes[PAGE_SIZE]),
+);
+
 const QUANTIZE_APPEND: Row = Row {
     kernel: "rope_quantize_append_paged_kv_cache",
     function: "rope_quantize_append_paged_kv_cache",
     summary: "As rope_quantize, with keys and values going to a paged cache whose pages have a token's heads together (NHD).",
     arguments: &of_heads(NHD, 0),
     dimensions: &appended_dimensions((MOST, &[2, 1]), 9),
-    relations: &[EVEN, WHOLE_ROPE_VECTORS, WHOLE_PARTS, QUANTIZED_TABLE_FITS, QUANTIZED_FITS_GRID],
+    relations: &[EVEN, WHOLE_ROPE_VECTORS, WHOLE_PARTS, QUANTIZED_TABLE_FITS, QUANTIZED_FITS_GRID, COUNTED],
     hazards: &[
         "A token is written where `kv_indices`, `kv_indptr`, `batch_indices` and `positions` say, wherever that is: `Tokens` is \
          what makes it be in the cache.",
@@ -681,8 +686,11 @@ impl Llama31RopeOptions {
     /// Behind those of the plain form.
     #[inline(always)]
     fn operands<'a>(&self, function: &'static str) -> Result<[Operand<'a, 'a>; 3]> {
-        // The kernel divides by their difference.
-        if self.high_freq_factor <= self.low_freq_factor {
+        // The kernel divides by their difference and by what their quotient is above 1, in single precision. What is no number
+        // there is refused by the row.
+        let [low, high] = [self.low_freq_factor as f32, self.high_freq_factor as f32];
+        let apart = high / low > 1.0 && high - low > 0.0;
+        if low.is_normal() && low > 0.0 && !apart {
             let expected = format!("more than low_freq_factor, {}", self.low_freq_factor);
             return refuse(function, "high_freq_factor", self.high_freq_factor.to_string(), expected);
         }

@@ -1,6 +1,7 @@
 //! The norms.
 
 use super::{Args, HostTensor, Raised, SafeCall, function};
+use crate::tensor::DType;
 
 pub(super) const FUNCTIONS: &[(&str, SafeCall)] = &[
     ("rmsnorm", rmsnorm),
@@ -99,6 +100,7 @@ fn norm(
     for index in indices(leading) {
         input.read(&index, &mut row)?;
         norm_row(&mut row, &weights, bias, scale, eps);
+        clamp(out, &mut row);
         out.write(&index, &row)?;
     }
     Ok(())
@@ -128,9 +130,17 @@ fn fused(
         sum.iter_mut().zip(&addend).for_each(|(sum, addend)| *sum += addend);
         residual.write(&[row], &sum)?;
         norm_row(&mut sum, &weights, bias, scale, eps);
+        clamp(out, &mut sum);
         out.write(&[row], &sum)?;
     }
     Ok(())
+}
+
+/// To what fits F8E4M3, which upstream's norms do for both 8-bit types.
+fn clamp(out: &HostTensor<'_>, row: &mut [f64]) {
+    if matches!(out.dtype, DType::F8E4M3 | DType::F8E5M2) {
+        row.iter_mut().for_each(|x| *x = x.clamp(-448.0, 448.0));
+    }
 }
 
 fn norm_row(row: &mut [f64], weight: &[f64], bias: f64, scale: f64, eps: f64) {
