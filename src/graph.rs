@@ -20,8 +20,10 @@ use cudarc::driver::{
 };
 
 use crate::buffers::{check_byte, check_context, check_len, device, refuse_per_thread};
+use crate::draws;
 use crate::error::{FlashInferError, Result, driver, driver_in};
 use crate::owner::{CurrentContext, Owner, event_of, no_error_is_kept, record, refuse_capture, wait};
+use crate::philox::Philox;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::{Capture, Stream};
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
@@ -42,7 +44,7 @@ pub struct Launched<'a> {
 
 /// What a [`LaunchGraph`] owns: `CudaSlice<T>`, `Arc<CudaSlice<T>>` for what is only read and shared (weights),
 /// [`GdnPrefillContext`](crate::kernels::gdn::GdnPrefillContext), [`DeviceCuSeqlens`](crate::DeviceCuSeqlens),
-/// [`OnDevice`](crate::OnDevice) and, shared, `Arc<OnDevice<D>>` (tables of cosines and sines), tuples, arrays
+/// [`Philox`] (which each launch draws from anew), [`OnDevice`](crate::OnDevice) and, shared, `Arc<OnDevice<D>>` (tables of cosines and sines), tuples, arrays
 /// and vectors of these, and structs that [`graph_buffers!`](crate::graph_buffers) declares.
 pub trait GraphBuffers: Sized + 'static {
     /// What the graph keeps: buffers, and tuples, arrays and vectors of them.
@@ -86,6 +88,9 @@ pub trait Leaf: 'static {
     /// Makes what uses the memory elsewhere from now on wait for what was launched. After an error nothing may be known of
     /// some of it.
     fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()>;
+
+    /// Every source of random numbers, always in the same order.
+    fn each_source(&mut self, _visit: &mut dyn FnMut(&mut Philox)) {}
 }
 
 /// A type that a graph keeps as it is.
@@ -467,6 +472,38 @@ impl<T: Element> Leaf for Arc<CudaSlice<T>> {
 
 graph_leaf!({T: Element} Arc<CudaSlice<T>>);
 
+/// What the graph's sampling calls draw from, in each launch anew.
+impl Leaf for Philox {
+    type Captured<'a> = &'a mut Philox;
+    type Views<'a> = &'a mut Philox;
+
+    fn check(&self, _context: &Arc<CudaContext>) -> Result<()> {
+        Ok(())
+    }
+
+    fn captured(&mut self, _site: Site) -> &mut Philox {
+        self
+    }
+
+    fn views(&mut self) -> &mut Philox {
+        // Of a capture whose calls panicked.
+        self.end_capture();
+        self
+    }
+
+    fn take_over(&mut self, _stream: &CudaStream) {}
+
+    fn hand_back(&mut self, _launched: &Launched<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn each_source(&mut self, visit: &mut dyn FnMut(&mut Philox)) {
+        visit(self);
+    }
+}
+
+graph_leaf!(Philox);
+
 /// Buffers of buffers: each is asked in turn.
 macro_rules! each {
     () => {
@@ -480,6 +517,10 @@ macro_rules! each {
 
         fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()> {
             self.iter_mut().try_for_each(|buffer| buffer.hand_back(launched))
+        }
+
+        fn each_source(&mut self, visit: &mut dyn FnMut(&mut Philox)) {
+            self.iter_mut().for_each(|buffer| buffer.each_source(visit));
         }
     };
 }
@@ -586,6 +627,10 @@ macro_rules! tuple {
             fn hand_back(&mut self, _launched: &Launched<'_>) -> Result<()> {
                 $(self.$at.hand_back(_launched)?;)*
                 Ok(())
+            }
+
+            fn each_source(&mut self, _visit: &mut dyn FnMut(&mut Philox)) {
+                $(self.$at.each_source(_visit);)*
             }
         }
 
@@ -749,12 +794,17 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         let site = Site { device, stream: private.stream };
         let Some(buffers) = &mut self.buffers else { unreachable!("only a graph that is taken apart has none") };
         buffers.check(context)?;
+        buffers.each_source(&mut Philox::begin_capture);
         let buffers = B::captured(buffers.captured(site));
         // SAFETY: the stream lives until the end of this function, and of this device.
         let stream = unsafe { Stream::from_raw(private.stream.cast()) }.capturing(Capture { pdl: self.pdl });
         let capturing = private.begin()?;
         let result = runtime.on((device, stream), |stream| calls(stream, buffers));
         let graph = capturing.end();
+        let mut drawn = Vec::new();
+        if let Some(buffers) = &mut self.buffers {
+            buffers.each_source(&mut |philox| drawn.push(philox.end_capture()));
+        }
         if let Err(error) = result.and_then(|result| result) {
             // Of a call that was refused because of the capture.
             runtime.cudart()?.forget_stale_error();
@@ -768,13 +818,16 @@ impl<B: GraphBuffers> LaunchGraph<B> {
                 remedy: "wait, allocate, and use the null stream before or after the capture",
             }
         })?;
+        let draws = draws::find(graph.handle, drawn)?;
         if let Some(executable) = &mut self.executable
+            && draws.is_empty()
+            && executable.draws.is_empty()
             && runtime.cudart()?.update_graph(executable.handle.cast(), graph.handle.cast())?
         {
             executable.nodes = graph.nodes()?;
             return Ok(Captured::Updated);
         }
-        self.executable = Some(Executable::new(&graph, context)?);
+        self.executable = Some(Executable::new(graph, draws, context)?);
         Ok(Captured::Instantiated)
     }
 
@@ -785,7 +838,7 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) on a stream that captures, whose graph would not keep the buffers;
     /// [`ContextLost`](FlashInferError::ContextLost); [`Cuda`](FlashInferError::Cuda).
     pub fn launch(&mut self) -> Result<()> {
-        let Some(executable) = &self.executable else {
+        let Some(executable) = &mut self.executable else {
             let (problem, remedy) = ("nothing was captured".to_owned(), "call LaunchGraph::capture first");
             return Err(FlashInferError::Graph { problem, remedy });
         };
@@ -799,6 +852,22 @@ impl<B: GraphBuffers> LaunchGraph<B> {
             self.buffers.iter_mut().for_each(|buffers| buffers.take_over(&self.stream));
             no_error_is_kept(context)?;
             self.lent = false;
+        }
+        if let Some(buffers) = &mut self.buffers
+            && !executable.draws.is_empty()
+        {
+            let (mut source, mut set) = (0, Ok(()));
+            buffers.each_source(&mut |philox| {
+                for draw in executable.draws.iter_mut().filter(|draw| draw.source == source) {
+                    if set.is_ok() {
+                        // SAFETY: the executable keeps the graph that it was made of, where the draws were found.
+                        set = unsafe { draw.set(executable.handle, philox.seed(), philox.offset()) };
+                        philox.advance(draw.count);
+                    }
+                }
+                source += 1;
+            });
+            set?;
         }
         (self.launched, self.unreported) = (true, true);
         // SAFETY: both are live; the graph's memory is what `buffers` keeps, ordered with its other uses.
@@ -982,18 +1051,23 @@ struct Executable {
     handle: CUgraphExec,
     nodes: usize,
     context: Arc<CudaContext>,
+    /// The kernels whose random numbers each launch sets.
+    draws: Vec<draws::Draw>,
+    /// What it was made of, whose nodes name these kernels.
+    _graph: Option<Graph>,
 }
 
 // SAFETY: CUDA's handles of graphs may be used by any thread, by one at a time: every use is through `&mut` or ownership.
 unsafe impl Send for Executable {}
 
 impl Executable {
-    fn new(graph: &Graph, context: &Arc<CudaContext>) -> Result<Self> {
+    fn new(graph: Graph, draws: Vec<draws::Draw>, context: &Arc<CudaContext>) -> Result<Self> {
         let nodes = graph.nodes()?;
         // SAFETY: the graph is live.
         let handle = unsafe { driver_graph::instantiate(graph.handle, CUgraphInstantiate_flags(0)) }
             .map_err(driver("cuGraphInstantiate"))?;
-        Ok(Self { handle, nodes, context: Arc::clone(context) })
+        let graph = if draws.is_empty() { None } else { Some(graph) };
+        Ok(Self { handle, nodes, context: Arc::clone(context), draws, _graph: graph })
     }
 }
 
