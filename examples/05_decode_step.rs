@@ -171,7 +171,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     }
     let mut next = place.memory(vec![0i32; last.len()]);
     let mut context = match &place.stream {
-        Some(stream) => SamplingContext::new(stream, last.len(), VOCAB as usize)?,
+        Some(stream) => SamplingContext::new(stream, last.len())?,
         None => SamplingContext::on_host(),
     };
     let options = SamplingOptions::default().with_filter_order(FilterOrder::Joint);

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 
 use crate::contract::{
-    Attributes, Checked, Convention, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Row, aligned, check, explain,
+    Attributes, Checked, Convention, From, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Row, aligned, check, explain,
     stream_fits, unrolled,
 };
 use crate::error::{FlashInferError, Result};
@@ -118,6 +118,28 @@ impl Entry {
         unsafe { launch_any(self, operands, checked, stream) }
     }
 
+    /// As [`call`], of any kernel, with other work queued ahead of it: only once it is known that the call keeps its row and that
+    /// the kernel is there.
+    ///
+    /// # Safety
+    /// As for [`call`], of what device memory holds behind that work.
+    pub(crate) unsafe fn call_behind(
+        self,
+        operands: &[Operand<'_, '_>],
+        stream: Stream<'_>,
+        ahead: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let checked = check(self.row, operands, stream).map_err(|fault| explain(self.row, operands, stream, fault))?;
+        if checked.empty {
+            return Ok(());
+        }
+        FlashInferRuntime::global()?.checked_device(checked.device)?;
+        self.on(checked.device)?;
+        ahead()?;
+        // SAFETY: the call keeps the row; the rest is the caller's promise.
+        unsafe { launch(self, operands, &checked, stream) }
+    }
+
     /// As [`call`], of any kernel.
     ///
     /// # Safety
@@ -214,6 +236,10 @@ unsafe fn launch_any(entry: Entry, operands: &[Operand<'_, '_>], checked: &Check
     let runtime = FlashInferRuntime::global()?;
     // First, since this finds that there is no such device, before a library is loaded for it.
     runtime.checked_device(device)?;
+    if row.dimensions.iter().any(|dimension| matches!(dimension.from, From::Gpu(_))) {
+        // The check may have been made before there was a runtime that knows the GPU.
+        check(row, operands, stream).map_err(|fault| explain(row, operands, stream, fault))?;
+    }
     let ready = Ready { runtime, function: entry.on(device)?, device };
     let launch = || {
         if checked.whole {

@@ -84,6 +84,8 @@ mod cuda;
 #[path = "../build/digest.rs"]
 #[allow(dead_code, reason = "the build parses digests, the library only compares them")]
 mod digest;
+#[cfg(feature = "cudarc")]
+mod draws;
 mod engine;
 mod error;
 mod ffi;
@@ -92,12 +94,15 @@ mod flat;
 #[cfg(feature = "cudarc")]
 mod flat_cudarc;
 #[cfg(feature = "cudarc")]
+mod glue;
+#[cfg(feature = "cudarc")]
 mod graph;
 mod indices;
 pub mod kernels;
 mod loader;
 mod module;
 mod owner;
+mod philox;
 mod prepared;
 pub mod reference;
 mod report;
@@ -135,10 +140,11 @@ pub use graph::{GraphCaptured, GraphViews};
 #[cfg(feature = "cudarc")]
 pub use indices::{CapturedOnDevice, OnDevice, OnDeviceMut};
 pub use indices::{
-    PageTable, Placed, Positions, PositionsFacts, RaggedFacts, RaggedPositions, Steering, TokenTensors, Tokens,
-    TokensFacts, Words,
+    MinP, PageTable, Parameter, PerRow, PerRowFacts, Placed, Positions, PositionsFacts, RaggedFacts, RaggedPositions,
+    Setting, Steering, Temperature, TokenTensors, Tokens, TokensFacts, TopK, TopP, Words,
 };
 pub use module::{Arg, Function, Module, Object, Value};
+pub use philox::Philox;
 pub use prepared::Prepared;
 pub use report::{DeviceReport, Report};
 pub use rotary::{CosSinCache, CosSinFacts, RopeScaling};

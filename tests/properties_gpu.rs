@@ -19,8 +19,16 @@ use flashinfer_rs::kernels::norm::{
     rmsnorm, rmsnorm_quant,
 };
 use flashinfer_rs::kernels::quantization::{BitOrder, packbits};
+use flashinfer_rs::kernels::sampling::{
+    ChainTensors, SamplingOptions, chain_speculative_sampling, min_p_sampling_from_probs, sampling_from_logits,
+    sampling_from_probs, softmax, top_k_mask_logits, top_k_mask_logits_of_long_rows, top_k_renorm_probs,
+    top_k_renorm_probs_of_long_rows, top_k_sampling_from_probs, top_k_top_p_sampling_from_probs, top_p_renorm_probs,
+    top_p_sampling_from_probs,
+};
 use flashinfer_rs::kernels::topk::{radix_topk, radix_topk_page_table_transform, radix_topk_ragged_transform};
-use flashinfer_rs::{CuSeqlens, Placed, Stream, TensorMut, TensorRef};
+use flashinfer_rs::{
+    CuSeqlens, MinP, Parameter, PerRow, Philox, Placed, Setting, Stream, Temperature, TensorMut, TensorRef, TopK, TopP,
+};
 use gpu::Gpu;
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -113,8 +121,138 @@ const CALLS: &[(&str, rows::Function)] = &[
         let order = if call.word("bitorder") == c"big" { BitOrder::Big } else { BitOrder::Little };
         packbits(&mut call.write("y"), &call.read("x"), order, s)
     }),
+    ("softmax", softmax_of),
+    ("softmax of temperatures", softmax_of),
+    ("sampling_from_probs", |call, s| {
+        let (mut philox, options) = (philox(call), sampling_options(call));
+        // SAFETY: the rows are positive numbers, as the row's contents are, here and below.
+        unsafe { sampling_from_probs(&mut call.write("output"), &call.read("probs"), &mut philox, &options, s) }
+    }),
+    ("sampling_from_logits", |call, s| {
+        let (mut philox, options) = (philox(call), sampling_options(call));
+        // SAFETY: as above.
+        unsafe { sampling_from_logits(&mut call.write("output"), &call.read("logits"), &mut philox, &options, s) }
+    }),
+    ("top_k_sampling_from_probs", |call, s| {
+        let (mut philox, options, top_k) = (philox(call), sampling_options(call), top_k(call));
+        let (mut output, probs) = (call.write("output"), call.read("probs"));
+        // SAFETY: as above.
+        unsafe { top_k_sampling_from_probs(&mut output, &probs, top_k.setting(), &mut philox, &options, s) }
+    }),
+    ("top_p_sampling_from_probs", |call, s| {
+        let (mut philox, options, top_p) = (philox(call), sampling_options(call), top_p(call));
+        let (mut output, probs) = (call.write("output"), call.read("probs"));
+        // SAFETY: as above.
+        unsafe { top_p_sampling_from_probs(&mut output, &probs, top_p.setting(), &mut philox, &options, s) }
+    }),
+    ("min_p_sampling_from_probs", |call, s| {
+        let (mut philox, options, all) = (philox(call), sampling_options(call), call.number("min_p") as f32);
+        let min_p = Own::<MinP>::of(call, "min_p_arr", all);
+        let (mut output, probs) = (call.write("output"), call.read("probs"));
+        // SAFETY: as above.
+        unsafe { min_p_sampling_from_probs(&mut output, &probs, min_p.setting(), &mut philox, &options, s) }
+    }),
+    ("top_k_top_p_sampling_from_probs", |call, s| {
+        let (mut philox, options, top_k, top_p) = (philox(call), sampling_options(call), top_k(call), top_p(call));
+        let (mut output, probs) = (call.write("output"), call.read("probs"));
+        let (top_k, top_p) = (top_k.setting(), top_p.setting());
+        // SAFETY: as above.
+        unsafe { top_k_top_p_sampling_from_probs(&mut output, &probs, top_k, top_p, &mut philox, &options, s) }
+    }),
+    ("top_p_renorm_probs", |call, s| {
+        let top_p = top_p(call);
+        // SAFETY: as above.
+        unsafe { top_p_renorm_probs(&mut call.write("renorm_probs"), &call.read("probs"), top_p.setting(), s) }
+    }),
+    ("top_k_renorm_probs", top_k_renorm),
+    ("top_k_renorm_probs of long rows", |call, s| {
+        let (top_k, mut states) = (top_k(call), call.write("row_states"));
+        let (mut renorm_probs, probs) = (call.write("renorm_probs"), call.read("probs"));
+        // SAFETY: the states are zeros; rows as short as these are in one block all the same.
+        unsafe { top_k_renorm_probs_of_long_rows(&mut renorm_probs, &probs, top_k.setting(), &mut states, s) }
+    }),
+    ("top_k_mask_logits", top_k_mask),
+    ("top_k_mask_logits of long rows", |call, s| {
+        let (top_k, mut states) = (top_k(call), call.write("row_states"));
+        let (mut mask_logits, logits) = (call.write("mask_logits"), call.read("logits"));
+        // SAFETY: as above.
+        unsafe { top_k_mask_logits_of_long_rows(&mut mask_logits, &logits, top_k.setting(), &mut states, s) }
+    }),
+    ("chain_speculative_sampling", |call, s| {
+        let (mut philox, options) = (philox(call), sampling_options(call));
+        let mut tensors = ChainTensors {
+            draft_probs: call.write("draft_probs"),
+            draft_token_ids: call.read("draft_token_ids"),
+            target_probs: call.write("target_probs"),
+            output_token_ids: call.write("output_token_ids"),
+            output_accepted_token_num: call.write("output_accepted_token_num"),
+            output_emitted_draft_token_num: call.write("output_emitted_draft_token_num"),
+        };
+        // SAFETY: as above; the drafts are tokens.
+        unsafe { chain_speculative_sampling(&mut tensors, &mut philox, &options, s) }
+    }),
 ];
 
+/// What a call has for a parameter of sampling: one number, and perhaps an array.
+struct Own<'a, P: Parameter> {
+    all: P::Value,
+    rows: Option<Placed<'a, PerRow<P>>>,
+}
+
+impl<'a, P: Parameter> Own<'a, P> {
+    fn of(call: &mut rows::Call<'a>, array: &str, all: P::Value) -> Self {
+        // SAFETY: numbers that are allowed, as the row's contents are.
+        let rows = call.optional(array).map(|rows| unsafe { Placed::<PerRow<P>>::from_tensor(rows) });
+        Self { all, rows }
+    }
+
+    /// The array where there is one; a number that is not allowed in any case, so that it is seen to be refused.
+    fn setting(&self) -> Setting<'_, P> {
+        match &self.rows {
+            Some(rows) if PerRow::<P>::new(&[self.all]).is_ok() => rows.into(),
+            _ => Setting::All(self.all),
+        }
+    }
+}
+
+fn top_k<'a>(call: &mut rows::Call<'a>) -> Own<'a, TopK> {
+    let all = call.whole("top_k") as i32;
+    Own::of(call, "top_k_arr", all)
+}
+
+fn top_p<'a>(call: &mut rows::Call<'a>) -> Own<'a, TopP> {
+    let all = call.number("top_p") as f32;
+    Own::of(call, "top_p_arr", all)
+}
+
+fn philox(call: &mut rows::Call<'_>) -> Philox {
+    Philox::new(call.whole("philox_seed") as u64).at(call.whole("philox_offset") as u64)
+}
+
+fn sampling_options(call: &mut rows::Call<'_>) -> SamplingOptions {
+    SamplingOptions::default().with_deterministic(call.on("deterministic"))
+}
+
+fn softmax_of(call: &mut rows::Call<'_>, s: Stream<'_>) -> flashinfer_rs::Result<()> {
+    let options = SamplingOptions::default().with_pdl(call.on("enable_pdl"));
+    let all = call.number("temperature") as f32;
+    let temperature = match call.has("temperature_arr") {
+        true => Own::<Temperature>::of(call, "temperature_arr", all),
+        false => Own { all, rows: None },
+    };
+    let (mut output, logits, mut workspace) = (call.write("output"), call.read("logits"), call.write("workspace"));
+    softmax(&mut output, &logits, temperature.setting(), &mut workspace, &options, s)
+}
+
+fn top_k_renorm(call: &mut rows::Call<'_>, s: Stream<'_>) -> flashinfer_rs::Result<()> {
+    let top_k = top_k(call);
+    top_k_renorm_probs(&mut call.write("renorm_probs"), &call.read("probs"), top_k.setting(), s)
+}
+
+fn top_k_mask(call: &mut rows::Call<'_>, s: Stream<'_>) -> flashinfer_rs::Result<()> {
+    let top_k = top_k(call);
+    top_k_mask_logits(&mut call.write("mask_logits"), &call.read("logits"), top_k.setting(), s)
+}
 /// Those whose results come in any order, which their own tests look at: here they are only refused.
 const UNORDERED: &[(&str, rows::Function)] = &[
     ("radix_topk", |call, s| {

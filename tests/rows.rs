@@ -125,7 +125,7 @@ fn every_row_makes_sense() {
             match tensor.contents {
                 Contents::Offsets(parts, whole) => [parts, whole].into_iter().for_each(known),
                 Contents::Turns(among) | Contents::Rounds(among) | Contents::Distinct(among) => known(among),
-                Contents::Uniform(_) | Contents::Between(..) | Contents::Zeros => {}
+                Contents::Uniform(_) | Contents::Between(..) | Contents::Steps(..) | Contents::Zeros => {}
             }
             if let Strides::As(other) = tensor.strides {
                 assert_eq!(rank_of(other), tensor.shape.len(), "{name}: {argument}");

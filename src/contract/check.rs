@@ -47,7 +47,7 @@ pub(crate) use unrolled;
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a, 'o> {
     Tensor(&'a Layout, &'a Owner<'o>),
-    /// Nothing, for an optional tensor and for one that is [missing](Kind::Missing).
+    /// Nothing, for an optional tensor and for one that a form [does without](Kind::Missing).
     Absent,
     Number(f64),
     Whole(i64),
@@ -245,7 +245,8 @@ fn number_fits(kind: &Kind, value: f64) -> bool {
         Kind::Positive => positive,
         Kind::NotNegative => positive | (value == 0.0),
         Kind::Between(least, most) => (single >= *least as f32) & (single <= *most as f32),
-        Kind::Tensor(_) | Kind::Whole(..) | Kind::Switch | Kind::Word(_) | Kind::Missing(_) | Kind::EnablePdl => false,
+        Kind::Tensor(_) | Kind::Whole(..) | Kind::Word(_) | Kind::Switch | Kind::EnablePdl => false,
+        Kind::Missing(_) | Kind::Nothing => false,
     }
 }
 
@@ -414,7 +415,7 @@ fn fits_kinds(row: &Row, operands: &[Operand<'_, '_>]) -> bool {
         (Kind::Tensor(tensor), Operand::Absent) => tensor.optional,
         (Kind::Positive | Kind::NotNegative | Kind::Between(..), Operand::Number(_)) => true,
         (Kind::Whole(..), Operand::Whole(_)) | (Kind::Word(_), Operand::Word(_)) => true,
-        (Kind::Missing(_), Operand::Absent) => true,
+        (Kind::Missing(_) | Kind::Nothing, Operand::Absent) => true,
         (Kind::EnablePdl | Kind::Switch, Operand::Bool(_)) => true,
         _ => false,
     };

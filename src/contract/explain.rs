@@ -82,7 +82,7 @@ pub(super) fn number(kind: &Kind) -> String {
         Kind::Whole(least, most) => format!("a whole number from {least} to {most}"),
         Kind::Switch | Kind::EnablePdl => "on or off".to_owned(),
         Kind::Word(words) => words.iter().map(|word| format!("{word:?}")).collect::<Vec<_>>().join(" or "),
-        Kind::Missing(_) => "nothing".to_owned(),
+        Kind::Missing(_) | Kind::Nothing => "nothing".to_owned(),
         Kind::Positive | Kind::Tensor(_) => positive.to_owned(),
     }
 }

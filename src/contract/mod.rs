@@ -131,6 +131,8 @@ pub enum Kind {
     Word(&'static [&'static CStr]),
     /// A tensor that this form of the function does without: it is passed with no memory, of this rank.
     Missing(usize),
+    /// An optional tensor that this form of the function does without: nothing is passed.
+    Nothing,
     /// Whether programmatic dependent launch is on.
     EnablePdl,
 }
@@ -239,6 +241,9 @@ pub enum Contents {
     Uniform(f64),
     /// Numbers between these two.
     Between(f64, f64),
+    /// As many steps as from the first number to the second, of this size each: a power of two, so that sums are the same in
+    /// whichever order they are made.
+    Steps(i64, i64, f64),
     /// Offsets that divide the second dimension into as many parts as the first says.
     Offsets(usize, usize),
     /// Indices into this dimension, in turn: 0, 1, 2 and so on, and 0 again behind the last.
@@ -298,13 +303,18 @@ impl Limit {
     /// What it is on a device.
     #[inline]
     pub fn of(self, device: Device) -> i64 {
+        let runtime = FlashInferRuntime::get();
         let known = match device {
-            Device::Cuda(id) => FlashInferRuntime::get().and_then(|runtime| runtime.limits(id)),
+            Device::Cuda(id) => runtime.and_then(|runtime| runtime.limits(id)),
             Device::Cpu => None,
         };
+        // Of a device that is not there nothing is launched: then it is a Hopper GPU's. Of one that is, and does not answer, it is
+        // what every GPU has.
+        let there = runtime.is_some_and(|runtime| runtime.checked_device(device).is_ok());
+        let [shared_memory, multiprocessors] = if there { [48 << 10, 1] } else { [227 << 10, 132] };
         match self {
-            Self::SharedMemory => known.map_or(227 << 10, |limits| limits.shared_memory),
-            Self::Multiprocessors => known.map_or(132, |limits| limits.multiprocessors),
+            Self::SharedMemory => known.map_or(shared_memory, |limits| limits.shared_memory),
+            Self::Multiprocessors => known.map_or(multiprocessors, |limits| limits.multiprocessors),
         }
     }
 }
@@ -410,11 +420,11 @@ impl Row {
 
     /// The row's dimensions, where those that a call gives are these, in the row's order.
     pub fn dimensions_from(&self, given: impl Fn(usize) -> i64) -> Dimensions {
-        let mut dimensions = [1; MAX_DIMENSIONS];
+        let mut dimensions: Dimensions = [1; MAX_DIMENSIONS];
         for (i, dimension) in self.dimensions.iter().enumerate() {
             dimensions[i] = match dimension.from {
                 From::Larger(a, b) => dimensions[a].max(dimensions[b]),
-                From::Sum(a, b) => dimensions[a] + dimensions[b],
+                From::Sum(a, b) => dimensions[a].saturating_add(dimensions[b]),
                 From::Shape(..) | From::OneLess(..) | From::Number(_) | From::ElementSize(_) | From::Gpu(_) => given(i),
             };
         }

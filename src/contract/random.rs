@@ -2,6 +2,7 @@
 
 use std::ptr;
 
+use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRng, TestRunner};
 
@@ -122,7 +123,7 @@ impl Call {
             (Kind::Positive | Kind::NotNegative | Kind::Between(..), _) => Operand::Number(self.numbers[i]),
             (Kind::Whole(..), _) => Operand::Whole(self.whole[i]),
             (Kind::Word(words), _) => Operand::Word(words[0]),
-            (Kind::Missing(_), _) => Operand::Absent,
+            (Kind::Missing(_) | Kind::Nothing, _) => Operand::Absent,
         };
         (0..self.row.arguments.len()).map(operand).collect()
     }
@@ -199,7 +200,15 @@ impl Given {
         // Memory of u128 is aligned to 16 bytes; what a row asks beyond that is found in the room behind.
         let address = memory.as_mut_ptr().cast::<u8>();
         let address = address.wrapping_add(address.addr().wrapping_neg() % 64);
-        // Zeros, which the memory is of, are numbers and indices too.
+        let least = match tensor.contents {
+            Contents::Between(low, _) => Some(low),
+            Contents::Steps(low, _, step) => Some(low as f64 * step),
+            _ => None,
+        };
+        if let Some(least) = least {
+            fill(address, next.max(1) as usize, dtype, least);
+        }
+        // Zeros, which the memory is of otherwise, are numbers and indices too.
         for i in 0..shape.first().copied().unwrap_or(0) {
             let number = match tensor.contents {
                 Contents::Offsets(parts, whole) => sizes[whole] * i / sizes[parts].max(1),
@@ -217,6 +226,25 @@ impl Given {
             }
         }
         (Self { address, device, dtype, shape, strides, stream: None }, memory)
+    }
+}
+
+/// Writes a number in so many places, for which there must be room.
+fn fill(address: *mut u8, count: usize, dtype: DType, number: f64) {
+    for i in 0..count {
+        let place = address.wrapping_add(i * dtype.size());
+        // SAFETY: there is room, which the caller sees to.
+        unsafe {
+            match dtype {
+                DType::F32 => place.cast::<f32>().write(number as f32),
+                DType::F16 => place.cast::<f16>().write(f16::from_f64(number)),
+                DType::BF16 => place.cast::<bf16>().write(bf16::from_f64(number)),
+                DType::I32 => place.cast::<i32>().write(number as i32),
+                DType::I64 => place.cast::<i64>().write(number as i64),
+                DType::U8 => place.write(number as u8),
+                other => unreachable!("no row has numbers between two in {other}"),
+            }
+        }
     }
 }
 

@@ -69,6 +69,7 @@ pub fn index(rows: &[&Row]) -> String {
             Kind::Positive => Some(format!("`{}` positive", argument.name)),
             Kind::NotNegative => Some(format!("`{}` positive, or 0.0 for the default", argument.name)),
             Kind::Missing(_) => Some(format!("`{}` without memory", argument.name)),
+            Kind::Nothing => Some(format!("without `{}`", argument.name)),
             ref kind => Some(format!("`{}` {}", argument.name, number(kind))),
         });
         let scalars: Vec<_> = scalars.collect();

@@ -171,25 +171,25 @@ impl<'a> Args<'a> {
     }
 }
 
-/// An 8-bit floating-point format: mantissa bits, exponent bias, and the largest value that a norm writes. Upstream clamps
-/// to ±448 for both formats.
+/// An 8-bit floating-point format: mantissa bits, exponent bias, and the largest number.
 #[derive(Clone, Copy)]
 struct EightBit {
     mantissa: i32,
     bias: i32,
+    largest: f64,
 }
 
-const E4M3: EightBit = EightBit { mantissa: 3, bias: 7 };
-const E5M2: EightBit = EightBit { mantissa: 2, bias: 15 };
+const E4M3: EightBit = EightBit { mantissa: 3, bias: 7, largest: 448.0 };
+const E5M2: EightBit = EightBit { mantissa: 2, bias: 15, largest: 57_344.0 };
 
-/// Rounds to the nearest value of F8E5M2 or F8E4M3, ties to even, after clamping to ±448.
+/// Rounds to the nearest number of F8E5M2 or F8E4M3, ties to even; to the largest, where that is exceeded.
 pub(crate) fn eight_bit(value: f64, dtype: DType) -> u8 {
     let format = if dtype == DType::F8E5M2 { E5M2 } else { E4M3 };
     let sign = if value.is_sign_negative() { 0x80 } else { 0 };
     if value.is_nan() {
         return sign | 0x7F;
     }
-    let magnitude = value.abs().min(448.0);
+    let magnitude = value.abs().min(format.largest);
     // Below the smallest normal exponent the steps stay as they are there.
     let exponent = (magnitude.log2().floor() as i32).max(1 - format.bias);
     let step = f64::from(exponent - format.mantissa).exp2();

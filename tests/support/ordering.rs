@@ -50,7 +50,9 @@ fn compile(folder: &Path) {
     native::compile("ordering/driver.c", "libcuda.so.1", &["-pthread"], folder);
     native::compile("ordering/runtime.c", "libcudart.so.13", &over_the_driver, folder);
     let kernels = native::compile("ordering/kernels.c", "norm.so", &over_the_driver, folder);
-    fs::copy(kernels, folder.join("gdn_prefill_sm90.so")).unwrap();
+    for library in ["gdn_prefill_sm90.so", "sampling.so"] {
+        fs::copy(&kernels, folder.join(library)).unwrap();
+    }
     std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcuda.so")).unwrap();
     let tvm_ffi = "libtvm_ffi.so";
     fs::copy(native::vendored_libraries().join(tvm_ffi), folder.join(tvm_ffi)).unwrap();

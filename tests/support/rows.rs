@@ -42,6 +42,12 @@ impl<'a> Call<'a> {
         &mut self.arguments[at.unwrap_or_else(|| panic!("{} has no argument {name}", self.row.kernel))]
     }
 
+    /// Whether the call has a tensor of this name, which was not taken.
+    pub fn has(&self, name: &str) -> bool {
+        let at = self.row.arguments.iter().position(|argument| argument.name == name);
+        at.is_some_and(|at| matches!(self.arguments[at], Given::Tensor(_)))
+    }
+
     /// A tensor that is written. Taken once.
     pub fn write(&mut self, name: &str) -> TensorMut<'a> {
         match std::mem::replace(self.find(name), Given::Absent) {
@@ -228,8 +234,11 @@ fn plans(row: &'static Row, random: &mut Random, dimensions: Dimensions) -> Plan
         Kind::Whole(i64::MIN, i64::MAX) => Planned::Whole(random.below(1 << 40)),
         Kind::Whole(..) => Planned::Whole(row.whole(i, &dimensions).unwrap_or(0)),
         Kind::Word(words) => Planned::Word(words[random.below(words.len() as i64) as usize]),
-        Kind::Missing(_) => Planned::Absent,
-        Kind::Switch => Planned::Bool(row.whole(i, &dimensions) == Some(1)),
+        Kind::Missing(_) | Kind::Nothing => Planned::Absent,
+        Kind::Switch if row.dimensions.iter().any(|d| matches!(d.from, From::Number(from) if from == i)) => {
+            Planned::Bool(row.whole(i, &dimensions) == Some(1))
+        }
+        Kind::Switch => Planned::Bool(random.chance(2)),
         Kind::EnablePdl => Planned::Bool(random.chance(2)),
     });
     Plans { arguments: arguments.collect(), dimensions }
@@ -284,6 +293,9 @@ fn contents(tensor: &Tensor, dimensions: &Dimensions, random: &mut Random, count
     match tensor.contents {
         Contents::Uniform(x) => spread(-x, x, random),
         Contents::Between(low, high) => spread(low, high, random),
+        Contents::Steps(least, most, step) => {
+            (0..count).map(|_| (least + random.below(most - least + 1)) as f64 * step).collect()
+        }
         Contents::Offsets(parts, whole) => {
             let (parts, whole) = (dimensions[parts].max(1), dimensions[whole]);
             (0..count as i64).map(|i| (whole * i / parts) as f64).collect()
@@ -678,7 +690,7 @@ fn dimensions_far(row: &Row, random: &mut Random, fit: impl Fn(&Dimensions) -> b
     for _ in 0..500 {
         let mut given = [1; MAX_DIMENSIONS];
         for (i, dimension) in row.dimensions.iter().enumerate() {
-            let far = 10f64.powf(random.uniform() * 6.0) as i64;
+            let far = 10f64.powf(random.uniform() * 8.0) as i64;
             given[i] = match random.below(4) {
                 0 if !dimension.examples.is_empty() => *random.pick(dimension.examples),
                 1 => 1 + random.below(far),

@@ -37,7 +37,7 @@ pub const fn program(
     Program { kind, name: Cow::Borrowed(name), features, file: Cow::Borrowed(file), seconds }
 }
 
-const EXAMPLES: [Program; 7] = [
+const EXAMPLES: [Program; 8] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
@@ -45,6 +45,7 @@ const EXAMPLES: [Program; 7] = [
     program("example", "02_gdn", "cudarc", "02_gdn", 60),
     program("example", "03_two_gpus", "cudarc", "03_two_gpus", 60),
     program("example", "04_graph", "cudarc", "04_graph", 60),
+    program("example", "05_decode_step", "cudarc", "05_decode_step", 60),
 ];
 
 const STARTUP: Program = program("bench", "startup", "embed", "startup", 120);
