@@ -21,9 +21,8 @@ use flashinfer_rs::kernels::norm::{
 use flashinfer_rs::kernels::quantization::{BitOrder, packbits};
 use flashinfer_rs::kernels::sampling::{
     ChainTensors, SamplingOptions, chain_speculative_sampling, min_p_sampling_from_probs, sampling_from_logits,
-    sampling_from_probs, softmax, top_k_mask_logits, top_k_mask_logits_of_long_rows, top_k_renorm_probs,
-    top_k_renorm_probs_of_long_rows, top_k_sampling_from_probs, top_k_top_p_sampling_from_probs, top_p_renorm_probs,
-    top_p_sampling_from_probs,
+    sampling_from_probs, softmax, top_k_mask_logits, top_k_renorm_probs, top_k_sampling_from_probs,
+    top_k_top_p_sampling_from_probs, top_p_renorm_probs, top_p_sampling_from_probs,
 };
 use flashinfer_rs::kernels::topk::{radix_topk, radix_topk_page_table_transform, radix_topk_ragged_transform};
 use flashinfer_rs::{
@@ -165,19 +164,7 @@ const CALLS: &[(&str, rows::Function)] = &[
         unsafe { top_p_renorm_probs(&mut call.write("renorm_probs"), &call.read("probs"), top_p.setting(), s) }
     }),
     ("top_k_renorm_probs", top_k_renorm),
-    ("top_k_renorm_probs of long rows", |call, s| {
-        let (top_k, mut states) = (top_k(call), call.write("row_states"));
-        let (mut renorm_probs, probs) = (call.write("renorm_probs"), call.read("probs"));
-        // SAFETY: the states are zeros; rows as short as these are in one block all the same.
-        unsafe { top_k_renorm_probs_of_long_rows(&mut renorm_probs, &probs, top_k.setting(), &mut states, s) }
-    }),
     ("top_k_mask_logits", top_k_mask),
-    ("top_k_mask_logits of long rows", |call, s| {
-        let (top_k, mut states) = (top_k(call), call.write("row_states"));
-        let (mut mask_logits, logits) = (call.write("mask_logits"), call.read("logits"));
-        // SAFETY: as above.
-        unsafe { top_k_mask_logits_of_long_rows(&mut mask_logits, &logits, top_k.setting(), &mut states, s) }
-    }),
     ("chain_speculative_sampling", |call, s| {
         let (mut philox, options) = (philox(call), sampling_options(call));
         let mut tensors = ChainTensors {

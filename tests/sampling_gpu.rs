@@ -15,8 +15,9 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use data::{Random, assert_close};
 use flashinfer_rs::kernels::sampling::{
-    ChainTensors, FilterOrder, RowStatus, SamplingContext, SamplingOptions, is_supported, sampling_from_logits,
-    softmax, softmax_workspace_size, top_k_mask_logits, top_k_renorm_probs, top_k_renorm_probs_in_place,
+    ChainTensors, FilterOrder, ROW_STATES_SIZE, RowStatus, SamplingContext, SamplingOptions, is_supported,
+    sampling_from_logits, softmax, softmax_workspace_size, top_k_mask_logits, top_k_mask_logits_of_long_rows,
+    top_k_renorm_probs, top_k_renorm_probs_in_place, top_k_renorm_probs_of_long_rows,
 };
 use flashinfer_rs::{
     Device, FlashInferError, LaunchGraph, MinP, OnDevice, PerRow, Philox, Placed, Result, Stream, Temperature,
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         ("logits_become_probabilities_whatever_way_the_kernel_goes", probabilities),
         ("renormalized_and_masked_rows_are_those_of_the_reference", renormalized),
         ("rows_fit_one_block_up_to_what_is_said", one_block),
+        ("the_form_for_long_rows_does_the_same_with_short_ones", long_form),
         ("speculative_sampling_emits_what_the_target_would", chains),
         ("a_draft_without_a_rest_is_followed_by_the_targets_likeliest_token", without_rest),
         ("hostile_drafts_are_told_of", hostile_chains),
@@ -605,6 +607,31 @@ fn one_block(gpu: &Gpu) {
         let kept = |x: bf16| if x.to_f32() >= sorted[6] { x } else { bf16::NEG_INFINITY };
         assert!(found.iter().zip(row).all(|(found, x)| *found == kept(*x)));
     }
+}
+
+/// With rows that one block takes all the same: those that several share may hang.
+fn long_form(gpu: &Gpu) {
+    let stream = &gpu.stream;
+    let (s, shape) = (Stream::cudarc(stream), [300, 4000]);
+    let rows = stream.clone_htod(&probs(82, 300, 4000, 1.0)).unwrap();
+    let input = TensorRef::from_cudarc(stream, &rows, &shape).unwrap();
+    let mut states = stream.alloc_zeros::<u8>(ROW_STATES_SIZE as usize).unwrap();
+    let mut outputs = [(); 4].map(|()| stream.clone_htod(&vec![f32::NAN; 300 * 4000]).unwrap());
+    {
+        let mut states = TensorMut::from_cudarc(stream, &mut states, &[ROW_STATES_SIZE]).unwrap();
+        let [mut a, mut b, mut c, mut d] =
+            outputs.each_mut().map(|output| TensorMut::from_cudarc(stream, output, &shape).unwrap());
+        top_k_renorm_probs(&mut a, &input, 10, s).unwrap();
+        top_k_mask_logits(&mut b, &input, 10, s).unwrap();
+        // SAFETY: the states are zeros, for this stream alone, and no blocks wait for others.
+        unsafe {
+            top_k_renorm_probs_of_long_rows(&mut c, &input, 10, &mut states, s).unwrap();
+            top_k_mask_logits_of_long_rows(&mut d, &input, 10, &mut states, s).unwrap();
+        }
+    }
+    let [a, b, c, d] = outputs.map(|output| stream.clone_dtoh(&output).unwrap());
+    assert!(a == c && b == d);
+    assert!(stream.clone_dtoh(&states).unwrap().iter().all(|byte| *byte == 0));
 }
 
 /// Buffers of speculative sampling.
