@@ -43,8 +43,9 @@ pub struct Launched<'a> {
 }
 
 /// What a [`LaunchGraph`] owns: `CudaSlice<T>`, `Arc<CudaSlice<T>>` for what is only read and shared (weights),
-/// [`GdnPrefillContext`](crate::kernels::gdn::GdnPrefillContext), [`DeviceCuSeqlens`](crate::DeviceCuSeqlens),
-/// [`Philox`] (which each launch draws from anew), [`OnDevice`](crate::OnDevice) and, shared, `Arc<OnDevice<D>>` (tables of cosines and sines), tuples, arrays
+/// [`GdnPrefillContext`](crate::kernels::gdn::GdnPrefillContext),
+/// [`SamplingContext`](crate::kernels::sampling::SamplingContext), [`Philox`], which each launch draws from anew,
+/// [`DeviceCuSeqlens`](crate::DeviceCuSeqlens), [`OnDevice`](crate::OnDevice) and, shared, `Arc<OnDevice<D>>`, tuples, arrays
 /// and vectors of these, and structs that [`graph_buffers!`](crate::graph_buffers) declares.
 pub trait GraphBuffers: Sized + 'static {
     /// What the graph keeps: buffers, and tuples, arrays and vectors of them.

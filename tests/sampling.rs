@@ -1,20 +1,16 @@
 //! Sampling without a GPU: what is drawn on the host and how often, what is refused, rows that are no distribution, and what the
 //! real launchers do over a CUDA runtime that launches nothing.
 
-#[path = "support/data.rs"]
-mod data;
 #[path = "support/failing.rs"]
 mod failing;
 #[path = "support/native.rs"]
 mod native;
 
-use data::Random;
 use flashinfer_rs::kernels::sampling::{
-    ChainTensors, FilterOrder, RowStatus, SamplingContext, SamplingOptions, chain_speculative_sampling, is_supported,
-    min_p_sampling_from_probs, sampling_from_logits, sampling_from_probs, softmax, softmax_in_place,
-    softmax_workspace_size, top_k_mask_logits, top_k_mask_logits_in_place, top_k_renorm_probs,
-    top_k_renorm_probs_in_place, top_k_sampling_from_probs, top_k_top_p_sampling_from_probs, top_p_renorm_probs,
-    top_p_sampling_from_probs,
+    ChainTensors, FilterOrder, RowStatus, SamplingContext, SamplingOptions, is_supported, min_p_sampling_from_probs,
+    sampling_from_logits, sampling_from_probs, softmax, softmax_in_place, softmax_workspace_size, top_k_mask_logits,
+    top_k_mask_logits_in_place, top_k_renorm_probs, top_k_renorm_probs_in_place, top_k_sampling_from_probs,
+    top_k_top_p_sampling_from_probs, top_p_sampling_from_probs,
 };
 use flashinfer_rs::{
     DType, Device, FlashInferError, FlashInferRuntime, MinP, PerRow, Philox, Placed, Result, RuntimeConfig, Stream,
@@ -372,6 +368,19 @@ fn logits_become_probabilities_at_a_temperature() {
     assert_eq!(own, one);
 }
 
+/// splitmix64
+struct Random(u64);
+
+impl Random {
+    fn uniform(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
 /// The nucleus as it is defined, by sorting: the part of a row above what it may lose.
 fn nucleus(row: &[f32], p: f32) -> Vec<f64> {
     let mut sorted: Vec<f64> = row.iter().map(|&x| x.into()).collect();
@@ -655,7 +664,8 @@ mod real {
     use super::*;
     use failing::{Cuda, read, write};
     use flashinfer_rs::kernels::sampling::{
-        ROW_STATES_SIZE, top_k_mask_logits_of_long_rows, top_k_renorm_probs_of_long_rows,
+        ROW_STATES_SIZE, chain_speculative_sampling, top_k_mask_logits_of_long_rows, top_k_renorm_probs_of_long_rows,
+        top_p_renorm_probs,
     };
 
     const LIBRARY: [&str; 1] = ["sampling.so"];
