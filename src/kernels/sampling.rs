@@ -10,7 +10,8 @@
 //!   memory, as every function of this crate does.
 //!
 //! [`softmax`], [`top_k_renorm_probs`] and [`top_k_mask_logits`] end and stay within their memory whatever they are given, so they
-//! are safe as they are: what comes out of a row with NaN has NaN or no probability above 0, which the call that draws finds.
+//! are safe as they are. NaN in logits comes out of softmax as NaN, which the call that draws finds; the other two take it for the
+//! largest number and leave it out, so that nobody finds it behind them.
 //!
 //! On a GPU a call is asynchronous on its stream and never synchronizes; tensors on the host are computed by the
 //! [reference](crate::reference), at once. Without rows a call is a no-op. Rows are of up to 2²⁴ tokens, and all rows of a call
@@ -331,7 +332,7 @@ const TOP_K_RENORM: Row = Row {
     dimensions: &rows_in_blocks(),
     relations: &[RENORMALIZED_IN_ONE_BLOCK],
     attributes: Attributes::PerCall,
-    hazards: &["Sums below 1e-8 count as 1e-8.", "A row with NaN comes out without a probability above 0."],
+    hazards: &["Sums below 1e-8 count as 1e-8.", "NaN counts as the largest number and becomes 0."],
     // Rounded once in 16 bits.
     tolerance: [4e-3, 6e-4],
     ..SAMPLER
@@ -376,7 +377,7 @@ const MASK: Row = Row {
         number("row_states", Kind::Missing(1)),
     ],
     relations: &[MASKED_IN_ONE_BLOCK],
-    hazards: &["A row whose `top_k`-largest is NaN becomes −∞ as a whole."],
+    hazards: &["NaN counts as the largest number and becomes −∞."],
     tolerance: [0.0, 0.0],
     ..TOP_K_RENORM
 };
@@ -1040,7 +1041,7 @@ fn top_p_renorm_operands<'a, 'o>(
 /// | `renorm_probs` | `[rows, vocab]` | as `probs` | written; contiguous; aligned to gcd(16 bytes' elements, vocab) elements |
 /// | `top_k_arr` | `[rows]` | I32 | read, optional; contiguous; aligned to 4 bytes |
 ///
-/// A row is in one block's shared memory; how long it may be is the GPU's matter, about 57,000 tokens in F32 on compute
+/// NaN counts as the largest number and becomes 0. A row is in one block's shared memory; how long it may be is the GPU's matter, about 57,000 tokens in F32 on compute
 /// capability 9.0, and 115,000 in 16 bits.
 ///
 /// # Errors
@@ -1076,7 +1077,7 @@ pub fn top_k_renorm_probs_in_place<'a>(
 /// | `mask_logits` | `[rows, vocab]` | as `logits` | written; contiguous; aligned to gcd(16 bytes' elements, vocab) elements |
 /// | `top_k_arr` | `[rows]` | I32 | read, optional; contiguous; aligned to 4 bytes |
 ///
-/// How long a row may be is as for [`top_k_renorm_probs`].
+/// NaN counts as the largest number and becomes −∞. How long a row may be is as for [`top_k_renorm_probs`].
 ///
 /// # Errors
 /// See the [module](self).

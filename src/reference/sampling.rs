@@ -127,9 +127,10 @@ function!(top_k_renorm_probs, |args| {
     let top_k = Numbers::new(args, top_ks, args.int(top_k)? as f64)?;
     for i in 0..probs.size(0)? {
         let mut row = row_of(&probs, &[i])?;
-        let least = largest(&row, top_k.of(i)?, f64::NEG_INFINITY)?;
-        let kept: f64 = row.iter().filter(|x| **x >= least).sum();
-        row.iter_mut().for_each(|x| *x = if *x >= least { *x / kept.max(LEAST_SUM) } else { 0.0 });
+        let least = largest(&row, top_k.of(i)?)?;
+        let keeps = |x: f64| least.is_none_or(|least| x >= least);
+        let kept: f64 = row.iter().copied().filter(|x| keeps(*x)).sum();
+        row.iter_mut().for_each(|x| *x = if keeps(*x) { *x / kept.max(LEAST_SUM) } else { 0.0 });
         renorm_probs.write(&[i], &row)?;
     }
     Ok(())
@@ -141,8 +142,9 @@ function!(top_k_mask_logits, |args| {
     let top_k = Numbers::new(args, top_ks, args.int(top_k)? as f64)?;
     for i in 0..logits.size(0)? {
         let mut row = row_of(&logits, &[i])?;
-        let least = largest(&row, top_k.of(i)?, f64::NEG_INFINITY)?;
-        row.iter_mut().for_each(|x| *x = if *x >= least { *x } else { f64::NEG_INFINITY });
+        if let Some(least) = largest(&row, top_k.of(i)?)? {
+            row.iter_mut().for_each(|x| *x = if *x >= least { *x } else { f64::NEG_INFINITY });
+        }
         mask_logits.write(&[i], &row)?;
     }
     Ok(())
@@ -352,12 +354,12 @@ fn nucleus(row: &[f64], p: f64) -> Result<(f64, f64), Raised> {
     }
 }
 
-/// The `k`-largest number of a row; where there are not so many, what is below all of them.
-fn largest(row: &[f64], k: f64, below: f64) -> Result<f64, Raised> {
+/// The `k`-largest number of a row, NaN being the largest of all; none where all are kept.
+fn largest(row: &[f64], k: f64) -> Result<Option<f64>, Raised> {
     let k = positive("top_k", k)? as usize;
     let mut sorted = row.to_vec();
     sorted.sort_unstable_by(|a, b| b.total_cmp(a));
-    Ok(if k >= row.len() { below } else { sorted[k - 1] })
+    Ok((k < row.len()).then(|| sorted[k - 1]))
 }
 
 /// The first of a row's largest.

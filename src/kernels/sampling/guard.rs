@@ -40,12 +40,12 @@ impl RowStatus {
         self.0 == 0
     }
 
-    /// Whether NaN was in the row. Logits with NaN or nothing but −∞ become such a row.
+    /// Whether NaN was in the row. Logits with NaN or nothing but −∞ become such a row; with +∞ such a row, or one with an infinity.
     pub const fn has_nan(self) -> bool {
         self.0 & NOT_A_NUMBER != 0
     }
 
-    /// Whether a number above 1e28 was in the row, ∞ among these. Logits with +∞ become such a row.
+    /// Whether a number above 1e28 was in the row, ∞ among these.
     pub const fn has_infinite(self) -> bool {
         self.0 & TOO_LARGE != 0
     }
