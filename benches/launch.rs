@@ -1,35 +1,27 @@
 //! The kernels called from Rust, in one way per process; benches/c/caller.c is the same from C, and measures as is done
-//! here. `cargo xtask bench` starts both.
-//!
-//! `launch [--bench] ARM` prints `ready`, then answers each line of standard input with one line: a number, `-` where this
-//! arm does not have that case, or `error TEXT`.
+//! here. `cargo xtask bench` starts both, as `launch [--bench] ARM`.
 
-use std::error::Error;
 use std::ffi::c_void;
 use std::hint::black_box;
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
 
-use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags};
-use cudarc::driver::{
-    CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, ValidAsZeroBits,
-};
+use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
 use flashinfer_rs::kernels::gdn::{self, GdnOptions, GdnPrefill, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{GemmaRmsnorm, NormOptions, gemma_rmsnorm};
 use flashinfer_rs::{
     CuSeqlens, DType, Device, DeviceCuSeqlens, FlashInferRuntime, GdnPrefillSm90Params, GemmaRmsNormParams,
-    GraphBuffers, LaunchGraph, Prepared, RuntimeConfig, Stream, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc,
-    TensorMut, TensorRef, gdn_prefill_sm90, gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc,
+    LaunchGraph, Prepared, RuntimeConfig, Stream, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, TensorMut,
+    TensorRef, gdn_prefill_sm90, gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc,
 };
 use half::bf16;
 
-type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+#[path = "support/arm.rs"]
+mod arm;
 
-const BATCHES: usize = 15;
-/// Those before them, which warm up.
-const FIRST: usize = 5;
+use arm::{Launches, Result, Timing, Uniform, filled, zeros};
+
 const GEMMA_BATCH: usize = 200;
 const GDN_BATCH: usize = 50;
 const Q_HEADS: i64 = 16;
@@ -38,11 +30,9 @@ const V_HEADS: i64 = 32;
 const HEAD: i64 = 128;
 const WORKSPACE: usize = 128 << 10;
 const EPS: f64 = 1e-6;
-/// Bounds on the launches of a captured graph, and how long a timed run of it should last.
+/// Bounds on the launches of a captured graph.
 const MOST_SETS: usize = 256;
 const LEAST_NODES: usize = 16;
-const TIMINGS: usize = 5;
-const TIMED_NS: f64 = 10e6;
 
 /// Every case once and small, so that kernels are loaded before anything is measured, or captured.
 const WARM_UP: [&str; 6] =
@@ -103,42 +93,7 @@ impl Arm {
 }
 
 fn main() -> ExitCode {
-    match serve() {
-        Ok(code) => code,
-        // Nobody reads the answers any more.
-        Err(_) => ExitCode::FAILURE,
-    }
-}
-
-fn serve() -> io::Result<ExitCode> {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    let bench = match Bench::start(&arguments) {
-        Ok(bench) => bench,
-        Err(error) => {
-            say(&problem(&*error))?;
-            return Ok(ExitCode::FAILURE);
-        }
-    };
-    say("ready")?;
-    for request in io::stdin().lines() {
-        say(&match bench.answer(&request?) {
-            Ok(Some(value)) => format!("{value:.3}"),
-            Ok(None) => "-".to_owned(),
-            Err(error) => problem(&*error),
-        })?;
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn say(line: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    writeln!(out, "{line}")?;
-    out.flush()
-}
-
-/// On one line, however long the error is.
-fn problem(error: &dyn Error) -> String {
-    format!("error {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
+    arm::serve(Bench::start, Bench::answer)
 }
 
 // ---- memory ----
@@ -198,14 +153,8 @@ impl Noise {
     const BYTES: usize = 16 << 20;
 
     fn new(stream: &Arc<CudaStream>) -> Result<Self, DriverError> {
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        // In (0, 1), by xorshift.
-        let mut uniform = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            ((state >> 41) as f32 + 0.5) / (1 << 23) as f32
-        };
+        let mut random = Uniform::new();
+        let mut uniform = || random.next();
         let heads: Vec<_> = (0..Self::BYTES / 2).map(|_| bf16::from_f32(0.15 * (2.0 * uniform() - 1.0))).collect();
         let alpha: Vec<_> = (0..Self::BYTES / 4).map(|_| 0.9 + 0.1 * uniform()).collect();
         let beta: Vec<_> = (0..Self::BYTES / 4).map(|_| uniform()).collect();
@@ -217,28 +166,6 @@ impl Noise {
     }
 }
 
-/// A buffer for a tensor of this shape, full of noise.
-fn filled<T: DeviceRepr + ValidAsZeroBits>(
-    stream: &Arc<CudaStream>,
-    noise: &CudaSlice<T>,
-    shape: &[i64],
-) -> Result<CudaSlice<T>, DriverError> {
-    let mut buffer = zeros(stream, shape)?;
-    let len = buffer.len();
-    for start in (0..len).step_by(noise.len()) {
-        let count = noise.len().min(len - start);
-        stream.memcpy_dtod(&noise.slice(..count), &mut buffer.slice_mut(start..start + count))?;
-    }
-    Ok(buffer)
-}
-
-fn zeros<T: DeviceRepr + ValidAsZeroBits>(
-    stream: &Arc<CudaStream>,
-    shape: &[i64],
-) -> Result<CudaSlice<T>, DriverError> {
-    stream.alloc_zeros(shape.iter().product::<i64>() as usize)
-}
-
 /// For descriptors. The guard is of no use: nothing is tracked where these are used.
 fn address<T>(stream: &CudaStream, buffer: &impl DevicePtr<T>) -> *const c_void {
     let (address, _guard) = buffer.device_ptr(stream);
@@ -246,28 +173,6 @@ fn address<T>(stream: &CudaStream, buffer: &impl DevicePtr<T>) -> *const c_void 
 }
 
 // ---- measuring ----
-
-/// What is timed: this many launches, on the host alone or until the GPU is done too.
-#[derive(Clone, Copy)]
-struct Timing {
-    launches: usize,
-    until_done: bool,
-}
-
-impl Timing {
-    /// Short enough for the launch queue.
-    const fn host(launches: usize) -> Self {
-        Self { launches, until_done: false }
-    }
-}
-
-/// Makes so many launches. Called once per timing, so that what it costs to call it does not show.
-type Launches<'a> = dyn FnMut(usize) -> flashinfer_rs::Result<()> + 'a;
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
 
 struct Bench {
     arm: Arm,
@@ -310,11 +215,7 @@ impl Bench {
     }
 
     fn case(&self, request: &str) -> Result<Option<f64>> {
-        let (words, numbers): (Vec<&str>, Vec<&str>) =
-            request.split_whitespace().partition(|word| word.starts_with(|c: char| c.is_ascii_alphabetic()));
-        // Of 31 bits, so that no product of two overflows.
-        let number = |text: &&str| text.parse::<i32>().ok().filter(|number| *number > 0).map(i64::from);
-        let numbers: Option<Vec<i64>> = numbers.iter().map(number).collect();
+        let (words, numbers) = arm::parse(request);
         match (&words[..], numbers.as_deref()) {
             (["host", "gemma"], Some(&[rows, cols])) => self.host_gemma([rows, cols]),
             (["host", "gdn"], Some(&[tokens])) => self.host_gdn(Batch { tokens, sequences: 1 }),
@@ -328,44 +229,8 @@ impl Bench {
         }
     }
 
-    /// The median time of what `timing` says, in ns. The first rounds warm up; each starts from an idle GPU.
     fn time(&self, timing: Timing, launches: &mut Launches<'_>) -> Result<f64> {
-        let mut values = Vec::new();
-        for round in 0..FIRST + BATCHES {
-            self.stream.synchronize()?;
-            let start = Instant::now();
-            launches(timing.launches)?;
-            if timing.until_done {
-                self.stream.synchronize()?;
-            }
-            let ns = start.elapsed().as_nanos() as f64;
-            values.extend((round >= FIRST).then_some(ns));
-        }
-        self.stream.synchronize()?;
-        Ok(median(values))
-    }
-
-    /// GPU time per launch of a graph of so many, in ns: replays between two events.
-    fn time_gpu<B: GraphBuffers>(&self, mut graph: LaunchGraph<B>, launches: usize) -> Result<f64> {
-        let event = || self.context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-        let (start, end) = (event()?, event()?);
-        let mut values = Vec::new();
-        let mut replays = 1;
-        // The first timing says how many replays the others take.
-        for timing in 0..=TIMINGS {
-            start.record(&self.stream)?;
-            for _ in 0..replays {
-                graph.launch()?;
-            }
-            end.record(&self.stream)?;
-            let ns = 1e6 * f64::from(start.elapsed_ms(&end)?);
-            if timing > 0 {
-                values.push(ns / (replays * launches) as f64);
-            } else if ns > 0.0 {
-                replays = 1 + (TIMED_NS / ns) as usize;
-            }
-        }
-        Ok(median(values))
+        arm::time(&self.stream, timing, launches)
     }
 
     /// How many sets of buffers of these sizes are larger than three times the L2 cache together, as far as
@@ -405,7 +270,7 @@ impl Bench {
         }
         let nodes = nodes(sets.len());
         let graph = self.gemma_graph(sets, shape, nodes, pdl)?;
-        self.time_gpu(graph, nodes).map(Some)
+        arm::time_gpu(&self.context, &self.stream, graph, nodes).map(Some)
     }
 
     fn gpu_gdn(&self, batch: Batch) -> Result<Option<f64>> {
@@ -419,7 +284,7 @@ impl Bench {
             sets.push(self.gdn(batch)?);
         }
         let nodes = nodes(sets.len());
-        self.time_gpu(self.gdn_graph(sets, batch, nodes)?, nodes).map(Some)
+        arm::time_gpu(&self.context, &self.stream, self.gdn_graph(sets, batch, nodes)?, nodes).map(Some)
     }
 
     /// What cudarc's tracking does for the buffers of a call, in the order of [`safe_gemma`], and nothing else.

@@ -35,15 +35,15 @@ FIRST = 5  # of them before, which warm up
 Q_HEADS, K_HEADS, V_HEADS, SIZE = 16, 16, 32, 128
 
 
-def missing(arm):
-    """What this arm lacks, or None."""
-    for module in ARMS[arm]:
+def missing(modules):
+    """What an arm of these modules lacks, or None."""
+    for module in modules:
         try:
             importlib.import_module(module)
         except Exception as error:
             return f"import {module}: {one_line(error)}"
         # Without it tvm_ffi compiles an adapter when it is imported, or goes a slow way without saying so.
-        if "tvm_ffi" in ARMS[arm] and not hasattr(sys.modules["torch"].Tensor, "__dlpack_c_exchange_api__"):
+        if "tvm_ffi" in modules and not hasattr(sys.modules["torch"].Tensor, "__dlpack_c_exchange_api__"):
             return "a torch that has DLPack's C exchange API, such as 2.11"
     if not sys.modules["torch"].cuda.is_available():
         return "a CUDA GPU that torch can use"
@@ -115,13 +115,7 @@ class FlashInfer:
 
     def __init__(self, folder):
         self.folder = folder
-        # FlashInfer looks for prebuilt kernels here, laid out like this, and without JIT it fails where it finds none.
-        self.cache = tempfile.TemporaryDirectory()
-        for library in LIBRARIES:
-            link = Path(self.cache.name, Path(library).stem, library)
-            link.parent.mkdir()
-            link.symlink_to(folder / library)
-        flashinfer.jit.env.FLASHINFER_AOT_DIR = Path(self.cache.name)
+        self.cache = prebuilt(folder, LIBRARIES)
         flashinfer.norm.get_norm_module()
         came_from(self.folder / "norm.so")
 
@@ -162,6 +156,26 @@ class FlashInferOut(FlashInfer):
         return loop
 
 
+def prebuilt(folder, libraries):
+    """Makes flashinfer find its kernels among these libraries, for as long as what this answers is kept."""
+    # It looks for prebuilt ones here, laid out like this, and without JIT it fails where it finds none.
+    cache = tempfile.TemporaryDirectory()
+    for library in libraries:
+        link = Path(cache.name, Path(library).stem, library)
+        link.parent.mkdir()
+        link.symlink_to(folder / library)
+    sys.modules["flashinfer"].jit.env.FLASHINFER_AOT_DIR = Path(cache.name)
+    return cache
+
+
+def libraries():
+    """The folder with the kernels."""
+    folder = os.environ.get("FLASHINFER_RS_LIB_DIR")
+    if not folder:
+        raise RuntimeError("FLASHINFER_RS_LIB_DIR is not set")
+    return Path(folder).resolve(strict=True)
+
+
 def came_from(path):
     """Fails unless the library of this name in the process is this very file, and no other."""
     with open("/proc/self/maps") as maps:
@@ -172,18 +186,12 @@ def came_from(path):
 
 def start(arm):
     """This arm on a stream of its own, warmed up and checked."""
-    if lacking := missing(arm):
-        raise RuntimeError(f"missing: {lacking}")
-    for module in ARMS[arm]:
-        globals()[module] = sys.modules[module]
+    globals().update((module, sys.modules[module]) for module in ARMS[arm])
     torch.cuda.set_stream(torch.cuda.Stream())
     if arm == "torch":
         calls = Torch()
     else:
-        folder = os.environ.get("FLASHINFER_RS_LIB_DIR")
-        if not folder:
-            raise RuntimeError("FLASHINFER_RS_LIB_DIR is not set")
-        folder = Path(folder).resolve(strict=True)
+        folder = libraries()
         if absent := [name for name in LIBRARIES if not (folder / name).is_file()]:
             raise RuntimeError(f"{folder} has no {' and no '.join(absent)}")
         calls = {"flashinfer-out": FlashInferOut, "flashinfer": FlashInfer, "tvm-ffi": TvmFfi}[arm](folder)
@@ -247,7 +255,8 @@ def answer(calls, request):
     return "-"
 
 
-def main():
+def serve(arms, start, answer):
+    """`FILE [--probe] ARM`, of arms and the modules that each needs: starts what is asked, or says what it lacks."""
     # Only answers go to standard output, whatever the libraries print.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -256,17 +265,19 @@ def main():
         print(line, file=answers, flush=True)
 
     probe, arm = sys.argv[1:-1] == ["--probe"], sys.argv[-1]
-    if arm not in ARMS or len(sys.argv) != (3 if probe else 2):
-        sys.exit(f"usage: arms.py [--probe] {'|'.join(ARMS)}")
+    if arm not in arms or len(sys.argv) != (3 if probe else 2):
+        sys.exit(f"usage: {Path(sys.argv[0]).name} [--probe] {'|'.join(arms)}")
     # Read when flashinfer is imported: nothing is compiled, and its log and generated sources go where they vanish.
     scratch = tempfile.TemporaryDirectory()
     os.environ.update(FLASHINFER_DISABLE_JIT="1", FLASHINFER_LOGLEVEL="0", FLASHINFER_WORKSPACE_BASE=scratch.name)
     if probe:
-        if lacking := missing(arm):
+        if lacking := missing(arms[arm]):
             say(f"{arm}: missing: {lacking}")
         return int(lacking is not None)
 
     try:
+        if lacking := missing(arms[arm]):
+            raise RuntimeError(f"missing: {lacking}")
         calls = start(arm)
     except Exception as error:
         say(f"error {one_line(error)}")
@@ -281,4 +292,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(ARMS, start, answer))
