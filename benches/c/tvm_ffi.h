@@ -6,9 +6,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { TYPE_NONE = 0, TYPE_INT = 1, TYPE_BOOL = 2, TYPE_FLOAT = 3, TYPE_DLTENSOR = 7 };
+enum { TYPE_NONE = 0, TYPE_INT = 1, TYPE_BOOL = 2, TYPE_FLOAT = 3, TYPE_DLTENSOR = 7, TYPE_RAW_STR = 8 };
 enum { DEVICE_CUDA = 2 };
-enum { CODE_INT = 0, CODE_UINT = 1, CODE_FLOAT = 2, CODE_BFLOAT = 4 };
+enum { CODE_INT = 0, CODE_UINT = 1, CODE_FLOAT = 2, CODE_BFLOAT = 4, CODE_FLOAT8_E4M3FN = 10 };
 
 struct device {
     int32_t type, id;
@@ -37,6 +37,7 @@ struct any {
         int64_t integer;
         double number;
         void *pointer;
+        const char *text;
     } value;
 };
 
@@ -74,6 +75,15 @@ static inline struct any pointer_to(struct dltensor *tensor) {
 
 static inline struct any number(double value) {
     return (struct any){.type_index = TYPE_FLOAT, .value.number = value};
+}
+
+static inline struct any integer(int64_t value) {
+    return (struct any){.type_index = TYPE_INT, .value.integer = value};
+}
+
+/* Text that ends with a zero byte and outlives the call. */
+static inline struct any text(const char *value) {
+    return (struct any){.type_index = TYPE_RAW_STR, .value.text = value};
 }
 
 static inline struct any boolean(bool value) {

@@ -1,16 +1,15 @@
-//! What is measured: the arms, which arm is asked what, and the bounds.
+//! What is measured of launches: the arms, which arm is asked what, and the bounds.
+
+use std::borrow::Cow;
 
 use super::record::Samples;
 use super::stats::{self, Estimate};
 
-/// The program behind an arm.
+/// What the program behind an arm is written in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Program {
-    /// benches/launch.rs
     Rust,
-    /// benches/c/caller.c
     C,
-    /// benches/python/arms.py
     Python,
 }
 
@@ -21,7 +20,7 @@ pub struct Arm {
     pub what: &'static str,
 }
 
-const fn arm(name: &'static str, program: Program, what: &'static str) -> Arm {
+pub const fn arm(name: &'static str, program: Program, what: &'static str) -> Arm {
     Arm { name, program, what }
 }
 
@@ -225,13 +224,13 @@ pub enum Limit {
 }
 
 pub struct Comparison {
-    pub what: &'static str,
+    pub what: Cow<'static, str>,
     pub formula: Formula<'static>,
     pub limit: Limit,
 }
 
 const fn row(what: &'static str, formula: Formula<'static>, limit: Limit) -> Comparison {
-    Comparison { what, formula, limit }
+    Comparison { what: Cow::Borrowed(what), formula, limit }
 }
 
 /// The bounds, judged by the median over blocks.
