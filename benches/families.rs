@@ -12,6 +12,7 @@ use flashinfer_rs::kernels::quantization::{BitOrder, packbits};
 use flashinfer_rs::kernels::rope::{
     RopeAppendTensors, RopeQuantizeOptions, apply_rope_with_cos_sin_cache_inplace, rope_quantize_append_paged_kv_cache,
 };
+use flashinfer_rs::kernels::topk::radix_topk;
 use flashinfer_rs::{
     CosSinCache, DType, FlashInferRuntime, GraphBuffers, GraphMut, LaunchGraph, OnDevice, PageTable, Positions,
     RopeScaling, RuntimeConfig, Stream, TensorMut, TensorRef, Tokens,
@@ -49,6 +50,8 @@ struct Bench {
     stream: Arc<CudaStream>,
     /// In (-0.15, 0.15), which makes heads of 128 about unit vectors.
     heads: CudaSlice<bf16>,
+    /// About normal.
+    numbers: CudaSlice<f32>,
     /// Of 0 and 1.
     bits: CudaSlice<u8>,
 }
@@ -74,8 +77,11 @@ impl Bench {
         let mut random = Uniform::new();
         let heads: Vec<_> = (0..NOISE / 2).map(|_| bf16::from_f32(0.15 * (2.0 * random.next() - 1.0))).collect();
         let bits: Vec<_> = (0..NOISE).map(|_| u8::from(random.next() < 0.5)).collect();
+        // The sum of twelve that are uniform has variance 1.
+        let numbers: Vec<_> = (0..NOISE / 4).map(|_| (0..12).map(|_| random.next()).sum::<f32>() - 6.0).collect();
         let (heads, bits) = (stream.clone_htod(&heads)?, stream.clone_htod(&bits)?);
-        Ok(Self { arm, context, stream, heads, bits })
+        let numbers = stream.clone_htod(&numbers)?;
+        Ok(Self { arm, context, stream, heads, numbers, bits })
     }
 
     /// Nothing where this arm does not have the case.
@@ -104,6 +110,7 @@ impl Bench {
             ("append", &[tokens]) => self.measure(&Append { tokens }, how),
             ("rope_append", &[tokens]) => self.measure(&RopeAppend { tokens }, how),
             ("packbits", &[elements]) => self.measure(&Packbits { elements }, how),
+            ("topk", &[rows, length, k]) => self.measure(&Topk { rows, length, k }, how),
             // The limits, and what others alone have.
             _ => Ok(None),
         }
@@ -512,5 +519,55 @@ impl Family for Packbits {
         on: Stream<'_>,
     ) -> flashinfer_rs::Result<()> {
         packbits(&mut y.write(&[self.bytes()])?, &x.read(&[self.elements])?, BitOrder::Big, on)
+    }
+}
+
+// ---- topk ----
+
+struct Topk {
+    rows: i64,
+    length: i64,
+    k: i64,
+}
+
+impl Family for Topk {
+    /// `output_indices`, `output_values`, `input`
+    type Set = (CudaSlice<i32>, CudaSlice<f32>, CudaSlice<f32>);
+    type Shared = ();
+
+    fn set(&self, bench: &Bench) -> Result<Self::Set> {
+        let (found, input) = ([self.rows, self.k], [self.rows, self.length]);
+        let stream = &bench.stream;
+        Ok((zeros(stream, &found)?, zeros(stream, &found)?, filled(stream, &bench.numbers, &input)?))
+    }
+
+    fn shared(&self, _bench: &Bench) -> Result<()> {
+        Ok(())
+    }
+
+    fn call(
+        &self,
+        stream: &CudaStream,
+        (indices, values, input): &mut Self::Set,
+        _shared: &mut (),
+        count: (usize, bool),
+    ) -> flashinfer_rs::Result<()> {
+        let (found, on) = ([self.rows, self.k], Stream::cudarc(stream));
+        repeat!(count, {
+            let mut indices = TensorMut::from_cudarc(stream, black_box(&mut *indices), &found)?;
+            let mut values = TensorMut::from_cudarc(stream, black_box(&mut *values), &found)?;
+            let input = TensorRef::from_cudarc(stream, black_box(&*input), &[self.rows, self.length])?;
+        } radix_topk(black_box(&mut indices), black_box(&mut values), black_box(&input), self.k, on))
+    }
+
+    fn captured<'a>(
+        &self,
+        (indices, values, input): &mut <Self::Set as GraphBuffers>::Captured<'a>,
+        _shared: &mut (),
+        on: Stream<'_>,
+    ) -> flashinfer_rs::Result<()> {
+        let found = [self.rows, self.k];
+        let (mut indices, mut values) = (indices.write(&found)?, values.write(&found)?);
+        radix_topk(&mut indices, &mut values, &input.read(&[self.rows, self.length])?, self.k, on)
     }
 }

@@ -37,6 +37,12 @@ pub const fn program(
     Program { kind, name: Cow::Borrowed(name), features, file: Cow::Borrowed(file), seconds }
 }
 
+impl Program {
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
 const EXAMPLES: [Program; 8] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
@@ -54,7 +60,9 @@ const STARTUP: Program = program("bench", "startup", "embed", "startup", 120);
 const SECONDS: u32 = 300;
 
 /// What `cargo xtask bench` measures; `run` leaves it out.
-pub const LAUNCH: Program = program("bench", "launch", "cudarc", "launch", 0);
+pub static LAUNCH: Program = program("bench", "launch", "cudarc", "launch", 0);
+/// What it measures with `--families`.
+pub static FAMILIES: Program = program("bench", "families", "cudarc", "families", 0);
 /// What `cargo xtask bench --check` counts; it stays here.
 pub const INSTRUCTIONS: Program = program("bench", "instructions", "cudarc", "instructions", 0);
 
@@ -112,7 +120,7 @@ pub fn command(out: &Path) -> Result<()> {
     say("building in release mode");
     let programs = programs(&shell::root())?;
     let mut libraries = None;
-    for program in programs.iter().chain([&LAUNCH, &stress::PREFILL]) {
+    for program in programs.iter().chain(bench::SUITES.map(|suite| suite.rust)).chain([&stress::PREFILL]) {
         let (executables, found) = collect(&build(program)?);
         let Some(executable) = executables.get(&*program.name) else { refuse!("cargo built no {}", program.name) };
         let copy = out.join("bin").join(&*program.file);
@@ -158,7 +166,9 @@ fn benchmarks(out: &Path) -> Result<()> {
         }
     }
     // Compiled again on the GPU machine, where it has a C compiler.
-    bench::compile_caller(&shell::root().join("benches"), &out.join("bin/caller"))?;
+    for suite in bench::SUITES {
+        bench::compile_c(suite, &shell::root().join("benches"), &suite.packed_c(out))?;
+    }
     publish_bytes(&out.join("bench"), BENCH.as_bytes())?;
     executable_mode(&out.join("bench"))
 }

@@ -13,13 +13,15 @@ const WIDTH: u32 = 960;
 const FONT: &str = "sans-serif";
 const TEXT: RGBColor = RGBColor(0x24, 0x29, 0x2f);
 const RULE: RGBColor = RGBColor(0xd0, 0xd7, 0xde);
-const BOUND: RGBColor = RGBColor(0xc6, 0x28, 0x28);
-const RUST: RGBColor = RGBColor(0xc4, 0x5a, 0x1c);
+pub const BOUND: RGBColor = RGBColor(0xc6, 0x28, 0x28);
+pub const RUST: RGBColor = RGBColor(0xc4, 0x5a, 0x1c);
 const C: RGBColor = RGBColor(0x6e, 0x77, 0x81);
 const PYTHON: RGBColor = RGBColor(0x2f, 0x6f, 0xb0);
 
-/// File names and contents.
-pub fn all(samples: &Samples) -> Result<Vec<(&'static str, String)>> {
+/// Names and contents.
+pub type Files = Vec<(&'static str, String)>;
+
+pub fn all(samples: &Samples) -> Result<Files> {
     Ok(vec![
         ("host.svg", host(samples)?),
         ("ratios.svg", ratios(samples)?),
@@ -30,26 +32,26 @@ pub fn all(samples: &Samples) -> Result<Vec<(&'static str, String)>> {
 }
 
 /// One row of a figure.
-struct Row {
-    name: String,
-    color: RGBColor,
-    value: f64,
+pub struct Row {
+    pub name: String,
+    pub color: RGBColor,
+    pub value: f64,
     /// Drawn around the value.
-    range: Option<(f64, f64)>,
+    pub range: Option<(f64, f64)>,
     /// A line at a bound.
-    bound: Option<f64>,
-    label: String,
+    pub bound: Option<f64>,
+    pub label: String,
 }
 
 /// A figure of one line per row.
-struct Rows<'a> {
-    title: &'a str,
-    note: &'a str,
-    axis: &'a str,
-    rows: Vec<Row>,
+pub struct Rows<'a> {
+    pub title: &'a str,
+    pub note: &'a str,
+    pub axis: &'a str,
+    pub rows: Vec<Row>,
     /// Bars from 0, else points.
-    bars: bool,
-    legend: &'a [(&'a str, RGBColor)],
+    pub bars: bool,
+    pub legend: &'a [(&'a str, RGBColor)],
 }
 
 const PROGRAMS: &[(&str, RGBColor)] = &[("Rust, this crate", RUST), ("C", C), ("Python", PYTHON)];
@@ -154,7 +156,7 @@ fn page<'a>(root: &Area<'a>, title: &str, note: &str, legend: &[(&str, RGBColor)
     Ok(root.margin(92, 8, 8, 24))
 }
 
-fn lines(figure: &Rows<'_>) -> Result<String> {
+pub fn lines(figure: &Rows<'_>) -> Result<String> {
     let count = figure.rows.len();
     let numbers = figure.rows.iter().flat_map(|row| {
         let (low, high) = row.range.unwrap_or((row.value, row.value));
@@ -280,5 +282,5 @@ fn style(size: u32) -> TextStyle<'static> {
 }
 
 fn undrawn(error: impl std::fmt::Display) -> Error {
-    Error::Refused(format!("a figure cannot be drawn: {error}; check the values in {}", super::record::VALUES))
+    Error::Refused(format!("a figure cannot be drawn: {error}; check the values that it is of"))
 }

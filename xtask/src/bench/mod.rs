@@ -1,10 +1,12 @@
-//! `cargo xtask bench`: what a launch costs, from Rust, C and Python, on a GPU.
+//! `cargo xtask bench`: what calls cost, from Rust, C and Python, on a GPU: launches of one kernel in every way there is, or one
+//! call of each family beside its peers.
 //!
 //! One process per arm, all alive at once and on one core, where one at a time works. In each block every arm is asked each
 //! of its cases, in turn, so that a machine whose speed drifts drifts for all, and what is compared is compared within a
-//! block. Between parts of the run all processes are started anew.
+//! block. From time to time processes are started anew.
 
 mod check;
+mod families;
 mod figures;
 mod plan;
 mod process;
@@ -24,9 +26,9 @@ use fastrand::Rng;
 use indicatif::ProgressBar;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use self::plan::{ARMS, GENERATIONS, Program, Verdict};
+use self::plan::{Comparison, GENERATIONS, Program, Question, Verdict};
 use self::process::{Arm, PATIENCE};
-use self::record::{Machine, Missing, Sample, Samples, Writer};
+use self::record::{Failure, Machine, Missing, Sample, Samples, Writer};
 use crate::bundle;
 use crate::provision;
 use crate::shell::{self, say};
@@ -42,11 +44,17 @@ pub struct Options {
     #[command(subcommand)]
     part: Option<Part>,
     /// Count instructions per call instead, without a GPU; needs valgrind and a C compiler
-    #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict"])]
+    #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict", "families", "no_python"])]
     check: bool,
-    /// How often each arm is asked each of its cases
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u16).range(30..=1000))]
-    blocks: u16,
+    /// One call of each family beside its peers, in place of launches of one kernel in every way there is
+    #[arg(long)]
+    families: bool,
+    /// Leave the arms of Python out
+    #[arg(long)]
+    no_python: bool,
+    /// How often each arm is asked each of its cases; default: 60, with --families 5
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    blocks: Option<u16>,
     /// Where the report, the figures and every single value go; default: docs/performance of the checkout
     #[arg(long)]
     out: Option<PathBuf>,
@@ -66,8 +74,67 @@ enum Part {
     /// One arm of `vendor`, in a process of its own
     #[command(hide = true)]
     VendorArm { folder: PathBuf, lock: PathBuf },
-    /// Write the report and the figures again, from the values in this folder
+    /// Write the reports and the figures again, from the values in this folder
     Render { folder: PathBuf },
+}
+
+/// What is measured in one run.
+pub struct Suite {
+    /// Of its files.
+    name: &'static str,
+    /// What asks for it, on the command line.
+    option: &'static str,
+    arms: &'static [plan::Arm],
+    /// Its Rust program.
+    pub rust: &'static bundle::Program,
+    /// Its C program: a source in benches/c.
+    pub c: &'static str,
+    /// Its Python program: a file in benches/python.
+    python: &'static str,
+    /// How many blocks there are, if nothing else is said, and at least.
+    blocks: (u16, u16),
+    questions: fn() -> Vec<Question>,
+    /// Which of an arm's processes a block asks, of so many blocks.
+    generation: fn(Program, usize, usize) -> usize,
+    /// Whether a case that an arm fails is noted, and not the end of the run.
+    tolerant: bool,
+    comparisons: fn() -> &'static [Comparison],
+    report: fn(&Machine, &Samples) -> String,
+    figures: fn(&Samples) -> Result<figures::Files>,
+}
+
+/// All of them.
+pub const SUITES: [&Suite; 2] = [&LAUNCHES, &families::SUITE];
+
+static LAUNCHES: Suite = Suite {
+    name: "launches",
+    option: "",
+    arms: &plan::ARMS,
+    rust: &bundle::LAUNCH,
+    c: "caller",
+    python: "arms.py",
+    blocks: (60, 30),
+    questions: plan::questions,
+    generation: |_, block, blocks| block * GENERATIONS / blocks,
+    tolerant: false,
+    comparisons: || &plan::COMPARISONS,
+    report: report::markdown,
+    figures: figures::all,
+};
+
+impl Suite {
+    fn values(&self, folder: &Path) -> PathBuf {
+        folder.join(self.name).with_extension("csv")
+    }
+
+    fn machine(&self, folder: &Path) -> PathBuf {
+        folder.join(self.name).with_extension("json")
+    }
+
+    /// Where its C program is in a bundle.
+    pub fn packed_c(&self, bundle: &Path) -> PathBuf {
+        bundle.join("bin").join(format!("{}-c", self.c))
+    }
 }
 
 /// `cargo xtask bench`
@@ -75,17 +142,18 @@ pub fn command(options: Options) -> Result<()> {
     match options.part {
         Some(Part::Vendor) => vendor::compare(),
         Some(Part::VendorArm { folder, lock }) => vendor::arm(&folder, &lock),
-        Some(Part::Render { folder }) => render(&folder).map(drop),
+        Some(Part::Render { folder }) => render_all(&folder),
         None if options.check => check::command(),
-        None => measure(&options),
+        None if options.families => measure(&families::SUITE, &options),
+        None => measure(&LAUNCHES, &options),
     }
 }
 
 /// Where the programs and the libraries are.
 struct Place {
-    launch: PathBuf,
-    /// benches/c/caller.c compiled elsewhere, for where there is no C compiler.
-    caller: Option<PathBuf>,
+    rust: PathBuf,
+    /// The C program compiled elsewhere, for where there is no C compiler.
+    c: Option<PathBuf>,
     libraries: PathBuf,
     /// With the folders `c` and `python`.
     benches: PathBuf,
@@ -93,54 +161,61 @@ struct Place {
     command: String,
 }
 
-fn measure(options: &Options) -> Result<()> {
-    let blocks = usize::from(options.blocks);
+fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
+    let (usual, least) = suite.blocks;
+    let blocks = options.blocks.unwrap_or(usual);
+    if blocks < least {
+        refuse!("--blocks is {blocks}; expected {least} or more, so that what is asked in some blocks is asked in ten");
+    }
+    let blocks = usize::from(blocks);
     if !has_gpu() {
         refuse!(
-            "launches are measured on a GPU, and there is none here: nvidia-smi lists none; run it on a machine with one \
+            "calls are measured on a GPU, and there is none here: nvidia-smi lists none; run it on a machine with one \
              (`cargo xtask gpu-bundle` packs all that it needs), or count instructions with `cargo xtask bench --check`"
         );
     }
+    let command = |start: &str| format!("{start}{} --blocks {blocks}", suite.option);
     let place = match &options.bundle {
-        Some(bundle) => packed(bundle, blocks),
-        None => built(blocks)?,
+        Some(bundle) => packed(suite, bundle, command),
+        None => built(suite, command)?,
     };
     let out = options.out.clone().unwrap_or_else(|| shell::root().join("docs/performance"));
     fs::create_dir_all(&out).map_err(|e| Error::io("creating", &out, &e))?;
     let temporary = tempfile::tempdir().map_err(|e| Error::io("creating a folder in", &std::env::temp_dir(), &e))?;
-    let mut caller = temporary.path().join("caller");
-    match (compile_caller(&place.benches, &caller), &place.caller) {
+    let mut c = temporary.path().join(suite.c);
+    match (compile_c(suite, &place.benches, &c), &place.c) {
         (Ok(()), _) => {}
         (Err(fault), Some(packed)) => {
-            say(format!("{fault}; taking the caller that was packed"));
-            caller.clone_from(packed);
+            say(format!("{fault}; taking the program that was packed"));
+            c.clone_from(packed);
         }
         (Err(fault), None) => return Err(fault),
     }
-    let missing = missing(&place);
+    let missing = missing(suite, &place, options.no_python);
     for Missing { arm, reason } in &missing {
         say(format!("without the arm {arm}: {reason}"));
     }
-    let (partial, values) = (out.join(record::PARTIAL), out.join(record::VALUES));
+    // The values of a run that is under way, or failed.
+    let partial = out.join(suite.name).with_extension("partial.csv");
     let mut writer = Writer::create(&partial)?;
     pin()?;
     let bar = ProgressBar::new(blocks as u64);
-    for generation in 0..GENERATIONS {
-        let mut arms = start(&place, &caller, &missing)?;
-        let part = generation * blocks / GENERATIONS..(generation + 1) * blocks / GENERATIONS;
-        for block in part {
-            ask(&mut arms, block, blocks, &mut writer)?;
-            bar.inc(1);
-        }
-        arms.into_iter().for_each(Arm::finish);
+    let mut arms = Arms { suite, place: &place, c: &c, running: BTreeMap::new(), missing, failures: Vec::new() };
+    for block in 0..blocks {
+        arms.renew(block, blocks)?;
+        arms.ask(block, blocks, &mut writer)?;
+        bar.inc(1);
     }
+    arms.running.into_values().for_each(|(_, arm)| arm.finish());
     bar.finish_and_clear();
+    let values = suite.values(&out);
     fs::rename(&partial, &values).map_err(|e| Error::io("renaming", &partial, &e))?;
-    let machine = Machine::look(&place.libraries, blocks, place.command, missing)?;
+    let (missing, failures) = (arms.missing, arms.failures);
+    let machine = Machine { missing, failures, ..Machine::look(&place.libraries, blocks, place.command.clone())? };
     let mut text = serde_json::to_string_pretty(&machine).unwrap_or_default();
     text.push('\n');
-    publish_bytes(&out.join(record::MACHINE), text.as_bytes())?;
-    let broken = render(&out)?;
+    publish_bytes(&suite.machine(&out), text.as_bytes())?;
+    let broken = render(suite, &out)?;
     if options.strict && !broken.is_empty() {
         refuse!("bounds that were not kept: {}", broken.join("; "));
     }
@@ -152,36 +227,30 @@ fn has_gpu() -> bool {
     provision::has_gpu() || Path::new("/dev/nvidiactl").exists() || Path::new("/dev/dxg").exists()
 }
 
-fn packed(bundle: &Path, blocks: usize) -> Place {
+fn packed(suite: &Suite, bundle: &Path, command: impl Fn(&str) -> String) -> Place {
     Place {
-        launch: bundle.join("bin/launch"),
-        caller: Some(bundle.join("bin/caller")),
+        rust: bundle.join("bin").join(suite.rust.name()),
+        c: Some(suite.packed_c(bundle)),
         libraries: std::env::var_os(LIB_DIR).map_or_else(|| bundle.join("lib"), PathBuf::from),
         benches: bundle.join("benches"),
-        command: format!(
-            "cargo xtask gpu-bundle --out DIR, then on the GPU machine DIR/bench DIR/performance --blocks {blocks}"
-        ),
+        command: command("cargo xtask gpu-bundle --out DIR, then on the GPU machine DIR/bench DIR/performance"),
     }
 }
 
-fn built(blocks: usize) -> Result<Place> {
+fn built(suite: &Suite, command: impl Fn(&str) -> String) -> Result<Place> {
     provision::kernels(&crate::recipes::usual()?)?;
     say("building in release mode");
-    let (executables, libraries) = bundle::collect(&bundle::build(&bundle::LAUNCH)?);
-    let Some(launch) = executables.get("launch") else { refuse!("cargo built no launch") };
+    let (executables, libraries) = bundle::collect(&bundle::build(suite.rust)?);
+    let name = suite.rust.name();
+    let Some(rust) = executables.get(name) else { refuse!("cargo built no {name}") };
     let Some(libraries) = libraries else { refuse!("cargo did not say where the build script put the libraries") };
-    Ok(Place {
-        launch: launch.clone(),
-        caller: None,
-        libraries,
-        benches: shell::root().join("benches"),
-        command: format!("cargo xtask bench --blocks {blocks}"),
-    })
+    let (rust, benches) = (rust.clone(), shell::root().join("benches"));
+    Ok(Place { rust, c: None, libraries, benches, command: command("cargo xtask bench") })
 }
 
-/// benches/c/caller.c, given the folder `benches`.
-pub fn compile_caller(benches: &Path, to: &Path) -> Result<()> {
-    compile(&benches.join("c/caller.c"), to, &[])
+/// The suite's C program, given the folder `benches`.
+pub fn compile_c(suite: &Suite, benches: &Path, to: &Path) -> Result<()> {
+    compile(&benches.join("c").join(suite.c).with_extension("c"), to, &[])
 }
 
 /// `cc -O2`, or what CC names.
@@ -194,20 +263,24 @@ fn compile(source: &Path, to: &Path, more: &[&str]) -> Result<()> {
     shell::quietly(&mut cc)
 }
 
-fn python(place: &Place) -> Command {
+fn python(suite: &Suite, place: &Place) -> Command {
     let mut python = Command::new("python3");
-    python.arg(place.benches.join("python/arms.py")).env(LIB_DIR, &place.libraries);
+    python.arg(place.benches.join("python").join(suite.python)).env(LIB_DIR, &place.libraries);
     python
 }
 
-/// The arms of Python that cannot run here. Asked all at once: each imports a good deal.
-fn missing(place: &Place) -> Vec<Missing> {
+/// The arms of Python that cannot run here, or shall not. Asked all at once: each imports a good deal.
+fn missing(suite: &Suite, place: &Place, no_python: bool) -> Vec<Missing> {
     thread::scope(|scope| {
-        let probes: Vec<_> = ARMS
+        let probes: Vec<_> = suite
+            .arms
             .iter()
             .filter(|arm| arm.program == Program::Python)
             .map(|arm| {
-                let probe = move || process::probe(python(place).args(["--probe", arm.name]), PATIENCE);
+                let probe = move || match no_python {
+                    true => Err("left out by --no-python".to_owned()),
+                    false => process::probe(python(suite, place).args(["--probe", arm.name]), PATIENCE),
+                };
                 (arm.name, scope.spawn(probe))
             })
             .collect();
@@ -219,21 +292,106 @@ fn missing(place: &Place) -> Vec<Missing> {
     })
 }
 
-/// Starts every arm that is not missing, and waits until each is ready.
-fn start(place: &Place, caller: &Path, missing: &[Missing]) -> Result<Vec<Arm>> {
-    let mut arms = Vec::new();
-    for arm in ARMS.iter().filter(|arm| missing.iter().all(|missing| missing.arm != arm.name)) {
-        let mut command = match arm.program {
-            Program::Rust => Command::new(&place.launch),
-            Program::C => Command::new(caller),
-            Program::Python => python(place),
+/// The processes of a run, and what of it came to nothing.
+struct Arms<'a> {
+    suite: &'static Suite,
+    place: &'a Place,
+    c: &'a Path,
+    /// By name, and which of its arm's processes each is.
+    running: BTreeMap<&'static str, (usize, Arm)>,
+    missing: Vec<Missing>,
+    failures: Vec<Failure>,
+}
+
+impl Arms<'_> {
+    /// Starts every arm that is not missing, and has no process or one that is not for this block; waits until all are ready.
+    fn renew(&mut self, block: usize, blocks: usize) -> Result<()> {
+        let mut started = Vec::new();
+        for arm in self.suite.arms.iter().filter(|arm| self.missing.iter().all(|missing| missing.arm != arm.name)) {
+            let generation = (self.suite.generation)(arm.program, block, blocks);
+            if self.running.get(arm.name).is_none_or(|(running, _)| *running != generation) {
+                started.push((arm, generation));
+            }
+        }
+        for (arm, _) in &started {
+            self.running.remove(arm.name).into_iter().for_each(|(_, earlier)| earlier.finish());
+        }
+        let start = |(arm, generation): (&'static plan::Arm, usize)| {
+            let mut command = match arm.program {
+                Program::Rust => Command::new(&self.place.rust),
+                Program::C => Command::new(self.c),
+                Program::Python => python(self.suite, self.place),
+            };
+            command.env(LIB_DIR, &self.place.libraries);
+            (arm.name, generation, Arm::start(arm.name, command, PATIENCE))
         };
-        command.env(LIB_DIR, &place.libraries);
-        arms.push(Arm::start(arm.name, command, PATIENCE)?);
+        let started: Vec<_> = started.into_iter().map(start).collect();
+        for (name, generation, arm) in started {
+            match arm.and_then(|mut arm| arm.ready().map(|()| arm)) {
+                Ok(arm) => drop(self.running.insert(name, (generation, arm))),
+                Err(fault) if self.suite.tolerant => self.give_up(name, fault.to_string()),
+                Err(fault) => return Err(fault),
+            }
+        }
+        if block == 0 || !self.suite.tolerant {
+            say(format!("{} arms are ready", self.running.len()));
+        }
+        Ok(())
     }
-    arms.iter_mut().try_for_each(Arm::ready)?;
-    say(format!("{} arms are ready", arms.len()));
-    Ok(arms)
+
+    fn give_up(&mut self, arm: &str, reason: String) {
+        say(format!("from here on without the arm {arm}: {reason}"));
+        self.missing.push(Missing { arm: arm.to_owned(), reason });
+    }
+
+    /// Asks everything of a block, and writes each answer as it comes: a run that fails leaves what it had, under another
+    /// name.
+    fn ask(&mut self, block: usize, blocks: usize, writer: &mut Writer) -> Result<()> {
+        for question in (self.suite.questions)().iter().filter(|question| question.blocks.includes(block, blocks)) {
+            let mut answers = vec![Vec::new(); question.arms.len()];
+            for round in 0..question.rounds {
+                // In any order, the same in every run, so that none always follows the same one.
+                let mut turns: Vec<usize> = (0..question.arms.len()).collect();
+                Rng::with_seed((block * question.rounds + round) as u64).shuffle(&mut turns);
+                for turn in turns {
+                    let answer = self.ask_one(question.arms[turn], &question.case, (block, blocks));
+                    if answer.is_err() {
+                        writer.flush()?;
+                    }
+                    answers[turn].extend(answer?);
+                }
+            }
+            for (name, answers) in question.arms.iter().zip(&answers) {
+                if let Some(summary) = stats::summary(answers) {
+                    writer.add(&Sample::new(block, name, &question.case, summary.median))?;
+                }
+            }
+        }
+        writer.flush()
+    }
+
+    /// Nothing where an arm is missing or has not the case, or, in a suite that goes on then, failed it.
+    fn ask_one(&mut self, name: &'static str, case: &str, (block, blocks): (usize, usize)) -> Result<Option<f64>> {
+        if self.failures.iter().any(|failure| failure.arm == name && failure.case == case) {
+            return Ok(None);
+        }
+        let Some((_, arm)) = self.running.get_mut(name) else { return Ok(None) };
+        let fault = match arm.ask(case) {
+            Err(fault) if self.suite.tolerant => fault,
+            answer => return answer,
+        };
+        say(&fault);
+        self.failures.push(Failure { arm: name.to_owned(), case: case.to_owned(), reason: fault.to_string() });
+        if arm.has_ended() {
+            // One that hangs would do so again.
+            if arm.hangs() {
+                self.give_up(name, fault.to_string());
+            }
+            self.running.remove(name);
+            self.renew(block, blocks)?;
+        }
+        Ok(None)
+    }
 }
 
 /// Keeps this process and the arms that it starts on one core: moved from one to another, a process finds cold caches, which
@@ -248,44 +406,28 @@ fn pin() -> Result<()> {
     sched_setaffinity(None, &one).map_err(fault)
 }
 
-/// Asks everything of a block, and writes each answer as it comes: a run that fails leaves what it had, under another name.
-fn ask(arms: &mut [Arm], block: usize, blocks: usize, writer: &mut Writer) -> Result<()> {
-    let place: BTreeMap<String, usize> = arms.iter().enumerate().map(|(i, arm)| (arm.name().to_owned(), i)).collect();
-    for question in plan::questions().iter().filter(|question| question.blocks.includes(block, blocks)) {
-        let mut answers = vec![Vec::new(); question.arms.len()];
-        for round in 0..question.rounds {
-            // In any order, the same in every run, so that none always follows the same one.
-            let mut turns: Vec<usize> = (0..question.arms.len()).collect();
-            Rng::with_seed((block * question.rounds + round) as u64).shuffle(&mut turns);
-            for turn in turns {
-                let Some(arm) = place.get(question.arms[turn]).and_then(|&i| arms.get_mut(i)) else { continue };
-                let answer = arm.ask(&question.case);
-                if answer.is_err() {
-                    writer.flush()?;
-                }
-                answers[turn].extend(answer?);
-            }
-        }
-        for (name, answers) in question.arms.iter().zip(&answers) {
-            if let Some(summary) = stats::summary(answers) {
-                writer.add(&Sample::new(block, name, &question.case, summary.median))?;
-            }
-        }
+fn render_all(folder: &Path) -> Result<()> {
+    let there: Vec<_> = SUITES.into_iter().filter(|suite| suite.values(folder).exists()).collect();
+    if there.is_empty() {
+        let names: Vec<_> = SUITES.iter().map(|suite| format!("{}.csv", suite.name)).collect();
+        refuse!("{} has no {}; measure first", folder.display(), names.join(" and no "));
     }
-    writer.flush()
+    there.into_iter().try_for_each(|suite| render(suite, folder).map(drop))
 }
 
 /// Writes the report and the figures from the values; answers the bounds that were not kept.
-fn render(folder: &Path) -> Result<Vec<String>> {
-    let samples = Samples::read(&folder.join(record::VALUES))?;
-    let machine = Machine::read(&folder.join(record::MACHINE))?;
-    publish_bytes(&folder.join("launches.md"), report::markdown(&machine, &samples).as_bytes())?;
-    for (name, svg) in figures::all(&samples)? {
+fn render(suite: &Suite, folder: &Path) -> Result<Vec<String>> {
+    let samples = Samples::read(&suite.values(folder))?;
+    let machine = Machine::read(&suite.machine(folder))?;
+    let report = folder.join(suite.name).with_extension("md");
+    publish_bytes(&report, (suite.report)(&machine, &samples).as_bytes())?;
+    for (name, svg) in (suite.figures)(&samples)? {
         publish_bytes(&folder.join(name), svg.as_bytes())?;
     }
-    print!("{}", report::bounds(&samples));
+    let comparisons = (suite.comparisons)();
+    print!("{}", report::bounds(comparisons, &samples));
     say(format!("written to {}", folder.display()));
-    let broken = plan::COMPARISONS.iter().filter_map(|comparison| {
+    let broken = comparisons.iter().filter_map(|comparison| {
         let verdict = comparison.verdict(comparison.found(&samples));
         matches!(verdict, Verdict::Missed | Verdict::NotMeasured).then(|| {
             format!("{} ({}): {}", comparison.what, comparison.case(), report::verdict(verdict).trim_matches('*'))

@@ -234,7 +234,7 @@ const fn row(what: &'static str, formula: Formula<'static>, limit: Limit) -> Com
 }
 
 /// The bounds, judged by the median over blocks.
-pub const COMPARISONS: [Comparison; 15] = [
+pub static COMPARISONS: [Comparison; 15] = [
     row("raw / c", Formula::Ratio(("raw", HOST_GEMMA), ("c", HOST_GEMMA)), Limit::AtMost(1.05)),
     row("flat-cudarc / c", Formula::Ratio(("flat-cudarc", HOST_GEMMA), ("c", HOST_GEMMA)), Limit::AtMost(1.05)),
     row("safe / c", Formula::Ratio(("safe", HOST_GEMMA), ("c", HOST_GEMMA)), Limit::AtMost(1.05)),

@@ -19,6 +19,8 @@ pub struct Arm {
     requests: Option<ChildStdin>,
     answers: Receiver<String>,
     patience: Duration,
+    /// Whether it said nothing for so long that it was killed.
+    hangs: bool,
 }
 
 impl Arm {
@@ -39,11 +41,7 @@ impl Arm {
                 }
             });
         }
-        Ok(Self { name: name.to_owned(), child, requests, answers, patience })
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
+        Ok(Self { name: name.to_owned(), child, requests, answers, patience, hangs: false })
     }
 
     /// Waits until it has said that it is ready; what libraries print before that goes to the terminal.
@@ -88,6 +86,7 @@ impl Arm {
             Err(RecvTimeoutError::Timeout) => {
                 // It may hang in the driver, where killing takes effect late: nothing waits for it.
                 let _ = self.child.kill();
+                self.hangs = true;
                 refuse!(
                     "arm {}, {doing}, said nothing for {} s and was killed; see with nvidia-smi whether the GPU \
                      hangs",
@@ -116,6 +115,16 @@ impl Arm {
                 _ => return None,
             }
         }
+    }
+
+    /// Whether it was killed, since it said nothing.
+    pub fn hangs(&self) -> bool {
+        self.hangs
+    }
+
+    /// Whether it is gone, or is about to be.
+    pub fn has_ended(&mut self) -> bool {
+        self.hangs || self.wait(Duration::from_secs(1)).is_some()
     }
 
     /// Ends it the agreed way.
@@ -207,7 +216,21 @@ mod tests {
         arm.ready().unwrap();
         let error = refused(arm.ask("gpu gdn 64 1"));
         assert!(error.contains("tested") && error.contains("gpu gdn 64 1") && error.contains("killed"), "{error}");
+        assert!(arm.hangs() && arm.has_ended());
         assert!(arm.wait(Duration::from_secs(10)).is_some());
+    }
+
+    #[test]
+    fn an_arm_that_goes_on_after_an_error_has_not_ended_and_one_that_does_not_has() {
+        let mut arm = shell("echo ready; read a; echo error no; read a; echo 5", 10_000);
+        arm.ready().unwrap();
+        assert_eq!(refused(arm.ask("host topk")), "arm tested, asked `host topk`: no");
+        assert!(!arm.has_ended());
+        assert_eq!(arm.ask("host rope"), Ok(Some(5.0)));
+        let mut arm = shell("echo ready; read a; echo error no", 10_000);
+        arm.ready().unwrap();
+        assert_eq!(refused(arm.ask("host topk")), "arm tested, asked `host topk`: no");
+        assert!(arm.has_ended() && !arm.hangs());
     }
 
     #[test]

@@ -12,11 +12,6 @@ use super::plan;
 use crate::vendoring::digest::hash_reader;
 use crate::vendoring::error::{Error, Result, refuse};
 
-pub const VALUES: &str = "launches.csv";
-/// The values of a run that is under way, or failed.
-pub const PARTIAL: &str = "launches.partial.csv";
-pub const MACHINE: &str = "launches.json";
-
 /// One answer of one arm.
 #[derive(Serialize, Deserialize)]
 pub struct Sample {
@@ -107,6 +102,8 @@ pub struct Machine {
     /// How to repeat it.
     pub command: String,
     pub missing: Vec<Missing>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failures: Vec<Failure>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -122,6 +119,14 @@ pub struct Missing {
     pub reason: String,
 }
 
+/// A case that an arm failed.
+#[derive(Serialize, Deserialize)]
+pub struct Failure {
+    pub arm: String,
+    pub case: String,
+    pub reason: String,
+}
+
 /// The kernel's release; what a distribution or a provider appends says nothing of speed.
 fn kernel() -> String {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -129,7 +134,8 @@ fn kernel() -> String {
 }
 
 impl Machine {
-    pub fn look(libraries: &Path, blocks: usize, command: String, missing: Vec<Missing>) -> Result<Self> {
+    /// What there is to see; what could not be measured is added by whoever knows.
+    pub fn look(libraries: &Path, blocks: usize, command: String) -> Result<Self> {
         let (gpu, driver) = gpu().unzip();
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let cpu =
@@ -144,7 +150,8 @@ impl Machine {
             libraries: digests(libraries)?,
             blocks,
             command,
-            missing,
+            missing: Vec::new(),
+            failures: Vec::new(),
         })
     }
 

@@ -17,7 +17,7 @@ pub fn markdown(machine: &Machine, samples: &Samples) -> String {
          gdn_prefill, 64 tokens, 16/16/32 heads × 128, bf16:\n\n{}\nFor comparison:\n\n| | | ns | quartiles |\n\
          |---|---|---|---|\n{}\n## A series of 430 launches of gemma_rmsnorm, 1 × 4096\n\nFrom the first launch until the \
          GPU has done the last.\n\n{}\n![A series of launches](series.svg)\n{}{}",
-        bounds(samples),
+        bounds(&COMPARISONS, samples),
         times(samples, plan::HOST_GEMMA),
         times(samples, plan::HOST_GDN),
         alone(samples),
@@ -36,15 +36,21 @@ fn alone(samples: &Samples) -> String {
 }
 
 fn introduction(machine: &Machine) -> String {
-    let mut text = format!(
+    let text = format!(
         "# Launches\n\nOne process per arm, all alive at once and on one core, asked in turn in each of {} blocks; after each \
          {} of the run all are started anew. A block's host time is the median of {} turns. Every value is in \
-         [launches.csv](launches.csv).\n\n`{}`\n\n| | |\n|---|---|\n",
+         [launches.csv](launches.csv).\n\n`{}`\n\n",
         machine.blocks,
         if GENERATIONS == 3 { "third".to_owned() } else { format!("{GENERATIONS}th part") },
         HOST_ROUNDS,
         machine.command
     );
+    text + &described(machine)
+}
+
+/// Tables: the machine and the libraries, and what is missing.
+pub fn described(machine: &Machine) -> String {
+    let mut text = "| | |\n|---|---|\n".to_owned();
     let unknown = || "unknown: nvidia-smi is not there".to_owned();
     let rows = [
         ("GPU", machine.gpu.clone().unwrap_or_else(unknown)),
@@ -69,14 +75,14 @@ fn introduction(machine: &Machine) -> String {
 }
 
 /// Text that cannot end a table's cell.
-fn cell(text: &str) -> String {
+pub fn cell(text: &str) -> String {
     text.replace('|', "\\|")
 }
 
 /// The table of bounds.
-pub fn bounds(samples: &Samples) -> String {
+pub fn bounds(comparisons: &[Comparison], samples: &Samples) -> String {
     let mut text = String::from("| what | case | found | 95 % interval | bound | |\n|---|---|---|---|---|---|\n");
-    for comparison in &COMPARISONS {
+    for comparison in comparisons {
         let found = comparison.found(samples);
         let (median, interval) = found.map_or(("–".to_owned(), "–".to_owned()), |found| shown(comparison, found));
         let bound = match comparison.limit {
