@@ -1,20 +1,26 @@
 //! Every family's kernels called from Rust; benches/c/families.c is the same from C, and says what the requests are.
 //! `cargo xtask bench --families` starts both, as `families [--bench] ARM`.
 
+use std::cell::OnceCell;
+use std::ffi::CString;
 use std::hint::black_box;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use cudarc::driver::sys::{CUfunction, CUstream};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtrMut, result};
 use flashinfer_rs::kernels::activation::{ActivationOptions, silu_and_mul};
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, append_paged_kv_cache};
 use flashinfer_rs::kernels::quantization::{BitOrder, packbits};
 use flashinfer_rs::kernels::rope::{
     RopeAppendTensors, RopeQuantizeOptions, apply_rope_with_cos_sin_cache_inplace, rope_quantize_append_paged_kv_cache,
 };
+use flashinfer_rs::kernels::sampling::{
+    FilterOrder, SamplingContext, SamplingOptions, softmax, top_k_top_p_sampling_from_probs,
+};
 use flashinfer_rs::kernels::topk::radix_topk;
 use flashinfer_rs::{
-    CosSinCache, DType, FlashInferRuntime, GraphBuffers, GraphMut, LaunchGraph, OnDevice, PageTable, Positions,
+    CosSinCache, DType, FlashInferRuntime, GraphBuffers, GraphMut, LaunchGraph, OnDevice, PageTable, Philox, Positions,
     RopeScaling, RuntimeConfig, Stream, TensorMut, TensorRef, Tokens,
 };
 use half::bf16;
@@ -54,6 +60,9 @@ struct Bench {
     numbers: CudaSlice<f32>,
     /// Of 0 and 1.
     bits: CudaSlice<u8>,
+    /// Distributions, of so many tokens each, from the first time that they are asked for.
+    probs: OnceCell<(i64, CudaSlice<f32>)>,
+    guard: OnceCell<CUfunction>,
 }
 
 /// What buffers are filled from: making as many random numbers on the host would take longer than measuring.
@@ -81,7 +90,8 @@ impl Bench {
         let numbers: Vec<_> = (0..NOISE / 4).map(|_| (0..12).map(|_| random.next()).sum::<f32>() - 6.0).collect();
         let (heads, bits) = (stream.clone_htod(&heads)?, stream.clone_htod(&bits)?);
         let numbers = stream.clone_htod(&numbers)?;
-        Ok(Self { arm, context, stream, heads, numbers, bits })
+        let (probs, guard) = (OnceCell::new(), OnceCell::new());
+        Ok(Self { arm, context, stream, heads, numbers, bits, probs, guard })
     }
 
     /// Nothing where this arm does not have the case.
@@ -95,21 +105,26 @@ impl Bench {
     fn request(&self, request: &str) -> Result<Option<f64>> {
         let (words, numbers) = arm::parse(request);
         let numbers = numbers.ok_or_else(|| format!("`{request}` has a number that is none, or not positive"))?;
-        let ([how @ ("host" | "gpu"), case], count) = (&words[..], if words[0] == "host" { 1 } else { 2 }) else {
+        let &[how @ ("host" | "gpu"), case] = &words[..] else {
             return Err(format!("`{request}` is no request").into());
         };
+        let count = if how == "host" { 1 } else { 2 };
         let (numbers, last) = numbers.split_at(numbers.len().saturating_sub(count));
-        let how = match (*how, last) {
+        let how = match (how, last) {
             ("host", &[batch]) => How::Host { batch: batch as usize },
             ("gpu", &[sets, rounds]) => How::Gpu { sets: sets as usize, rounds: rounds as usize },
             _ => return Err(format!("`{request}` is no request: BATCH, or SETS ROUNDS, is missing").into()),
         };
-        match (*case, numbers) {
+        match (case, numbers) {
             ("silu_and_mul", &[rows, d]) => self.measure(&SiluAndMul { rows, d }, how),
             ("rope", &[tokens]) => self.measure(&Rope { tokens }, how),
             ("append", &[tokens]) => self.measure(&Append { tokens }, how),
             ("rope_append", &[tokens]) => self.measure(&RopeAppend { tokens }, how),
             ("packbits", &[elements]) => self.measure(&Packbits { elements }, how),
+            ("softmax", &[rows, vocab]) => self.measure(&Softmax { rows, vocab }, how),
+            ("sample", &[rows, vocab]) => self.measure(&Sample { rows, vocab }, how),
+            ("sample_guarded", &[rows, vocab]) => self.measure(&SampleGuarded { rows, vocab }, how),
+            ("guard", &[rows, vocab]) => self.measure(&Guard::new(self, rows, vocab)?, how),
             ("topk", &[rows, length, k]) => self.measure(&Topk { rows, length, k }, how),
             // The limits, and what others alone have.
             _ => Ok(None),
@@ -519,6 +534,290 @@ impl Family for Packbits {
         on: Stream<'_>,
     ) -> flashinfer_rs::Result<()> {
         packbits(&mut y.write(&[self.bytes()])?, &x.read(&[self.elements])?, BitOrder::Big, on)
+    }
+}
+
+// ---- sampling ----
+
+impl Bench {
+    /// A buffer of distributions that are as steep as a language model's: some 16 tokens have three fifths of what there is. The
+    /// same in every arm, bit by bit, since how often a sampling kernel looks at a row depends on it.
+    fn distributions(&self, [rows, vocab]: [i64; 2]) -> Result<CudaSlice<f32>> {
+        let (tokens, probs) = match self.probs.get() {
+            Some(probs) => probs,
+            None => {
+                let mut random = Uniform::new();
+                let mut all = Vec::with_capacity((rows * vocab) as usize);
+                for _ in 0..rows {
+                    let mut weight = || (0..13).fold(f64::from(random.next()), |weight, _| weight * weight) + 1e-9;
+                    let weights: Vec<_> = (0..vocab).map(|_| weight()).collect();
+                    let sum = weights.iter().fold(0.0, |sum, weight| sum + weight);
+                    all.extend(weights.iter().map(|weight| (weight / sum) as f32));
+                }
+                let probs = self.stream.clone_htod(&all)?;
+                self.probs.get_or_init(|| (vocab, probs))
+            }
+        };
+        if *tokens != vocab || probs.len() as i64 != rows * vocab {
+            return Err(
+                format!("{rows} rows of {vocab} tokens: this process has {} numbers of {tokens}", probs.len()).into()
+            );
+        }
+        Ok(filled(&self.stream, probs, &[rows, vocab])?)
+    }
+}
+
+/// As FlashInfer's Python has it.
+const WORKSPACE: i64 = 1 << 20;
+
+struct Softmax {
+    rows: i64,
+    vocab: i64,
+}
+
+impl Family for Softmax {
+    /// `output`, `logits`, `workspace`
+    type Set = (CudaSlice<f32>, CudaSlice<f32>, CudaSlice<u8>);
+    type Shared = ();
+
+    fn set(&self, bench: &Bench) -> Result<Self::Set> {
+        let (shape, stream) = ([self.rows, self.vocab], &bench.stream);
+        Ok((zeros(stream, &shape)?, filled(stream, &bench.numbers, &shape)?, zeros(stream, &[WORKSPACE])?))
+    }
+
+    fn shared(&self, _bench: &Bench) -> Result<()> {
+        Ok(())
+    }
+
+    fn call(
+        &self,
+        stream: &CudaStream,
+        (output, logits, workspace): &mut Self::Set,
+        _shared: &mut (),
+        count: (usize, bool),
+    ) -> flashinfer_rs::Result<()> {
+        let (shape, options, on) = ([self.rows, self.vocab], SamplingOptions::default(), Stream::cudarc(stream));
+        repeat!(count, {
+            let mut output = TensorMut::from_cudarc(stream, black_box(&mut *output), &shape)?;
+            let logits = TensorRef::from_cudarc(stream, black_box(&*logits), &shape)?;
+            let mut workspace = TensorMut::from_cudarc(stream, black_box(&mut *workspace), &[WORKSPACE])?;
+        } softmax(black_box(&mut output), black_box(&logits), 1.0, black_box(&mut workspace), &options, on))
+    }
+
+    fn captured<'a>(
+        &self,
+        (output, logits, workspace): &mut <Self::Set as GraphBuffers>::Captured<'a>,
+        _shared: &mut (),
+        on: Stream<'_>,
+    ) -> flashinfer_rs::Result<()> {
+        let (shape, options) = ([self.rows, self.vocab], SamplingOptions::default());
+        let (mut output, mut workspace) = (output.write(&shape)?, workspace.write(&[WORKSPACE])?);
+        softmax(&mut output, &logits.read(&shape)?, 1.0, &mut workspace, &options, on)
+    }
+}
+
+const TOP_K: i32 = 50;
+const TOP_P: f64 = 0.9;
+
+/// The same random numbers in every call.
+fn philox() -> Philox {
+    Philox::new(42).frozen()
+}
+
+/// Without the guard.
+struct Sample {
+    rows: i64,
+    vocab: i64,
+}
+
+impl Family for Sample {
+    /// `output`, `probs`
+    type Set = (CudaSlice<i32>, CudaSlice<f32>);
+    type Shared = ();
+
+    fn set(&self, bench: &Bench) -> Result<Self::Set> {
+        Ok((zeros(&bench.stream, &[self.rows])?, bench.distributions([self.rows, self.vocab])?))
+    }
+
+    fn shared(&self, _bench: &Bench) -> Result<()> {
+        Ok(())
+    }
+
+    fn call(
+        &self,
+        stream: &CudaStream,
+        (output, probs): &mut Self::Set,
+        _shared: &mut (),
+        count: (usize, bool),
+    ) -> flashinfer_rs::Result<()> {
+        let (options, on) = (SamplingOptions::default(), Stream::cudarc(stream));
+        repeat!(count, {
+            let mut output = TensorMut::from_cudarc(stream, black_box(&mut *output), &[self.rows])?;
+            let probs = TensorRef::from_cudarc(stream, black_box(&*probs), &[self.rows, self.vocab])?;
+        } {
+            let (output, probs) = (black_box(&mut output), black_box(&probs));
+            // SAFETY: the rows are distributions, which nothing writes.
+            unsafe { top_k_top_p_sampling_from_probs(output, probs, TOP_K, TOP_P, &mut philox(), &options, on) }
+        })
+    }
+
+    fn captured<'a>(
+        &self,
+        (output, probs): &mut <Self::Set as GraphBuffers>::Captured<'a>,
+        _shared: &mut (),
+        on: Stream<'_>,
+    ) -> flashinfer_rs::Result<()> {
+        let (mut output, probs) = (output.write(&[self.rows])?, probs.read(&[self.rows, self.vocab])?);
+        let options = SamplingOptions::default();
+        // SAFETY: as above.
+        unsafe { top_k_top_p_sampling_from_probs(&mut output, &probs, TOP_K, TOP_P, &mut philox(), &options, on) }
+    }
+}
+
+/// With the guard ahead.
+struct SampleGuarded {
+    rows: i64,
+    vocab: i64,
+}
+
+impl Family for SampleGuarded {
+    /// `output`, `probs`
+    type Set = (CudaSlice<i32>, CudaSlice<f32>);
+    type Shared = SamplingContext;
+
+    fn set(&self, bench: &Bench) -> Result<Self::Set> {
+        Sample { rows: self.rows, vocab: self.vocab }.set(bench)
+    }
+
+    fn shared(&self, bench: &Bench) -> Result<Self::Shared> {
+        Ok(SamplingContext::new(&bench.stream, self.rows as usize)?)
+    }
+
+    fn call(
+        &self,
+        stream: &CudaStream,
+        (output, probs): &mut Self::Set,
+        context: &mut SamplingContext,
+        count: (usize, bool),
+    ) -> flashinfer_rs::Result<()> {
+        let options = SamplingOptions::default().with_filter_order(FilterOrder::Joint);
+        repeat!(count, {
+            let mut output = TensorMut::from_cudarc(stream, black_box(&mut *output), &[self.rows])?;
+            let mut probs = TensorMut::from_cudarc(stream, black_box(&mut *probs), &[self.rows, self.vocab])?;
+            let mut sampler = context.sampler()?;
+        } {
+            let (output, probs) = (black_box(&mut output), black_box(&mut probs));
+            sampler.top_k_top_p_sampling_from_probs(output, probs, TOP_K, TOP_P, &mut philox(), &options)
+        })
+    }
+
+    fn captured<'a>(
+        &self,
+        (output, probs): &mut <Self::Set as GraphBuffers>::Captured<'a>,
+        context: &mut <SamplingContext as GraphBuffers>::Captured<'a>,
+        on: Stream<'_>,
+    ) -> flashinfer_rs::Result<()> {
+        let (mut output, mut probs) = (output.write(&[self.rows])?, probs.write(&[self.rows, self.vocab])?);
+        let options = SamplingOptions::default().with_filter_order(FilterOrder::Joint);
+        let mut sampler = context.sampler(on)?;
+        sampler.top_k_top_p_sampling_from_probs(&mut output, &mut probs, TOP_K, TOP_P, &mut philox(), &options)
+    }
+}
+
+/// The guard by itself: the kernel that the crate carries, launched as the crate does.
+struct Guard {
+    rows: i64,
+    vocab: i64,
+    kernel: CUfunction,
+}
+
+/// The kernels of the crate's own.
+const GLUE: &str = include_str!("../src/glue/rows.ptx");
+/// The batch that is measured, and how the crate divides its rows: units of 16 bytes of a block, and blocks of a row. A test
+/// in src/glue has these numbers too.
+const GUARDED: [i64; 2] = [32, 128_256];
+const CHUNK: u32 = 2048;
+const CHUNKS: u32 = 16;
+const THREADS: u32 = 256;
+
+impl Guard {
+    fn new(bench: &Bench, rows: i64, vocab: i64) -> Result<Self> {
+        if [rows, vocab] != GUARDED {
+            return Err(format!("the guard is measured with {GUARDED:?}, not with [{rows}, {vocab}]").into());
+        }
+        let kernel = match bench.guard.get() {
+            Some(kernel) => *kernel,
+            None => {
+                let text = CString::new(GLUE)?;
+                // SAFETY: PTX that ends with a zero byte; the module is never unloaded.
+                let kernel = unsafe {
+                    let module = result::module::load_data(text.as_ptr().cast())?;
+                    result::module::get_function(module, c"guard_rows".to_owned())?
+                };
+                *bench.guard.get_or_init(|| kernel)
+            }
+        };
+        Ok(Self { rows, vocab, kernel })
+    }
+
+    /// # Safety
+    /// The addresses must be those of buffers as in `Set` and `Shared`, which nothing else uses on another stream.
+    unsafe fn launch(&self, on: CUstream, mut probs: u64, mut seen: u64, mut status: u64) -> flashinfer_rs::Result<()> {
+        let (mut length, mut chunk, mut chunks) = (self.vocab as u32, CHUNK, CHUNKS);
+        let mut arguments = [
+            (&raw mut probs).cast(),
+            (&raw mut length).cast(),
+            (&raw mut chunk).cast(),
+            (&raw mut chunks).cast(),
+            (&raw mut seen).cast(),
+            (&raw mut status).cast(),
+        ];
+        let blocks = self.rows as u32 * CHUNKS;
+        // SAFETY: these are the arguments of rows.cu's kernel; the chunks cover a row; the rest is the caller's promise.
+        unsafe { result::launch_kernel(self.kernel, (blocks, 1, 1), (THREADS, 1, 1), 0, on, &mut arguments) }
+            .unwrap_or_else(|error| panic!("launching the guard: {error}"));
+        Ok(())
+    }
+}
+
+impl Family for Guard {
+    /// `probs`
+    type Set = CudaSlice<f32>;
+    /// `seen`, a word of 64 bits for each row, and `status`
+    type Shared = (CudaSlice<i64>, CudaSlice<i32>);
+
+    fn set(&self, bench: &Bench) -> Result<Self::Set> {
+        bench.distributions([self.rows, self.vocab])
+    }
+
+    fn shared(&self, bench: &Bench) -> Result<Self::Shared> {
+        Ok((zeros(&bench.stream, &[self.rows])?, zeros(&bench.stream, &[self.rows])?))
+    }
+
+    fn call(
+        &self,
+        stream: &CudaStream,
+        probs: &mut CudaSlice<f32>,
+        (seen, status): &mut Self::Shared,
+        (count, _): (usize, bool),
+    ) -> flashinfer_rs::Result<()> {
+        // The guards are of no use: nothing is tracked here.
+        let (probs, _probs) = probs.device_ptr_mut(stream);
+        let (seen, _seen) = seen.device_ptr_mut(stream);
+        let (status, _status) = status.device_ptr_mut(stream);
+        // SAFETY: the buffers are these, and used on this stream.
+        (0..count).try_for_each(|_| unsafe { self.launch(stream.cu_stream(), probs, seen, status) })
+    }
+
+    fn captured<'a>(
+        &self,
+        probs: &mut GraphMut<'a, f32>,
+        (seen, status): &mut <Self::Shared as GraphBuffers>::Captured<'a>,
+        on: Stream<'_>,
+    ) -> flashinfer_rs::Result<()> {
+        let (probs, seen, status) = (probs.as_mut_ptr() as u64, seen.as_mut_ptr() as u64, status.as_mut_ptr() as u64);
+        // SAFETY: the graph owns the buffers, and its launches follow one another.
+        unsafe { self.launch(on.as_raw().cast(), probs, seen, status) }
     }
 }
 

@@ -105,7 +105,7 @@ static struct steering steering(int64_t tokens) {
     return it;
 }
 
-/* `rows` distributions over `vocab` tokens that are as steep as a language model's: some 16 tokens have two thirds of what
+/* `rows` distributions over `vocab` tokens that are as steep as a language model's: some 16 tokens have three fifths of what
  * there is. The same in every arm, bit by bit, since how often a sampling kernel looks at a row depends on it. */
 static float *distributions(int64_t rows, int64_t vocab) {
     float *all = allocate((size_t)(rows * vocab), sizeof *all);

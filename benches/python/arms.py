@@ -186,7 +186,6 @@ def came_from(path):
 
 def start(arm):
     """This arm on a stream of its own, warmed up and checked."""
-    globals().update((module, sys.modules[module]) for module in ARMS[arm])
     torch.cuda.set_stream(torch.cuda.Stream())
     if arm == "torch":
         calls = Torch()
@@ -278,6 +277,7 @@ def serve(arms, start, answer):
     try:
         if lacking := missing(arms[arm]):
             raise RuntimeError(f"missing: {lacking}")
+        globals().update((module, sys.modules[module]) for module in arms[arm])
         calls = start(arm)
     except Exception as error:
         say(f"error {one_line(error)}")

@@ -106,7 +106,10 @@ fn rope_append_bytes(tokens: u64) -> u64 {
 }
 
 const BITS: u64 = 1 << 20;
+const VOCAB: u64 = 128_256;
 const ROWS: u64 = 32;
+/// Bytes of the probabilities that are sampled from.
+const PROBS: u64 = 4 * ROWS * VOCAB;
 /// The longest rows that upstream is not known to forget candidates of, with its own choice of the kernel.
 const LONG: u64 = 16_384;
 const K: u64 = 256;
@@ -121,6 +124,14 @@ static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| {
         case("append_paged_kv_cache, 4,096 tokens", "append 4096", 50, (9, 9), append_bytes(4096)),
         case("rope_quantize_append_paged_kv_cache, 32 tokens", "rope_append 32", 100, (12, 17), rope_append_bytes(32)),
         case("packbits, 1,048,576 elements", &format!("packbits {BITS}"), 100, (2, 2), BITS + BITS / 8),
+        case("softmax, 32 × 128,256, f32", &format!("softmax {ROWS} {VOCAB}"), 50, (3, 3), 2 * PROBS),
+        case(
+            "top_k_top_p_sampling_from_probs, 32 × 128,256, f32, k 50, p 0.9, without a guard",
+            &format!("sample {ROWS} {VOCAB}"),
+            20,
+            (2, 2),
+            PROBS + 4 * ROWS,
+        ),
         case(
             "radix_topk, 32 × 16,384, k 256, f32",
             &format!("topk {ROWS} {LONG} {K}"),
@@ -130,6 +141,30 @@ static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| {
         ),
     ]
 });
+
+/// What the guard ahead of sampling is looked at with: the guard alone, a kernel that reads the same rows and does nothing else,
+/// torch's sum of them, and the draw with the guard ahead of it.
+struct Guard {
+    alone: String,
+    read: String,
+    sum: String,
+    /// The draw, on the GPU and on the host.
+    guarded: String,
+    guarded_host: String,
+}
+
+static GUARD: LazyLock<Guard> = LazyLock::new(|| Guard {
+    alone: gpu(&format!("guard {ROWS} {VOCAB}"), PROBS),
+    read: gpu(&format!("read {PROBS}"), PROBS),
+    sum: gpu(&format!("sum {ROWS} {VOCAB}"), PROBS),
+    guarded: gpu(&format!("sample_guarded {ROWS} {VOCAB}"), PROBS),
+    guarded_host: format!("host sample_guarded {ROWS} {VOCAB} 20"),
+});
+
+/// The draw without a guard.
+fn unguarded() -> Option<&'static Case> {
+    CASES.iter().find(|case| case.request.starts_with("sample "))
+}
 
 /// A large copy on the device.
 const COPY_BYTES: u64 = 512 << 20;
@@ -154,6 +189,13 @@ fn questions() -> Vec<Question> {
         all.push(ask(&case.host, PEERS, 1));
         all.push(ask(&case.gpu, ON_GPU, 1));
     }
+    all.extend([
+        ask(&GUARD.alone, &["tensors"], 1),
+        ask(&GUARD.read, &["limits"], 1),
+        ask(&GUARD.sum, &["torch"], 1),
+        ask(&GUARD.guarded, &["tensors"], 1),
+        ask(&GUARD.guarded_host, &["tensors", "safe"], ROUNDS),
+    ]);
     all
 }
 
@@ -171,7 +213,17 @@ static COMPARISONS: LazyLock<Vec<Comparison>> = LazyLock::new(|| {
         let host = ratio(format!("host: tensors / c, {}", tensors(case)), &case.host, limit);
         [host, ratio("GPU: tensors / c".to_owned(), &case.gpu, Limit::NearOne(0.02))]
     };
-    CASES.iter().flat_map(of_case).collect()
+    let guard = &*GUARD;
+    let beside = |what, (arm, case): plan::Cell<'static>| Comparison {
+        what: Cow::Borrowed(what),
+        formula: Formula::Ratio(("tensors", &guard.alone), (arm, case)),
+        limit: Limit::AtMost(1.3),
+    };
+    let guard = [
+        beside("GPU: the guard / a plain read", ("limits", &guard.read)),
+        beside("GPU: the guard / torch's sum", ("torch", &guard.sum)),
+    ];
+    CASES.iter().flat_map(of_case).chain(guard).collect()
 });
 
 fn tensors(case: &Case) -> String {
@@ -203,10 +255,11 @@ fn markdown(machine: &Machine, samples: &Samples) -> String {
     let _ = write!(
         text,
         "\n## Bounds\n\n{}\nEach figure is the median over blocks of what is computed within a block. Host time is bounded for \
-         calls of up to {FEW} tensors.\n{}{}{}",
+         calls of up to {FEW} tensors.\n{}{}{}{}",
         report::bounds(&COMPARISONS, samples),
         gpu_times(machine, samples),
         host_times(machine, samples),
+        guard(machine, samples),
         failures(machine),
     );
     text
@@ -268,6 +321,33 @@ fn host_times(machine: &Machine, samples: &Samples) -> String {
     text
 }
 
+/// What the guard costs.
+fn guard(machine: &Machine, samples: &Samples) -> String {
+    let mut text = String::from(
+        "\n## The guard ahead of sampling\n\nGPU time with 32 × 128,256 f32, µs. A safe draw is the guard and the kernel behind \
+         it, which finds the rows in the L2 cache then.\n\n| what | arm | µs |\n|---|---|---|\n",
+    );
+    let rows = [
+        ("the guard", "tensors", Some(&GUARD.alone)),
+        ("a kernel that reads the rows and does nothing else", "limits", Some(&GUARD.read)),
+        ("a sum of each row", "torch", Some(&GUARD.sum)),
+        ("a draw without the guard", "tensors", unguarded().map(|case| &case.gpu)),
+        ("a draw with it", "tensors", Some(&GUARD.guarded)),
+    ];
+    for (what, arm, case) in rows {
+        let time = case.map(|case| cell(machine, samples, arm, case, |ns| format!("{:.3}", ns / 1e3)));
+        let _ = writeln!(text, "| {what} | `{arm}` | {} |", time.unwrap_or_default());
+    }
+    let host = |arm| cell(machine, samples, arm, &GUARD.guarded_host, |ns| format!("{ns:.0}"));
+    let _ = writeln!(
+        text,
+        "\nHost time of a draw with the guard, ns: `tensors` {}, `safe` {}.",
+        host("tensors"),
+        host("safe")
+    );
+    text
+}
+
 /// A median, or why there is none.
 fn cell(machine: &Machine, samples: &Samples, arm: &str, case: &str, shown: impl Fn(f64) -> String) -> String {
     if let Some(ns) = plan::median(samples, arm, case) {
@@ -288,13 +368,19 @@ fn ratio(samples: &Samples, case: &str) -> String {
     found.map_or(String::new(), |found| format!("{:.3}", found.median))
 }
 
+/// Characters of it in the report.
+const MOST_OF_A_REASON: usize = 400;
+
 fn failures(machine: &Machine) -> String {
     if machine.failures.is_empty() {
         return String::new();
     }
     let mut text = String::from("\n## What failed\n\n| arm | case | why |\n|---|---|---|\n");
     for failure in &machine.failures {
-        let _ = writeln!(text, "| `{}` | {} | {} |", failure.arm, failure.case, report::cell(&failure.reason));
+        // An expression that does not compile may say so at length; families.json has it all.
+        let reason: String = failure.reason.chars().take(MOST_OF_A_REASON).collect();
+        let cut = if reason.len() < failure.reason.len() { " …" } else { "" };
+        let _ = writeln!(text, "| `{}` | {} | {}{cut} |", failure.arm, failure.case, report::cell(&reason));
     }
     text
 }

@@ -306,6 +306,7 @@ struct Arms<'a> {
 impl Arms<'_> {
     /// Starts every arm that is not missing, and has no process or one that is not for this block; waits until all are ready.
     fn renew(&mut self, block: usize, blocks: usize) -> Result<()> {
+        let first = self.running.is_empty();
         let mut started = Vec::new();
         for arm in self.suite.arms.iter().filter(|arm| self.missing.iter().all(|missing| missing.arm != arm.name)) {
             let generation = (self.suite.generation)(arm.program, block, blocks);
@@ -333,7 +334,7 @@ impl Arms<'_> {
                 Err(fault) => return Err(fault),
             }
         }
-        if block == 0 || !self.suite.tolerant {
+        if first || !self.suite.tolerant {
             say(format!("{} arms are ready", self.running.len()));
         }
         Ok(())
@@ -381,11 +382,13 @@ impl Arms<'_> {
             answer => return answer,
         };
         say(&fault);
-        self.failures.push(Failure { arm: name.to_owned(), case: case.to_owned(), reason: fault.to_string() });
+        let text = fault.to_string();
+        let reason = text.strip_prefix(&format!("arm {name}, asked `{case}`: ")).unwrap_or(&text).to_owned();
+        self.failures.push(Failure { arm: name.to_owned(), case: case.to_owned(), reason });
         if arm.has_ended() {
             // One that hangs would do so again.
             if arm.hangs() {
-                self.give_up(name, fault.to_string());
+                self.give_up(name, text);
             }
             self.running.remove(name);
             self.renew(block, blocks)?;
