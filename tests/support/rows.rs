@@ -699,7 +699,12 @@ fn dimensions_far(row: &Row, random: &mut Random, fit: impl Fn(&Dimensions) -> b
             given[i] = fixed(row, dimension.from, random).unwrap_or(given[i]).clamp(dimension.least, dimension.most);
         }
         let dimensions = row.dimensions_from(|i| given[i]);
-        if fit(&dimensions) {
+        // There is no tensor of more elements than 64 bits count.
+        let counts = |tensor: &Tensor| {
+            let shape = row.shape(tensor, &dimensions);
+            shape.iter().try_fold(64i64, |product, size| product.checked_mul(*size)).is_some()
+        };
+        if row.tensors().all(|(_, _, tensor)| counts(tensor)) && fit(&dimensions) {
             return Some(dimensions);
         }
     }
