@@ -19,7 +19,7 @@
 //!
 //! # Randomness
 //! A call takes its numbers from a [`Philox`], which it moves on past them. Output `i` draws from the sequence `i` of the seed, so
-//! a batch that is cut in two draws other tokens. In a graph the numbers would be the same in every launch: see there.
+//! a batch that is cut in two draws other tokens. In a graph the source is one of its buffers, so that each launch draws anew.
 //!
 //! # Where this differs from FlashInfer's Python
 //! Tokens are I32. There is a token for each row: `indices`, by which Python draws several from one row, is left out, since
@@ -29,10 +29,10 @@
 //!
 //! # Errors
 //! Every function answers [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for what breaks its contract,
-//! before anything is launched; [`FrozenRandomness`](crate::FlashInferError::FrozenRandomness) for a draw in a capture;
-//! [`DeviceOutOfRange`](crate::FlashInferError::DeviceOutOfRange); what loading `sampling.so` answers;
-//! [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what the kernel raised; and [`Cuda`](crate::FlashInferError::Cuda) or
-//! [`ContextLost`](crate::FlashInferError::ContextLost) where it was not launched.
+//! before anything is launched; [`FrozenRandomness`](crate::FlashInferError::FrozenRandomness) for a draw in a capture from a
+//! source that is neither a buffer of the graph nor frozen; [`DeviceOutOfRange`](crate::FlashInferError::DeviceOutOfRange); what
+//! loading `sampling.so` answers; [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what the kernel raised; and
+//! [`Cuda`](crate::FlashInferError::Cuda) or [`ContextLost`](crate::FlashInferError::ContextLost) where it was not launched.
 
 use crate::contract::{
     Alignment, Argument, Attributes, Contents, Convention, Dimension, Dimensions, Dtype, Extent, From, Kind, Limit,

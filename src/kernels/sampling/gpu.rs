@@ -324,7 +324,8 @@ impl Leaf for SamplingContext {
 crate::graph::graph_leaf!(SamplingContext);
 
 impl CapturedSampling<'_> {
-    /// The calls, captured on the stream of the capture. Draws want a source that is [frozen](crate::Philox::frozen).
+    /// The calls, captured on the stream of the capture. Draws want a source that is a
+    /// buffer of the graph too, or one that is [frozen](crate::Philox::frozen).
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) of a context for the host.
