@@ -261,13 +261,13 @@ impl<'a> Placed<'a, CosSinCache> {
     }
 
     /// `[positions, rotary_dim]`, without the spare row.
-    pub(crate) fn table(&self) -> Result<TensorRef<'_>> {
+    #[inline]
+    pub(crate) fn table(&self) -> TensorRef<'_> {
         let CosSinFacts { positions, rotary_dim } = self.facts();
-        let whole = self.array(0);
         // Of a table of this module's own the spare row is there too.
-        match whole.shape().len() == 1 && rotary_dim > 0 && whole.shape()[0] / rotary_dim > positions {
-            true => self.array_part(0, positions * rotary_dim).reshape(&[positions, rotary_dim]),
-            false => Ok(whole),
+        match self.array_len(0) {
+            Some(len) if rotary_dim > 0 && len / rotary_dim > positions => self.array_in(0, &[positions, rotary_dim]),
+            _ => self.array(0),
         }
     }
 }

@@ -657,11 +657,14 @@ impl<'a> TensorRef<'a> {
         Self { layout, owner: self.owner, borrow: PhantomData }
     }
 
-    /// `len` elements from `start` on of a vector of 32-bit words, which both must be inside of, as another type of that size.
-    pub(crate) fn words(&self, start: i64, len: i64, dtype: DType) -> Self {
-        debug_assert!(dtype.size() == 4 && self.dtype().size() == 4 && start + len <= self.layout.size(0));
+    /// The elements from `start` on of a vector of 32-bit words, in this shape, which must be inside of it, as another type of
+    /// that size.
+    #[inline(always)]
+    pub(crate) fn words(&self, start: i64, shape: &[i64], dtype: DType) -> Self {
+        debug_assert!(dtype.size() == 4 && self.dtype().size() == 4);
+        debug_assert!(start + shape.iter().product::<i64>() <= self.layout.size(0));
         let data = self.layout.data().wrapping_byte_offset(start as isize * 4);
-        self.viewed(Layout::build(data, self.device(), dtype, &[len], None, self.layout.stream()))
+        self.viewed(Layout::build(data, self.device(), dtype, shape, None, self.layout.stream()))
     }
 
     /// The same tensor, for as long as this one is there.

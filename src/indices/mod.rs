@@ -133,24 +133,38 @@ impl<'a, D: Steering> Placed<'a, D> {
     }
 
     /// An array as a tensor, in the order of [`Steering::arrays`].
+    #[inline]
     pub(crate) fn array(&self, i: usize) -> TensorRef<'_> {
         match &self.arrays {
             Arrays::Apart(arrays) => arrays[i].reborrow(),
             Arrays::Together(memory, places) => {
                 let (start, len, dtype) = places[i];
-                memory.words(start, len, dtype)
+                memory.words(start, &[len], dtype)
             }
         }
     }
 
-    /// The first elements of an array, of which there must be so many.
-    pub(crate) fn array_part(&self, i: usize, len: i64) -> TensorRef<'_> {
+    /// The first elements of an array in a shape, of which there must be so many.
+    #[inline]
+    pub(crate) fn array_in(&self, i: usize, shape: &[i64]) -> TensorRef<'_> {
         match &self.arrays {
-            Arrays::Apart(arrays) => arrays[i].words(0, len, arrays[i].dtype()),
+            Arrays::Apart(arrays) => arrays[i].words(0, shape, arrays[i].dtype()),
             Arrays::Together(memory, places) => {
                 let (start, _, dtype) = places[i];
-                memory.words(start, len, dtype)
+                memory.words(start, shape, dtype)
             }
+        }
+    }
+
+    /// How long an array is that is no tensor of somebody else's.
+    #[inline]
+    pub(crate) fn array_len(&self, i: usize) -> Option<i64> {
+        match &self.arrays {
+            Arrays::Apart(arrays) => match arrays[i].shape() {
+                [len] => Some(*len),
+                _ => None,
+            },
+            Arrays::Together(_, places) => Some(places[i].1),
         }
     }
 }

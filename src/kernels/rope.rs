@@ -1010,7 +1010,7 @@ fn turn_by_table<T: Kernel>(
     stream: Stream<'_>,
 ) -> Result<()> {
     check_positions("apply_rope_pos_ids_cos_sin_cache", pos_ids, cos_sin_cache)?;
-    let (table, pos_ids) = (cos_sin_cache.table()?, pos_ids.positions());
+    let (table, pos_ids) = (cos_sin_cache.table(), pos_ids.positions());
     let operands = [q, k, q_rope, k_rope, table.operand(), pos_ids.operand(), Operand::Bool(interleave)];
     // SAFETY: the table has every position, by the check above and by whoever made the positions, and readable memory behind it,
     // by whoever made the table. That tensors are distinct, or one in place, their borrows say.
@@ -1130,7 +1130,7 @@ pub fn rope_quantize(
     let (q, k) = (tensors.q_rope_in.layout(), tensors.k_rope_in.layout());
     let (q_out, k_out) = (tensors.q_rope_out.layout(), tensors.k_rope_out.layout());
     let [no_q, no_k, no_q_out, no_k_out] = [nothing(q), nothing(k), nothing(q_out), nothing(k_out)];
-    let (table, pos_ids) = (cos_sin_cache.table()?, pos_ids.positions());
+    let (table, pos_ids) = (cos_sin_cache.table(), pos_ids.positions());
     let [scale_q, scale_kv, interleave, pdl] = options.operands();
     let operands = [
         tensors.q_rope_in.operand(),
@@ -1305,7 +1305,7 @@ fn append<T: Kernel>(
     check_positions(function, pos_ids, cos_sin_cache)?;
     let (q, k, q_out) = (tensors.q_rope_in.layout(), tensors.k_rope_in.layout(), tensors.q_rope_out.layout());
     let [no_q, no_k, no_q_out] = [nothing(q), nothing(k), nothing(q_out)];
-    let (table, pos_ids) = (cos_sin_cache.table()?, pos_ids.positions());
+    let (table, pos_ids) = (cos_sin_cache.table(), pos_ids.positions());
     let (kv_indices, kv_indptr) = (tokens.kv_indices(), tokens.kv_indptr());
     let (batch_indices, positions) = (tokens.batch_indices(), tokens.token_positions());
     let [scale_q, scale_kv, interleave, pdl] = options.operands();
