@@ -85,6 +85,37 @@ pub enum FlashInferError {
         reason: String,
     },
 
+    /// A module lacks a function.
+    #[error(
+        "{module} has no function {function}; {}it exports {}",
+        .nearest.as_ref().map(|name| format!("did you mean {name}? ")).unwrap_or_default(),
+        match &exported[..] {
+            [] => "none that it tells of".to_owned(),
+            names => names.join(", "),
+        }
+    )]
+    FunctionMissing {
+        /// The module's name.
+        module: String,
+        /// The function that was asked for.
+        function: String,
+        /// The name that is most like it, if any is.
+        nearest: Option<String>,
+        /// What the module exports, in alphabetical order.
+        exported: Vec<String>,
+    },
+
+    /// A file cannot be a module here, which was seen before anything of it was loaded.
+    #[error("{} cannot be loaded as a module: {problem}; {remedy}", .path.display())]
+    Unloadable {
+        /// The file.
+        path: PathBuf,
+        /// What was found, and what was expected.
+        problem: String,
+        /// What to do.
+        remedy: String,
+    },
+
     /// A library is of another release than this crate was written for.
     #[error("{library} is version {found}, expected {expected}; {remedy}")]
     VersionMismatch {
@@ -201,8 +232,22 @@ pub enum FlashInferError {
         kind: String,
         /// The error's message.
         message: String,
-        /// Where it was raised, as TVM-FFI recorded it; may be empty.
+        /// Where it was raised, as TVM-FFI recorded it, the innermost call first; may be empty.
         backtrace: String,
+        /// The error that it was raised from. Only errors of TVM-FFI 0.1.8 or newer have one.
+        #[source]
+        cause: Option<Box<FlashInferError>>,
+    },
+
+    /// A value is of another type than was asked for.
+    #[error("{what} is {found}, expected {expected}; ask for the type that it has, or for object::Any and look at it")]
+    WrongType {
+        /// What was looked at.
+        what: String,
+        /// The type that it has.
+        found: String,
+        /// The type that was asked for.
+        expected: &'static str,
     },
 
     /// A series of calls cannot be captured into a CUDA graph, or not be launched as one.
@@ -240,7 +285,48 @@ pub(crate) fn is_sticky(code: c_int) -> bool {
     STICKY.contains(&code)
 }
 
+/// What is wrong with a call, as TVM-FFI's C++ says it in the message of a `TypeError`: [`FlashInferError::mismatch`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Mismatch {
+    /// The function as the module has it: its name, where it knows it, and its signature, where it tells it.
+    pub signature: String,
+    /// The position of the argument that has another type, from 0 on; `None` where the number of arguments is another one.
+    pub argument: Option<usize>,
+    /// The type, or the number of arguments, that is expected.
+    pub expected: String,
+    /// The type, or the number of arguments, that was given.
+    pub found: String,
+}
+
+impl Mismatch {
+    fn parse(message: &str) -> Option<Self> {
+        let (argument, rest) = match message.strip_prefix("Mismatched number of arguments when calling: `") {
+            Some(rest) => (None, rest),
+            None => {
+                let rest = message.strip_prefix("Mismatched type on argument #")?;
+                let (position, rest) = rest.split_once(" when calling: `")?;
+                (Some(position.parse().ok()?), rest)
+            }
+        };
+        let (signature, rest) = rest.split_once("`. Expected ")?;
+        let (expected, found) = rest.split_once(" but got ")?;
+        let found = found.strip_suffix(" arguments").unwrap_or(found);
+        let [expected, found] = [expected, found].map(|text| text.trim_matches('`').to_owned());
+        Some(Self { signature: signature.to_owned(), argument, expected, found })
+    }
+}
+
 impl FlashInferError {
+    /// What is wrong with a call, where a function raised an error for the number or the types of its arguments. By the words
+    /// of TVM-FFI 0.1.3 to 0.1.15; other words are not understood, and the message has them all the same.
+    pub fn mismatch(&self) -> Option<Mismatch> {
+        match self {
+            Self::TvmFfiCall { kind, message, .. } if kind == "TypeError" => Mismatch::parse(message),
+            _ => None,
+        }
+    }
+
     /// Whether nothing runs on the GPU any more until the process is started again. Any other error leaves the GPU, and what
     /// was queued before, as it was.
     pub fn is_fatal(&self) -> bool {

@@ -45,7 +45,8 @@
 //! - For many small launches: [`FlashInferRuntime::on`], which sets a stream once for a series of calls; [`Prepared`], a call
 //!   that is checked once; and with the feature `cudarc` `LaunchGraph`, a series that is captured into a CUDA
 //!   graph and replayed with one launch.
-//! - [`Module`], [`Function`], [`Arg`] and [`Value`]: any TVM-FFI function of any module.
+//! - [`Module`], [`Function`], [`Arg`] and [`Value`]: any TVM-FFI function of any module; [`object`] has its arrays, maps,
+//!   tensors, functions and errors.
 //!
 //! Every call is checked against the kernel's contract before anything is launched, is asynchronous on the stream it is
 //! given, and never synchronizes.
@@ -86,6 +87,7 @@ mod cuda;
 mod digest;
 #[cfg(feature = "cudarc")]
 mod draws;
+mod elf;
 mod engine;
 mod error;
 mod ffi;
@@ -101,6 +103,8 @@ mod indices;
 pub mod kernels;
 mod loader;
 mod module;
+pub mod object;
+mod open;
 mod owner;
 mod philox;
 mod prepared;
@@ -122,10 +126,11 @@ pub use ::cudarc;
 /// built with the feature `embed`.
 pub const THIRD_PARTY_NOTICES: &str = include_str!("../THIRD-PARTY.md");
 
+pub use self::object::{Arg, Object, Value};
 pub use artifact::{Artifact, Provenance, Source};
 #[cfg(feature = "cudarc")]
 pub use buffers::{DeviceBuffer, DeviceBufferMut, Half16};
-pub use error::{FlashInferError, Result};
+pub use error::{FlashInferError, Mismatch, Result};
 pub use flat::{
     GdnPrefillSm90Params, GemmaRmsNormParams, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, gdn_prefill_sm90,
     gemma_rmsnorm,
@@ -143,7 +148,8 @@ pub use indices::{
     MinP, PageTable, Parameter, PerRow, PerRowFacts, Placed, Positions, PositionsFacts, RaggedFacts, RaggedPositions,
     Setting, Steering, Temperature, TokenTensors, Tokens, TokensFacts, TopK, TopP, Words,
 };
-pub use module::{Arg, Function, Module, Object, Value};
+pub use module::{Function, Module};
+pub use open::Preflight;
 pub use philox::Philox;
 pub use prepared::Prepared;
 pub use report::{DeviceReport, Report};

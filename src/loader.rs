@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
@@ -12,6 +13,7 @@ use memfd::{FileSeal, MemfdOptions};
 
 use crate::digest::{Digest, hash, hash_reader};
 use crate::error::{FlashInferError, Result};
+use crate::module::PREFIX;
 
 /// glibc's value; libloading does not export it.
 const RTLD_NOLOAD: i32 = 4;
@@ -21,15 +23,15 @@ const RTLD_NOLOAD: i32 = 4;
 const FLAGS: i32 = RTLD_NOW | RTLD_LOCAL;
 
 /// A loaded library. Kernels leave threads' state and static initializers behind, so it is never unloaded.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Library {
     name: String,
     path: PathBuf,
     handle: &'static Handle,
     /// The path that the dynamic linker knows it by, if it was loaded from a file or from memory.
     loaded_by: Option<String>,
-    /// The names of its exported data, read when it was loaded: the program may have closed the descriptor since.
-    data: Vec<String>,
+    /// The names of what it exports, read when it was loaded: the program may have closed the descriptor since.
+    exports: Arc<Exports>,
 }
 
 impl Library {
@@ -84,8 +86,8 @@ impl Library {
 
     /// # Safety
     /// As for [`open`](Self::open).
-    unsafe fn from_descriptor(name: &str, path: &Path, file: File) -> Result<Self> {
-        let data = exported_data(&file);
+    pub(crate) unsafe fn from_descriptor(name: &str, path: &Path, file: File) -> Result<Self> {
+        let exports = Arc::new(Exports::of(&file));
         let by = unique_path(file.as_raw_fd());
         let loaded = {
             let _actions = SavedActions::new();
@@ -98,7 +100,7 @@ impl Library {
                 // descriptor stays open. Nothing in this crate depends on that: a program may close it.
                 let _open_for_good = file.into_raw_fd();
                 let (name, path, handle) = (name.to_owned(), path.to_owned(), Box::leak(Box::new(handle)));
-                Ok(Self { name, path, handle, loaded_by: Some(by), data })
+                Ok(Self { name, path, handle, loaded_by: Some(by), exports })
             }
             Err(error) => Err(load_failed(name, path, reason(&error))),
         }
@@ -130,7 +132,7 @@ impl Library {
             Ok(handle) => {
                 let handle = Box::leak(Box::new(handle));
                 let path = PathBuf::from(loaded_path(name).unwrap_or_else(|| name.to_owned()));
-                Ok(Self { name: name.to_owned(), path, handle, loaded_by: None, data: Vec::new() })
+                Ok(Self { name: name.to_owned(), path, handle, loaded_by: None, exports: Arc::default() })
             }
             Err(error) => Err(reason(&error)),
         }
@@ -139,7 +141,7 @@ impl Library {
     /// What every library of this process sees, under the name of the one that is meant.
     pub(crate) fn global(name: &str, path: String) -> Self {
         let handle = Box::leak(Box::new(Handle::this()));
-        Self { name: name.to_owned(), path: PathBuf::from(path), handle, loaded_by: None, data: Vec::new() }
+        Self { name: name.to_owned(), path: PathBuf::from(path), handle, loaded_by: None, exports: Arc::default() }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -154,7 +156,12 @@ impl Library {
             let symbol = unsafe { self.handle.get::<*mut u8>(name.to_bytes_with_nul()) };
             symbol.ok().map(|symbol| symbol.as_raw_ptr().cast::<u8>())
         };
-        self.data.iter().filter(|name| name.ends_with(suffix)).filter_map(address).collect()
+        self.exports.data.iter().filter(|name| name.ends_with(suffix)).filter_map(address).collect()
+    }
+
+    /// The names of TVM-FFI's functions that it exports, by the very file that was loaded.
+    pub(crate) fn functions(&self) -> impl Iterator<Item = &str> {
+        self.exports.functions.iter().map(String::as_str)
     }
 
     /// A function of the library.
@@ -174,15 +181,30 @@ impl Library {
     }
 }
 
-/// The names of the data that a shared object exports; none where it is no shared object, which the dynamic linker will
-/// say better.
-fn exported_data(file: &File) -> Vec<String> {
-    use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
+/// The names of what a shared object exports; none where it is no shared object, which the dynamic linker will say better.
+#[derive(Debug, Default)]
+struct Exports {
+    data: Vec<String>,
+    /// TVM-FFI's functions, without what stands before every one's name.
+    functions: Vec<String>,
+}
 
-    let parts = ReadCache::new(file);
-    let Ok(object) = object::File::parse(&parts) else { return Vec::new() };
-    let data = object.dynamic_symbols().filter(|symbol| symbol.is_definition() && symbol.kind() == SymbolKind::Data);
-    data.filter_map(|symbol| Some(symbol.name().ok()?.to_owned())).collect()
+impl Exports {
+    fn of(file: &File) -> Self {
+        use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
+
+        let (parts, mut exports) = (ReadCache::new(file), Self::default());
+        let Ok(object) = object::File::parse(&parts) else { return exports };
+        for symbol in object.dynamic_symbols().filter(|symbol| symbol.is_definition()) {
+            let Ok(name) = symbol.name() else { continue };
+            match (symbol.kind(), name.strip_prefix(PREFIX)) {
+                (SymbolKind::Data, _) => exports.data.push(name.to_owned()),
+                (SymbolKind::Text, Some(function)) => exports.functions.push(function.to_owned()),
+                _ => {}
+            }
+        }
+        exports
+    }
 }
 
 /// A path to an open file that no library was loaded by before. glibc compares the path with those that it loaded
@@ -203,10 +225,10 @@ const OPEN_FILES: &str = "/proc/self/fd";
 /// initializers of libtvm_ffi.so set an action of their own for SIGSEGV; with it a program that overflows its stack ends
 /// without Rust's report. The actions belong to the whole process: what another thread sets while a library is loaded is
 /// undone too.
-struct SavedActions([(c_int, Option<libc::sigaction>); 2]);
+pub(crate) struct SavedActions([(c_int, Option<libc::sigaction>); 2]);
 
 impl SavedActions {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self([libc::SIGSEGV, libc::SIGBUS].map(|signal| {
             // SAFETY: a sigaction is plain data, for which zeros are valid.
             let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
@@ -233,7 +255,7 @@ impl Drop for SavedActions {
 const EMBEDDED: &str = "(embedded)/";
 
 /// Memory with these bytes, sealed: it cannot be written, shrunk or grown, and the seals cannot be taken off.
-fn sealed(name: &str, bytes: &[u8]) -> std::result::Result<File, String> {
+pub(crate) fn sealed(name: &str, bytes: &[u8]) -> std::result::Result<File, String> {
     let memory =
         MemfdOptions::default().allow_sealing(true).close_on_exec(true).create(name).map_err(|e| e.to_string())?;
     memory.as_file().write_all(bytes).map_err(|e| e.to_string())?;

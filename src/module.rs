@@ -1,38 +1,62 @@
 //! Modules and functions: calling anything that speaks TVM-FFI.
 
-use std::ffi::{CStr, CString, c_int, c_void};
+use std::ffi::{CString, c_int, c_void};
 use std::fmt;
-use std::marker::PhantomData;
+use std::path::Path;
 use std::ptr;
 
 use crate::error::{FlashInferError, Result};
-use crate::ffi::abi::{self, Any, ByteArray, Payload, SafeCall, type_index};
-use crate::ffi::api::{self, Api};
-use crate::ffi::dlpack::DLTensor;
+use crate::ffi::abi::{self, SafeCall};
+use crate::ffi::api::Api;
 use crate::loader::Library;
-use crate::tensor::{DType, Device, PackedTensor};
+use crate::object::{Any, Arg, Callee, FromAny, Func, Object, Params, Typed, Value};
 
 /// What TVM-FFI puts before an exported function's name.
-const PREFIX: &str = "__tvm_ffi_";
+pub(crate) const PREFIX: &str = "__tvm_ffi_";
 
-/// A set of functions: a loaded library, or functions of this process.
-#[derive(Debug)]
+/// What it puts before the name of a function's description, a function as well.
+const METADATA: &str = "_metadata_";
+const DOC: &str = "_doc_";
+
+/// A set of functions: a loaded library, a module object of TVM-FFI's, or functions of this process. A clone is the same.
+#[derive(Debug, Clone)]
 pub struct Module {
     name: String,
     functions: Functions,
     api: &'static Api,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Functions {
     Loaded(Library),
+    Object(ModuleObject),
     Here(Vec<(&'static str, SafeCall)>),
 }
+
+/// A module object. It is never released for the last time: that would unload a library whose code may be wanted still, to
+/// release an object that it made.
+#[derive(Debug, Clone)]
+struct ModuleObject(Object);
+
+// SAFETY: references are counted atomically, and TVM-FFI's own functions, which are all that is called with it, look things up
+// and change nothing.
+unsafe impl Send for ModuleObject {}
+// SAFETY: as above.
+unsafe impl Sync for ModuleObject {}
 
 impl fmt::Debug for Api {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Api")
     }
+}
+
+/// A function of TVM-FFI's own.
+fn own(name: &'static str) -> Result<Func> {
+    Func::global(name)?.ok_or_else(|| FlashInferError::SymbolMissing {
+        library: "libtvm_ffi.so".to_owned(),
+        symbol: name.to_owned(),
+        reason: "no global function has that name".to_owned(),
+    })
 }
 
 impl Module {
@@ -44,16 +68,40 @@ impl Module {
         Self { name: name.to_owned(), functions: Functions::Here(functions), api }
     }
 
+    /// The module of a module object, which stays for good.
+    pub(crate) fn of_object(object: Object) -> std::result::Result<Self, Object> {
+        let Ok(api) = Api::loaded() else { return Err(object) };
+        // One reference too many, which keeps the library.
+        std::mem::forget(object.clone());
+        // SAFETY: TVM-FFI's own function, which takes a module.
+        let kind = own("ffi.ModuleGetKind")
+            .and_then(|kind| unsafe { kind.typed::<(&Object,), String>().call((&object,)) })
+            .unwrap_or_else(|_| "unknown".to_owned());
+        Ok(Self { name: format!("a module object ({kind})"), functions: Functions::Object(ModuleObject(object)), api })
+    }
+
+    pub(crate) fn named(self, name: String) -> Self {
+        Self { name, ..self }
+    }
+
     /// The module's name: a library's soname.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The file that was loaded; `None` for functions of this process.
-    pub fn path(&self) -> Option<&std::path::Path> {
+    /// The file that was loaded; `None` for functions of this process, and for a module object.
+    pub fn path(&self) -> Option<&Path> {
         match &self.functions {
             Functions::Loaded(library) => Some(library.path()),
-            Functions::Here(_) => None,
+            Functions::Object(_) | Functions::Here(_) => None,
+        }
+    }
+
+    /// The module object, of a module that is one, to be passed to functions.
+    pub fn as_object(&self) -> Option<&Object> {
+        match &self.functions {
+            Functions::Object(module) => Some(&module.0),
+            Functions::Loaded(_) | Functions::Here(_) => None,
         }
     }
 
@@ -61,43 +109,145 @@ impl Module {
     pub(crate) fn data_symbols(&self, suffix: &str) -> Vec<*mut u8> {
         match &self.functions {
             Functions::Loaded(library) => library.data_symbols(suffix),
-            Functions::Here(_) => Vec::new(),
+            Functions::Object(_) | Functions::Here(_) => Vec::new(),
+        }
+    }
+
+    /// The names of the functions that it exports, in alphabetical order; none for a module object, which does not tell.
+    pub fn functions(&self) -> Vec<String> {
+        match &self.functions {
+            Functions::Loaded(library) => exported(library.functions()),
+            Functions::Object(_) => Vec::new(),
+            Functions::Here(functions) => exported(functions.iter().map(|(name, _)| *name)),
         }
     }
 
     /// A function by the name it was exported under, `gemma_rmsnorm` for example.
     ///
     /// # Errors
-    /// [`SymbolMissing`](FlashInferError::SymbolMissing).
+    /// [`FunctionMissing`](FlashInferError::FunctionMissing), which says what there is.
     pub fn function(&self, name: &str) -> Result<Function> {
-        let missing = |reason: &str| FlashInferError::SymbolMissing {
-            library: self.name.clone(),
-            symbol: format!("{PREFIX}{name}"),
-            reason: reason.to_owned(),
-        };
-        let call = match &self.functions {
+        let found = match &self.functions {
             Functions::Loaded(library) => {
-                let symbol =
-                    CString::new(format!("{PREFIX}{name}")).map_err(|_| missing("a name cannot hold a zero byte"))?;
-                // SAFETY: TVM-FFI gives every function that it exports under this prefix this one type.
-                unsafe { library.symbol::<SafeCall>(&symbol) }?
+                exported_function(library, name).map(|call| Function::exported(call, name, self.api))
             }
-            Functions::Here(functions) => match functions.iter().find(|(known, _)| *known == name) {
-                Some((_, call)) => *call,
-                None => return Err(missing("no function of that name")),
-            },
+            Functions::Here(functions) => {
+                let known = functions.iter().find(|(known, _)| *known == name);
+                known.map(|(_, call)| Function::exported(*call, name, self.api))
+            }
+            Functions::Object(module) => {
+                let get = own("ffi.ModuleGetFunction")?;
+                // SAFETY: TVM-FFI's own function, which takes a module, a name, and whether to look into what it imports.
+                let func = unsafe { get.typed::<(&Object, &str, bool), Option<Func>>().call((&module.0, name, true)) }?;
+                func.map(|func| func.named(name))
+            }
         };
-        Ok(Function { call, name: name.into(), api: self.api })
+        found.ok_or_else(|| self.missing(name))
+    }
+
+    #[cold]
+    fn missing(&self, name: &str) -> FlashInferError {
+        let exported = self.functions();
+        let nearest = nearest(name, &exported).map(str::to_owned);
+        FlashInferError::FunctionMissing { module: self.name.clone(), function: name.to_owned(), nearest, exported }
+    }
+
+    /// What a function says of itself, where the module was compiled with `TVM_FFI_DLL_EXPORT_INCLUDE_METADATA` and headers
+    /// from 0.1.4 on: JSON, whose `type_schema` is JSON again in a string.
+    ///
+    /// # Errors
+    /// [`FunctionMissing`](FlashInferError::FunctionMissing), or what the description's function raises.
+    pub fn metadata(&self, function: &str) -> Result<Option<String>> {
+        self.description(METADATA, "ffi.ModuleGetFunctionMetadata", function)
+    }
+
+    /// A function's documentation, where it was compiled in as its [metadata](Self::metadata) was.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn doc(&self, function: &str) -> Result<Option<String>> {
+        self.description(DOC, "ffi.ModuleGetFunctionDoc", function)
+    }
+
+    fn description(&self, kind: &str, getter: &'static str, name: &str) -> Result<Option<String>> {
+        self.function(name)?;
+        match &self.functions {
+            // Called by oneself: the library's own look-up came with 0.1.4.
+            Functions::Loaded(library) => match exported_function(library, &format!("{kind}{name}")) {
+                // SAFETY: under this name TVM-FFI exports a function without parameters that returns a string; whoever
+                // opened the module vouched for that.
+                Some(call) => {
+                    unsafe { Function::exported(call, name, self.api).typed::<(), String>().call(()) }.map(Some)
+                }
+                None => Ok(None),
+            },
+            Functions::Object(module) => {
+                // SAFETY: TVM-FFI's own function, which takes a module, a name, and whether to look into what it imports.
+                unsafe { own(getter)?.typed::<(&Object, &str, bool), Option<String>>().call((&module.0, name, true)) }
+            }
+            Functions::Here(_) => Ok(None),
+        }
     }
 }
 
-/// A function with TVM-FFI's calling convention.
+fn exported_function(library: &Library, name: &str) -> Option<SafeCall> {
+    let symbol = CString::new(format!("{PREFIX}{name}")).ok()?;
+    // SAFETY: TVM-FFI gives every function that it exports under this prefix this one type.
+    unsafe { library.symbol::<SafeCall>(&symbol) }.ok()
+}
+
+/// Functions' names, without what describes them or belongs to the library.
+pub(crate) fn exported<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let names: Vec<&str> = names.collect();
+    let describes = |name: &str| {
+        let of = [METADATA, DOC].into_iter().find_map(|kind| name.strip_prefix(kind));
+        name.starts_with("_library_") || of.is_some_and(|of| names.contains(&of))
+    };
+    let mut functions: Vec<_> = names.iter().filter(|name| !describes(name)).map(|name| (*name).to_owned()).collect();
+    functions.sort_unstable();
+    functions.dedup();
+    functions
+}
+
+/// The name that is most like this one, if any is like it at all.
+fn nearest<'a>(name: &str, names: &'a [String]) -> Option<&'a str> {
+    // Whoever asks for a name of that length meant none of these.
+    const LONGEST: usize = 256;
+    let few = names.iter().filter(|other| other.len().max(name.len()) <= LONGEST);
+    let closest = few.map(|other| (distance(name, other), other)).min()?;
+    (closest.0 <= name.len().max(closest.1.len()) / 2).then_some(closest.1.as_str())
+}
+
+/// How many bytes must be changed, added or taken out to make one of the other.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, left) in a.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, right) in b.bytes().enumerate() {
+            let changed = diagonal + usize::from(left != right);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// A function with TVM-FFI's calling convention, and the name that it was found by.
 #[derive(Clone)]
 pub struct Function {
     call: SafeCall,
+    /// What it is called on: null for a function that a library exports, else the function object.
+    handle: *mut c_void,
+    /// The function object.
+    func: Option<Func>,
     name: Box<str>,
     api: &'static Api,
 }
+
+// SAFETY: the handle is that of `func`, which is both, or null.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
 
 impl fmt::Debug for Function {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -105,10 +255,38 @@ impl fmt::Debug for Function {
     }
 }
 
+impl Func {
+    /// The function under a name, which errors then say.
+    pub fn named(self, name: &str) -> Function {
+        let Callee { call, handle, api, .. } = self.callee(name);
+        Function { call, handle, func: Some(self), name: name.into(), api }
+    }
+}
+
 impl Function {
+    fn exported(call: SafeCall, name: &str, api: &'static Api) -> Self {
+        Self { call, handle: ptr::null_mut(), func: None, name: name.into(), api }
+    }
+
     /// The name it was looked up by.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The function as an object, to be passed to other functions or kept in a container.
+    ///
+    /// # Errors
+    /// What TVM-FFI raises.
+    pub fn to_func(&self) -> Result<Func> {
+        if let Some(func) = &self.func {
+            return Ok(func.clone());
+        }
+        // The entry is given the object, then, and not null. It takes neither: a library exports it with nothing to be
+        // called on.
+        // SAFETY: the library is never unloaded, and there is nothing to be released.
+        let handle = unsafe { self.api.function(ptr::null_mut(), self.call, None) }?;
+        // SAFETY: what was made has one reference, which is ours.
+        Any::from(unsafe { Object::from_raw(handle.cast()) }).to()
     }
 
     /// Calls the function on this thread's stream.
@@ -117,18 +295,39 @@ impl Function {
     /// [`TvmFfiCall`](FlashInferError::TvmFfiCall) with what the function raised.
     ///
     /// # Safety
-    /// The function must be sound to call with these arguments: tensors of the shapes, types and devices that it
-    /// expects, whose memory stays valid until what it queued has run, and that it may write where it writes.
+    /// The function must be sound to call with these arguments, on this thread: tensors of the shapes, types and devices that
+    /// it expects, whose memory stays valid until what it queued has run, and that nothing else reads or writes meanwhile
+    /// where it writes. What it returns or keeps must follow TVM-FFI's rules: objects that may be released by any thread,
+    /// tensors whose memory they own.
     #[inline]
     pub unsafe fn call(&self, args: &[Arg<'_>]) -> Result<Value> {
-        let mut result = Any::NONE;
         // SAFETY: the caller's promise.
-        let code = unsafe { self.invoke(args, &mut result) };
-        if code != 0 {
-            return Err(self.api.take_error(&self.name, code));
-        }
-        // SAFETY: a function that answers 0 left a valid result, whose object, if it is one, is now ours.
-        Ok(unsafe { Value::from_owned(result, self.api) })
+        unsafe { self.call_any(args) }.map(Any::into_value)
+    }
+
+    /// [`call`](Self::call), with a result that is not taken apart.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    pub unsafe fn call_any(&self, args: &[Arg<'_>]) -> Result<Any> {
+        // SAFETY: the caller's promise.
+        unsafe { self.callee().call(args) }
+    }
+
+    /// The function with the types of its parameters and its result:
+    /// `scale.typed::<(&PackedTensor, f64), ()>()`. The arguments' number is then fixed, and the result checked.
+    #[inline]
+    pub fn typed<P: Params, R: FromAny>(&self) -> Typed<'_, P, R> {
+        Typed::new(self.callee())
+    }
+
+    #[inline(always)]
+    fn callee(&self) -> Callee<'_> {
+        Callee { call: self.call, handle: self.handle, name: &self.name, api: self.api }
     }
 
     /// [`call`](Self::call), for a function that returns nothing, as kernels do. What it returns all the same is dropped.
@@ -140,7 +339,7 @@ impl Function {
     /// As there.
     #[inline]
     pub unsafe fn launch(&self, args: &[Arg<'_>]) -> Result<()> {
-        let mut result = Any::NONE;
+        let mut result = abi::Any::NONE;
         // SAFETY: the caller's promise.
         let code = unsafe { self.invoke(args, &mut result) };
         if code == 0 && result.is_none() {
@@ -155,215 +354,20 @@ impl Function {
     /// # Safety
     /// `code` and `result` must be those of a call of this function, just now.
     #[cold]
-    pub(crate) unsafe fn outcome(&self, code: c_int, result: Any) -> Result<()> {
+    pub(crate) unsafe fn outcome(&self, code: c_int, result: abi::Any) -> Result<()> {
         if code != 0 {
             return Err(self.api.take_error(&self.name, code));
         }
         // SAFETY: a function that answers 0 left a valid result, whose object, if it is one, is now ours.
-        drop(unsafe { Value::from_owned(result, self.api) });
+        drop(unsafe { Any::owned(result) });
         Ok(())
     }
 
     /// # Safety
     /// As for [`call`](Self::call).
     #[inline(always)]
-    pub(crate) unsafe fn invoke(&self, args: &[Arg<'_>], result: &mut Any) -> c_int {
-        // SAFETY: `Arg` is `Any` with a lifetime, which keeps what the arguments point to alive during the call. That
-        // the function is sound with them is the caller's promise. The handle of an exported function is null.
-        unsafe { (self.call)(ptr::null_mut(), args.as_ptr().cast::<Any>(), args.len() as i32, result) }
-    }
-}
-
-/// One argument, borrowing what it points to.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-pub struct Arg<'a>(Any, PhantomData<&'a ()>);
-
-impl fmt::Debug for Arg<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Arg").field("type_index", &self.0.type_index).finish_non_exhaustive()
-    }
-}
-
-impl<'a> Arg<'a> {
-    const fn new(index: i32, payload: Payload) -> Self {
-        Self(Any::new(index, payload), PhantomData)
-    }
-
-    /// Nothing, for an optional parameter.
-    pub const NONE: Self = Self::new(type_index::NONE, Payload { int: 0 });
-
-    /// An integer.
-    pub const fn int(value: i64) -> Self {
-        Self::new(type_index::INT, Payload { int: value })
-    }
-
-    /// A Boolean.
-    pub const fn bool(value: bool) -> Self {
-        Self::new(type_index::BOOL, Payload { int: value as i64 })
-    }
-
-    /// A floating-point number.
-    pub const fn float(value: f64) -> Self {
-        Self::new(type_index::FLOAT, Payload { float: value })
-    }
-
-    /// A C string.
-    pub const fn str(value: &'a CStr) -> Self {
-        Self::new(type_index::RAW_STR, Payload { c_str: value.as_ptr() })
-    }
-
-    /// A pointer that TVM-FFI passes through.
-    pub const fn opaque(value: *mut c_void) -> Self {
-        Self::new(type_index::OPAQUE_PTR, Payload { pointer: value })
-    }
-
-    /// A tensor, as [`TensorRef::pack`](crate::TensorRef::pack) and [`TensorMut::pack`](crate::TensorMut::pack) make it.
-    pub const fn tensor(value: &'a PackedTensor<'_>) -> Self {
-        Self::new(type_index::DL_TENSOR_PTR, Payload { tensor: &raw const value.0 })
-    }
-
-    /// A tensor that was packed.
-    #[inline(always)]
-    pub(crate) const fn dl_tensor(value: &'a DLTensor) -> Self {
-        Self::new(type_index::DL_TENSOR_PTR, Payload { tensor: value })
-    }
-
-    /// An object that a function returned.
-    pub fn object(value: &'a Object) -> Self {
-        Self::new(value.type_index(), Payload { object: value.handle })
-    }
-}
-
-/// What a function returned. Objects are released when dropped, once.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum Value {
-    /// Nothing.
-    None,
-    /// An integer.
-    Int(i64),
-    /// A Boolean.
-    Bool(bool),
-    /// A floating-point number.
-    Float(f64),
-    /// A string.
-    Str(String),
-    /// Bytes.
-    Bytes(Vec<u8>),
-    /// An element type this crate knows.
-    DType(DType),
-    /// A device this crate knows.
-    Device(Device),
-    /// A pointer of the function's own.
-    OpaquePtr(*mut c_void),
-    /// Any other object.
-    Object(Object),
-    /// A value of a kind this crate does not decode.
-    Other {
-        /// TVM-FFI's type index.
-        type_index: i32,
-    },
-}
-
-impl Value {
-    /// # Safety
-    /// `any` must be a valid result that the caller owns.
-    unsafe fn from_owned(any: Any, api: &'static Api) -> Self {
-        if any.type_index >= type_index::STATIC_OBJECT_BEGIN {
-            // SAFETY: from this index on the payload is an object, which the caller owns. Nobody else releases it:
-            // `Object` does when it is dropped, also below once the bytes are copied.
-            return unsafe { Self::from_object(Object { handle: any.payload.object, api }) };
-        }
-        // SAFETY: each index says which payload is there.
-        unsafe {
-            match any.type_index {
-                type_index::NONE => Self::None,
-                type_index::INT => Self::Int(any.payload.int),
-                type_index::BOOL => Self::Bool(any.payload.int != 0),
-                type_index::FLOAT => Self::Float(any.payload.float),
-                type_index::OPAQUE_PTR => Self::OpaquePtr(any.payload.pointer),
-                type_index::DATA_TYPE => match DType::from_dl(any.payload.data_type) {
-                    Some(dtype) => Self::DType(dtype),
-                    None => Self::Other { type_index: any.type_index },
-                },
-                type_index::DEVICE => match Device::from_dl(any.payload.device) {
-                    Some(device) => Self::Device(device),
-                    None => Self::Other { type_index: any.type_index },
-                },
-                type_index::RAW_STR if !any.payload.c_str.is_null() => {
-                    Self::Str(CStr::from_ptr(any.payload.c_str).to_string_lossy().into_owned())
-                }
-                type_index::SMALL_STR => Self::Str(String::from_utf8_lossy(small(&any)).into_owned()),
-                type_index::SMALL_BYTES => Self::Bytes(small(&any).to_vec()),
-                type_index => Self::Other { type_index },
-            }
-        }
-    }
-
-    /// # Safety
-    /// The object must be live.
-    unsafe fn from_object(object: Object) -> Self {
-        // SAFETY: strings and bytes have a byte array right behind the header, which lives as long as the object.
-        unsafe {
-            let array = object.handle.add(1).cast::<ByteArray>();
-            match object.type_index() {
-                type_index::STR => Self::Str(api::text(&*array)),
-                type_index::BYTES => Self::Bytes(api::bytes(&*array).to_vec()),
-                _ => Self::Object(object),
-            }
-        }
-    }
-}
-
-/// The bytes of a small string. Its length is bounded by the payload, whatever it claims.
-fn small(any: &Any) -> &[u8] {
-    // SAFETY: every bit pattern is eight bytes.
-    let bytes = unsafe { &any.payload.bytes };
-    &bytes[..(any.extra as usize).min(bytes.len())]
-}
-
-/// A reference-counted object of TVM-FFI's, of which this holds one reference.
-pub struct Object {
-    handle: *mut abi::Object,
-    api: &'static Api,
-}
-
-impl Object {
-    /// A tensor object, for the few functions that take no plain tensor.
-    ///
-    /// # Safety
-    /// The object must be dropped, everywhere, before the tensor's shape, strides and memory are gone.
-    pub(crate) unsafe fn tensor(tensor: DLTensor, api: &'static Api) -> Result<Self> {
+    pub(crate) unsafe fn invoke(&self, args: &[Arg<'_>], result: &mut abi::Any) -> c_int {
         // SAFETY: the caller's promise.
-        let handle = unsafe { api.tensor_object(tensor) }?;
-        Ok(Self { handle, api })
-    }
-
-    /// TVM-FFI's type index.
-    pub fn type_index(&self) -> i32 {
-        // SAFETY: the object is live for as long as this holds its reference.
-        unsafe { (*self.handle).type_index }
-    }
-}
-
-impl fmt::Debug for Object {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Object").field("type_index", &self.type_index()).finish_non_exhaustive()
-    }
-}
-
-impl Clone for Object {
-    fn clone(&self) -> Self {
-        // SAFETY: the object is live for as long as `self` holds its reference.
-        unsafe { self.api.retain(self.handle) };
-        Self { handle: self.handle, api: self.api }
-    }
-}
-
-impl Drop for Object {
-    fn drop(&mut self) {
-        // SAFETY: this owns one reference and gives it up here, once.
-        unsafe { self.api.release(self.handle) };
+        unsafe { self.callee().invoke(args, result) }
     }
 }

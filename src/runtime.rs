@@ -11,7 +11,8 @@ use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::ffi::dlpack::DLTensor;
 use crate::loader::{self, Library};
-use crate::module::{Module, Object};
+use crate::module::Module;
+use crate::object::Object;
 use crate::stream::{DeviceStream, SCOPE, Scope, Setting, Stream};
 use crate::tensor::Device;
 use crate::turn::{Turn, Turns};
@@ -190,6 +191,7 @@ impl FlashInferRuntime {
             return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
         }
         loaded.push((TVM_FFI.to_owned(), tvm_ffi.path().to_owned()));
+        api.keep();
         Ok(Self { config, api, cudart, devices: OnceLock::new(), modules: Mutex::default(), loaded })
     }
 
@@ -242,19 +244,16 @@ impl FlashInferRuntime {
         Ok(module)
     }
 
-    /// Loads any TVM-FFI module from a file, unchecked.
+    /// Loads any TVM-FFI module from a file: the same as [`Module::open`].
     ///
     /// # Safety
-    /// Loading runs the file's initializers: they must be sound to run in this process.
+    /// As there.
     ///
     /// # Errors
-    /// [`Io`](FlashInferError::Io) or [`LoadFailed`](FlashInferError::LoadFailed).
+    /// As there.
     pub unsafe fn load_module(&'static self, path: impl Into<PathBuf>) -> Result<Module> {
-        let path = path.into();
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         // SAFETY: the caller's promise.
-        let library = unsafe { Library::open(&name, &path, None) }?;
-        Ok(Module::loaded(&name, library, &self.api))
+        unsafe { Module::open(path.into()) }
     }
 
     /// Runs `f` with a stream set once for all the calls on it, which is otherwise done and undone for each. A call on another

@@ -837,3 +837,55 @@ impl<'a> TensorMut<'a> {
         PackedTensor::new(self.layout.pack())
     }
 }
+
+/// A tensor that somebody else describes, to be read.
+///
+/// # Safety
+/// The description and the memory must be valid for `'a`, and written by nobody meanwhile.
+pub(crate) unsafe fn borrowed<'a>(tensor: &DLTensor) -> Result<TensorRef<'a>> {
+    // SAFETY: the caller's promise.
+    let layout = unsafe { described(tensor) }?;
+    Ok(TensorRef { layout, owner: Owner::NONE, borrow: PhantomData })
+}
+
+/// A tensor that somebody else describes, to be written.
+///
+/// # Safety
+/// The description and the memory must be valid for `'a`, and nobody else may use the memory meanwhile.
+pub(crate) unsafe fn borrowed_mut<'a>(tensor: &DLTensor) -> Result<TensorMut<'a>> {
+    // SAFETY: the caller's promise.
+    let layout = unsafe { described(tensor) }?;
+    Ok(TensorMut { layout, owner: Owner::NONE, borrow: PhantomData })
+}
+
+/// The layout of a tensor that somebody else describes.
+///
+/// # Safety
+/// Shape and strides must be null or as many as the tensor has dimensions.
+unsafe fn described(tensor: &DLTensor) -> Result<Layout> {
+    let DLTensor { data, device, ndim, dtype, shape, strides, byte_offset } = *tensor;
+    let known = |found: String, expected: &str| view("tensor", found, expected.to_owned());
+    let Some(dtype) = DType::from_dl(dtype) else {
+        let found = format!("of DLPack type code {}, {} bits, {} lanes", dtype.code, dtype.bits, dtype.lanes);
+        return Err(known(found, "one of this crate's element types"));
+    };
+    let Some(device) = Device::from_dl(device) else {
+        let found = format!("on DLPack device type {}, number {}", device.device_type, device.device_id);
+        return Err(known(found, "on the host or on a CUDA device"));
+    };
+    let Some(ndim) = usize::try_from(ndim).ok().filter(|&ndim| ndim <= MAX_NDIM) else {
+        return Err(known(format!("of {ndim} dimensions"), "at most 6 dimensions"));
+    };
+    let dimensions = |pointer: *const i64| match pointer.is_null() {
+        true => None,
+        // SAFETY: the caller's promise.
+        false => Some(unsafe { std::slice::from_raw_parts(pointer, ndim) }),
+    };
+    let shape = match (dimensions(shape), ndim) {
+        (Some(shape), _) => shape,
+        (None, 0) => &[],
+        (None, _) => return Err(known("without a shape".to_owned(), "one with a size for each dimension")),
+    };
+    let data = data.wrapping_byte_add(byte_offset as usize);
+    Layout::new(data, device, dtype, shape, dimensions(strides))
+}

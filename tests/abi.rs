@@ -107,13 +107,24 @@ fn every_way_to_fail_is_an_error() {
 }
 
 #[test]
-fn a_function_that_is_not_there_names_library_and_symbol() {
-    let error = module().function("nothing").unwrap_err();
+fn a_function_that_is_not_there_names_the_library_what_there_is_and_the_nearest() {
+    let error = module().function("short_test").unwrap_err();
     let text = error.to_string();
-    assert!(matches!(error, FlashInferError::SymbolMissing { .. }));
-    assert!(text.contains("fixture.so") && text.contains("__tvm_ffi_nothing"), "{text}");
-    let error = module().function("no\0thing").unwrap_err();
-    assert!(matches!(error, FlashInferError::SymbolMissing { .. }), "{error}");
+    let FlashInferError::FunctionMissing { module: name, function, nearest, exported } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(
+        (name.as_str(), function.as_str(), nearest.as_deref()),
+        ("fixture.so", "short_test", Some("short_text"))
+    );
+    assert!(exported.is_sorted() && exported.contains(&"long_bytes".to_owned()), "{exported:?}");
+    assert!(
+        ["fixture.so", "short_test", "did you mean short_text?", "long_bytes"].iter().all(|part| text.contains(part))
+    );
+    for name in ["no\0thing", "", "an entirely different and much longer name"] {
+        let error = module().function(name).unwrap_err();
+        assert!(matches!(error, FlashInferError::FunctionMissing { nearest: None, .. }), "{error}");
+    }
 }
 
 /// The objects that the fixture made and that are not released yet. In a process of its own: other tests make some.

@@ -627,8 +627,9 @@ fn an_unknown_function_is_not_there() {
     function(NORM);
     let error = reference::module().unwrap().function("nothing").unwrap_err();
     let text = error.to_string();
-    let FlashInferError::SymbolMissing { library, symbol, .. } = error else { panic!("{text}") };
-    assert_eq!((library.as_str(), symbol.as_str()), ("reference", "__tvm_ffi_nothing"), "{text}");
+    let FlashInferError::FunctionMissing { module, function, exported, .. } = error else { panic!("{text}") };
+    assert_eq!((module.as_str(), function.as_str()), ("reference", "nothing"), "{text}");
+    assert!(exported.contains(&NORM.to_owned()), "{exported:?}");
     assert!(reference::module().unwrap().path().is_none());
 }
 

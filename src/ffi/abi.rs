@@ -16,13 +16,58 @@ pub(crate) mod type_index {
     pub(crate) const DEVICE: i32 = 6;
     pub(crate) const DL_TENSOR_PTR: i32 = 7;
     pub(crate) const RAW_STR: i32 = 8;
+    pub(crate) const BYTE_ARRAY_PTR: i32 = 9;
+    pub(crate) const RVALUE_REF: i32 = 10;
     pub(crate) const SMALL_STR: i32 = 11;
     pub(crate) const SMALL_BYTES: i32 = 12;
     /// From here on the payload is a reference-counted object.
     pub(crate) const STATIC_OBJECT_BEGIN: i32 = 64;
     pub(crate) const STR: i32 = 65;
     pub(crate) const BYTES: i32 = 66;
+    pub(crate) const ERROR: i32 = 67;
+    pub(crate) const FUNCTION: i32 = 68;
+    pub(crate) const SHAPE: i32 = 69;
     pub(crate) const TENSOR: i32 = 70;
+    pub(crate) const ARRAY: i32 = 71;
+    pub(crate) const MAP: i32 = 72;
+    pub(crate) const MODULE: i32 = 73;
+    pub(crate) const OPAQUE_PY_OBJECT: i32 = 74;
+    /// From 0.1.9 on.
+    pub(crate) const LIST: i32 = 75;
+    pub(crate) const DICT: i32 = 76;
+}
+
+/// The name of a type whose index is the same in every process and from 0.1.3 on; those of other types are registered.
+pub(crate) const fn type_key(index: i32) -> Option<&'static str> {
+    Some(match index {
+        type_index::NONE => "None",
+        type_index::INT => "int",
+        type_index::BOOL => "bool",
+        type_index::FLOAT => "float",
+        type_index::OPAQUE_PTR => "void*",
+        type_index::DATA_TYPE => "DataType",
+        type_index::DEVICE => "Device",
+        type_index::DL_TENSOR_PTR => "DLTensor*",
+        type_index::RAW_STR => "const char*",
+        type_index::BYTE_ARRAY_PTR => "TVMFFIByteArray*",
+        type_index::RVALUE_REF => "ObjectRValueRef",
+        type_index::SMALL_STR => "ffi.SmallStr",
+        type_index::SMALL_BYTES => "ffi.SmallBytes",
+        type_index::STATIC_OBJECT_BEGIN => "ffi.Object",
+        type_index::STR => "ffi.String",
+        type_index::BYTES => "ffi.Bytes",
+        type_index::ERROR => "ffi.Error",
+        type_index::FUNCTION => "ffi.Function",
+        type_index::SHAPE => "ffi.Shape",
+        type_index::TENSOR => "ffi.Tensor",
+        type_index::ARRAY => "ffi.Array",
+        type_index::MAP => "ffi.Map",
+        type_index::MODULE => "ffi.Module",
+        type_index::OPAQUE_PY_OBJECT => "ffi.OpaquePyObject",
+        type_index::LIST => "ffi.List",
+        type_index::DICT => "ffi.Dict",
+        _ => return None,
+    })
 }
 
 /// `TVMFFIAny`: one argument or result.
@@ -42,6 +87,7 @@ pub(crate) union Payload {
     pub(crate) float: f64,
     pub(crate) pointer: *mut c_void,
     pub(crate) c_str: *const c_char,
+    pub(crate) byte_array: *const ByteArray,
     pub(crate) tensor: *const DLTensor,
     pub(crate) object: *mut Object,
     pub(crate) data_type: DLDataType,
@@ -79,6 +125,35 @@ pub(crate) struct Object {
 pub(crate) struct ByteArray {
     pub(crate) data: *const u8,
     pub(crate) size: usize,
+}
+
+impl ByteArray {
+    pub(crate) const fn new(bytes: &[u8]) -> Self {
+        Self { data: bytes.as_ptr(), size: bytes.len() }
+    }
+}
+
+/// `TVMFFIShapeCell`, which follows a shape object's header.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct ShapeCell {
+    pub(crate) data: *const i64,
+    pub(crate) size: usize,
+}
+
+/// What follows an array object's header. Newer releases call it `TVMFFISeqCell`, and lists have it too.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct ArrayCell {
+    pub(crate) data: *const Any,
+    pub(crate) size: i64,
+}
+
+/// The start of `TVMFFIFunctionCell`, which follows a function object's header.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct FunctionCell {
+    pub(crate) safe_call: Option<SafeCall>,
 }
 
 /// `TVMFFIErrorCell`, which follows an error object's header. Newer releases append fields: never rely on its size.
@@ -122,6 +197,11 @@ const _: () = {
     assert!(offset_of!(ErrorCell, message) == 16);
     assert!(offset_of!(ErrorCell, backtrace) == 32);
     assert!(offset_of!(ErrorCell, update_backtrace) == 48);
+    assert!(offset_of!(ShapeCell, data) == 0);
+    assert!(offset_of!(ShapeCell, size) == 8);
+    assert!(offset_of!(ArrayCell, data) == 0);
+    assert!(offset_of!(ArrayCell, size) == 8);
+    assert!(size_of::<FunctionCell>() == 8);
     assert!(size_of::<Version>() == 12);
     assert!(offset_of!(Version, major) == 0);
     assert!(offset_of!(Version, minor) == 4);

@@ -3,9 +3,10 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::abi::{ErrorCell, Object, Version};
-use super::dlpack::{self, DLManagedTensorVersioned, DLTensor};
+use super::abi::{Any, ByteArray, ErrorCell, Object, SafeCall, Version};
+use super::dlpack::{self, Allocator, DLManagedTensor, DLManagedTensorVersioned, DLTensor};
 use crate::error::{FlashInferError, Result};
 use crate::loader::Library;
 
@@ -18,7 +19,51 @@ pub(crate) struct Api {
     error_move_from_raised: unsafe extern "C" fn(*mut *mut Object),
     error_set_raised_from_c_str: unsafe extern "C" fn(*const c_char, *const c_char),
     env_set_stream: unsafe extern "C" fn(i32, i32, *mut c_void, *mut *mut c_void) -> c_int,
-    tensor_from_dlpack: unsafe extern "C" fn(*mut DLManagedTensorVersioned, i32, i32, *mut *mut Object) -> c_int,
+    pub(super) tensor_from_dlpack:
+        unsafe extern "C" fn(*mut DLManagedTensorVersioned, i32, i32, *mut *mut Object) -> c_int,
+    pub(super) tensor_from_dlpack_unversioned:
+        unsafe extern "C" fn(*mut DLManagedTensor, i32, i32, *mut *mut Object) -> c_int,
+    pub(super) tensor_to_dlpack: unsafe extern "C" fn(*mut Object, *mut *mut DLManagedTensorVersioned) -> c_int,
+    pub(super) tensor_to_dlpack_unversioned: unsafe extern "C" fn(*mut Object, *mut *mut DLManagedTensor) -> c_int,
+    pub(super) any_view_to_owned_any: unsafe extern "C" fn(*const Any, *mut Any) -> c_int,
+    pub(super) string_from_byte_array: unsafe extern "C" fn(*const ByteArray, *mut Any) -> c_int,
+    pub(super) bytes_from_byte_array: unsafe extern "C" fn(*const ByteArray, *mut Any) -> c_int,
+    pub(super) error_create:
+        unsafe extern "C" fn(*const ByteArray, *const ByteArray, *const ByteArray, *mut *mut Object) -> c_int,
+    pub(super) error_set_raised: unsafe extern "C" fn(*mut Object),
+    pub(super) function_create: unsafe extern "C" fn(
+        *mut c_void,
+        SafeCall,
+        Option<unsafe extern "C" fn(*mut c_void)>,
+        *mut *mut Object,
+    ) -> c_int,
+    pub(super) function_get_global: unsafe extern "C" fn(*const ByteArray, *mut *mut Object) -> c_int,
+    pub(super) function_set_global: unsafe extern "C" fn(*const ByteArray, *mut Object, c_int) -> c_int,
+    pub(super) type_key_to_index: unsafe extern "C" fn(*const ByteArray, *mut i32) -> c_int,
+    pub(super) get_allocator: unsafe extern "C" fn() -> Option<Allocator>,
+    pub(super) set_allocator: unsafe extern "C" fn(Option<Allocator>, c_int, *mut Option<Allocator>) -> c_int,
+}
+
+/// The functions of the libtvm_ffi.so in use, for objects, which have no room for a pointer to them.
+static LOADED: OnceLock<Api> = OnceLock::new();
+
+/// Held while TVM-FFI's tables of functions and types are read or written, for which it has no lock.
+static TABLES: Mutex<()> = Mutex::new(());
+
+/// From this release on an error has a cause, behind what errors had before.
+const CAUSES_SINCE: (u32, u32, u32) = (0, 1, 8);
+const CAUSE_OFFSET: usize = 80;
+
+/// A chain of causes that goes on is cut off here.
+const LONGEST_CHAIN: usize = 32;
+
+/// Where the library or program that holds this address was loaded.
+fn image_of(address: usize) -> Option<usize> {
+    // SAFETY: plain data, for which zeros are valid.
+    let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
+    // SAFETY: any address may be asked for; what is written goes to valid memory of its type.
+    let found = unsafe { libc::dladdr(ptr::without_provenance(address), &mut info) };
+    (found != 0).then(|| info.dli_fbase.addr())
 }
 
 /// A symbol whose address shows which libtvm_ffi.so other libraries bind to.
@@ -38,8 +83,44 @@ impl Api {
                 error_set_raised_from_c_str: library.symbol(c"TVMFFIErrorSetRaisedFromCStr")?,
                 env_set_stream: library.symbol(LANDMARK)?,
                 tensor_from_dlpack: library.symbol(c"TVMFFITensorFromDLPackVersioned")?,
+                tensor_from_dlpack_unversioned: library.symbol(c"TVMFFITensorFromDLPack")?,
+                tensor_to_dlpack: library.symbol(c"TVMFFITensorToDLPackVersioned")?,
+                tensor_to_dlpack_unversioned: library.symbol(c"TVMFFITensorToDLPack")?,
+                any_view_to_owned_any: library.symbol(c"TVMFFIAnyViewToOwnedAny")?,
+                string_from_byte_array: library.symbol(c"TVMFFIStringFromByteArray")?,
+                bytes_from_byte_array: library.symbol(c"TVMFFIBytesFromByteArray")?,
+                error_create: library.symbol(c"TVMFFIErrorCreate")?,
+                error_set_raised: library.symbol(c"TVMFFIErrorSetRaised")?,
+                function_create: library.symbol(c"TVMFFIFunctionCreate")?,
+                function_get_global: library.symbol(c"TVMFFIFunctionGetGlobal")?,
+                function_set_global: library.symbol(c"TVMFFIFunctionSetGlobal")?,
+                type_key_to_index: library.symbol(c"TVMFFITypeKeyToIndex")?,
+                get_allocator: library.symbol(c"TVMFFIEnvGetDLPackManagedTensorAllocator")?,
+                set_allocator: library.symbol(c"TVMFFIEnvSetDLPackManagedTensorAllocator")?,
             })
         }
+    }
+
+    /// From now on objects are those of this library. The first one that is kept stays.
+    pub(crate) fn keep(self) -> &'static Self {
+        LOADED.get_or_init(|| self)
+    }
+
+    /// The functions of the library in use.
+    ///
+    /// # Errors
+    /// [`NotInitialized`](FlashInferError::NotInitialized).
+    #[inline]
+    pub(crate) fn loaded() -> Result<&'static Self> {
+        match LOADED.get() {
+            Some(api) => Ok(api),
+            None => Err(FlashInferError::NotInitialized),
+        }
+    }
+
+    /// This thread's turn with TVM-FFI's tables of functions and types.
+    pub(crate) fn tables() -> MutexGuard<'static, ()> {
+        TABLES.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The address behind [`LANDMARK`].
@@ -71,12 +152,6 @@ impl Api {
     /// Takes the error that a function which answered `code` raised on this thread.
     #[cold]
     pub(crate) fn take_error(&self, function: &str, code: c_int) -> FlashInferError {
-        let call = |kind: String, message: String, backtrace: String| FlashInferError::TvmFfiCall {
-            function: function.to_owned(),
-            kind,
-            message,
-            backtrace,
-        };
         let mut raised: *mut Object = ptr::null_mut();
         if code == -1 {
             // SAFETY: the out pointer is valid for the call; what comes is null or an error object that we then own.
@@ -84,20 +159,66 @@ impl Api {
         }
         if raised.is_null() {
             let kind = if code == -2 { "FrontendError" } else { "MissingError" };
-            return call(
-                kind.to_owned(),
-                format!("the function answered {code} without an error object"),
-                String::new(),
-            );
+            return FlashInferError::TvmFfiCall {
+                function: function.to_owned(),
+                kind: kind.to_owned(),
+                message: format!("the function answered {code} without an error object"),
+                backtrace: String::new(),
+                cause: None,
+            };
         }
-        // SAFETY: an error object has an error cell right behind its header and keeps it alive while we own it; its
-        // byte arrays are copied before the object is released, once, by its owner.
+        // SAFETY: what was raised is a live error object, which is owned here and released once, after it was read.
         unsafe {
-            let cell = &*raised.add(1).cast::<ErrorCell>();
-            let error = call(text(&cell.kind), text(&cell.message), text(&cell.backtrace));
+            let error = self.read_error(raised, function);
             self.release(raised);
             error
         }
+    }
+
+    /// An error object's texts, with those of its causes where it has them.
+    ///
+    /// # Safety
+    /// It must be a live error object.
+    pub(crate) unsafe fn read_error(&self, error: *mut Object, function: &str) -> FlashInferError {
+        let mut causes = Vec::new();
+        let mut next = error;
+        while !next.is_null() && causes.len() < LONGEST_CHAIN {
+            causes.push(next);
+            // SAFETY: the caller's promise; a cause lives as long as the error that it belongs to.
+            next = unsafe { self.cause(next) };
+        }
+        let mut inner = None;
+        for &error in causes.iter().rev() {
+            // SAFETY: an error object has an error cell right behind its header, whose byte arrays live as long as it.
+            let (kind, message, backtrace) = unsafe {
+                let cell = &*error.add(1).cast::<ErrorCell>();
+                (text(&cell.kind), text(&cell.message), text(&cell.backtrace))
+            };
+            let (function, cause) = (function.to_owned(), inner.take().map(Box::new));
+            inner = Some(FlashInferError::TvmFfiCall { function, kind, message, backtrace, cause });
+        }
+        match inner {
+            Some(error) => error,
+            None => unreachable!("the error itself is the first of the chain"),
+        }
+    }
+
+    /// The error that an error object was raised from, which belongs to it; null where there is none, or no room for one.
+    ///
+    /// # Safety
+    /// It must be a live error object.
+    pub(crate) unsafe fn cause(&self, error: *mut Object) -> *mut Object {
+        // SAFETY: the header of a live object.
+        let Some(deleter) = (unsafe { (*error).deleter }) else { return ptr::null_mut() };
+        let version = self.version();
+        let has_room = (version.major, version.minor, version.patch) >= CAUSES_SINCE;
+        // A module made with older headers makes errors that end before, whatever library it runs with. Those that the
+        // library itself made have its deleter.
+        if !has_room || image_of(deleter as usize) != image_of(self.landmark()) {
+            return ptr::null_mut();
+        }
+        // SAFETY: the object is the library's own, and of a release that has a handle there.
+        unsafe { error.cast::<u8>().add(CAUSE_OFFSET).cast::<*mut Object>().read() }
     }
 
     /// Raises an error on this thread; the caller then answers -1 to TVM-FFI.
@@ -186,14 +307,14 @@ impl Drop for StreamGuard {
 
 /// # Safety
 /// The array must be readable.
-pub(crate) unsafe fn text(bytes: &super::abi::ByteArray) -> String {
+pub(crate) unsafe fn text(bytes: &ByteArray) -> String {
     // SAFETY: the caller's promise.
     String::from_utf8_lossy(unsafe { self::bytes(bytes) }).into_owned()
 }
 
 /// # Safety
 /// The array must be readable for as long as the slice is used.
-pub(crate) unsafe fn bytes<'a>(bytes: &super::abi::ByteArray) -> &'a [u8] {
+pub(crate) unsafe fn bytes<'a>(bytes: &ByteArray) -> &'a [u8] {
     if bytes.data.is_null() {
         return &[];
     }

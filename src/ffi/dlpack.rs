@@ -1,6 +1,6 @@
 //! The layouts of `dlpack.h`.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_int, c_void};
 use std::mem::{offset_of, size_of};
 
 /// `kDLCPU` and `kDLCUDA`.
@@ -72,6 +72,28 @@ pub(crate) struct DLManagedTensorVersioned {
     pub(crate) dl_tensor: DLTensor,
 }
 
+/// `DLManagedTensor`: the same before DLPack 1.0.
+#[repr(C)]
+pub(crate) struct DLManagedTensor {
+    pub(crate) dl_tensor: DLTensor,
+    pub(crate) manager_ctx: *mut c_void,
+    pub(crate) deleter: Option<unsafe extern "C" fn(*mut DLManagedTensor)>,
+}
+
+/// `DLPACK_FLAG_BITMASK_READ_ONLY`.
+pub(crate) const READ_ONLY: u64 = 1;
+
+/// How a callee's environment reports what went wrong: its own context, the error's kind and its message.
+pub(crate) type SetError = unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char);
+
+/// `DLPackManagedTensorAllocator`: 0, or anything else once the error was set.
+pub(crate) type Allocator = unsafe extern "C" fn(
+    prototype: *mut DLTensor,
+    out: *mut *mut DLManagedTensorVersioned,
+    context: *mut c_void,
+    set_error: SetError,
+) -> c_int;
+
 /// The DLPack release that libtvm_ffi.so 0.1.3 was built with.
 pub(crate) const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 2 };
 
@@ -83,6 +105,9 @@ const _: () = {
     assert!(offset_of!(DLManagedTensorVersioned, deleter) == 16);
     assert!(offset_of!(DLManagedTensorVersioned, flags) == 24);
     assert!(offset_of!(DLManagedTensorVersioned, dl_tensor) == 32);
+    assert!(size_of::<DLManagedTensor>() == 64);
+    assert!(offset_of!(DLManagedTensor, manager_ctx) == 48);
+    assert!(offset_of!(DLManagedTensor, deleter) == 56);
     assert!(size_of::<DLDevice>() == 8);
     assert!(offset_of!(DLDevice, device_type) == 0);
     assert!(offset_of!(DLDevice, device_id) == 4);

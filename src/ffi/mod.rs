@@ -4,3 +4,4 @@
 pub(crate) mod abi;
 pub(crate) mod api;
 pub(crate) mod dlpack;
+mod objects;
