@@ -21,6 +21,8 @@ pub(crate) struct Elf {
     pub(crate) defined: BTreeSet<String>,
     /// What its GPU code was compiled for.
     pub(crate) targets: BTreeSet<Target>,
+    /// The kinds of the modules that are embedded in it, `_lib` for itself; `None` where none are.
+    pub(crate) embedded: Option<Vec<String>>,
     /// Whether it has the tables that tell all this.
     pub(crate) is_complete: bool,
 }
@@ -28,12 +30,12 @@ pub(crate) struct Elf {
 /// What GPU code was compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Target {
+    /// Whether it is PTX, which the driver compiles for the GPU that is there.
+    pub(crate) ptx: bool,
     /// Major and minor in one number: 90, 120.
     pub(crate) arch: u32,
     /// Whether it runs on that very architecture only (`sm_90a`) or on its family (`sm_100f`).
     pub(crate) limit: Limit,
-    /// Whether it is PTX, which the driver compiles for the GPU that is there.
-    pub(crate) ptx: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,6 +79,9 @@ pub(crate) struct Unfit {
 fn unfit<T>(problem: impl Into<String>, remedy: impl Into<String>) -> Result<T, Unfit> {
     Err(Unfit { problem: problem.into(), remedy: remedy.into() })
 }
+
+/// Where TVM-FFI embeds modules in a library.
+const LIBRARY_BIN: &str = "__tvm_ffi__library_bin";
 
 const REBUILD: &str = "build it for this machine";
 
@@ -134,6 +139,12 @@ impl Elf {
         for symbol in file.dynamic_symbols() {
             let Ok(name) = symbol.name() else { continue };
             if symbol.is_definition() {
+                if name == LIBRARY_BIN {
+                    let data = file
+                        .sections()
+                        .find_map(|section| Some(behind(section.data().ok()?, section.address(), symbol.address())?));
+                    elf.embedded = Some(data.and_then(embedded_kinds).unwrap_or_default());
+                }
                 elf.defined.insert(name.to_owned());
             } else if symbol.is_undefined() && !symbol.is_weak() && !name.is_empty() {
                 elf.undefined.insert(name.to_owned());
@@ -145,6 +156,44 @@ impl Elf {
         }
         Ok(elf)
     }
+}
+
+/// What follows an address, of a section that lies at another one.
+fn behind(data: &[u8], section: u64, address: u64) -> Option<&[u8]> {
+    let offset = usize::try_from(address.checked_sub(section)?).ok()?;
+    data.get(offset..).filter(|rest| !rest.is_empty() && section != 0)
+}
+
+/// The kinds of embedded modules, by what TVM-FFI writes: the size of what follows, the tree of imports as two lists of
+/// numbers, and each module's kind, behind which its bytes are unless it is the library itself.
+fn embedded_kinds(data: &[u8]) -> Option<Vec<String>> {
+    const ITSELF: &str = "_lib";
+    fn take<'a>(data: &mut &'a [u8], size: u64) -> Option<&'a [u8]> {
+        let (taken, rest) = data.split_at_checked(usize::try_from(size).ok()?)?;
+        *data = rest;
+        Some(taken)
+    }
+    fn number(data: &mut &[u8]) -> Option<u64> {
+        Some(u64::from_le_bytes(take(data, 8)?.first_chunk().copied()?))
+    }
+    let mut data = data;
+    let size = number(&mut data)?;
+    let mut data = take(&mut data, size)?;
+    let starts = number(&mut data)?;
+    take(&mut data, starts.checked_mul(8)?)?;
+    let children = number(&mut data)?;
+    take(&mut data, children.checked_mul(8)?)?;
+    let mut kinds = Vec::new();
+    for _ in 1..starts {
+        let size = number(&mut data)?;
+        let kind = String::from_utf8_lossy(take(&mut data, size)?).into_owned();
+        if kind != ITSELF {
+            let size = number(&mut data)?;
+            take(&mut data, size)?;
+        }
+        kinds.push(kind);
+    }
+    Some(kinds)
 }
 
 fn is_of_fatbins(name: object::Result<&str>) -> bool {
@@ -243,7 +292,7 @@ fn entries_of(entries: &[u8], targets: &mut BTreeSet<Target>) {
                 flags if flags & FAMILY != 0 => Limit::Family,
                 _ => Limit::None,
             };
-            targets.insert(Target { arch, limit, ptx: kind == PTX });
+            targets.insert(Target { ptx: kind == PTX, arch, limit });
         }
         let entry = usize::try_from(size).ok().and_then(|size| size.checked_add(header as usize));
         match entry.filter(|&entry| entry > 0).and_then(|entry| at.checked_add(entry)) {

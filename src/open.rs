@@ -96,6 +96,12 @@ impl Preflight {
         EMBEDDED.iter().any(|name| self.elf.defined.contains(&format!("{PREFIX}{name}")))
     }
 
+    /// The kinds of the modules that are embedded in it, beside the library itself.
+    pub fn embedded_kinds(&self) -> Vec<&str> {
+        const ITSELF: &str = "_lib";
+        self.elf.embedded.iter().flatten().map(String::as_str).filter(|kind| *kind != ITSELF).collect()
+    }
+
     fn unloadable(&self, problem: String, remedy: impl Into<String>) -> FlashInferError {
         FlashInferError::Unloadable { path: self.path.clone(), problem, remedy: remedy.into() }
     }
@@ -130,6 +136,15 @@ impl Preflight {
                 format!("it exports no function of TVM-FFI's ({PREFIX}NAME) among its {others} symbols"),
                 "export one by TVM_FFI_DLL_EXPORT_TYPED_FUNC(name, function)",
             ));
+        }
+        for kind in self.embedded_kinds() {
+            let loader = format!("ffi.Module.load_from_bytes.{kind}");
+            if Func::global(&loader)?.is_none() {
+                return Err(self.unloadable(
+                    format!("a module of kind {kind} is embedded in it, and nothing in this process loads those"),
+                    format!("load the library that registers the global function {loader} before, or register it"),
+                ));
+            }
         }
         self.check_gpus(runtime)
     }
@@ -254,9 +269,9 @@ impl Module {
 
 fn open(path: &Path) -> Result<File> {
     let failed = |source| FlashInferError::Io { doing: "opening", path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
-    match file.metadata().map_err(failed)?.is_file() {
-        true => Ok(file),
+    // Asked before it is opened: opening a pipe waits for whoever writes to it.
+    match path.metadata().map_err(failed)?.is_file() {
+        true => File::open(path).map_err(failed),
         false => Err(FlashInferError::Unloadable {
             path: path.to_owned(),
             problem: "it is no file".to_owned(),
