@@ -59,7 +59,7 @@ impl std::fmt::Display for Target {
 impl Target {
     /// Whether it runs on a GPU of this compute capability.
     pub(crate) fn runs_on(self, major: u32, minor: u32) -> bool {
-        let (device, same_major) = (major * 10 + minor, self.arch / 10 == major);
+        let (device, same_major) = (major.saturating_mul(10).saturating_add(minor), self.arch / 10 == major);
         match (self.limit, self.ptx) {
             (Limit::Architecture, _) => self.arch == device,
             (Limit::Family, _) => same_major && self.arch <= device,
@@ -142,7 +142,7 @@ impl Elf {
                 if name == LIBRARY_BIN {
                     let data = file
                         .sections()
-                        .find_map(|section| Some(behind(section.data().ok()?, section.address(), symbol.address())?));
+                        .find_map(|section| behind(section.data().ok()?, section.address(), symbol.address()));
                     elf.embedded = Some(data.and_then(embedded_kinds).unwrap_or_default());
                 }
                 elf.defined.insert(name.to_owned());

@@ -174,10 +174,11 @@ impl Module {
         match &self.functions {
             // Called by oneself: the library's own look-up came with 0.1.4.
             Functions::Loaded(library) => match exported_function(library, &format!("{kind}{name}")) {
-                // SAFETY: under this name TVM-FFI exports a function without parameters that returns a string; whoever
-                // opened the module vouched for that.
                 Some(call) => {
-                    unsafe { Function::exported(call, name, self.api).typed::<(), String>().call(()) }.map(Some)
+                    let describe = Function::exported(call, name, self.api);
+                    // SAFETY: under this name TVM-FFI exports a function without parameters that returns a string; whoever
+                    // opened the module vouched for that.
+                    unsafe { describe.typed::<(), String>().call(()) }.map(Some)
                 }
                 None => Ok(None),
             },

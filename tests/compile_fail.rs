@@ -3,7 +3,8 @@
 #![cfg(feature = "cudarc")]
 
 use flashinfer_rs::kernels::gdn::GdnPrefillContext;
-use flashinfer_rs::{DeviceCuSeqlens, FlashInferError, FlashInferRuntime, Function, Module, RuntimeConfig};
+use flashinfer_rs::object::{Func, Shape, Tensor};
+use flashinfer_rs::{DeviceCuSeqlens, FlashInferError, FlashInferRuntime, Function, Module, Preflight, RuntimeConfig};
 
 #[test]
 fn misuse_does_not_compile() {
@@ -19,6 +20,10 @@ fn what_is_shared_between_threads_can_be() {
     shared::<Module>();
     shared::<Function>();
     shared::<FlashInferError>();
+    shared::<Func>();
+    shared::<Tensor>();
+    shared::<Shape>();
+    shared::<Preflight>();
     sent::<GdnPrefillContext>();
     sent::<DeviceCuSeqlens>();
 }
