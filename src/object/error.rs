@@ -89,7 +89,7 @@ impl From<Error> for FlashInferError {
     fn from(error: Error) -> Self {
         match Api::loaded() {
             // SAFETY: `error` keeps the object.
-            Ok(api) => unsafe { api.read_error(error.0.handle(), "") },
+            Ok(api) => unsafe { api.read_error(error.0.handle(), "a function") },
             Err(not_loaded) => not_loaded,
         }
     }
