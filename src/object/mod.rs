@@ -1,6 +1,6 @@
 //! Values of TVM-FFI: numbers, texts, containers, functions, tensors, errors, built and read without C++.
 //!
-//! [`Any`] owns one value of any kind, [`Arg`](crate::Arg) is one that is lent for a call, and [`Value`](crate::Value) is one
+//! [`Any`] owns one value of any kind, [`Arg`] is one that is lent for a call, and [`Value`] is one
 //! taken apart. An object is counted: a clone holds one more reference, a drop gives one up, and whoever is last releases
 //! it. Everything on values is safe; what runs code of somebody else's, [`Func::call`] for example, is not.
 //!
