@@ -271,6 +271,11 @@ pub enum FlashInferError {
         requested: String,
     },
 
+    /// A file of a dataset, or a value that was to become one, is not what it should be.
+    #[cfg(feature = "bench")]
+    #[error(transparent)]
+    Data(Box<crate::bench::DataError>),
+
     /// The runtime was not initialized.
     #[error("the runtime is not initialized; call FlashInferRuntime::initialize first")]
     NotInitialized,

@@ -67,6 +67,7 @@
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
+//! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces |
 //!
 //! The API is there with or without a kernel's feature; a kernel that was not vendored answers
 //! [`ArtifactMissing`](FlashInferError::ArtifactMissing).
@@ -78,6 +79,8 @@
 //! contents, makes a function `unsafe`.
 
 mod artifact;
+#[cfg(feature = "bench")]
+pub mod bench;
 #[cfg(feature = "cudarc")]
 mod buffers;
 pub mod contract;

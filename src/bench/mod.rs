@@ -1,0 +1,95 @@
+//! FlashInfer-Bench: definitions of kernels, solutions of them, workloads and traces, without Python.
+//!
+//! A [`Definition`] says what is computed, a [`Solution`] how, a [`Workload`] with what, and a [`Trace`] what came of it; a
+//! [`Dataset`] is a folder of all four. There are two [dialects](Dialect) of these files, FlashInfer-Bench's and FlashInfer's own,
+//! and one reader for both. What upstream's Python models accept is read, and what is written they accept.
+//!
+//! ```
+//! use flashinfer_rs::bench::{Axes, Definition, Dialect, InputOptions, Named, Trial, Workload};
+//! use flashinfer_rs::bench::{HostTensor, Input, Status, Tolerance, judge};
+//!
+//! let definition = Definition::from_json(
+//!     r#"{
+//!     "name": "double_n4", "op_type": "elementwise",
+//!     "axes": {"batch": {"type": "var"}, "n": {"type": "const", "value": 4}},
+//!     "inputs": {"x": {"shape": ["batch", "n"], "dtype": "float32"}},
+//!     "outputs": {"y": {"shape": ["batch", "n"], "dtype": "float32"}},
+//!     "constraints": ["batch % 2 == 0"],
+//!     "reference": "def run(x):\n    return 2 * x"
+//! }"#,
+//! )?;
+//! definition.validate(Dialect::FlashInferBench)?;
+//!
+//! let workload = Workload { axes: Axes::from([("batch".to_owned(), 2)]), inputs: Named::new(), uuid: "one".to_owned() };
+//! let inputs = workload.make_inputs(&definition, ".", &InputOptions::default())?;
+//! let Some(Input::Tensor(x)) = inputs.get("x") else { unreachable!() };
+//!
+//! // What a kernel and its reference would give.
+//! let doubled: Vec<f64> = (0..x.slots()).map(|i| 2.0 * f64::from(x.float(i))).collect();
+//! let y = HostTensor::from_f64(x.dtype().clone(), x.shape(), &doubled)?;
+//! let trial = Trial { outputs: &[y.clone()], reference: &[y] };
+//! assert_eq!(judge(&definition, &[trial], &Tolerance::of(&definition))?.status, Status::Passed);
+//! # Ok::<(), flashinfer_rs::FlashInferError>(())
+//! ```
+//!
+//! # What calls a kernel
+//! Nothing here does: this module knows data. A call takes a definition's inputs in its order as [`make_inputs`] gives them,
+//! and behind them, where the solution is [destination passing](BuildSpec::is_destination_passing), a tensor for each output of
+//! [`output_shapes`](Definition::output_shapes); what it gives goes to [`judge`].
+//!
+//! [`make_inputs`]: Workload::make_inputs
+//!
+//! # Hostile files
+//! A dataset is other people's data. Sizes, depths and counts are bounded; a name that occurs twice in an object is refused; a
+//! path cannot lead out of the dataset; a pointer of Git LFS in a file's place is told from the file. An error is a
+//! [`DataError`] with the file, the place in it, what was found, what was expected, and what to do.
+//!
+//! # Where this is stricter than upstream
+//! Upstream takes the last of two values of one name, reads `true` and numbers in quotation marks as sizes, follows absolute paths
+//! and `..` to safetensors files, does not compare constant axes with inputs, and evaluates no constraint.
+
+mod apply;
+mod constraint;
+mod dataset;
+mod definition;
+mod distributed;
+mod dtype;
+mod error;
+mod inputs;
+mod json;
+mod judge;
+mod named;
+mod random;
+mod safetensors;
+mod solution;
+mod tensor;
+mod trace;
+
+pub use apply::{ApplyConfig, ApplyTable, apply};
+pub use constraint::{Constraint, Verdict};
+pub use dataset::{Dataset, TraceLayout};
+pub use definition::{Axes, Axis, Definition, TensorSpec};
+pub use distributed::DistributedKernel;
+pub use dtype::DataType;
+pub use error::DataError;
+pub use inputs::{Input, InputOptions};
+pub use json::{Json, MAX_BYTES, MAX_DEPTH, MAX_VALUES};
+pub use judge::{BenchmarkConfig, Judgement, Tolerance, Trial, judge, judge_sampling};
+pub use named::Named;
+pub use safetensors::{Safetensors, write_safetensors};
+pub use solution::{Binding, BuildSpec, HashRule, Language, Solution, SourceFile};
+pub use tensor::HostTensor;
+pub use trace::{
+    Correctness, Environment, Evaluation, InputSpec, Performance, Scalar, Status, Trace, Workload, timestamp,
+};
+
+/// Whose rules a file follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Dialect {
+    /// FlashInfer-Bench's, of the public dataset.
+    FlashInferBench,
+    /// FlashInfer's own, of its `fi_trace` and `trace_apply`: more element types and languages, optional inputs, outputs that are
+    /// inputs too, and solutions that return their outputs where they do not say otherwise.
+    FlashInfer,
+}

@@ -1,0 +1,207 @@
+//! Files of tensors in the safetensors format: eight bytes of a length, a JSON header, the tensors' bytes.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::definition::{field, text};
+use super::dtype::DataType;
+use super::error::{Finding, io, not_a_pointer, refused};
+use super::json::{Document, Json, MAX_BYTES};
+use super::named::Named;
+use super::tensor::{HostTensor, extent};
+use crate::error::{FlashInferError, Result};
+
+const METADATA: &str = "__metadata__";
+const DAMAGED: &str = "fetch the file anew";
+
+/// A tensor's place in a file.
+#[derive(Debug, Clone)]
+struct Entry {
+    dtype: DataType,
+    shape: Vec<u64>,
+    begin: u64,
+    len: u64,
+}
+
+/// A safetensors file whose header was read and checked: tensors that cover the file without a gap or an overlap.
+#[derive(Debug)]
+pub struct Safetensors {
+    path: PathBuf,
+    file: File,
+    entries: Named<Entry>,
+}
+
+impl Safetensors {
+    /// Opens a file and reads its header.
+    ///
+    /// # Errors
+    /// [`Io`](FlashInferError::Io), and [`Data`](FlashInferError::Data) for a pointer of Git LFS in the file's place, a header
+    /// that is damaged, types that are not known, and places that are not those of such tensors.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let mut file = File::open(path).map_err(io("opening", path))?;
+        let size = file.metadata().map_err(io("reading", path))?.len();
+        let name = path.display().to_string();
+        let refuse = |place: &str, found: String, expected: &str| {
+            let (place, expected) = (place.to_owned(), expected.to_owned());
+            refused(&name, Finding { place, found, expected, remedy: DAMAGED })
+        };
+        let mut begin = Vec::new();
+        (&mut file).take(64).read_to_end(&mut begin).map_err(io("reading", path))?;
+        not_a_pointer(path, &begin)?;
+        let Some(length) = begin.first_chunk::<8>() else {
+            return Err(refuse("the beginning", format!("{} bytes", begin.len()), "a length of 8 bytes"));
+        };
+        let length = u64::from_le_bytes(*length);
+        if length > MAX_BYTES as u64 || length > size.saturating_sub(8) {
+            let found = format!("a header of {length} bytes in a file of {size}");
+            return Err(refuse("the beginning", found, "a header inside of the file, and of at most 64 MiB"));
+        }
+        let mut header = vec![0; length as usize];
+        file.read_exact_at(&mut header, 8).map_err(io("reading", path))?;
+        let data = size - 8 - length;
+        let entries = entries(&name, &header, data)?;
+        let entries = entries.into_iter().map(|(name, entry)| {
+            let begin = entry.begin + 8 + length;
+            (name, Entry { begin, ..entry })
+        });
+        Ok(Self { path: path.to_path_buf(), file, entries: Named::distinct(entries.collect()) })
+    }
+
+    /// The tensors' names, in the header's order.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.entries.names()
+    }
+
+    /// A tensor's element type and shape.
+    pub fn form(&self, name: &str) -> Option<(&DataType, &[u64])> {
+        self.entries.get(name).map(|entry| (&entry.dtype, entry.shape.as_slice()))
+    }
+
+    /// Reads a tensor.
+    ///
+    /// # Errors
+    /// [`Data`](FlashInferError::Data) for a name that is not there, which lists those that are; [`Io`](FlashInferError::Io).
+    pub fn read(&self, name: &str) -> Result<HostTensor> {
+        let Some(entry) = self.entries.get(name) else {
+            let names: Vec<_> = self.names().take(20).collect();
+            return Err(refused(
+                &self.path.display().to_string(),
+                Finding {
+                    place: "the header".to_owned(),
+                    found: format!("the tensors {names:?}"),
+                    expected: format!("one of the name {name:?}"),
+                    remedy: "correct the workload's `tensor_key`",
+                },
+            ));
+        };
+        let mut tensor = HostTensor::zeros(entry.dtype.clone(), &entry.shape)?;
+        self.file.read_exact_at(tensor.bytes_mut(), entry.begin).map_err(io("reading", &self.path))?;
+        Ok(tensor)
+    }
+}
+
+/// Reads a header for a file of so many bytes behind it.
+fn entries(file: &str, header: &[u8], data: u64) -> Result<Vec<(String, Entry)>> {
+    let document = Document::parse(file, header, 1)?;
+    let mut found = Vec::new();
+    for (name, cursor) in document.root().fields()? {
+        if name == METADATA {
+            cursor.fields()?.iter().try_for_each(|(_, text)| text.text().map(drop))?;
+            continue;
+        }
+        let word = cursor.need("dtype")?;
+        let dtype = DataType::from_safetensors(&word.text()?)
+            .ok_or_else(|| word.refuse("another type", "a type of safetensors that is known", "convert the file"))?;
+        let shape = cursor.need("shape")?.items()?;
+        let shape = shape.iter().map(super::json::Cursor::size).collect::<Result<Vec<_>>>()?;
+        let offsets = cursor.need("data_offsets")?;
+        let places = offsets.items()?.iter().map(super::json::Cursor::size).collect::<Result<Vec<_>>>()?;
+        let &[begin, end] = places.as_slice() else {
+            return Err(offsets.refuse(format!("{} numbers", places.len()), "begin and end", DAMAGED));
+        };
+        // Four bits have a shape of elements there, and one of bytes in a framework.
+        let stored = match dtype {
+            DataType::Float4E2m1 => packed(&shape),
+            _ => Some(shape.clone()),
+        };
+        let bytes = stored.as_ref().and_then(|shape| extent(&dtype, shape)).map(|(_, bytes)| bytes as u64);
+        let len = end.checked_sub(begin);
+        match (stored, len) {
+            (Some(shape), Some(len)) if bytes == Some(len) && end <= data => {
+                found.push((name.to_owned(), Entry { dtype, shape, begin, len }));
+            }
+            _ => {
+                let there = format!("bytes {begin} to {end} of {data} for {dtype}{shape:?}");
+                return Err(offsets.refuse(there, "as many bytes as the tensor has, inside of the file", DAMAGED));
+            }
+        }
+    }
+    let mut places: Vec<(u64, u64)> = found.iter().map(|(_, entry)| (entry.begin, entry.len)).collect();
+    places.sort_unstable();
+    let end = places.iter().try_fold(0, |end, &(begin, len)| (begin == end).then_some(begin + len));
+    if end != Some(data) {
+        let found = "a gap or an overlap between tensors".to_owned();
+        let (place, expected) = ("data_offsets".to_owned(), format!("tensors that cover all {data} bytes"));
+        return Err(refused(file, Finding { place, found, expected, remedy: DAMAGED }));
+    }
+    Ok(found)
+}
+
+/// The shape in bytes of one in four-bit elements.
+fn packed(shape: &[u64]) -> Option<Vec<u64>> {
+    let (last, outer) = shape.split_last()?;
+    (last % 2 == 0).then(|| outer.iter().copied().chain([last / 2]).collect())
+}
+
+/// Writes tensors into a new file, in the order that upstream's writer has: larger elements first, then by name.
+///
+/// # Errors
+/// [`Data`](FlashInferError::Data) for a type that the format does not have; [`Io`](FlashInferError::Io), also where the file
+/// is there already.
+pub fn write_safetensors(path: impl AsRef<Path>, tensors: &[(&str, &HostTensor)]) -> Result<()> {
+    let path = path.as_ref();
+    let mut tensors = tensors.to_vec();
+    let alignment = |tensor: &HostTensor| std::cmp::Reverse(tensor.dtype().size());
+    tensors.sort_by(|(a, first), (b, second)| (alignment(first), a).cmp(&(alignment(second), b)));
+    let (mut fields, mut begin) = (Vec::new(), 0i128);
+    for (name, tensor) in &tensors {
+        let refuse = |found: String, expected: &str, remedy| {
+            let (place, expected) = (format!("the tensor {name:?}"), expected.to_owned());
+            Err(refused(&path.display().to_string(), Finding { place, found, expected, remedy }))
+        };
+        if *name == METADATA || fields.iter().any(|(known, _): &(String, Json)| known == name) {
+            return refuse("its name a second time".to_owned(), "a name of its own", "rename it");
+        }
+        let Some(dtype) = tensor.dtype().safetensors() else {
+            return refuse(tensor.dtype().to_string(), "a type of safetensors", "convert it");
+        };
+        let mut shape: Vec<i128> = tensor.shape().iter().map(|&size| i128::from(size)).collect();
+        if let (DataType::Float4E2m1, Some(last)) = (tensor.dtype(), shape.last_mut()) {
+            *last *= 2;
+        }
+        let end = begin + tensor.bytes().len() as i128;
+        let list = |numbers: &[i128]| Json::List(numbers.iter().map(|&number| Json::Int(number)).collect());
+        let entry =
+            vec![field("dtype", text(dtype)), field("shape", list(&shape)), field("data_offsets", list(&[begin, end]))];
+        fields.push(field(name, Json::Object(entry)));
+        begin = end;
+    }
+    let mut header = Json::Object(fields).compact();
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(io("making the folder", folder))?;
+    }
+    let written = |mut file: File| -> std::io::Result<()> {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(header.as_bytes())?;
+        tensors.iter().try_for_each(|(_, tensor)| file.write_all(tensor.bytes()))
+    };
+    File::create_new(path).and_then(written).map_err(|source| FlashInferError::Io {
+        doing: "writing",
+        path: path.to_path_buf(),
+        source,
+    })
+}
