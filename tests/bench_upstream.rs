@@ -2,7 +2,8 @@
 //!
 //! `FLASHINFER_RS_FLASHINFER_BENCH=FOLDER cargo test --features bench --test bench_upstream` runs them, where FOLDER has the
 //! package `flashinfer-bench` (`pip install --no-deps --target FOLDER flashinfer-bench pydantic` and what pydantic needs).
-//! Without it they are reported as ignored, never as passed.
+//! `FLASHINFER_RS_FLASHINFER_BENCH_SOURCES` names the unpacked source package of it, whose dataset and example are read.
+//! Without these variables they are reported as ignored, never as passed.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -11,34 +12,44 @@ use std::process::{Command, ExitCode, Stdio};
 use flashinfer_rs::bench::{
     ApplyConfig, ApplyTable, Axes, Axis, Binding, BuildSpec, Correctness, DataType, Dataset, Definition, Dialect,
     Environment, Evaluation, HashRule, InputSpec, Json, Language, Named, Performance, Scalar, Solution, SourceFile,
-    Status, TensorSpec, Trace, TraceLayout, Workload, timestamp,
+    Status, TensorSpec, Trace, TraceLayout, Verdict, Workload, timestamp,
 };
 use libtest_mimic::{Arguments, Trial};
 use serde_json::{Value, json};
 
 /// Names the folder that upstream's package was installed into.
 const FOLDER: &str = "FLASHINFER_RS_FLASHINFER_BENCH";
+/// Names the folder that upstream's source package was unpacked into.
+const SOURCES: &str = "FLASHINFER_RS_FLASHINFER_BENCH_SOURCES";
 
 fn main() -> ExitCode {
-    let tests: [(&str, fn()); 7] = [
+    let with_sources: [(&str, fn()); 2] = [
+        ("all_of_upstreams_own_dataset_is_read_as_upstream_reads_it", public),
+        ("upstreams_example_has_the_hashes_that_are_known_of_it", vectors),
+    ];
+    let tests: [(&str, fn()); 8] = [
         ("upstreams_models_write_again_what_this_crate_wrote", written_again),
         ("numbers_are_written_as_upstream_writes_them", numbers),
         ("what_upstream_writes_is_read_as_itself", read),
         ("hashes_are_upstreams", hashes),
         ("a_dataset_that_was_written_here_is_upstreams_dataset", dataset),
+        ("the_example_dataset_is_upstreams_dataset", example),
         ("the_best_solution_is_upstreams_choice", best),
         ("whatever_is_accepted_here_upstream_accepts", accepted),
     ];
     let arguments = Arguments::from_args();
-    let asked = std::env::var_os(FOLDER).is_some_and(|folder| !folder.is_empty());
-    let trial = |&(name, test): &(&str, fn())| {
+    let asked = |variable: &str| std::env::var_os(variable).is_some_and(|folder| !folder.is_empty());
+    let trial = |(name, test): (&str, fn()), asked: bool| {
         let body = move || {
             test();
             Ok(())
         };
         Trial::test(name, body).with_ignored_flag(!asked)
     };
-    libtest_mimic::run(&arguments, tests.iter().map(trial).collect()).exit_code()
+    let models = asked(FOLDER);
+    let mut trials: Vec<_> = tests.into_iter().map(|test| trial(test, models)).collect();
+    trials.extend(with_sources.into_iter().map(|test| trial(test, models && asked(SOURCES))));
+    libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 /// Upstream's answers, in order.
@@ -261,6 +272,66 @@ fn dataset() {
     assert_eq!(answer["solutions"].as_array().map(Vec::len), Some(dataset.solutions(&name).count()));
     assert_eq!(answer["workloads"], json!(dataset.workloads(&name).len()));
     assert_eq!(answer["traces"], json!(dataset.traces(&name).len()));
+}
+
+fn example() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/dataset");
+    let dataset = Dataset::open(&root).unwrap();
+    let answer = ask(&[json!(["dataset", root])]).remove(0);
+    let names: Vec<_> = dataset.definitions().map(|definition| definition.name.as_str()).collect();
+    assert_eq!(answer["definitions"], json!(names));
+    let solutions: usize = names.iter().map(|name| dataset.solutions(name).count()).sum();
+    assert_eq!(answer["solutions"].as_array().map(Vec::len), Some(solutions));
+    let workloads: usize = names.iter().map(|name| dataset.workloads(name).len()).sum();
+    assert_eq!(answer["workloads"], json!(workloads));
+}
+
+fn sources() -> PathBuf {
+    PathBuf::from(std::env::var_os(SOURCES).expect(SOURCES))
+}
+
+fn public() {
+    let root = sources().join("flashinfer_trace");
+    let dataset = Dataset::open(&root).unwrap();
+    let answer = ask(&[json!(["dataset", root])]).remove(0);
+    let definitions: Vec<_> = dataset.definitions().collect();
+    assert!(definitions.len() > 40, "{}", definitions.len());
+    let names: Vec<_> = definitions.iter().map(|definition| definition.name.as_str()).collect();
+    assert_eq!(answer["definitions"], json!(names));
+    let workloads: Vec<_> = names.iter().flat_map(|name| dataset.workloads(name)).collect();
+    assert_eq!(answer["workloads"], json!(workloads.len()));
+    for definition in &definitions {
+        assert_eq!(definition.dialect(), Dialect::FlashInferBench, "{}", definition.name);
+        for workload in dataset.workloads(&definition.name) {
+            definition.input_shapes(&workload.workload.axes).unwrap();
+            definition.output_shapes(&workload.workload.axes).unwrap();
+            // What needs no input can be said.
+            for (text, verdict) in definition.check_constraints(&workload.workload.axes, &Named::new()).unwrap() {
+                assert!(!matches!(verdict, Verdict::Broken(_)), "{}: {text}: {verdict:?}", definition.name);
+            }
+        }
+    }
+    // Read and written by both, it is the same.
+    let mut requests: Vec<_> = definitions.iter().map(|it| json!(["again", "definition", it.to_json()])).collect();
+    requests.extend(workloads.iter().map(|it| json!(["again", "trace", it.to_json()])));
+    let definitions = definitions.iter().map(|it| {
+        // What upstream does not know it leaves out.
+        let plain = |spec: &TensorSpec| TensorSpec { optional: false, extra: Named::new(), ..spec.clone() };
+        let inputs = it.inputs.iter().map(|(name, spec)| (name, plain(spec))).collect();
+        Definition { extra: Named::new(), inputs, ..(*it).clone() }.to_json()
+    });
+    let expected = definitions.chain(workloads.iter().map(|it| it.to_json()));
+    for (answer, expected) in ask(&requests).iter().zip(expected) {
+        assert_eq!(answer.as_str().expect("a text"), expected);
+    }
+}
+
+fn vectors() {
+    let folder = sources().join("examples/ffi/Example-FlashInfer-Trace");
+    let solution = Solution::read(folder.join("solutions/example_agent_solution.json")).unwrap();
+    assert_eq!(solution.hash(HashRule::Named), "9c84c4ccd18e15cc3d7346cca12ec586ffb6e9ee");
+    assert_eq!(solution.hash(HashRule::Nameless), "6543ed846ad398f161498b6d21b21c50288ecbc8");
+    assert_eq!(solution.package_name(HashRule::Named), "tvm_ffi_example_agent_solution_9c84c4");
 }
 
 fn best() {

@@ -12,6 +12,9 @@ use super::error::read;
 use super::json::{Cursor, Document, Json, MAX_BYTES, shortened};
 use crate::error::Result;
 
+/// How a dependency names a module that this crate vendors.
+const VENDORED: &str = "flashinfer-rs:";
+
 /// Declares an enum of words.
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)* }) => {
@@ -289,6 +292,12 @@ impl Solution {
     /// Whether this crate can run it once it is built: compiled, and exported through TVM-FFI.
     pub fn is_native(&self) -> bool {
         self.spec.language.is_compiled() && self.spec.binding != Some(Binding::Torch)
+    }
+
+    /// The module that this crate vendors, `gdn_prefill_sm90` for example, where the solution is one of its kernels and nothing
+    /// to be built: a dependency `flashinfer-rs:MODULE` says so. The entry point's function is the module's.
+    pub fn vendored_module(&self) -> Option<&str> {
+        self.spec.dependencies.iter().find_map(|dependency| dependency.strip_prefix(VENDORED))
     }
 
     /// The stricter of the dialects that have its language.
