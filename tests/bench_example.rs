@@ -5,8 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use flashinfer_rs::bench::{
-    Dataset, Dialect, HashRule, Input, InputOptions, InputSpec, Named, Solution, Verdict, Workload,
+    ApplyConfig, Axes, DataType, Dataset, Dialect, Environment, HashRule, HostTensor, Input, InputOptions, InputSpec,
+    Named, Performance, Solution, Status, Tolerance, Trace, TraceLayout, Trial, Verdict, Workload, apply, judge,
 };
+use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
+use flashinfer_rs::{FlashInferRuntime, RuntimeConfig, Stream};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/dataset")
@@ -78,4 +81,67 @@ fn workloads_have_inputs_that_the_definition_takes() {
             }
         }
     }
+}
+
+/// Of a definition whose kernel this crate has, on the host: what the example does with a solution that was built.
+#[test]
+fn a_workload_goes_all_the_way_to_a_trace_that_chooses_the_solution() {
+    FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+    let dataset = Dataset::open(root()).unwrap();
+    let definition = dataset.definition("rmsnorm_h512").unwrap();
+    let mut traces = Vec::new();
+    for trace in dataset.workloads(&definition.name) {
+        let inputs = trace.workload.make_inputs(definition, dataset.root(), &InputOptions::default()).unwrap();
+        let axes = definition.axes_of_inputs(&inputs).unwrap();
+        let [Input::Tensor(states), Input::Tensor(weight)] = inputs.values().collect::<Vec<_>>()[..] else { panic!() };
+        let shape = definition.output_shapes(&axes).unwrap().remove(0).unwrap();
+        let mut output = HostTensor::zeros(DataType::Bfloat16, &shape).unwrap();
+        let options = NormOptions::default().with_eps(1e-6);
+        let (states, scale) = (states.as_ref().unwrap(), weight.as_ref().unwrap());
+        rmsnorm(&mut output.as_mut().unwrap(), &states, &scale, &options, Stream::NULL).unwrap();
+        let judged = |reference: &HostTensor| {
+            let trial = Trial { outputs: std::slice::from_ref(&output), reference: std::slice::from_ref(reference) };
+            judge(definition, &[trial], &Tolerance::of(definition)).unwrap()
+        };
+        let reference = plain_rmsnorm(&inputs, &shape);
+        let mut wrong = reference.clone();
+        wrong.set(0, f64::from(reference.float(0)) + 1.0);
+        assert_eq!(judged(&wrong).status, Status::IncorrectNumerical);
+        let environment = Environment { hardware: "the host".to_owned(), libs: Named::new() };
+        let performance = Performance { latency_ms: 1.0, reference_latency_ms: 2.0, speedup_factor: 2.0 };
+        let evaluation = judged(&reference).into_evaluation(environment, Some(performance)).unwrap();
+        assert_eq!(evaluation.status, Status::Passed, "{evaluation:?}");
+        traces.push(Trace {
+            solution: Some("rmsnorm_h512_host".to_owned()),
+            evaluation: Some(evaluation),
+            ..trace.clone()
+        });
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut copy = Dataset::open(folder.path()).unwrap();
+    copy.add_definition(definition.clone()).unwrap();
+    copy.add_solution(dataset.solution("rmsnorm_h512_host").unwrap().clone()).unwrap();
+    copy.add_traces(&traces, TraceLayout::ByAuthor).unwrap();
+    let copy = Dataset::open(folder.path()).unwrap();
+    let config = ApplyConfig::new(1e-2, f64::MAX);
+    let chosen = |batch| {
+        let axes = Axes::from([("batch_size".to_owned(), batch)]);
+        apply(&copy, &definition.name, &axes, &config).map(|solution| solution.name.clone())
+    };
+    assert_eq!((chosen(7).as_deref(), chosen(8)), (Some("rmsnorm_h512_host"), None));
+}
+
+/// As the definition's reference has it.
+fn plain_rmsnorm(inputs: &Named<Input>, shape: &[u64]) -> HostTensor {
+    let [Input::Tensor(states), Input::Tensor(weight)] = inputs.values().collect::<Vec<_>>()[..] else { panic!() };
+    let mut output = HostTensor::zeros(DataType::Bfloat16, shape).unwrap();
+    for row in 0..shape[0] as usize {
+        let values: Vec<f64> = (0..512).map(|i| f64::from(states.float(row * 512 + i))).collect();
+        let scale = 1.0 / (values.iter().map(|value| value * value).sum::<f64>() / 512.0 + 1e-6).sqrt();
+        values
+            .iter()
+            .enumerate()
+            .for_each(|(i, value)| output.set(row * 512 + i, value * scale * f64::from(weight.float(i))));
+    }
+    output
 }

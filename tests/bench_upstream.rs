@@ -1,7 +1,7 @@
 //! What this crate writes, upstream's Python models read, and the other way round; both hash alike and choose alike.
 //!
 //! `FLASHINFER_RS_FLASHINFER_BENCH=FOLDER cargo test --features bench --test bench_upstream` runs them, where FOLDER has the
-//! package `flashinfer-bench` (`pip install --no-deps --target FOLDER flashinfer-bench pydantic` and what pydantic needs).
+//! package `flashinfer-bench` (`pip install --no-deps --target FOLDER flashinfer-bench pydantic 'safetensors>=0.8'` and what pydantic needs).
 //! `FLASHINFER_RS_FLASHINFER_BENCH_SOURCES` names the unpacked source package of it, whose dataset and example are read.
 //! Without these variables they are reported as ignored, never as passed.
 
@@ -11,8 +11,8 @@ use std::process::{Command, ExitCode, Stdio};
 
 use flashinfer_rs::bench::{
     ApplyConfig, ApplyTable, Axes, Axis, Binding, BuildSpec, Correctness, DataType, Dataset, Definition, Dialect,
-    Environment, Evaluation, HashRule, InputSpec, Json, Language, Named, Performance, Scalar, Solution, SourceFile,
-    Status, TensorSpec, Trace, TraceLayout, Verdict, Workload, timestamp,
+    Environment, Evaluation, HashRule, HostTensor, InputSpec, Json, Language, Named, Performance, Safetensors, Scalar,
+    Solution, SourceFile, Status, TensorSpec, Trace, TraceLayout, Verdict, Workload, timestamp, write_safetensors,
 };
 use libtest_mimic::{Arguments, Trial};
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         ("all_of_upstreams_own_dataset_is_read_as_upstream_reads_it", public),
         ("upstreams_example_has_the_hashes_that_are_known_of_it", vectors),
     ];
-    let tests: [(&str, fn()); 8] = [
+    let tests: [(&str, fn()); 9] = [
         ("upstreams_models_write_again_what_this_crate_wrote", written_again),
         ("numbers_are_written_as_upstream_writes_them", numbers),
         ("what_upstream_writes_is_read_as_itself", read),
@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         ("a_dataset_that_was_written_here_is_upstreams_dataset", dataset),
         ("the_example_dataset_is_upstreams_dataset", example),
         ("the_best_solution_is_upstreams_choice", best),
+        ("safetensors_files_are_upstreams", tensors),
         ("whatever_is_accepted_here_upstream_accepts", accepted),
     ];
     let arguments = Arguments::from_args();
@@ -351,6 +352,58 @@ fn best() {
             assert_eq!(winner[1], json!(table.solution(&axes)), "{axes:?}");
         }
         assert_eq!(answer["best"], json!(table.best()), "{rtol}");
+    }
+}
+
+fn tensors() {
+    let folder = tempfile::tempdir().unwrap();
+    let types = [
+        (DataType::Float64, "F64", "float64"),
+        (DataType::Float32, "F32", "float32"),
+        (DataType::Float16, "F16", "float16"),
+        (DataType::Bfloat16, "BF16", "bfloat16"),
+        (DataType::Float8E4m3fn, "F8_E4M3", "float8_e4m3fn"),
+        (DataType::Float8E5m2, "F8_E5M2", "float8_e5m2"),
+        (DataType::Float4E2m1, "F4", "float4_e2m1fn_x2"),
+        (DataType::Int64, "I64", "int64"),
+        (DataType::Int32, "I32", "int32"),
+        (DataType::Int16, "I16", "int16"),
+        (DataType::Int8, "I8", "int8"),
+        (DataType::Uint64, "U64", "uint64"),
+        (DataType::Uint32, "U32", "uint32"),
+        (DataType::Uint16, "U16", "uint16"),
+        (DataType::Uint8, "U8", "uint8"),
+        (DataType::Bool, "BOOL", "bool"),
+    ];
+    let made: Vec<_> = types
+        .iter()
+        .map(|(dtype, name, _)| {
+            let mut tensor = HostTensor::zeros(dtype.clone(), &[3, 2]).unwrap();
+            tensor.bytes_mut().iter_mut().enumerate().for_each(|(i, byte)| *byte = i as u8 % 2);
+            (*name, tensor)
+        })
+        .collect();
+    let path = folder.path().join("all.safetensors");
+    let tensors: Vec<_> = made.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    write_safetensors(&path, &tensors).unwrap();
+    let answer = ask(&[json!(["tensors", path])]).remove(0);
+    let answer = answer.as_array().expect("a list");
+    assert_eq!(answer.len(), made.len());
+    for found in answer {
+        let name = found[0].as_str().expect("a name");
+        let (_, tensor) = made.iter().find(|(known, _)| *known == name).expect("a tensor of ours");
+        assert_eq!(found[1], json!(name));
+        // Four-bit elements are counted one by one there.
+        assert_eq!(found[2], if name == "F4" { json!([3, 4]) } else { json!([3, 2]) }, "{name}");
+        assert_eq!(found[3], json!(tensor.bytes()), "{name}");
+    }
+    // And the other way round; upstream's words for types are PyTorch's.
+    for ((dtype, name, word), (_, tensor)) in types.iter().zip(&made) {
+        let path = folder.path().join(format!("{name}.safetensors"));
+        ask(&[json!(["store", path, word, [3, 2], tensor.bytes()])]);
+        let file = Safetensors::open(&path).unwrap();
+        assert_eq!(file.form("t"), Some((dtype, &[3, 2][..])));
+        assert_eq!(&file.read("t").unwrap(), tensor);
     }
 }
 

@@ -3,6 +3,7 @@
 Only the models are imported: the package itself wants PyTorch and a GPU, which they do not.
 """
 
+import ctypes
 import json
 import sys
 import tempfile
@@ -31,6 +32,8 @@ def package(name):
 
 
 sys.path.insert(0, str(ROOT))
+from safetensors import TensorSpec, deserialize, serialize
+
 package("flashinfer_bench")
 package("flashinfer_bench.apply")
 for name in ["torch", "safetensors", "safetensors.torch", "flashinfer_bench.compile"]:
@@ -92,6 +95,18 @@ def best(root, definition, axes, atol, rtol):
     }
 
 
+def tensors(path):
+    """What a safetensors file holds, by upstream's library."""
+    found = deserialize(Path(path).read_bytes())
+    return [[name, data["dtype"], data["shape"], list(data["data"])] for name, data in found]
+
+
+def store(path, dtype, shape, data):
+    memory = ctypes.create_string_buffer(bytes(data), len(data))
+    spec = TensorSpec(dtype=dtype, shape=shape, data_ptr=ctypes.addressof(memory), data_len=len(data))
+    Path(path).write_bytes(serialize({"t": spec}, {"made": "upstream"}))
+
+
 REQUESTS = {
     "again": again,
     "accepts": accepts,
@@ -99,6 +114,8 @@ REQUESTS = {
     "hash": lambda text: Solution.model_validate_json(text).hash(),
     "dataset": dataset,
     "best": best,
+    "tensors": tensors,
+    "store": store,
 }
 
 json.dump([REQUESTS[name](*arguments) for name, *arguments in json.load(sys.stdin)], sys.stdout)
