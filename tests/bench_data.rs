@@ -611,6 +611,36 @@ fn a_kernel_that_was_built_is_read_with_its_metadata() {
     assert_eq!(fs::read_to_string(&metadata).unwrap(), "Entry Symbol: run\nDefinition: rmsnorm_h8\nSolution: s\n");
 }
 
+#[test]
+fn a_kernel_that_was_built_must_export_the_function_of_the_solution_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("kernel.c");
+    fs::write(&source, "int __tvm_ffi_run(void) { return 0; }\nint __tvm_ffi_other(void) { return 0; }\n").unwrap();
+    let mut cc = std::process::Command::new(std::env::var_os("CC").unwrap_or("cc".into()));
+    cc.args(["-shared", "-fPIC", "-o"]).arg(folder.path().join("kernel.so")).arg(&source);
+    assert!(cc.status().expect("this test needs a C compiler").success());
+    let solution = solution("s", "me");
+    DistributedKernel::write_metadata(folder.path(), &solution).unwrap();
+    solution.write(folder.path().join("solution.json")).unwrap();
+    rmsnorm().write(folder.path().join("definition.json")).unwrap();
+    let kernel = DistributedKernel::open(folder.path()).unwrap();
+    assert_eq!((kernel.entry_symbol.as_str(), kernel.sha256.len()), ("run", 64));
+    assert_eq!((kernel.definition, kernel.solution.as_ref()), (Some(rmsnorm()), Some(&solution)));
+    // Files of other kernels are noticed.
+    let metadata = folder.path().join("kernel_metadata.txt");
+    let text = fs::read_to_string(&metadata).unwrap();
+    for (from, to, place) in
+        [("run", "other", "Entry Symbol"), ("rmsnorm_h8", "rmsnorm_h9", "Definition"), (": s", ": t", "Solution")]
+    {
+        fs::write(&metadata, text.replace(from, to)).unwrap();
+        let error = DistributedKernel::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(place) && error.contains("keep the files"), "{error}");
+    }
+    fs::write(&metadata, text.replace("run", "runs")).unwrap();
+    let error = DistributedKernel::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("__tvm_ffi_runs") && error.contains("\"other\"") && error.contains("\"run\""), "{error}");
+}
+
 proptest! {
     #[test]
     fn any_json_is_read_as_it_was_written(json in any_json()) {

@@ -83,6 +83,8 @@ struct PinnedMember {
 pub const STUBS: &str = "stubs";
 /// norm.cu's reduceKernelUtils.cuh names curand_kernel.h and uses none of it; a CUDA folder may be without cuRAND.
 const STUB_FILES: [(&str, &str); 1] = [("curand_kernel.h", "// Whoever uses cuRAND needs the real one.\n")];
+/// TVM-FFI's headers in the tree.
+const HEADERS: &str = "tvm_ffi";
 /// Raised when the same wheels would be unpacked into another tree.
 const TREE_FORMAT: &str = "tree 2";
 /// The digest of what was unpacked, in the tree.
@@ -211,6 +213,29 @@ fn prepare_with(env: &Env, given: impl FnOnce(&Env) -> Result<Option<(PathBuf, P
     };
     let identity = format!("{contents}\n{compiler}\n{version}");
     Ok(Toolchain { tree, nvcc, cuda_include, library_dirs, host, environment: environment(env), identity })
+}
+
+/// As [`prepare`], for what has no CUDA: the sources and headers alone, and the C++ compiler. There is no nvcc in it.
+pub fn prepare_host(env: &Env) -> Result<Toolchain> {
+    let (host, version) = host_compiler(env)?;
+    let lock: CompilerLock = toml::from_str(LOCK).map_err(|e| Error::Refused(format!("xtask/compiler.lock: {e}")))?;
+    // The tree with a compiler has the same headers, and is not fetched twice.
+    let whole = shell::cache(env)?.join(tree_name(LOCK, false));
+    let has_whole = recorded(&whole).is_some();
+    let tree = if has_whole { whole } else { shell::cache(env)?.join(tree_name(LOCK, true)) };
+    let wheels: Vec<&Pinned> = lock.wheels.iter().filter(|wheel| has_whole || wheel.role == Role::Sources).collect();
+    unpacked(&tree, || unpack_all(&wheels, env, &tree))?;
+    // By what is read of it, so that both trees give the same.
+    let identity = format!("{}\n{version}", contents(&tree.join(HEADERS))?);
+    Ok(Toolchain {
+        tree,
+        nvcc: PathBuf::new(),
+        cuda_include: String::new(),
+        library_dirs: Vec::new(),
+        host,
+        environment: environment(env),
+        identity,
+    })
 }
 
 /// A tree's folder, by all that decides what is unpacked into it: the lock as it is written, and what is added.

@@ -88,7 +88,13 @@ fn architectures(given: &[String], env: &Env) -> Result<Vec<String>> {
     };
     let list: Vec<String> =
         if given.is_empty() { from_env().unwrap_or_else(|| vec![HOPPER.to_owned()]) } else { given.to_vec() };
-    for arch in &list {
+    check_architectures(&list)?;
+    Ok(list)
+}
+
+/// That they are architectures as FlashInfer writes them.
+pub fn check_architectures(list: &[String]) -> Result<()> {
+    for arch in list {
         let fine = arch.split_once('.').is_some_and(|(major, minor)| {
             let minor = minor.strip_suffix(['a', 'f']).unwrap_or(minor);
             [major, minor].iter().all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()))
@@ -97,7 +103,7 @@ fn architectures(given: &[String], env: &Env) -> Result<Vec<String>> {
             refuse!("`{arch}` is not a GPU architecture; write it as 9.0a, 8.0 or 10.0a");
         }
     }
-    Ok(list)
+    Ok(())
 }
 
 /// `cargo xtask wheel`
@@ -228,15 +234,10 @@ const LINK_FLAGS: [&str; 4] = ["-shared", "-Wl,--no-as-needed", "-lcudart", "-lc
 
 fn link(toolchain: &Toolchain, part: &Part<'_>, store: &Path) -> Result<Vec<u8>> {
     let folder = tempfile::tempdir().map_err(|e| Error::io("creating a folder in", &std::env::temp_dir(), &e))?;
-    let empty = folder.path().join("empty.cpp");
-    publish_bytes(&empty, b"")?;
     let driver = Library { name: "cuda".to_owned(), soname: "libcuda.so.1".to_owned() };
     for library in [&driver].into_iter().chain(part.module.libraries()) {
-        // All that the linker wants to know of a library is its name.
         let stub = folder.path().join(format!("lib{}.so", library.name));
-        let mut command = toolchain.host_command();
-        command.args(["-shared", "-fPIC", "-nostdlib", &format!("-Wl,-soname,{}", library.soname), "-o"]);
-        shell::quietly(command.args([&stub, &empty]))?;
+        name_only(toolchain, &library.soname, &stub)?;
     }
     let library = folder.path().join(format!("{}.so", part.module.name));
     let mut command = toolchain.host_command();
@@ -246,6 +247,15 @@ fn link(toolchain: &Toolchain, part: &Part<'_>, store: &Path) -> Result<Vec<u8>>
     command.args(LINK_FLAGS).args(part.module.libraries().iter().map(|library| format!("-l{}", library.name)));
     shell::quietly(&mut command)?;
     fs::read(&library).map_err(|e| Error::io("reading", &library, &e))
+}
+
+/// Makes a library that has a name and nothing else: all that the linker wants to know of one.
+pub fn name_only(toolchain: &Toolchain, soname: &str, stub: &Path) -> Result<()> {
+    let empty = stub.with_extension("empty.cpp");
+    publish_bytes(&empty, b"")?;
+    let mut command = toolchain.host_command();
+    command.args(["-shared", "-fPIC", "-nostdlib", &format!("-Wl,-soname,{soname}"), "-o"]);
+    shell::quietly(command.args([stub, empty.as_path()]))
 }
 
 fn tag() -> String {

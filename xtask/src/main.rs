@@ -9,6 +9,7 @@ mod features;
 mod glue;
 mod install;
 mod jit_cache;
+mod kernel;
 mod lock;
 mod provision;
 mod recipes;
@@ -89,6 +90,9 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Build kernels that FlashInfer-Bench's solutions are the source of
+    #[command(subcommand)]
+    Kernel(kernel::KernelCommand),
     /// Pack the GPU tests, the quick start, the benchmarks and the libraries into a folder for a GPU machine without Rust
     GpuBundle {
         /// The folder; `run` in it starts the tests, `bench` the benchmarks
@@ -122,6 +126,7 @@ fn run(command: Command) -> Result<()> {
         Command::Bench(options) => bench::command(options),
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
         Command::Glue { check } => glue::command(check),
+        Command::Kernel(command) => kernel::command(&command),
         Command::GpuBundle { out } => bundle::command(&out),
     }
 }
