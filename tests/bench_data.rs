@@ -228,6 +228,9 @@ fn a_solutions_hashes_are_upstreams() {
     assert_eq!(solution.hash(HashRule::Nameless), "f234302bb56945c48fcbd8d47eb860a2966f6d23");
     assert_eq!(solution.hash(HashRule::FlashInfer), "8d77b664c275fdca31eb30c170390fb35188733605082ba22c5a2df93d5171b1");
     assert_eq!(solution.package_name(HashRule::Named), "tvm_ffi_some_name_12fbee");
+    let unique = solution.with_unique_name();
+    assert_eq!(unique.name, format!("some name_{}", &solution.hash(HashRule::Nameless)[..8]));
+    assert_eq!(unique.hash(HashRule::Nameless), solution.hash(HashRule::Nameless));
     solution.name = "4bit-gemm".to_owned();
     assert!(solution.package_name(HashRule::Named).starts_with("tvm_ffi__4bit_gemm_"));
 }

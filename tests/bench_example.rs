@@ -5,11 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use flashinfer_rs::bench::{
-    ApplyConfig, Axes, DataType, Dataset, Dialect, Environment, HashRule, HostTensor, Input, InputOptions, InputSpec,
-    Named, Performance, Solution, Status, Tolerance, Trace, TraceLayout, Trial, Verdict, Workload, apply, judge,
+    ApplyConfig, Axes, BenchmarkConfig, DataType, Dataset, Definition, Dialect, Environment, HashRule, HostTensor,
+    Input, InputOptions, InputSpec, Named, Performance, Solution, Status, Tolerance, Trace, TraceLayout, Verdict,
+    Workload, apply, check_solution,
 };
 use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
-use flashinfer_rs::{FlashInferRuntime, RuntimeConfig, Stream};
+use flashinfer_rs::{FlashInferError, FlashInferRuntime, Result, RuntimeConfig, Stream};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/dataset")
@@ -90,32 +91,43 @@ fn a_workload_goes_all_the_way_to_a_trace_that_chooses_the_solution() {
     let dataset = Dataset::open(root()).unwrap();
     let definition = dataset.definition("rmsnorm_h512").unwrap();
     let mut traces = Vec::new();
+    let config = BenchmarkConfig::default();
+    let with = (&config, &Tolerance::of(definition));
     for trace in dataset.workloads(&definition.name) {
-        let inputs = trace.workload.make_inputs(definition, dataset.root(), &InputOptions::default()).unwrap();
-        let axes = definition.axes_of_inputs(&inputs).unwrap();
-        let [Input::Tensor(states), Input::Tensor(weight)] = inputs.values().collect::<Vec<_>>()[..] else { panic!() };
-        let shape = definition.output_shapes(&axes).unwrap().remove(0).unwrap();
-        let mut output = HostTensor::zeros(DataType::Bfloat16, &shape).unwrap();
-        let options = NormOptions::default().with_eps(1e-6);
-        let (states, scale) = (states.as_ref().unwrap(), weight.as_ref().unwrap());
-        rmsnorm(&mut output.as_mut().unwrap(), &states, &scale, &options, Stream::NULL).unwrap();
-        let judged = |reference: &HostTensor| {
-            let trial = Trial { outputs: std::slice::from_ref(&output), reference: std::slice::from_ref(reference) };
-            judge(definition, &[trial], &Tolerance::of(definition)).unwrap()
+        let check = |solution: fn(&Definition, &Named<Input>) -> Result<Vec<HostTensor>>| {
+            let mut seen = Vec::new();
+            let solution = |inputs: &Named<Input>| {
+                seen.push(inputs.clone());
+                solution(definition, inputs)
+            };
+            let (root, options) = (dataset.root(), InputOptions::default());
+            let reference = |inputs: &Named<Input>| plain_rmsnorm(definition, inputs);
+            let judgement =
+                check_solution(definition, &trace.workload, root, with, &options, solution, reference).unwrap();
+            (judgement, seen)
         };
-        let reference = plain_rmsnorm(&inputs, &shape);
-        let mut wrong = reference.clone();
-        wrong.set(0, f64::from(reference.float(0)) + 1.0);
-        assert_eq!(judged(&wrong).status, Status::IncorrectNumerical);
+        let (judgement, seen) = check(kernel);
+        assert_eq!(seen.len(), 3);
+        assert!(seen[0] != seen[1] && seen[1] != seen[2], "each trial has inputs of its own");
         let environment = Environment { hardware: "the host".to_owned(), libs: Named::new() };
         let performance = Performance { latency_ms: 1.0, reference_latency_ms: 2.0, speedup_factor: 2.0 };
-        let evaluation = judged(&reference).into_evaluation(environment, Some(performance)).unwrap();
+        let evaluation = judgement.into_evaluation(environment, Some(performance)).unwrap();
         assert_eq!(evaluation.status, Status::Passed, "{evaluation:?}");
         traces.push(Trace {
             solution: Some("rmsnorm_h512_host".to_owned()),
             evaluation: Some(evaluation),
             ..trace.clone()
         });
+        let wrong = |definition: &Definition, inputs: &Named<Input>| {
+            let mut outputs = kernel(definition, inputs)?;
+            let number = f64::from(outputs[0].float(0)) + 1.0;
+            outputs[0].set(0, number);
+            Ok(outputs)
+        };
+        assert_eq!(check(wrong).0.status, Status::IncorrectNumerical);
+        let (judgement, seen) = check(|_, _| Err(FlashInferError::NotInitialized));
+        assert_eq!((judgement.status, judgement.correctness, seen.len()), (Status::RuntimeError, None, 1));
+        assert!(judgement.log[0].contains("not initialized"), "{:?}", judgement.log);
     }
     let folder = tempfile::tempdir().unwrap();
     let mut copy = Dataset::open(folder.path()).unwrap();
@@ -131,17 +143,26 @@ fn a_workload_goes_all_the_way_to_a_trace_that_chooses_the_solution() {
     assert_eq!((chosen(7).as_deref(), chosen(8)), (Some("rmsnorm_h512_host"), None));
 }
 
-/// As the definition's reference has it.
-fn plain_rmsnorm(inputs: &Named<Input>, shape: &[u64]) -> HostTensor {
+/// The kernel of this crate, whose host form runs without a GPU.
+fn kernel(definition: &Definition, inputs: &Named<Input>) -> Result<Vec<HostTensor>> {
     let [Input::Tensor(states), Input::Tensor(weight)] = inputs.values().collect::<Vec<_>>()[..] else { panic!() };
-    let mut output = HostTensor::zeros(DataType::Bfloat16, shape).unwrap();
-    for row in 0..shape[0] as usize {
+    let shape = definition.output_shapes(&definition.axes_of_inputs(inputs)?)?.remove(0).unwrap();
+    let mut output = HostTensor::zeros(DataType::Bfloat16, &shape)?;
+    let options = NormOptions::default().with_eps(1e-6);
+    rmsnorm(&mut output.as_mut()?, &states.as_ref()?, &weight.as_ref()?, &options, Stream::NULL)?;
+    Ok(vec![output])
+}
+
+/// As the definition's reference has it.
+fn plain_rmsnorm(definition: &Definition, inputs: &Named<Input>) -> Result<Vec<HostTensor>> {
+    let [Input::Tensor(states), Input::Tensor(weight)] = inputs.values().collect::<Vec<_>>()[..] else { panic!() };
+    let mut output = HostTensor::zeros(definition.outputs.get("output").unwrap().dtype.clone(), states.shape())?;
+    for row in 0..states.shape()[0] as usize {
         let values: Vec<f64> = (0..512).map(|i| f64::from(states.float(row * 512 + i))).collect();
         let scale = 1.0 / (values.iter().map(|value| value * value).sum::<f64>() / 512.0 + 1e-6).sqrt();
-        values
-            .iter()
-            .enumerate()
-            .for_each(|(i, value)| output.set(row * 512 + i, value * scale * f64::from(weight.float(i))));
+        values.iter().enumerate().for_each(|(i, value)| {
+            output.set(row * 512 + i, value * scale * f64::from(weight.float(i)));
+        });
     }
-    output
+    Ok(vec![output])
 }

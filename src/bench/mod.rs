@@ -33,11 +33,10 @@
 //! ```
 //!
 //! # What calls a kernel
-//! Nothing here does: this module knows data. A call takes a definition's inputs in its order as [`make_inputs`] gives them,
-//! and behind them, where the solution is [destination passing](BuildSpec::is_destination_passing), a tensor for each output of
-//! [`output_shapes`](Definition::output_shapes); what it gives goes to [`judge`].
-//!
-//! [`make_inputs`]: Workload::make_inputs
+//! Nothing here does: this module knows data. A call takes a definition's inputs in its order as
+//! [`make_inputs`](Workload::make_inputs) gives them, and behind them, where the solution is
+//! [destination passing](BuildSpec::is_destination_passing), a tensor for each output of
+//! [`output_shapes`](Definition::output_shapes). [`check_solution`] takes whatever makes such a call as a closure.
 //!
 //! # Hostile files
 //! A dataset is other people's data. Sizes, depths and counts are bounded; a name that occurs twice in an object is refused; a
@@ -46,7 +45,8 @@
 //!
 //! # Where this is stricter than upstream
 //! Upstream takes the last of two values of one name, reads `true` and numbers in quotation marks as sizes, follows absolute paths
-//! and `..` to safetensors files, does not compare constant axes with inputs, and evaluates no constraint.
+//! and `..` to safetensors files, lets a workload give a scalar for a tensor, does not compare constant axes with inputs, and
+//! evaluates no constraint.
 
 mod apply;
 mod constraint;
@@ -74,7 +74,7 @@ pub use dtype::DataType;
 pub use error::DataError;
 pub use inputs::{Input, InputOptions};
 pub use json::{Json, MAX_BYTES, MAX_DEPTH, MAX_VALUES};
-pub use judge::{BenchmarkConfig, Judgement, Tolerance, Trial, judge, judge_sampling};
+pub use judge::{BenchmarkConfig, Judgement, Tolerance, Trial, check_solution, judge, judge_sampling};
 pub use named::Named;
 pub use safetensors::{Safetensors, write_safetensors};
 pub use solution::{Binding, BuildSpec, HashRule, Language, Solution, SourceFile};

@@ -350,6 +350,12 @@ impl Solution {
         format!("tvm_ffi_{name}_{}", &self.hash(rule)[..6])
     }
 
+    /// The same solution by a name that its contents are in, as FlashInfer-Bench after 0.1.2 makes one: the name, and the
+    /// beginning of the [nameless](HashRule::Nameless) hash.
+    pub fn with_unique_name(&self) -> Self {
+        Self { name: format!("{}_{}", self.name, &self.hash(HashRule::Nameless)[..8]), ..self.clone() }
+    }
+
     /// Writes the sources into a folder, and answers their paths there.
     ///
     /// # Errors
