@@ -20,8 +20,8 @@ use crate::contract::{
     Pdl, Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor,
 };
 use crate::engine::{Entry, call, kernels};
-use crate::error::{FlashInferError, Result};
-use crate::indices::{Placed, Tokens};
+use crate::error::Result;
+use crate::indices::{Placed, Tokens, refuse};
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, TensorMut, TensorRef};
 
@@ -70,23 +70,19 @@ impl<'a> PagedKvCache<'a> {
     /// keys and values may be the halves of one buffer's pages.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) unless both have four dimensions, and agree.
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) unless both have four dimensions, and agree.
     pub fn new(k: TensorMut<'a>, v: TensorMut<'a>, layout: KvLayout) -> Result<Self> {
-        let invalid = |argument, found, expected: &str| {
-            let (function, expected) = ("PagedKvCache", expected.to_owned());
-            Err(FlashInferError::InvalidArgument { function, argument, found, expected })
-        };
         if k.shape().len() != 4 || k.shape().contains(&0) {
             let expected = match layout {
                 KvLayout::Nhd => "[pages, page_size, heads, head_dim], none of them 0",
                 KvLayout::Hnd => "[pages, heads, page_size, head_dim], none of them 0",
             };
-            return invalid("paged_k_cache", format!("of shape {:?}", k.shape()), expected);
+            return refuse("PagedKvCache", "paged_k_cache", format!("of shape {:?}", k.shape()), expected);
         }
         let same = (k.shape(), k.strides(), k.dtype(), k.device()) == (v.shape(), v.strides(), v.dtype(), v.device());
         match same {
             true => Ok(Self { k, v, layout }),
-            false => invalid("paged_v_cache", format!("{v:?}"), &format!("as paged_k_cache, {k:?}")),
+            false => refuse("PagedKvCache", "paged_v_cache", format!("{v:?}"), format!("as paged_k_cache, {k:?}")),
         }
     }
 
@@ -153,20 +149,18 @@ impl<'a> PagedMlaCache<'a> {
     /// Of `ckv_cache`, `[pages, page_size, 512]`, and `kpe_cache`, `[pages, page_size, 64]`, of one type and device.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) unless both have three dimensions, of which the first two are the
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) unless both have three dimensions, of which the first two are the
     /// same and none is 0, and agree in type and device.
     pub fn new(ckv_cache: TensorMut<'a>, kpe_cache: TensorMut<'a>) -> Result<Self> {
-        let invalid = |argument, found, expected: String| {
-            Err(FlashInferError::InvalidArgument { function: "PagedMlaCache", argument, found, expected })
-        };
         let (ckv, kpe) = (&ckv_cache, &kpe_cache);
         if ckv.shape().len() != 3 || ckv.shape().contains(&0) {
             let expected = "[pages, page_size, 512], none of them 0".to_owned();
-            return invalid("ckv_cache", format!("of shape {:?}", ckv.shape()), expected);
+            return refuse("PagedMlaCache", "ckv_cache", format!("of shape {:?}", ckv.shape()), expected);
         }
         let same = kpe.shape().len() == 3 && kpe.shape()[..2] == ckv.shape()[..2] && kpe.shape()[2] > 0;
         if !same || (ckv.dtype(), ckv.device()) != (kpe.dtype(), kpe.device()) {
-            return invalid(
+            return refuse(
+                "PagedMlaCache",
                 "kpe_cache",
                 format!("{kpe:?}"),
                 format!("the pages, type and device of ckv_cache, {ckv:?}"),
@@ -213,7 +207,7 @@ pub(crate) fn check_tokens(
     }
     let found = format!("of a table for {} pages of {} tokens", facts.pages, facts.page_size);
     let expected = format!("{pages} pages of {page_size} tokens, as the cache has");
-    Err(FlashInferError::InvalidArgument { function, argument: "tokens", found, expected })
+    refuse(function, "tokens", found, expected)
 }
 
 const fn tensor(
