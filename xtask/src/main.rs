@@ -8,6 +8,7 @@ mod compiler;
 mod features;
 mod glue;
 mod install;
+mod interop;
 mod jit_cache;
 mod kernel;
 mod lock;
@@ -93,6 +94,13 @@ enum Command {
     /// Build kernels that FlashInfer-Bench's solutions are the source of
     #[command(subcommand)]
     Kernel(kernel::KernelCommand),
+    /// Install Python's packages of TVM-FFI and what else the tests beside Python take into a folder, by python3 and pip, and
+    /// run these tests
+    Interop {
+        /// The folder; default: target/interop
+        #[arg(long)]
+        to: Option<PathBuf>,
+    },
     /// Pack the GPU tests, the quick start, the benchmarks and the libraries into a folder for a GPU machine without Rust
     GpuBundle {
         /// The folder; `run` in it starts the tests, `bench` the benchmarks
@@ -127,6 +135,7 @@ fn run(command: Command) -> Result<()> {
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
         Command::Glue { check } => glue::command(check),
         Command::Kernel(command) => kernel::command(&command),
+        Command::Interop { to } => interop::command(to.as_deref()),
         Command::GpuBundle { out } => bundle::command(&out),
     }
 }
