@@ -11,7 +11,7 @@ mod interop;
 mod native;
 
 use std::ffi::OsString;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         trial("pytorch_s_tensors_go_both_ways", release, has_torch, |r| passes("torch", r, &[]));
         trial("what_upstream_s_builder_builds_runs", release, installed, builder);
     }
+    trial("values_of_the_official_crate_cross_over", interop::RELEASES[2], installed, official_crate);
     trial("the_same_file_is_one_library_whoever_comes_first", VENDORED, installed, ours_first);
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -50,11 +51,15 @@ fn main() -> ExitCode {
 /// The release that this crate vendors.
 const VENDORED: &str = "0.1.3";
 
-/// Python, with what was installed, a release of TVM-FFI first.
-fn python(tvm_ffi: &Path) -> Command {
+/// What is there beside TVM-FFI; and PyTorch, which TVM-FFI imports wherever it finds it.
+const PACKAGES: &[&str] = &["packages"];
+const PACKAGES_AND_TORCH: &[&str] = &["packages", "torch"];
+
+/// Python with these of the folders that were installed, a release of TVM-FFI first.
+fn python(tvm_ffi: &Path, packages: &[&str]) -> Command {
     let folder = interop::installed();
     let mut path = OsString::from(tvm_ffi.parent().expect("the folder of a package"));
-    for part in ["packages", "torch"] {
+    for part in packages {
         path.push(":");
         path.push(folder.join(part));
     }
@@ -67,7 +72,7 @@ fn python(tvm_ffi: &Path) -> Command {
 
 fn has_torch() -> bool {
     let finds = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)";
-    let status = python(&interop::tvm_ffi(VENDORED)).args(["-c", finds]).status();
+    let status = python(&interop::tvm_ffi(VENDORED), PACKAGES_AND_TORCH).args(["-c", finds]).status();
     status.is_ok_and(|status| status.success())
 }
 
@@ -94,7 +99,7 @@ fn host() -> &'static Path {
 }
 
 fn scenario(name: &str, tvm_ffi: &Path, rest: &[&Path]) -> Output {
-    let mut python = python(tvm_ffi);
+    let mut python = python(tvm_ffi, if name == "torch" { PACKAGES_AND_TORCH } else { PACKAGES });
     python.arg(script("interop.py")).arg(name).arg(host()).args(rest).output().expect("python3 starts")
 }
 
@@ -129,6 +134,34 @@ fn ours_first(release: &str) {
     succeeds(&scenario("ours_first", &package, &[&vendored]));
 }
 
+/// A program that depends on this crate and on the official one, which Python's package is needed to build, so that it is no
+/// dependency of this crate's tests.
+fn official_crate(release: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let manifest = format!(
+        "[package]\nname = \"official-crate\"\nversion = \"0.0.0\"\nedition = \"2024\"\n\n[[bin]]\nname = \"official-crate\"\n\
+         path = {:?}\n\n[dependencies]\nflashinfer-rs = {{ path = {root:?}, default-features = false }}\n\
+         tvm-ffi = \"=0.1.15\"\n\n[workspace]\n",
+        root.join("tests/fixtures/official_crate.rs")
+    );
+    std::fs::write(folder.path().join("Cargo.toml"), manifest).expect("a manifest");
+    // So that what both depend on is of the releases that were tested here.
+    std::fs::copy(root.join("Cargo.lock"), folder.path().join("Cargo.lock")).expect("a lock file");
+    // What the official crate's build asks where the library is: all that it takes of Python's package.
+    let libraries = interop::tvm_ffi(release).join("lib");
+    let config = folder.path().join("tvm-ffi-config");
+    std::fs::write(&config, format!("#!/bin/sh\necho '{}'\n", libraries.display())).expect("a script");
+    std::fs::set_permissions(&config, std::fs::Permissions::from_mode(0o755)).expect("a mode");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let paths = std::iter::once(folder.path().to_owned()).chain(std::env::split_paths(&path));
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["run", "--quiet", "--target-dir"]).arg(Path::new(env!("CARGO_TARGET_TMPDIR")).join("official-crate"));
+    cargo.current_dir(folder.path()).env("PATH", std::env::join_paths(paths).expect("a path"));
+    cargo.env("LD_LIBRARY_PATH", &libraries).env_remove("FLASHINFER_RS_LIB_DIR");
+    succeeds(&cargo.output().expect("cargo"));
+}
+
 /// FlashInfer-Bench's own builder compiles the example's solution for the host, in Python; it runs from here, and gives right
 /// numbers.
 fn builder(release: &str) {
@@ -136,7 +169,7 @@ fn builder(release: &str) {
     const BUILT: &str = "FLASHINFER_RS_TEST_BUILT";
     if !native::in_its_process(&name) {
         let cache = tempfile::tempdir().expect("a folder");
-        let mut python = python(&interop::tvm_ffi(release));
+        let mut python = python(&interop::tvm_ffi(release), PACKAGES);
         let packages = interop::installed().join("packages");
         let path = std::env::var_os("PATH").unwrap_or_default();
         let paths = std::iter::once(packages.join("bin")).chain(std::env::split_paths(&path));
