@@ -20,6 +20,7 @@ use crate::reference;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
 use crate::tensor::{Device, Form, Layout, MAX_NDIM};
+use crate::trace_dump;
 
 /// A kernel: its row, and what is known of it in this process.
 pub(crate) trait Kernel: 'static {
@@ -334,6 +335,7 @@ unsafe fn queue(
     stream: Stream<'_>,
 ) -> Result<()> {
     let row = entry.row;
+    trace_dump::called(row, operands, checked);
     if row.convention == Convention::Objects {
         // SAFETY: the caller's promise.
         return unsafe { queue_objects(entry, ready, operands, checked, stream) };

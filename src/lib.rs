@@ -120,6 +120,7 @@ mod sequences;
 mod start;
 mod stream;
 mod tensor;
+mod trace_dump;
 mod turn;
 
 /// The cudarc that this crate's functions take buffers of. A new minor version of it is a new minor version of this crate.

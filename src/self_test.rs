@@ -155,7 +155,7 @@ fn operands<'a>(kernel: Entry, sizes: &Dimensions, layouts: &'a [Option<Layout>]
 }
 
 /// The type of a tensor whose call's floating-point type is one of `half`.
-fn type_of(row: &Row, tensor: &Tensor, lead: DType, half: DType) -> DType {
+pub(crate) fn type_of(row: &Row, tensor: &Tensor, lead: DType, half: DType) -> DType {
     match tensor.dtype {
         Dtype::Half | Dtype::Bf16 => half,
         Dtype::As(other) => match &row.arguments[other].kind {
@@ -175,15 +175,15 @@ fn type_of(row: &Row, tensor: &Tensor, lead: DType, half: DType) -> DType {
     }
 }
 
-struct Memory {
-    dtype: DType,
-    shape: Vec<i64>,
-    values: Vec<f64>,
+pub(crate) struct Memory {
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<i64>,
+    pub(crate) values: Vec<f64>,
 }
 
 impl Memory {
     /// The values of an argument, as numbers that the call's type holds.
-    fn new(tensor: &Tensor, seed: usize, sizes: &Dimensions, dtype: DType, rounded: DType) -> Self {
+    pub(crate) fn new(tensor: &Tensor, seed: usize, sizes: &Dimensions, dtype: DType, rounded: DType) -> Self {
         let shape: Vec<i64> = tensor.shape.iter().map(|size| size.of(sizes)).collect();
         let count = shape.iter().product::<i64>() as usize;
         let spread = |low: f64, high: f64| {
@@ -238,7 +238,7 @@ fn round_to(value: f64, dtype: DType) -> f64 {
     }
 }
 
-fn encode(values: &[f64], dtype: DType) -> Vec<u8> {
+pub(crate) fn encode(values: &[f64], dtype: DType) -> Vec<u8> {
     let bytes = |&value: &f64| -> Vec<u8> {
         match dtype {
             DType::F16 => f16::from_f64(value).to_le_bytes().to_vec(),

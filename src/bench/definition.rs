@@ -135,6 +135,16 @@ impl TensorSpec {
     }
 }
 
+/// What came of keeping a definition's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept {
+    Written,
+    /// It was there.
+    Same,
+    /// Another one was there, and still is.
+    Other,
+}
+
 /// What a kernel computes. The order of the inputs and outputs is the order of its arguments.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Definition {
@@ -252,6 +262,17 @@ impl Definition {
     /// [`Io`](crate::FlashInferError::Io).
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         write(path.as_ref(), &self.to_json())
+    }
+
+    /// Writes it into a file that is not there yet; one that is stays as it is.
+    pub(crate) fn keep(&self, path: &Path) -> Result<Kept> {
+        let text = self.to_json();
+        match fs::read(path) {
+            Ok(found) if found == text.as_bytes() => Ok(Kept::Same),
+            Ok(_) => Ok(Kept::Other),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => write(path, &text).map(|()| Kept::Written),
+            Err(error) => Err(io("reading", path)(error)),
+        }
     }
 
     /// That it obeys a dialect's rules. FlashInfer-Bench's: 11 element types, a reference with a function `run`, axes
@@ -467,6 +488,11 @@ pub(super) fn write(path: &Path, text: &str) -> Result<()> {
     let mut part = path.as_os_str().to_owned();
     part.push(format!(".part{}", std::process::id()));
     let part = Path::new(&part);
-    fs::write(part, text).map_err(io("writing", part))?;
-    fs::rename(part, path).map_err(io("renaming to", path))
+    let written = fs::write(part, text).map_err(io("writing", part));
+    let written = written.and_then(|()| fs::rename(part, path).map_err(io("renaming to", path)));
+    if written.is_err() {
+        // Half a file helps nobody; where it cannot be removed either, the error that there is says enough.
+        _ = fs::remove_file(part);
+    }
+    written
 }
