@@ -69,6 +69,7 @@ mod write {
 
     use super::{Checked, Operand, Path, Row, give_up, say};
     use crate::bench::{Kept, KernelCall, Key};
+    use crate::error::FlashInferError;
 
     /// Of calls whose definitions need not be written again.
     static SEEN: Mutex<Option<HashSet<Key>>> = Mutex::new(None);
@@ -91,6 +92,9 @@ mod write {
                 "{} is there and says something else; it was left as it is. Name a folder that is empty, or move the file",
                 path.display()
             )),
+            Err(FlashInferError::Io { doing, path, source }) => {
+                give_up(&format!("{doing} {} failed ({source}); name a folder that can be written", path.display()));
+            }
             Err(error) => give_up(&error.to_string()),
         }
     }

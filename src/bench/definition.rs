@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use super::Dialect;
@@ -270,7 +271,9 @@ impl Definition {
         match fs::read(path) {
             Ok(found) if found == text.as_bytes() => Ok(Kept::Same),
             Ok(_) => Ok(Kept::Other),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => write(path, &text).map(|()| Kept::Written),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                write(path, &text).map(|()| Kept::Written)
+            }
             Err(error) => Err(io("reading", path)(error)),
         }
     }

@@ -54,7 +54,8 @@ struct Facts {
     api: &'static str,
     /// The row's dimensions that are axes.
     axes: &'static [AxisOf],
-    /// What must hold besides what the row's shapes and contents say: its relations, but for those that are a GPU's.
+    /// What must hold besides what the row's shapes say: its relations, but for those that are a GPU's. Where these do not say
+    /// where offsets end, it is at the end of what they divide.
     constraints: &'static [&'static str],
     /// Python, in parts: the last has the function `run`.
     reference: &'static [&'static str],
@@ -133,6 +134,9 @@ impl KernelCall {
 
     /// A call that keeps its row.
     pub(crate) fn of(row: &'static Row, operands: &[Operand<'_, '_>], dimensions: &Dimensions) -> Self {
+        // The kernel's own row where a call has it in another form, with limits that are the call's.
+        let own = crate::kernels::rows().into_iter().find(|own| own.kernel == row.kernel);
+        let row = own.unwrap_or(row);
         let mut call =
             Self { row, dimensions: *dimensions, dtypes: [None; MAX_ARGUMENTS], words: [None; MAX_ARGUMENTS] };
         for (i, (operand, argument)) in operands.iter().zip(row.arguments).enumerate().take(MAX_ARGUMENTS) {
@@ -454,12 +458,12 @@ impl Writer<'_> {
             let Some(of) = self.of(i) else { continue };
             let name = |i: usize| self.of(i).map(|of| of.axis);
             match dimension.from {
-                From::Sum(a, b) => {
+                From::Sum(a, b) if in_shape(i) => {
                     if let (Some(a), Some(b)) = (name(a), name(b)) {
                         all.push(format!("{} == {a} + {b}", of.axis));
                     }
                 }
-                From::Larger(a, b) => {
+                From::Larger(a, b) if in_shape(i) => {
                     if let (Some(a), Some(b)) = (name(a), name(b)) {
                         let one = format!("{0} == {a} or {0} == {b}", of.axis);
                         all.extend([one, format!("{} >= {a}", of.axis), format!("{} >= {b}", of.axis)]);
@@ -472,10 +476,12 @@ impl Writer<'_> {
             }
         }
         for (_, argument, tensor) in shapes() {
+            let end = format!("{argument}[-1].item()");
             if let Contents::Offsets(_, whole) = tensor.contents
                 && let Some(of) = self.of(whole)
+                && !self.facts.constraints.iter().any(|text| text.contains(&end))
             {
-                all.push(format!("{} == {argument}[-1].item()", of.axis));
+                all.push(format!("{} == {end}", of.axis));
             }
         }
         all.extend(self.facts.constraints.iter().map(|&text| text.to_owned()));

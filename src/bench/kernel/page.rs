@@ -12,13 +12,16 @@ const AXES: &[AxisOf] = &[
     var("indices", "num_kv_indices"),
 ];
 
+/// There may be room behind the last.
+pub(super) const PAGES_ARE_LISTED: &str = "kv_indptr[-1].item() <= num_kv_indices";
+
 const APPEND: Facts = Facts {
     kernel: "append_paged_kv_cache",
     name: "append_paged_kv_cache",
     op_type: "page_append",
     api: "flashinfer.page.append_paged_kv_cache",
     axes: AXES,
-    constraints: &[],
+    constraints: &[PAGES_ARE_LISTED],
     reference: &[PLACES, NHD],
 };
 

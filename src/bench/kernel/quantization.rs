@@ -19,7 +19,7 @@ pub(super) const FACTS: &[Facts] = &[
         name: "segment_packbits",
         api: "flashinfer.quantization.segment_packbits",
         axes: &[var("elements", "num_elements"), var("segments", "num_segments"), var("bytes", "num_bytes")],
-        constraints: &["num_segments > 0"],
+        constraints: &["num_segments_plus_1 > 1"],
         reference: &[PACK, SEGMENTS],
         ..PACKBITS
     },

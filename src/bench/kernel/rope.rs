@@ -1,6 +1,6 @@
 //! Rotary position embeddings.
 
-use super::page::PLACES;
+use super::page::{PAGES_ARE_LISTED, PLACES};
 use super::{AxisOf, Facts, constant, var};
 
 const HEADS: [AxisOf; 4] = [
@@ -17,7 +17,7 @@ const POS_IDS: Facts = Facts {
     api: "flashinfer.rope.apply_rope_pos_ids",
     axes: &HEADS,
     constraints: &["rotary_dim % 2 == 0", "rotary_dim <= head_dim"],
-    reference: &[TURN, PLAIN, RUN_POS_IDS],
+    reference: &[TURN, TURN_BOTH, PLAIN, RUN_POS_IDS],
 };
 
 const RAGGED: Facts = Facts {
@@ -28,7 +28,7 @@ const RAGGED: Facts = Facts {
         let [tokens, q_heads, kv_heads, head_dim] = HEADS;
         [tokens, var("sequences", "batch_size"), q_heads, kv_heads, head_dim]
     },
-    reference: &[TURN, PLAIN, POSITIONS, RUN_RAGGED],
+    reference: &[TURN, TURN_BOTH, PLAIN, POSITIONS, RUN_RAGGED],
     ..POS_IDS
 };
 
@@ -79,6 +79,7 @@ const APPEND: Facts = Facts {
         var("requests", "batch_size"),
         var("indices", "num_kv_indices"),
     ],
+    constraints: &["rope_dim % 2 == 0", PAGES_ARE_LISTED],
     reference: &[TURN, ROUND, PLACES, RUN_APPEND_NHD],
     ..QUANTIZE
 };
@@ -89,7 +90,7 @@ pub(super) const FACTS: &[Facts] = &[
         kernel: "apply_llama31_rope_pos_ids",
         name: "llama31_rope_pos_ids",
         api: "flashinfer.rope.apply_llama31_rope_pos_ids",
-        reference: &[TURN, LLAMA31, RUN_LLAMA31_POS_IDS],
+        reference: &[TURN, TURN_BOTH, LLAMA31, RUN_LLAMA31_POS_IDS],
         ..POS_IDS
     },
     RAGGED,
@@ -97,7 +98,7 @@ pub(super) const FACTS: &[Facts] = &[
         kernel: "apply_llama31_rope",
         name: "llama31_rope",
         api: "flashinfer.rope.apply_llama31_rope",
-        reference: &[TURN, LLAMA31, POSITIONS, RUN_LLAMA31_RAGGED],
+        reference: &[TURN, TURN_BOTH, LLAMA31, POSITIONS, RUN_LLAMA31_RAGGED],
         ..RAGGED
     },
     CACHED,
@@ -143,9 +144,9 @@ const TURN: &str = r#"def turn(x, cos, sin, interleave):
     a, b = a * cos - b * sin, b * cos + a * sin
     turned = torch.stack([a, b], dim=-1).flatten(-2) if interleave else torch.cat([a, b], dim=-1)
     return torch.cat([turned, rest], dim=-1)
+"#;
 
-
-def turn_both(q, k, angles, interleave):
+const TURN_BOTH: &str = r#"def turn_both(q, k, angles, interleave):
     cos, sin = angles.cos().float(), angles.sin().float()
     return turn(q, cos, sin, interleave).to(q.dtype), turn(k, cos, sin, interleave).to(k.dtype)
 "#;
