@@ -11,6 +11,7 @@ use vendoring::emit;
 use vendoring::env::{self, Env};
 use vendoring::error::Result;
 use vendoring::families;
+use vendoring::kernels;
 use vendoring::local;
 use vendoring::lock::Lock;
 use vendoring::modules;
@@ -55,7 +56,8 @@ fn build() -> Result<()> {
     };
     if let Some(reason) = without {
         emit::rerun(&[], &env.names_read());
-        return emit::table(&out_dir, &[], &[reason], false);
+        emit::table(&out_dir, &[], std::slice::from_ref(&reason), false)?;
+        return kernels::table(&out_dir, &[], &[reason], false);
     }
 
     let named = modules::add(&mut lock, &env);
@@ -68,16 +70,28 @@ fn build() -> Result<()> {
     };
     let checkout = local::is_checkout(&manifest).then(|| manifest.clone());
     let record = checkout.as_ref().map(|checkout| checkout.join(local::RECORD)).filter(|record| record.exists());
+    let workspace = workspace(&out_dir);
+    let users = kernels::named_lock(&env, workspace.as_deref());
+    emit::rerun(&[], &env.names_read());
+    let users = users?;
+    let pinned = kernels::pinned(&lock, &lock_file, users.as_deref())?;
     let mut silent = |_, _| {};
-    let mut ladder = Ladder { env: &env, workspace: workspace(&out_dir), checkout, progress: &mut silent };
+    let mut ladder = Ladder { env: &env, workspace, checkout, progress: &mut silent };
     let result = vendor(&lock, &target, &has_feature, &mut ladder, &lib_dir);
     emit::rerun(&[], &env.names_read());
     let outcome = result?;
-    let watched: Vec<&Path> = outcome.watch.iter().chain(&record).map(PathBuf::as_path).collect();
-    emit::rerun(&watched, &[]);
-    outcome.warnings.iter().for_each(|text| emit::warn(text));
-    emit::prune(&lib_dir, &outcome.rows)?;
+    let mut sonames: Vec<&str> = outcome.rows.iter().map(|row| row.soname).collect();
+    let result = kernels::vendor(&pinned, &target, &mut ladder, &lib_dir, &sonames);
+    emit::rerun(&[], &env.names_read());
+    let kernels = result?;
+    let watched = outcome.watch.iter().chain(&kernels.watch).chain(&record).chain(&users);
+    emit::rerun(&watched.map(PathBuf::as_path).collect::<Vec<_>>(), &[]);
+    outcome.warnings.iter().chain(&kernels.warnings).for_each(|text| emit::warn(text));
+    let names: Vec<String> = kernels.rows.iter().map(|row| row.kernel.soname()).collect();
+    sonames.extend(names.iter().map(String::as_str));
+    emit::prune(&lib_dir, &sonames)?;
     emit::table(&out_dir, &outcome.rows, &outcome.missing, has_feature("embed"))?;
+    kernels::table(&out_dir, &kernels.rows, &kernels.missing, has_feature("embed"))?;
     emit::metadata(&lib_dir);
     Ok(())
 }

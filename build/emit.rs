@@ -32,34 +32,44 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) 
             Source::Local => "Local",
             Source::Network => "Network",
         };
-        let path = row.extracted.path.display().to_string();
-        let (built_at, built_below, embedded) = if embed {
-            (String::new(), String::new(), format!("Some(|| (&raw const {}).cast())", symbol(row.soname)))
-        } else {
-            (path, below_programs(&row.extracted.path), "None".to_owned())
-        };
+        let symbol = embed.then(|| symbol(row.soname));
         let _ = writeln!(
             text,
-            "    Vendored {{ name: {:?}, distribution: {:?}, version: {:?}, wheel_sha256: Digest({:?}), sha256: Digest({:?}), size: {}, source: Source::{source}, built_at: {built_at:?}, built_below: {built_below:?}, embedded: {embedded} }},",
-            row.soname,
+            "    Vendored {{ distribution: {:?}, version: {:?}, wheel_sha256: Digest({:?}), source: Source::{source}, stored: {} }},",
             row.wheel.distribution,
             row.wheel.version,
             row.wheel_sha256.0,
-            row.extracted.sha256.0,
-            row.extracted.size,
+            stored(row.soname, &row.extracted, symbol.as_deref()),
         );
     }
     let _ =
         writeln!(text, "];\n\n/// Why something was not vendored.\npub(crate) static MISSING: &[&str] = &{missing:?};");
     if embed {
-        rows.iter().for_each(|row| text += &embedding(row));
+        rows.iter().for_each(|row| text += &embedding(&symbol(row.soname), &row.extracted));
     }
-    let path = out_dir.join("vendored.rs");
-    // Untouched when the same, so that the library is not compiled again for nothing.
-    if std::fs::read_to_string(&path).is_ok_and(|old| old == text) {
+    publish_if_new(&out_dir.join("vendored.rs"), &text)
+}
+
+/// Writes a table; untouched when the same, so that the library is not compiled again for nothing.
+pub(super) fn publish_if_new(path: &Path, text: &str) -> Result<()> {
+    if std::fs::read_to_string(path).is_ok_and(|old| old == text) {
         return Ok(());
     }
-    publish_bytes(&path, text.as_bytes())
+    publish_bytes(path, text.as_bytes())
+}
+
+/// Where a library is, as the tables have it: in the program under a symbol, or at a path of this machine.
+pub(super) fn stored(soname: &str, extracted: &Extracted, symbol: Option<&str>) -> String {
+    let path = extracted.path.display().to_string();
+    let (built_at, built_below, embedded) = match symbol {
+        Some(symbol) => (String::new(), String::new(), format!("Some(|| (&raw const {symbol}).cast())")),
+        None => (path, below_programs(&extracted.path), "None".to_owned()),
+    };
+    format!(
+        "Stored {{ name: {soname:?}, sha256: Digest({:?}), size: {}, built_at: {built_at:?}, built_below: {built_below:?}, \
+         embedded: {embedded} }}",
+        extracted.sha256.0, extracted.size
+    )
 }
 
 /// A path from cargo's folder `build` on, which lies beside the programs that cargo builds; empty where no folder has that
@@ -71,10 +81,10 @@ fn below_programs(path: &Path) -> String {
 }
 
 /// A library's bytes as a symbol. The assembler reads the file: `include_bytes!` of 150 MB costs the compiler seconds.
-fn embedding(row: &Row<'_>) -> String {
-    let (symbol, size) = (symbol(row.soname), row.extracted.size);
+pub(super) fn embedding(symbol: &str, extracted: &Extracted) -> String {
+    let size = extracted.size;
     // Quoted for the assembler, and then for Rust; braces mean something to the macro.
-    let path = format!("{:?}", row.extracted.path.display().to_string()).replace('{', "{{").replace('}', "}}");
+    let path = format!("{:?}", extracted.path.display().to_string()).replace('{', "{{").replace('}', "}}");
     let incbin = format!(".incbin {path}");
     format!(
         "\ncore::arch::global_asm!(\".pushsection .rodata.flashinfer_rs,\\\"a\\\",%progbits\", \".balign 64\", \
@@ -84,7 +94,7 @@ fn embedding(row: &Row<'_>) -> String {
 }
 
 /// A library's name as the linker knows its bytes.
-fn symbol(soname: &str) -> String {
+pub(super) fn symbol(soname: &str) -> String {
     let name: String = soname.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     format!("flashinfer_rs_embedded_{name}")
 }
@@ -110,10 +120,10 @@ pub fn metadata(lib_dir: &Path) {
 }
 
 /// Removes libraries of an earlier build that this one did not vendor.
-pub fn prune(lib_dir: &Path, rows: &[Row<'_>]) -> Result<()> {
+pub fn prune(lib_dir: &Path, sonames: &[&str]) -> Result<()> {
     let Ok(entries) = std::fs::read_dir(lib_dir) else { return Ok(()) };
     for entry in entries.flatten() {
-        if !rows.iter().any(|row| entry.file_name() == row.soname) {
+        if !sonames.iter().any(|soname| entry.file_name() == *soname) {
             std::fs::remove_file(entry.path()).map_err(|e| Error::io("removing", &entry.path(), &e))?;
         }
     }

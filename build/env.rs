@@ -17,6 +17,7 @@ pub const STRICT: &str = "FLASHINFER_RS_STRICT";
 pub const ALLOW_VERSION: &str = "FLASHINFER_RS_ALLOW_VERSION";
 pub const MIRROR: &str = "FLASHINFER_RS_MIRROR";
 pub const MODULES: &str = "FLASHINFER_RS_MODULES";
+pub const KERNELS: &str = "FLASHINFER_RS_KERNELS";
 pub const SKIP_VENDOR: &str = "FLASHINFER_RS_SKIP_VENDOR";
 
 /// The variable that names a wheel of this distribution directly.

@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::digest::Digest;
 use super::error::{Error, Result, refuse};
+use super::kernels::{self, Kernel};
 
 /// The only format there is so far.
 const VERSION: u32 = 1;
@@ -16,6 +18,8 @@ pub struct Lock {
     pub version: u32,
     #[serde(rename = "wheel")]
     pub wheels: Vec<Wheel>,
+    #[serde(default, rename = "kernel")]
+    pub kernels: Vec<Kernel>,
 }
 
 #[derive(Deserialize)]
@@ -147,7 +151,7 @@ pub struct Place {
     pub method: Method,
 }
 
-fn digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Digest, D::Error> {
+pub(super) fn digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Digest, D::Error> {
     String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
@@ -164,6 +168,20 @@ fn crc32<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Resu
     value.map(Some).ok_or_else(wrong)
 }
 
+/// Reads a file of this format's version; `name` stands in the messages.
+pub(super) fn versioned<T: DeserializeOwned>(text: &str, name: &str, remedy: &str) -> Result<T> {
+    let malformed = |e: toml::de::Error| {
+        let fault = e.to_string().trim().replace('\n', " ");
+        Error::Refused(format!("{name} is malformed: {fault}; {remedy}"))
+    };
+    // First, since a later version may have keys that the strict parser would call faults.
+    let Versioned { version } = toml::from_str(text).map_err(malformed)?;
+    if version != VERSION {
+        refuse!("{name} has version {version}, this crate reads version {VERSION}; {remedy}");
+    }
+    toml::from_str(text).map_err(malformed)
+}
+
 impl Lock {
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io("reading", path, &e))?;
@@ -173,16 +191,7 @@ impl Lock {
     /// Parses and checks; `name` stands in the messages.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
         let remedy = "restore the file from the crate's release";
-        let malformed = |e: toml::de::Error| {
-            let fault = e.to_string().trim().replace('\n', " ");
-            Error::Refused(format!("{name} is malformed: {fault}; {remedy}"))
-        };
-        // First, since a later version may have keys that the strict parser would call faults.
-        let Versioned { version } = toml::from_str(text).map_err(malformed)?;
-        if version != VERSION {
-            refuse!("{name} has version {version}, this crate reads version {VERSION}; {remedy}");
-        }
-        let lock: Self = toml::from_str(text).map_err(malformed)?;
+        let lock: Self = versioned(text, name, remedy)?;
         for (i, wheel) in lock.wheels.iter().enumerate() {
             if let Err(fault) = wheel.check() {
                 refuse!("{name}: wheel {} for {}: {fault}; {remedy}", wheel.file, wheel.target);
@@ -192,6 +201,7 @@ impl Lock {
                 refuse!("{name} pins {} twice for {}; {remedy}", wheel.distribution, wheel.target);
             }
         }
+        kernels::check(&lock.kernels, name)?;
         Ok(lock)
     }
 
@@ -230,7 +240,7 @@ impl Wheel {
 }
 
 /// A file name and nothing else: it becomes part of a path.
-fn plain_name(name: &str) -> std::result::Result<(), String> {
+pub(super) fn plain_name(name: &str) -> std::result::Result<(), String> {
     let fine = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0', '\n', '\r', '"']);
     if fine { Ok(()) } else { Err(format!("`{}` is not a plain file name", name.escape_debug())) }
 }

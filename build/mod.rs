@@ -10,6 +10,7 @@ pub mod error;
 pub mod families;
 pub mod fetch;
 pub mod index;
+pub mod kernels;
 pub mod layout;
 pub mod local;
 pub mod lock;

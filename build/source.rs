@@ -261,7 +261,7 @@ impl Ladder<'_> {
             return Ok(None);
         }
         let Some(store) = self.store() else { return Ok(None) };
-        let sources = self.network_sources(wheel)?;
+        let sources = self.mirrored(&wheel.sources)?;
         let client = Client::new();
         store.locked(&wheel.sha256, || {
             // Somebody else may have fetched it while this process waited.
@@ -378,9 +378,9 @@ impl Ladder<'_> {
         Ok(format!("{} fetched ({}), kept in {}", wheel.file, summary(bytes, started), path.display()))
     }
 
-    /// The lock's sources. A mirror replaces the release host, and fails closed: that host's index is not tried either.
-    fn network_sources(&self, wheel: &Wheel) -> Result<Vec<lock::Source>> {
-        let Some(mirror) = self.env.text(env::MIRROR) else { return Ok(wheel.sources.clone()) };
+    /// A lock's sources. A mirror replaces the release host, and fails closed: that host's index is not tried either.
+    pub(super) fn mirrored(&self, sources: &[lock::Source]) -> Result<Vec<lock::Source>> {
+        let Some(mirror) = self.env.text(env::MIRROR) else { return Ok(sources.to_vec()) };
         if !mirror.starts_with("https://") && !mirror.starts_with("http://") {
             refuse!("{} is not an http or https address; correct or unset it", env::MIRROR);
         }
@@ -392,10 +392,10 @@ impl Ladder<'_> {
             lock::Source::Index(_) => None,
             lock::Source::Purl(_) => Some(source.clone()),
         };
-        Ok(wheel.sources.iter().filter_map(mirrored).collect())
+        Ok(sources.iter().filter_map(mirrored).collect())
     }
 
-    fn store(&self) -> Option<Store> {
+    pub(super) fn store(&self) -> Option<Store> {
         self.env.cache_dir().map(Store::new)
     }
 }

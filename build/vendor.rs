@@ -113,7 +113,7 @@ fn from_wheel<'a>(
 }
 
 /// Copies a verified member into `lib_dir`, and checks what arrived there.
-fn place(member: &Member, from: &Path, file: &mut File, lib_dir: &Path) -> Result<Extracted> {
+pub(super) fn place(member: &Member, from: &Path, file: &mut File, lib_dir: &Path) -> Result<Extracted> {
     let path = lib_dir.join(&member.soname);
     let (sha256, size) = publish(&path, |out| {
         let failed = |e: std::io::Error| Error::io("copying", from, &e);

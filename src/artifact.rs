@@ -21,13 +21,19 @@ const KERNELS: &str = "flashinfer_jit_cache";
 /// A library that the build vendored.
 #[derive(Debug)]
 pub(crate) struct Vendored {
-    pub(crate) name: &'static str,
     pub(crate) distribution: &'static str,
     pub(crate) version: &'static str,
     pub(crate) wheel_sha256: Digest,
+    pub(crate) source: Source,
+    pub(crate) stored: Stored,
+}
+
+/// What is known of a library's file.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    pub(crate) name: &'static str,
     pub(crate) sha256: Digest,
     pub(crate) size: u64,
-    pub(crate) source: Source,
     /// A hint, right only on the machine that built; empty where the library is embedded.
     pub(crate) built_at: &'static str,
     /// The end of `built_at`, from the folder on that cargo puts programs into. It stays right when a project is moved, for
@@ -38,7 +44,7 @@ pub(crate) struct Vendored {
     pub(crate) embedded: Option<fn() -> *const u8>,
 }
 
-impl Vendored {
+impl Stored {
     /// With the feature `embed`: the library itself.
     fn embedded(&self) -> Option<&'static [u8]> {
         let address = self.embedded?();
@@ -129,16 +135,16 @@ impl fmt::Display for Artifact {
 pub(crate) fn list(loaded: &[(String, PathBuf)]) -> Vec<Artifact> {
     let path_of = |name: &str| loaded.iter().find(|(known, _)| known == name).map(|(_, path)| path.clone());
     let rows = LIBRARIES.iter().map(|row| Artifact {
-        name: row.name.to_owned(),
+        name: row.stored.name.to_owned(),
         provenance: Some(Provenance {
             distribution: row.distribution,
             version: row.version,
             wheel_sha256: row.wheel_sha256.to_string(),
-            sha256: row.sha256.to_string(),
-            size: row.size,
+            sha256: row.stored.sha256.to_string(),
+            size: row.stored.size,
             source: row.source,
         }),
-        loaded_from: path_of(row.name),
+        loaded_from: path_of(row.stored.name),
     });
     let others = loaded.iter().filter(|(name, _)| vendored(name).is_none());
     let others =
@@ -148,7 +154,7 @@ pub(crate) fn list(loaded: &[(String, PathBuf)]) -> Vec<Artifact> {
 
 /// The row of a library, if it was vendored.
 pub(crate) fn vendored(name: &str) -> Option<&'static Vendored> {
-    LIBRARIES.iter().find(|row| row.name == name)
+    LIBRARIES.iter().find(|row| row.stored.name == name)
 }
 
 /// Refuses every name but those that a kernel module can have. A path would lead out of the folders that are searched, and
@@ -185,7 +191,7 @@ pub(crate) enum Location {
 
 /// Finds a library: in the configured folder, in that of the variable, in this program, beside the executable, where the
 /// build put it, seen from the executable and then by its full path.
-pub(crate) fn locate(name: &str, configured: Option<&Path>) -> Result<Location> {
+pub(crate) fn locate(name: &str, stored: Option<&'static Stored>, configured: Option<&Path>) -> Result<Location> {
     let mut searched = Vec::new();
     let mut file = |path: PathBuf| {
         let found = path.is_file();
@@ -198,7 +204,7 @@ pub(crate) fn locate(name: &str, configured: Option<&Path>) -> Result<Location> 
             return Ok(Location::File(path));
         }
     }
-    if let Some(row) = vendored(name)
+    if let Some(row) = stored
         && let Some(bytes) = row.embedded()
     {
         return Ok(Location::Embedded(bytes, &row.sha256));
@@ -207,17 +213,17 @@ pub(crate) fn locate(name: &str, configured: Option<&Path>) -> Result<Location> 
     let mut places = Vec::new();
     if let Some(folder) = executable.as_deref().and_then(Path::parent) {
         places.push(folder.join(BESIDE_EXECUTABLE).join(name));
-        if let Some(row) = vendored(name).filter(|row| !row.built_below.is_empty()) {
+        if let Some(row) = stored.filter(|row| !row.built_below.is_empty()) {
             // cargo puts programs beside its folder `build`, and tests and examples one folder below that.
             places.extend(folder.ancestors().take(2).map(|folder| folder.join(row.built_below)));
         }
     }
     // Last: where a project was copied, this is the original's, which may have been built again since.
-    places.extend(vendored(name).map(|row| PathBuf::from(row.built_at)));
+    places.extend(stored.map(|row| PathBuf::from(row.built_at)));
     if let Some(path) = places.into_iter().find_map(file) {
         return Ok(Location::File(path));
     }
-    let remedy = match vendored(name) {
+    let remedy = match stored {
         Some(_) => format!(
             "if the project was moved or its target folder cleaned or restored, run `cargo clean -p flashinfer-rs` and build \
              again; elsewhere put the vendored libraries into the folder that {LIB_DIR} names, or into \

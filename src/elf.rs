@@ -80,6 +80,27 @@ fn unfit<T>(problem: impl Into<String>, remedy: impl Into<String>) -> Result<T, 
     Err(Unfit { problem: problem.into(), remedy: remedy.into() })
 }
 
+/// What TVM-FFI puts before an exported function's name.
+pub(crate) const PREFIX: &str = "__tvm_ffi_";
+
+/// What stands before the symbols of TVM-FFI's C functions.
+const C_SYMBOLS: &str = "TVMFFI";
+/// What stands in the symbols of its C++ functions.
+const CXX_SYMBOLS: &str = "N3tvm3ffi";
+
+/// What a library exports whose functions need more than to be found: modules that were embedded in it, a context.
+const EMBEDDED: [&str; 2] = ["_library_bin", "_library_ctx"];
+
+/// Those of CUDA's libraries whose number is CUDA's own: what their sonames begin with.
+const NUMBERED_AS_CUDA: [&str; 5] =
+    ["libcudart.so.", "libcublas.so.", "libcublasLt.so.", "libnvrtc.so.", "libnvJitLink.so."];
+
+/// The release of CUDA that a library's soname implies.
+pub(crate) fn cuda_major(soname: &str) -> Option<u32> {
+    let number = NUMBERED_AS_CUDA.iter().find_map(|start| soname.strip_prefix(start))?;
+    number.split('.').next()?.parse().ok()
+}
+
 /// Where TVM-FFI embeds modules in a library.
 const LIBRARY_BIN: &str = "__tvm_ffi__library_bin";
 
@@ -105,6 +126,11 @@ pub(crate) fn machine_name(machine: u16) -> String {
 impl Elf {
     /// What a file says of itself, if it is a shared object for a machine like this one.
     pub(crate) fn read<'data, R: ReadRef<'data>>(data: R) -> Result<Self, Unfit> {
+        Self::read_for(&[HOST], data)
+    }
+
+    /// As [`read`](Self::read), for one of these machines, of which the first is this one.
+    pub(crate) fn read_for<'data, R: ReadRef<'data>>(machines: &[u16], data: R) -> Result<Self, Unfit> {
         refuse_what_is_no_elf(data)?;
         let malformed = |error: object::Error| Unfit {
             problem: format!("it is a damaged ELF file ({error})"),
@@ -113,10 +139,11 @@ impl Elf {
         let file = ElfFile64::<Endianness, R>::parse(data).map_err(malformed)?;
         let (header, endian) = (file.elf_header(), file.endian());
         let mut elf = Self { machine: header.e_machine(endian).0, ..Self::default() };
-        if elf.machine != HOST || endian != Endianness::Little {
+        if !machines.contains(&elf.machine) || endian != Endianness::Little {
             let order = if endian == Endianness::Little { "" } else { ", with the most significant byte first" };
             let found = machine_name(elf.machine);
-            return unfit(format!("it is for {found}{order}, and this is {}", machine_name(HOST)), REBUILD);
+            let wanted: Vec<_> = machines.iter().map(|machine| machine_name(*machine)).collect();
+            return unfit(format!("it is for {found}{order}, and this is {}", wanted.join(" or ")), REBUILD);
         }
         match header.e_type(endian) {
             elf::ET_DYN => {}
@@ -155,6 +182,27 @@ impl Elf {
             elf.targets.extend(section.data().map(targets).unwrap_or_default());
         }
         Ok(elf)
+    }
+
+    /// The names behind [`PREFIX`] of what it exports, in alphabetical order.
+    pub(crate) fn tvm_ffi_exports(&self) -> impl Iterator<Item = &str> {
+        self.defined.iter().filter_map(|symbol| symbol.strip_prefix(PREFIX))
+    }
+
+    /// The symbols of TVM-FFI that it needs.
+    pub(crate) fn tvm_ffi_symbols(&self) -> impl Iterator<Item = &str> {
+        let undefined = self.undefined.iter().map(String::as_str);
+        undefined.filter(|symbol| symbol.starts_with(C_SYMBOLS) || symbol.contains(CXX_SYMBOLS))
+    }
+
+    /// Whether its functions work only where TVM-FFI itself loads it.
+    pub(crate) fn has_embedded(&self) -> bool {
+        EMBEDDED.iter().any(|name| self.defined.contains(&format!("{PREFIX}{name}")))
+    }
+
+    /// The release of CUDA that the needed libraries imply, if any does.
+    pub(crate) fn cuda_major(&self) -> Option<u32> {
+        self.needed.iter().find_map(|name| cuda_major(name))
     }
 }
 

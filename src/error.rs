@@ -276,6 +276,26 @@ pub enum FlashInferError {
     #[error(transparent)]
     Data(Box<crate::bench::DataError>),
 
+    /// No kernel of this name was pinned when the program was built.
+    #[error(
+        "no kernel {kernel} was vendored; {}{}; {remedy}",
+        .nearest.as_ref().map(|name| format!("did you mean {name}? ")).unwrap_or_default(),
+        match &vendored[..] {
+            [] => "none was".to_owned(),
+            names => format!("these were: {}", names.join(", ")),
+        }
+    )]
+    KernelMissing {
+        /// The kernel that was asked for.
+        kernel: String,
+        /// The name that is most like it, if any is.
+        nearest: Option<String>,
+        /// The kernels that were vendored.
+        vendored: Vec<String>,
+        /// What to do.
+        remedy: String,
+    },
+
     /// The runtime was not initialized.
     #[error("the runtime is not initialized; call FlashInferRuntime::initialize first")]
     NotInitialized,

@@ -110,6 +110,7 @@ pub mod object;
 mod open;
 mod owner;
 mod philox;
+mod pinned;
 mod prepared;
 pub mod reference;
 mod report;
@@ -155,6 +156,7 @@ pub use indices::{
 pub use module::{Function, Module};
 pub use open::Preflight;
 pub use philox::Philox;
+pub use pinned::PinnedKernel;
 pub use prepared::Prepared;
 pub use report::{DeviceReport, Report};
 pub use rotary::{CosSinCache, CosSinFacts, RopeScaling};

@@ -42,6 +42,13 @@ impl Library {
     /// Loading runs the library's initializers: they must be sound to run here. A matching digest of a vendored library
     /// is such a promise.
     pub(crate) unsafe fn open(name: &str, path: &Path, expected: Option<&Digest>) -> Result<Self> {
+        let file = Self::checked(name, path, expected)?;
+        // SAFETY: the caller's promise.
+        unsafe { Self::from_descriptor(name, path, file) }
+    }
+
+    /// A file, open, and compared with its digest where there is one.
+    pub(crate) fn checked(name: &str, path: &Path, expected: Option<&Digest>) -> Result<File> {
         let failed = |doing| move |source| FlashInferError::Io { doing, path: path.to_owned(), source };
         let file = File::open(path).map_err(failed("opening"))?;
         if let Some(expected) = expected {
@@ -55,8 +62,7 @@ impl Library {
                 });
             }
         }
-        // SAFETY: the caller's promise.
-        unsafe { Self::from_descriptor(name, path, file) }
+        Ok(file)
     }
 
     /// Loads bytes: writes them to memory that nobody can change any more, and loads that.
@@ -64,6 +70,13 @@ impl Library {
     /// # Safety
     /// As for [`open`](Self::open).
     pub(crate) unsafe fn embedded(name: &str, bytes: &'static [u8], expected: &Digest) -> Result<Self> {
+        let (path, file) = Self::embedded_file(name, bytes, expected)?;
+        // SAFETY: the caller's promise.
+        unsafe { Self::from_sealed(name, &path, file) }
+    }
+
+    /// Bytes of this program, compared with their digest, in memory that nobody can change any more.
+    pub(crate) fn embedded_file(name: &str, bytes: &[u8], expected: &Digest) -> Result<(PathBuf, File)> {
         let path = PathBuf::from(format!("{EMBEDDED}{name}"));
         let found = hash(bytes);
         if found != *expected {
@@ -74,12 +87,21 @@ impl Library {
                 expected: expected.to_string(),
             });
         }
-        let refused = |reason: String| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason };
-        let file = sealed(name, bytes).map_err(refused)?;
+        let refused = |reason| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason };
+        Ok((path, sealed(name, bytes).map_err(refused)?))
+    }
+
+    /// Loads what is in memory.
+    ///
+    /// # Safety
+    /// As for [`open`](Self::open).
+    pub(crate) unsafe fn from_sealed(name: &str, path: &Path, file: File) -> Result<Self> {
         // SAFETY: the caller's promise.
-        match unsafe { Self::from_descriptor(name, &path, file) } {
+        match unsafe { Self::from_descriptor(name, path, file) } {
             // The memory itself cannot be opened or mapped; any other reason names a library that is missing or too old.
-            Err(FlashInferError::LoadFailed { reason, .. }) if reason.starts_with(OPEN_FILES) => Err(refused(reason)),
+            Err(FlashInferError::LoadFailed { reason, .. }) if reason.starts_with(OPEN_FILES) => {
+                Err(FlashInferError::EmbeddingRefused { library: name.to_owned(), reason })
+            }
             result => result,
         }
     }

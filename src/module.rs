@@ -11,8 +11,7 @@ use crate::ffi::api::Api;
 use crate::loader::Library;
 use crate::object::{Any, Arg, Callee, FromAny, Func, Object, Params, Typed, Value};
 
-/// What TVM-FFI puts before an exported function's name.
-pub(crate) const PREFIX: &str = "__tvm_ffi_";
+pub(crate) use crate::elf::PREFIX;
 
 /// What it puts before the name of a function's description, a function as well.
 const METADATA: &str = "_metadata_";
@@ -211,7 +210,7 @@ pub(crate) fn exported<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> 
 }
 
 /// The name that is most like this one, if any is like it at all.
-fn nearest<'a>(name: &str, names: &'a [String]) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(name: &str, names: &'a [String]) -> Option<&'a str> {
     // Whoever asks for a name of that length meant none of these.
     const LONGEST: usize = 256;
     let few = names.iter().filter(|other| other.len().max(name.len()) <= LONGEST);

@@ -21,14 +21,6 @@ pub struct Preflight {
     elf: Elf,
 }
 
-/// What stands before the symbols of TVM-FFI's C functions.
-const C_SYMBOLS: &str = "TVMFFI";
-/// What stands in the symbols of its C++ functions.
-const CXX_SYMBOLS: &str = "N3tvm3ffi";
-
-/// What a library exports whose functions need more than to be found: modules that were embedded in it, a context.
-const EMBEDDED: [&str; 2] = ["_library_bin", "_library_ctx"];
-
 /// CUDA's libraries: what their sonames begin with, and which release is in the number behind it.
 const CUDA: [&str; 9] = [
     "libcudart.so.",
@@ -42,12 +34,8 @@ const CUDA: [&str; 9] = [
     "libnvToolsExt.so.",
 ];
 
-/// Those of [`CUDA`] whose number is CUDA's own.
-const NUMBERED_AS_CUDA: [&str; 5] =
-    ["libcudart.so.", "libcublas.so.", "libcublasLt.so.", "libnvrtc.so.", "libnvJitLink.so."];
-
 impl Preflight {
-    fn read(path: &Path, file: &File) -> Result<Self> {
+    pub(crate) fn read(path: &Path, file: &File) -> Result<Self> {
         let parts = ReadCache::new(file);
         match Elf::read(&parts) {
             Ok(elf) => Ok(Self { path: path.to_owned(), elf }),
@@ -64,19 +52,17 @@ impl Preflight {
 
     /// The release of CUDA that the needed libraries imply, if any does: 12 for `libcudart.so.12`.
     pub fn cuda_major(&self) -> Option<u32> {
-        self.elf.needed.iter().find_map(|name| cuda_major(name))
+        self.elf.cuda_major()
     }
 
     /// The functions that it exports, in alphabetical order.
     pub fn functions(&self) -> Vec<String> {
-        let names = self.elf.defined.iter().filter_map(|symbol| symbol.strip_prefix(PREFIX));
-        crate::module::exported(names)
+        crate::module::exported(self.elf.tvm_ffi_exports())
     }
 
     /// The symbols of TVM-FFI that it needs.
     pub fn tvm_ffi_symbols(&self) -> Vec<&str> {
-        let undefined = self.elf.undefined.iter().map(String::as_str);
-        undefined.filter(|symbol| symbol.starts_with(C_SYMBOLS) || symbol.contains(CXX_SYMBOLS)).collect()
+        self.elf.tvm_ffi_symbols().collect()
     }
 
     /// What its GPU code was compiled for: `sm_90`, `sm_90a`, `compute_90` for PTX. Empty where there is none, or where it lies
@@ -93,7 +79,7 @@ impl Preflight {
     /// Whether it has modules embedded (Python's `export_library` does so), or wants a context, so that its functions work
     /// only where TVM-FFI itself loads it: [`Module::open`] then does that.
     pub fn has_embedded(&self) -> bool {
-        EMBEDDED.iter().any(|name| self.elf.defined.contains(&format!("{PREFIX}{name}")))
+        self.elf.has_embedded()
     }
 
     /// The kinds of the modules that are embedded in it, beside the library itself.
@@ -102,12 +88,12 @@ impl Preflight {
         self.elf.embedded.iter().flatten().map(String::as_str).filter(|kind| *kind != ITSELF).collect()
     }
 
-    fn unloadable(&self, problem: String, remedy: impl Into<String>) -> FlashInferError {
+    pub(crate) fn unloadable(&self, problem: String, remedy: impl Into<String>) -> FlashInferError {
         FlashInferError::Unloadable { path: self.path.clone(), problem, remedy: remedy.into() }
     }
 
     /// That it can be loaded into this process, as far as it tells without running.
-    fn check(&self, runtime: &'static FlashInferRuntime) -> Result<()> {
+    pub(crate) fn check(&self, runtime: &'static FlashInferRuntime) -> Result<()> {
         if !self.elf.is_complete {
             // Its tables were stripped; the dynamic linker, which does without, has the word.
             return Ok(());
@@ -175,14 +161,15 @@ impl Preflight {
     ///
     /// # Safety
     /// As for [`Module::open`], which would load them as well.
-    unsafe fn load_cuda(&self) -> Result<()> {
+    pub(crate) unsafe fn load_cuda(&self) -> Result<()> {
         // With places of its own it may find what is not found from here.
         let named = self.elf.needed.iter().filter(|_| self.elf.search_paths.is_empty());
         for name in named.filter(|name| CUDA.iter().any(|start| name.starts_with(start))) {
             // SAFETY: the caller's promise; what is loaded already stays as it is.
             let found = unsafe { Library::by_name(name, true).or_else(|_| Library::by_name(name, false)) };
             let Err(reason) = found else { continue };
-            let release = cuda_major(name).map(|major| format!("CUDA {major}")).unwrap_or_else(|| "CUDA".to_owned());
+            let release =
+                elf::cuda_major(name).map(|major| format!("CUDA {major}")).unwrap_or_else(|| "CUDA".to_owned());
             return Err(self.unloadable(
                 format!("it needs {name}, a library of {release}, which is not found ({reason})"),
                 format!("install {release}'s libraries where the dynamic linker looks, or build it for the CUDA that is there"),
@@ -190,11 +177,6 @@ impl Preflight {
         }
         Ok(())
     }
-}
-
-fn cuda_major(soname: &str) -> Option<u32> {
-    let number = NUMBERED_AS_CUDA.iter().find_map(|start| soname.strip_prefix(start))?;
-    number.split('.').next()?.parse().ok()
 }
 
 impl Module {

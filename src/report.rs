@@ -6,6 +6,7 @@ use crate::artifact::{self, Artifact};
 use crate::cuda;
 use crate::error::Result;
 use crate::kernels;
+use crate::pinned::{self, PinnedKernel};
 use crate::runtime::FlashInferRuntime;
 use crate::self_test::{SelfTest, self_test};
 
@@ -17,6 +18,8 @@ pub struct Report {
     pub version: &'static str,
     /// The libraries.
     pub artifacts: Vec<Artifact>,
+    /// The FlashInfer-Bench kernels that were pinned. They are no part of the self-tests: what they compute is not known here.
+    pub kernels: &'static [PinnedKernel],
     /// Why something was not vendored.
     pub missing: Vec<&'static str>,
     /// The CUDA release that the driver supports, or why there is none.
@@ -53,6 +56,7 @@ impl fmt::Display for Report {
         writeln!(f, "flashinfer-rs {}", self.version)?;
         writeln!(f, "\nlibraries")?;
         self.artifacts.iter().try_for_each(|artifact| writeln!(f, "  {artifact}"))?;
+        self.kernels.iter().try_for_each(|kernel| writeln!(f, "  pinned kernel {kernel}"))?;
         self.missing.iter().try_for_each(|fault| writeln!(f, "  missing: {fault}"))?;
         match &self.driver {
             Ok(release) => writeln!(f, "\ndriver\n  supports CUDA {release}")?,
@@ -108,7 +112,8 @@ impl FlashInferRuntime {
         Report {
             version: env!("CARGO_PKG_VERSION"),
             artifacts: self.artifacts(),
-            missing: artifact::MISSING.to_vec(),
+            kernels: PinnedKernel::all(),
+            missing: artifact::MISSING.iter().chain(pinned::ELSEWHERE).copied().collect(),
             driver: count.and_then(|_| self.cudart()?.driver_release()),
             devices,
             self_tests,

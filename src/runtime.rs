@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int};
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use crate::artifact::{self, Artifact, Location};
+use crate::artifact::{self, Artifact, Location, Stored};
 use crate::cuda::{Cudart, Limits};
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
@@ -426,6 +427,22 @@ impl FlashInferRuntime {
         unsafe { Object::tensor(tensor, &self.api) }
     }
 
+    /// A vendored library's file, compared with its digest, with the path that it is known by, and whether it is the copy in
+    /// this program.
+    pub(crate) fn file(&self, stored: &'static Stored) -> Result<(PathBuf, File, bool)> {
+        match artifact::locate(stored.name, Some(stored), self.config.lib_dir.as_deref())? {
+            Location::File(path) => {
+                let expected = (!self.config.unverified).then_some(&stored.sha256);
+                let file = Library::checked(stored.name, &path, expected)?;
+                Ok((path, file, false))
+            }
+            Location::Embedded(bytes, sha256) => {
+                let (path, file) = Library::embedded_file(stored.name, bytes, sha256)?;
+                Ok((path, file, true))
+            }
+        }
+    }
+
     pub(crate) fn api(&'static self) -> &'static Api {
         &self.api
     }
@@ -437,8 +454,8 @@ impl FlashInferRuntime {
 }
 
 fn open(soname: &str, config: &RuntimeConfig) -> Result<Library> {
-    let row = artifact::vendored(soname);
-    let path = match artifact::locate(soname, config.lib_dir.as_deref())? {
+    let row = artifact::vendored(soname).map(|row| &row.stored);
+    let path = match artifact::locate(soname, row, config.lib_dir.as_deref())? {
         Location::File(path) => path,
         Location::Embedded(bytes, sha256) => {
             // SAFETY: the digest is that of the vendored library, whose initializers are known to do no harm.

@@ -130,6 +130,10 @@ fn succeeds(child: Child) {
     assert!(output.status.success() && text.contains("1 passed"), "in a process of its own:\n{text}");
 }
 
+fn sonames<'a>(rows: &'a [emit::Row<'_>]) -> Vec<&'a str> {
+    rows.iter().map(|row| row.soname).collect()
+}
+
 /// What build.rs does with a lock, a cache and a library folder.
 fn build(lock: &Path, cache: &Path, lib_dir: &Path) {
     let lock = Lock::read(lock).expect("the lock");
@@ -138,7 +142,7 @@ fn build(lock: &Path, cache: &Path, lib_dir: &Path) {
     let mut ladder = Ladder { env: &env, workspace: None, checkout: None, progress: &mut silent };
     let has_feature = |name: &str| FEATURES.contains(&name);
     let outcome = vendor(&lock, TARGET, &has_feature, &mut ladder, lib_dir).expect("the kernels");
-    emit::prune(lib_dir, &outcome.rows).expect("a folder of kernels");
+    emit::prune(lib_dir, &sonames(&outcome.rows)).expect("a folder of kernels");
 }
 
 /// That every file under its final name is what its folder's name says; answers how many there are.
@@ -261,7 +265,7 @@ mod processes {
                 assert!(bytes == wheel.member(path), "{file} after kill {kill} at {moment:?} ({way:?})");
             }
             let rows = machine.vendor(&lock, FEATURES).expect("the next build").rows;
-            emit::prune(&machine.lib_dir(), &rows).expect("pruned");
+            emit::prune(&machine.lib_dir(), &sonames(&rows)).expect("pruned");
             are_the_kernels(&machine.lib_dir(), &wheel);
             let left = files_under(&machine.cache());
             assert_eq!(verified(&machine.cache()), left.len(), "after kill {kill} at {moment:?} ({way:?}): {left:?}");

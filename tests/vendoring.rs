@@ -1652,7 +1652,7 @@ mod what_a_build_leaves {
         let (machine, wheel) = (Machine::new(), pinned());
         machine.place("lib/norm.so", "kept");
         machine.place("lib/gdn_prefill_sm90.so", "of an earlier build");
-        emit::prune(&machine.lib_dir(), &[row(&wheel)]).expect("pruned");
+        emit::prune(&machine.lib_dir(), &[row(&wheel).soname]).expect("pruned");
         assert_eq!(files_under(&machine.lib_dir()), ["norm.so"]);
     }
 }
