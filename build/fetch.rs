@@ -41,6 +41,30 @@ struct Answer {
     body: ureq::BodyReader<'static>,
 }
 
+impl Answer {
+    /// The whole body, if it is no longer than `limit`.
+    fn all(self, url: &str, limit: u64) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let read = self.body.take(limit.saturating_add(1)).read_to_end(&mut bytes);
+        read.map_err(|e| Error::Unavailable(format!("{} broke off: {e}", redacted(url))))?;
+        if bytes.len() as u64 > limit {
+            refuse!("{} is longer than {limit} bytes, too long for what it should be", redacted(url));
+        }
+        if let Some(length) = self.length.filter(|&length| length != bytes.len() as u64) {
+            let fault = format!("{} ended after {} of {length} bytes; try again", redacted(url), bytes.len());
+            return Err(Error::Unavailable(fault));
+        }
+        Ok(bytes)
+    }
+}
+
+/// Why there is no answer, whether another try may help, and the status where a server gave one.
+struct NoAnswer {
+    fault: Error,
+    passing: bool,
+    status: Option<u16>,
+}
+
 /// What of a file is asked for.
 #[derive(Clone, Copy)]
 enum Part<'a> {
@@ -176,32 +200,39 @@ impl Client {
     /// A text of at most `limit` bytes: its content type, and itself.
     pub fn text(&self, url: &str, accept: &str, limit: u64) -> Result<(String, String)> {
         let answer = self.get(url, Some(accept), Part::Whole)?;
-        let mut text = Vec::new();
-        let read = answer.body.take(limit + 1).read_to_end(&mut text);
-        read.map_err(|e| Error::Unavailable(format!("{} broke off: {e}", redacted(url))))?;
-        if text.len() as u64 > limit {
-            refuse!("{} is longer than {limit} bytes, too long for what it should be", redacted(url));
+        let content_type = answer.content_type.clone();
+        Ok((content_type, String::from_utf8_lossy(&answer.all(url, limit)?).into_owned()))
+    }
+
+    /// A file of at most `limit` bytes, of which nothing else is known; `None` where the server says that there is none.
+    pub fn unknown(&self, url: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+        match self.try_often(url, None, Part::Whole) {
+            Ok(answer) => answer.all(url, limit).map(Some),
+            Err(NoAnswer { status: Some(404 | 410), .. }) => Ok(None),
+            Err(NoAnswer { fault, .. }) => Err(fault),
         }
-        Ok((answer.content_type, String::from_utf8_lossy(&text).into_owned()))
     }
 
     fn get(&self, url: &str, accept: Option<&str>, part: Part<'_>) -> Result<Answer> {
+        self.try_often(url, accept, part).map_err(|no| no.fault)
+    }
+
+    fn try_often(&self, url: &str, accept: Option<&str>, part: Part<'_>) -> std::result::Result<Answer, NoAnswer> {
         let mut pauses = BACK_OFF.iter();
         loop {
-            let fault = match self.try_get(url, accept, part) {
+            let no = match self.try_get(url, accept, part) {
                 Ok(answer) => return Ok(answer),
-                Err((fault, passing)) if !passing => return Err(fault),
-                Err((fault, _)) => fault,
+                Err(no) if !no.passing => return Err(no),
+                Err(no) => no,
             };
             match pauses.next() {
                 Some(pause) => std::thread::sleep(*pause),
-                None => return Err(fault),
+                None => return Err(no),
             }
         }
     }
 
-    /// The error comes with whether another try may help.
-    fn try_get(&self, url: &str, accept: Option<&str>, part: Part<'_>) -> std::result::Result<Answer, (Error, bool)> {
+    fn try_get(&self, url: &str, accept: Option<&str>, part: Part<'_>) -> std::result::Result<Answer, NoAnswer> {
         let shown = redacted(url);
         // A transfer that starts encrypted stays so through every redirect.
         let plain = url.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("http:"));
@@ -225,18 +256,18 @@ impl Client {
             Ok(response) => response,
             Err(e) => {
                 let (fault, passing) = no_answer(&e);
-                return Err((Error::Unavailable(format!("{shown}: {fault}")), passing));
+                return Err(NoAnswer { fault: Error::Unavailable(format!("{shown}: {fault}")), passing, status: None });
             }
         };
         let status = response.status().as_u16();
         if !(200..300).contains(&status) {
             let fault = Error::Unavailable(format!("{shown} answered {status}{}", advice(status)));
-            return Err((fault, status >= 500));
+            return Err(NoAnswer { fault, passing: status >= 500, status: Some(status) });
         }
         let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
         if let Some(encoding) = header("content-encoding").filter(|encoding| encoding != "identity") {
             let fault = format!("{shown} came with content-encoding {encoding}, which was not asked for");
-            return Err((Error::Unavailable(fault), false));
+            return Err(NoAnswer { fault: Error::Unavailable(fault), passing: false, status: None });
         }
         Ok(Answer {
             status,

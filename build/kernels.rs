@@ -74,7 +74,6 @@ pub struct Kernel {
 #[serde(deny_unknown_fields, rename_all = "lowercase")]
 pub enum Place {
     /// An address, behind which the files' names are put.
-    #[serde(deserialize_with = "address")]
     Url(String),
     /// A folder below the lock's own.
     #[serde(deserialize_with = "inside")]
@@ -195,12 +194,6 @@ fn sonames<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Ve
     Ok(all)
 }
 
-fn address<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
-    // Not shown: it may be a misspelt address with a password in it.
-    let wrong = "a source's url is not an http or https address".to_owned();
-    checked(deserializer, |text| if is_address(text) { Ok(()) } else { Err(wrong) })
-}
-
 /// Whether files can be had from there by their names.
 pub fn is_address(text: &str) -> bool {
     Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.fragment().is_none())
@@ -251,6 +244,11 @@ impl Kernel {
     pub(super) fn check(&self) -> std::result::Result<(), String> {
         if self.sources.is_empty() {
             return Err("no source".to_owned());
+        }
+        // Here, and not where it is parsed, whose messages show the line: there may be a password in it.
+        let wrong = |source: &Place| matches!(source, Place::Url(url) if !is_address(url));
+        if let Some(i) = self.sources.iter().position(wrong) {
+            return Err(format!("the url of source {} is not an http or https address", i + 1));
         }
         for part in Part::ALL {
             match self.files.iter().filter(|file| file.name == part).count() {

@@ -91,6 +91,16 @@ const CXX_SYMBOLS: &str = "N3tvm3ffi";
 /// What a library exports whose functions need more than to be found: modules that were embedded in it, a context.
 const EMBEDDED: [&str; 2] = ["_library_bin", "_library_ctx"];
 
+/// Functions of TVM-FFI's that change tables without a lock, or something that the whole process shares: what their names begin
+/// with.
+const REGISTERING: [&str; 5] = [
+    "TVMFFIFunctionSetGlobal",
+    "TVMFFITypeGetOrAllocIndex",
+    "TVMFFITypeRegister",
+    "TVMFFIEnvRegister",
+    "TVMFFISetCustomAllocator",
+];
+
 /// Those of CUDA's libraries whose number is CUDA's own: what their sonames begin with.
 const NUMBERED_AS_CUDA: [&str; 5] =
     ["libcudart.so.", "libcublas.so.", "libcublasLt.so.", "libnvrtc.so.", "libnvJitLink.so."];
@@ -106,8 +116,10 @@ const LIBRARY_BIN: &str = "__tvm_ffi__library_bin";
 
 const REBUILD: &str = "build it for this machine";
 
+pub(crate) const X86_64: u16 = elf::EM_X86_64.0;
+pub(crate) const AARCH64: u16 = elf::EM_AARCH64.0;
 /// The machine that this program runs on.
-pub(crate) const HOST: u16 = if cfg!(target_arch = "aarch64") { elf::EM_AARCH64.0 } else { elf::EM_X86_64.0 };
+pub(crate) const HOST: u16 = if cfg!(target_arch = "aarch64") { AARCH64 } else { X86_64 };
 
 /// A machine by its number, for messages.
 pub(crate) fn machine_name(machine: u16) -> String {
@@ -193,6 +205,11 @@ impl Elf {
     pub(crate) fn tvm_ffi_symbols(&self) -> impl Iterator<Item = &str> {
         let undefined = self.undefined.iter().map(String::as_str);
         undefined.filter(|symbol| symbol.starts_with(C_SYMBOLS) || symbol.contains(CXX_SYMBOLS))
+    }
+
+    /// A function that it needs and that registers something with TVM-FFI, perhaps while it is loaded.
+    pub(crate) fn registering_symbol(&self) -> Option<&str> {
+        self.tvm_ffi_symbols().find(|symbol| REGISTERING.iter().any(|start| symbol.starts_with(start)))
     }
 
     /// Whether its functions work only where TVM-FFI itself loads it.

@@ -65,6 +65,11 @@ impl Preflight {
         self.elf.tvm_ffi_symbols().collect()
     }
 
+    /// A function that it needs and that registers something with TVM-FFI, perhaps while it is loaded.
+    pub(crate) fn registering_symbol(&self) -> Option<&str> {
+        self.elf.registering_symbol()
+    }
+
     /// What its GPU code was compiled for: `sm_90`, `sm_90a`, `compute_90` for PTX. Empty where there is none, or where it lies
     /// in a form that is not understood here.
     pub fn architectures(&self) -> Vec<String> {

@@ -17,15 +17,6 @@ use crate::runtime::FlashInferRuntime;
 
 include!(concat!(env!("OUT_DIR"), "/pinned.rs"));
 
-/// What changes tables of TVM-FFI's that have no lock, or something that the whole process shares.
-const REGISTERS: [&str; 5] = [
-    "TVMFFIFunctionSetGlobal",
-    "TVMFFITypeGetOrAllocIndex",
-    "TVMFFITypeRegister",
-    "TVMFFIEnvRegister",
-    "TVMFFISetCustomAllocator",
-];
-
 /// A FlashInfer-Bench kernel that was pinned by a `[[kernel]]` entry when this program was built: a library, and what its lock
 /// says of it. [`FlashInferRuntime::kernel`] loads it.
 #[derive(Debug)]
@@ -95,9 +86,8 @@ impl PinnedKernel {
         let name = self.stored.name;
         let (path, file, in_memory) = runtime.file(&self.stored)?;
         let preflight = Preflight::read(&path, &file)?;
-        let registers = |symbol: &&str| REGISTERS.iter().any(|start| symbol.starts_with(start));
         let alone = "load it by Module::open, which is unsafe, while no other thread uses TVM-FFI";
-        if let Some(symbol) = preflight.tvm_ffi_symbols().into_iter().find(registers) {
+        if let Some(symbol) = preflight.registering_symbol() {
             let problem = format!("it needs {symbol}, which changes what the whole process shares and has no lock");
             return Err(preflight.unloadable(problem, alone));
         }

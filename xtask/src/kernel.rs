@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::compile::key;
 use crate::compiler::{self, Toolchain};
 use crate::jit_cache;
+use crate::pin;
 use crate::shell::{self, say};
 use crate::vendoring::digest::{Digest, hash_reader};
 use crate::vendoring::env::Env;
@@ -42,6 +43,8 @@ const VENDORED: &str = "flashinfer-rs:";
 
 #[derive(Subcommand)]
 pub enum KernelCommand {
+    /// Pin kernels that were built by their digests, in a lock that builds of this crate vendor them from
+    Add(pin::Add),
     /// Build a solution that is written in C++ or CUDA
     Build {
         /// The solution's JSON
@@ -141,7 +144,10 @@ impl Solution {
 
 /// `cargo xtask kernel`
 pub fn command(command: &KernelCommand) -> Result<()> {
-    let KernelCommand::Build { solution, arch, out } = command;
+    let (solution, arch, out) = match command {
+        KernelCommand::Add(options) => return pin::command(options),
+        KernelCommand::Build { solution, arch, out } => (solution, arch, out),
+    };
     let env = Env::process();
     let text = fs::read_to_string(solution).map_err(|e| Error::io("reading", solution, &e))?;
     let parsed = Solution::parse(&text, solution)?;

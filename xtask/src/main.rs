@@ -5,6 +5,9 @@ mod bundle;
 mod cache;
 mod compile;
 mod compiler;
+#[path = "../../src/elf.rs"]
+#[allow(dead_code, reason = "the library uses the other part")]
+mod elf;
 mod features;
 mod glue;
 mod install;
@@ -12,6 +15,7 @@ mod interop;
 mod jit_cache;
 mod kernel;
 mod lock;
+mod pin;
 mod provision;
 mod recipes;
 mod shell;
@@ -91,7 +95,7 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
-    /// Build kernels that FlashInfer-Bench's solutions are the source of
+    /// Build kernels that FlashInfer-Bench's solutions are the source of, and pin kernels that were built
     #[command(subcommand)]
     Kernel(kernel::KernelCommand),
     /// Install Python's packages of TVM-FFI and what else the tests beside Python take into a folder, by python3 and pip, and
