@@ -555,3 +555,6 @@ fn below(folder: &Path, lock: &Path) -> Result<Option<String>> {
 fn target(machine: u16) -> &'static str {
     if machine == elf::AARCH64 { "aarch64-linux" } else { "x86_64-linux" }
 }
+
+#[cfg(test)]
+mod tests;
