@@ -114,7 +114,85 @@ fn run() -> Result<bool, Box<dyn Error>> {
     // SAFETY: the closure takes anything.
     let (rust, _) = least(|| (0..CALLS).all(|i| unsafe { closure.call((i,)) }.is_ok()), || true)?;
     println!("{:45} {rust:7.1} ns", "calling a Rust closure through TVM-FFI");
-    Ok(calls && arrays)
+    Ok(calls && arrays && bound(&module)?)
+}
+
+/// What a call through a definition costs more than the same function called as it is.
+#[cfg(feature = "bench")]
+fn bound(module: &Module) -> Result<bool, Box<dyn Error>> {
+    use flashinfer_rs::bench::{Axis, DataType, Definition, Kernel, Named, TensorSpec};
+    use flashinfer_rs::object::Tensor;
+    use flashinfer_rs::{Stream, TensorMut};
+
+    /// In nanoseconds.
+    const MORE: f64 = 300.0;
+
+    let mut definition = Definition::new("gemm_f32_n128_k256", "gemm");
+    definition.axes = Named::from([("M", Axis::variable()), ("N", Axis::constant(128)), ("K", Axis::constant(256))]);
+    let spec = |axes: &[&str]| TensorSpec::tensor(axes, DataType::Float32);
+    definition.inputs = Named::from([("A", spec(&["M", "K"])), ("B", spec(&["N", "K"]))]);
+    definition.outputs = Named::from([("C", spec(&["M", "N"]))]);
+    let kernel = Kernel::new(module.function("five")?, true);
+    let bound = kernel.bind(&definition)?;
+    let zeros = |shape: &[i64]| Tensor::zeros(DType::F32, shape);
+    let (a, b, c) = (zeros(&[16, 256])?, zeros(&[128, 256])?, zeros(&[16, 128])?);
+    let args = [Arg::object(a.as_object()), Arg::object(b.as_object()), Arg::object(c.as_object())];
+    // SAFETY: the function touches no memory.
+    let raw = || (0..CALLS).all(|_| unsafe { kernel.function().call_any(black_box(&args)) }.is_ok());
+
+    let (inputs, outputs) = ([(&a).into(), (&b).into()], [(&c).into()]);
+    // SAFETY: as above.
+    let call = || (0..CALLS).all(|_| unsafe { bound.call(black_box(&inputs), &outputs, Stream::NULL) }.is_ok());
+    let each = || {
+        (0..CALLS).all(|_| {
+            let Ok(bound) = black_box(&kernel).bind(black_box(&definition)) else { return false };
+            // SAFETY: as above.
+            unsafe { bound.call(&inputs, &outputs, Stream::NULL) }.is_ok()
+        })
+    };
+    let (left, right, mut out) = (vec![0f32; 16 * 256], vec![0f32; 128 * 256], vec![0f32; 16 * 128]);
+    let (left, right) = (TensorRef::from_slice(&left, &[16, 256])?, TensorRef::from_slice(&right, &[128, 256])?);
+    let mut out = TensorMut::from_slice(&mut out, &[16, 128])?;
+    let lent = || {
+        (0..CALLS).all(|_| {
+            let inputs = [black_box(&left).into(), black_box(&right).into()];
+            // SAFETY: as above.
+            unsafe { bound.call(&inputs, &[(&mut out).into()], Stream::NULL) }.is_ok()
+        })
+    };
+    let calls = difference("call of a bound kernel, tensor objects", call, raw, MORE)?;
+    let lent = difference("call of a bound kernel, tensors that are lent", lent, raw, MORE)?;
+    Ok(difference("binding a kernel and calling it", each, raw, MORE)? && calls && lent)
+}
+
+#[cfg(not(feature = "bench"))]
+fn bound(_module: &Module) -> Result<bool, Box<dyn Error>> {
+    println!("bound kernels are measured with the feature `bench`");
+    Ok(true)
+}
+
+/// Prints what one costs more than the other: the median of the differences of rounds that were run in turn.
+#[cfg(feature = "bench")]
+fn difference(
+    what: &str,
+    mut ours: impl FnMut() -> bool,
+    raw: impl Fn() -> bool,
+    bound: f64,
+) -> Result<bool, &'static str> {
+    let mut time = |f: &mut dyn FnMut() -> bool| {
+        let start = Instant::now();
+        if f() { Ok(start.elapsed().as_nanos() as f64 / CALLS as f64) } else { Err("a call failed") }
+    };
+    let mut differences = Vec::new();
+    for _ in 0..ROUNDS {
+        let ours = time(&mut ours)?;
+        differences.push(ours - time(&mut || raw())?);
+    }
+    differences.sort_by(f64::total_cmp);
+    let median = differences[ROUNDS / 2];
+    let verdict = if median <= bound { "within the bound" } else { "MORE THAN THE BOUND" };
+    println!("{what:45} {median:+7.1} ns over the raw call, at most {bound}: {verdict}");
+    Ok(median <= bound)
 }
 
 fn report(what: &str, rust: f64, c: f64, within: bool) -> bool {

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use object::ReadCache;
 
+#[cfg(feature = "bench")]
+use crate::digest::hash_reader;
 use crate::elf::{self, Elf, Target};
 use crate::error::{FlashInferError, Result};
 use crate::loader::{self, Library};
@@ -214,6 +216,33 @@ impl Module {
         let (runtime, path) = (FlashInferRuntime::global()?, path.as_ref());
         let file = open(path)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        // SAFETY: the caller's promise.
+        unsafe { Self::of_file(runtime, path, name, file) }
+    }
+
+    /// As [`open`](Self::open), of a file whose SHA-256 must be this one, in hexadecimal.
+    ///
+    /// # Safety
+    /// As there.
+    #[cfg(feature = "bench")]
+    pub(crate) unsafe fn open_expecting(path: &Path, sha256: &str) -> Result<Self> {
+        let (runtime, file) = (FlashInferRuntime::global()?, open(path)?);
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        let failed = |source| FlashInferError::Io { doing: "reading", path: path.to_owned(), source };
+        let found = hash_reader(&file).map_err(failed)?.0.to_string();
+        if found != sha256 {
+            let (library, path, expected) = (name, path.to_owned(), sha256.to_owned());
+            return Err(FlashInferError::DigestMismatch { library, path, found, expected });
+        }
+        // SAFETY: the caller's promise.
+        unsafe { Self::of_file(runtime, path, name, file) }
+    }
+
+    /// Loads an open file.
+    ///
+    /// # Safety
+    /// As for [`open`](Self::open).
+    unsafe fn of_file(runtime: &'static FlashInferRuntime, path: &Path, name: String, file: File) -> Result<Self> {
         let preflight = Preflight::read(path, &file)?;
         preflight.check(runtime)?;
         // SAFETY: the caller's promise.

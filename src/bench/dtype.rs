@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::ffi::dlpack::DLDataType;
 use crate::tensor::DType;
 
 /// An element type as definitions and safetensors files name it: more than kernels of this crate compute with.
@@ -121,6 +122,17 @@ impl DataType {
     /// DLPack's code, bits and lanes for what a shape counts one of; `None` for a type that is not known.
     pub fn dlpack(&self) -> Option<(u8, u8, u16)> {
         self.facts().map(|row| row.dlpack)
+    }
+
+    /// The type of DLPack's code, bits and lanes.
+    pub(super) fn from_dlpack(found: DLDataType) -> Option<Self> {
+        let found = (found.code, found.bits, found.lanes);
+        TABLE.iter().find(|row| row.dlpack == found).map(|row| row.dtype.clone())
+    }
+
+    /// As [`dlpack`](Self::dlpack), as it crosses the boundary.
+    pub(super) fn to_dl(&self) -> Option<DLDataType> {
+        self.dlpack().map(|(code, bits, lanes)| DLDataType { code, bits, lanes })
     }
 
     /// The bytes of what a shape counts one of; `None` for a type that is not known.

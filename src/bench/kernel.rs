@@ -1,514 +1,740 @@
-//! Definitions of this crate's own kernels, made of their rows and of what a call gives them.
-//!
-//! A row says the shapes, the element types and which tensors are written. What it does not say stands in the family's file of
-//! this folder: the axes' names and which of them are constant, as FlashInfer's own traces have it, conditions as expressions, and
-//! the computation in PyTorch.
+//! Kernels: functions that implement a definition, bound to it and called.
 
-use std::borrow::Cow;
-use std::ffi::CStr;
+use std::fmt;
 
+use super::argument::{Argument, Destination, Operand};
 use super::definition::{Axis, Definition, TensorSpec};
+use super::distributed::DistributedKernel;
 use super::dtype::DataType;
 use super::error::unfit;
-use super::json::Json;
-use super::named::Named;
-use crate::contract::{
-    Contents, Dimensions, Dtype, From, Kind, MAX_ARGUMENTS, MAX_DIMENSIONS, Operand, Role, Row, Size, Tensor,
-};
-use crate::error::Result;
-use crate::tensor::DType;
+use super::json::{Document, shortened};
+use super::solution::Solution;
+use crate::error::{FlashInferError, Result};
+use crate::ffi::dlpack::{self, DLDataType, DLTensor};
+use crate::module::{Function, Module};
+use crate::object::{Any, Arg, Array, FromAny, List, Tensor, TensorAllocator};
+use crate::owner::ordered;
+use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
+use crate::tensor::{Device, MAX_NDIM};
 
-mod activation;
-mod cascade;
-mod gdn;
-mod norm;
-mod page;
-mod quantization;
-mod rope;
-mod sampling;
-#[cfg(test)]
-mod tests;
-mod topk;
-
-/// The families.
-const FAMILIES: &[&[Facts]] = &[
-    activation::FACTS,
-    cascade::FACTS,
-    gdn::FACTS,
-    norm::FACTS,
-    page::FACTS,
-    quantization::FACTS,
-    rope::FACTS,
-    sampling::FACTS,
-    topk::FACTS,
-];
-
-/// What a kernel's definition has beside its row.
-struct Facts {
-    /// The row's kernel.
-    kernel: &'static str,
-    /// What the definitions' names begin with.
-    name: &'static str,
-    op_type: &'static str,
-    /// FlashInfer's function in Python.
-    api: &'static str,
-    /// The row's dimensions that are axes.
-    axes: &'static [AxisOf],
-    /// What must hold besides what the row's shapes say: its relations, but for those that are a GPU's. Where these do not say
-    /// where offsets end, it is at the end of what they divide.
-    constraints: &'static [&'static str],
-    /// Python, in parts: the last has the function `run`.
-    reference: &'static [&'static str],
-}
-
-/// A dimension of a row as an axis.
-#[derive(Clone, Copy)]
-struct AxisOf {
-    dimension: &'static str,
-    axis: &'static str,
-    kind: AxisKind,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum AxisKind {
-    Var,
-    /// Constant, and a part of the definition's name behind this abbreviation; no part of it where there is none, since it
-    /// follows from the others.
-    Const(&'static str),
-}
-
-const fn var(dimension: &'static str, axis: &'static str) -> AxisOf {
-    AxisOf { dimension, axis, kind: AxisKind::Var }
-}
-
-const fn constant(dimension: &'static str, axis: &'static str, abbreviation: &'static str) -> AxisOf {
-    AxisOf { dimension, axis, kind: AxisKind::Const(abbreviation) }
-}
-
-/// Arguments that are no part of what is computed: how sums are made, and the state of random numbers, which a definition takes
-/// for random.
-const LEFT_OUT: [&str; 3] = ["deterministic", "philox_seed", "philox_offset"];
-
-/// A call of a kernel, as far as its definition depends on it: the sizes, the element types and the words.
-///
-/// ```
-/// use flashinfer_rs::bench::{Dialect, KernelCall};
-/// use flashinfer_rs::kernels;
-///
-/// let row = kernels::rows().into_iter().find(|row| row.kernel == "rmsnorm").expect("a kernel");
-/// let definition = KernelCall::example(row).with_size("columns", 4096)?.definition()?;
-/// assert_eq!(definition.name, "rmsnorm_h4096");
-/// assert_eq!(definition.var_axes(), ["batch_size"]);
-/// definition.validate(Dialect::FlashInferBench)?;
-/// # Ok::<(), flashinfer_rs::FlashInferError>(())
-/// ```
+/// A function that implements a definition, and how it gives its outputs.
 #[derive(Debug, Clone)]
-pub struct KernelCall {
-    row: &'static Row,
-    dimensions: Dimensions,
-    /// Of the tensors, in the arguments' places.
-    dtypes: [Option<DType>; MAX_ARGUMENTS],
-    words: [Option<&'static CStr>; MAX_ARGUMENTS],
+pub struct Kernel {
+    function: Function,
+    destination_passing: bool,
+    definition: Option<String>,
+    solution: Option<String>,
+    /// How many arguments it takes, where it says so.
+    arity: Option<usize>,
 }
 
-impl KernelCall {
-    /// A call of the sizes that the row's first examples are, of the first element types and words that it allows.
-    pub fn example(row: &'static Row) -> Self {
-        let sizes = |i: usize| row.dimensions[i].examples.first().copied().unwrap_or(1);
-        let mut call = Self {
-            row,
-            dimensions: row.dimensions_from(sizes),
-            dtypes: [None; MAX_ARGUMENTS],
-            words: [None; MAX_ARGUMENTS],
-        };
-        for (i, argument) in row.arguments.iter().enumerate() {
-            match &argument.kind {
-                Kind::Tensor(tensor) => call.dtypes[i] = default_of(tensor),
-                Kind::Word(words) => call.words[i] = words.first().copied(),
-                _ => {}
-            }
-        }
-        call.follow();
-        call
+impl Kernel {
+    /// A kernel of any function: one of a module, or a Rust closure (see [`Func`](crate::object::Func)). With
+    /// `destination_passing` the function takes its outputs as arguments behind the inputs; without it returns them.
+    pub fn new(function: Function, destination_passing: bool) -> Self {
+        Self { function, destination_passing, definition: None, solution: None, arity: None }
     }
 
-    /// A call that keeps its row.
-    pub(crate) fn of(row: &'static Row, operands: &[Operand<'_, '_>], dimensions: &Dimensions) -> Self {
-        // The kernel's own row where a call has it in another form, with limits that are the call's.
-        let own = crate::kernels::rows().into_iter().find(|own| own.kernel == row.kernel);
-        let row = own.unwrap_or(row);
-        let mut call =
-            Self { row, dimensions: *dimensions, dtypes: [None; MAX_ARGUMENTS], words: [None; MAX_ARGUMENTS] };
-        for (i, (operand, argument)) in operands.iter().zip(row.arguments).enumerate().take(MAX_ARGUMENTS) {
-            match (operand, &argument.kind) {
-                (Operand::Word(word), _) => call.words[i] = Some(word),
-                (Operand::Tensor(layout, _), _) => call.dtypes[i] = Some(layout.dtype()),
-                // One that is not there is still an input, an optional one.
-                (_, Kind::Tensor(tensor)) => call.dtypes[i] = default_of(tensor),
-                _ => {}
-            }
-        }
-        call.follow();
-        call
-    }
-
-    /// Gives the types that follow others to those that have none.
-    fn follow(&mut self) {
-        for (i, _, tensor) in self.row.tensors() {
-            if let (Dtype::As(other), None) = (tensor.dtype, self.dtypes[i]) {
-                self.dtypes[i] = self.dtypes[other];
-            }
+    /// As [`new`](Self::new), with the name, the definition and the calling style of a solution that the function was built of.
+    pub fn of_solution(function: Function, solution: &Solution) -> Self {
+        Self {
+            definition: Some(solution.definition.clone()),
+            solution: Some(solution.name.clone()),
+            ..Self::new(function, solution.spec.is_destination_passing(solution.dialect()))
         }
     }
 
-    /// With another size of a dimension, by the row's name for it.
+    /// Loads a kernel that was built, for good, from the very file whose digest was taken when the folder was read. Where no
+    /// `solution.json` lies beside it, its outputs are arguments, as FlashInfer-Bench has it where nothing is said:
+    /// [`with_destination_passing`](Self::with_destination_passing) says otherwise.
+    ///
+    /// # Safety
+    /// As for [`Module::open`](crate::Module::open).
     ///
     /// # Errors
-    /// [`Data`](crate::FlashInferError::Data) for a name that is none of the row's dimensions, one that follows from others, and
-    /// a size that the row does not allow.
-    pub fn with_size(mut self, dimension: &str, size: i64) -> Result<Self> {
-        let chosen = |from: From| !matches!(from, From::Larger(..) | From::Sum(..));
-        let at = self.row.dimensions.iter().position(|d| d.name == dimension && chosen(d.from));
-        let Some(at) = at else {
-            let names: Vec<_> = self.row.dimensions.iter().filter(|d| chosen(d.from)).map(|d| d.name).collect();
-            return Err(self.unfit("dimension", format!("{dimension:?}"), format!("one of {}", names.join(", "))));
+    /// As there; [`DigestMismatch`](FlashInferError::DigestMismatch) for a file that was changed since.
+    pub unsafe fn load(kernel: &DistributedKernel) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        let module = unsafe { Module::open_expecting(&kernel.library, &kernel.sha256) }?;
+        let function = module.function(&kernel.entry_symbol)?;
+        let arity = module.metadata(&kernel.entry_symbol)?.as_deref().and_then(arity);
+        let loaded = match &kernel.solution {
+            Some(solution) => Self::of_solution(function, solution),
+            None => Self::new(function, true),
         };
-        let (least, most) = (self.row.dimensions[at].least, self.row.dimensions[at].most);
-        if !(least..=most).contains(&size) {
-            return Err(self.unfit(dimension, size.to_string(), format!("{least} to {most}")));
-        }
-        self.dimensions[at] = size;
-        let given = self.dimensions;
-        self.dimensions = self.row.dimensions_from(|i| given[i]);
-        Ok(self)
+        let (definition, solution) = (kernel.definition_name.clone(), kernel.solution_name.clone());
+        Ok(Self { definition, solution, arity, ..loaded })
     }
 
-    /// With another element type of a tensor, and of those that follow it.
+    /// The same kernel, whose outputs are arguments or results.
+    #[must_use]
+    pub fn with_destination_passing(self, destination_passing: bool) -> Self {
+        Self { destination_passing, ..self }
+    }
+
+    /// The function.
+    pub fn function(&self) -> &Function {
+        &self.function
+    }
+
+    /// Whether its outputs are arguments, behind the inputs.
+    pub fn is_destination_passing(&self) -> bool {
+        self.destination_passing
+    }
+
+    /// The name of the definition that it says it implements, where it says so.
+    pub fn definition_name(&self) -> Option<&str> {
+        self.definition.as_deref()
+    }
+
+    /// The solution's name, where there is one; else the function's.
+    pub fn name(&self) -> &str {
+        self.solution.as_deref().unwrap_or(self.function.name())
+    }
+
+    /// Binds the kernel to a definition: from then on calls are compared with it. It takes some hundred nanoseconds and
+    /// copies nothing, so it may be done for each call.
     ///
     /// # Errors
-    /// [`Data`](crate::FlashInferError::Data) for a name that is no tensor's, and for a type that the row does not allow.
-    pub fn with_dtype(mut self, argument: &str, dtype: DType) -> Result<Self> {
-        let Some((at, _, tensor)) = self.row.tensors().find(|(_, name, _)| *name == argument) else {
-            let names: Vec<_> = self.row.tensors().map(|(_, name, _)| name).collect();
-            return Err(self.unfit("argument", format!("{argument:?}"), format!("one of {}", names.join(", "))));
-        };
-        let allowed = tensor.dtype.allowed(true);
-        if !allowed.contains(&dtype) {
-            let expected = match tensor.dtype {
-                Dtype::As(other) => format!("none: it is as {}", self.row.arguments[other].name),
-                _ => allowed.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "),
+    /// [`Data`](FlashInferError::Data) for another definition than the kernel was made for, another number of arguments than
+    /// the kernel says that it takes, an element type that is not known, an axis that is not there, and more than
+    /// [`MAX_NDIM`] dimensions.
+    pub fn bind<'a>(&'a self, definition: &'a Definition) -> Result<BoundKernel<'a>> {
+        BoundKernel::new(self, definition)
+    }
+}
+
+/// The number of arguments in a function's description: `{"type_schema": "…"}`, whose text lists the result and then the
+/// parameters, under one name up to 0.1.6 and under two later.
+fn arity(metadata: &str) -> Option<usize> {
+    let outer = Document::parse("the metadata", metadata.as_bytes(), 1).ok()?;
+    let schema = outer.root().get("type_schema")?.text().ok()?;
+    let schema = Document::parse("the type schema", schema.as_bytes(), 1).ok()?;
+    let root = schema.root();
+    if let Some(named) = root.given("named_args") {
+        return Some(named.get("params")?.items().ok()?.len());
+    }
+    root.given("args")?.items().ok()?.len().checked_sub(1)
+}
+
+/// What an argument must be, in numbers that are compared with a call's.
+enum Expected {
+    Tensor { dtype: DLDataType, rank: usize, axes: [u16; MAX_NDIM], optional: bool },
+    Scalar { kind: Number, optional: bool },
+}
+
+/// What a scalar may be.
+#[derive(Clone, Copy)]
+enum Number {
+    /// TVM-FFI makes a floating-point number of any.
+    Float,
+    /// Within these: a callee would cut off what does not fit its type.
+    Int(i64, i64),
+    Bool,
+}
+
+impl Number {
+    fn of(dtype: &DataType) -> Option<Self> {
+        match dtype {
+            DataType::Bool => Some(Self::Bool),
+            dtype if dtype.is_float() => Some(Self::Float),
+            dtype => {
+                let (code, bits, _) = dtype.dlpack()?;
+                let shift = 64 - u32::from(bits);
+                const UNSIGNED: u8 = 1;
+                // A value has 64 bits with a sign, whatever the type.
+                Some(match code {
+                    UNSIGNED => Self::Int(0, (u64::MAX >> shift.max(1)) as i64),
+                    _ => Self::Int(i64::MIN >> shift, i64::MAX >> shift),
+                })
+            }
+        }
+    }
+}
+
+/// A kernel with the definition that its calls are compared with.
+pub struct BoundKernel<'a> {
+    kernel: &'a Kernel,
+    definition: &'a Definition,
+    /// The inputs', and behind them the outputs'.
+    expected: Vec<Expected>,
+    /// Each axis's size, or [`OPEN`].
+    sizes: Vec<i64>,
+}
+
+impl fmt::Debug for BoundKernel<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BoundKernel({} of {})", self.kernel.name(), self.definition.name)
+    }
+}
+
+/// An axis whose size a call says.
+const OPEN: i64 = -1;
+
+/// As many arguments and axes have room on the stack.
+const ON_STACK: usize = 24;
+
+/// What is wrong with an argument, by its position among the inputs and outputs.
+struct Misfit {
+    position: usize,
+    fault: Fault,
+}
+
+enum Fault {
+    Kind,
+    Dtype,
+    Rank,
+    Size(usize),
+    Device,
+    Layout,
+    Number,
+    Stream,
+}
+
+/// Where a call runs.
+#[derive(Clone, Copy)]
+struct Ran {
+    device: Option<u64>,
+    /// Whether a tensor's owner wants the call to be ordered with its other uses.
+    ordered: bool,
+}
+
+impl<'a> BoundKernel<'a> {
+    fn new(kernel: &'a Kernel, definition: &'a Definition) -> Result<Self> {
+        if let Some(own) = kernel.definition.as_deref().filter(|own| *own != definition.name) {
+            return Err(unfit(
+                &format!("the kernel {:?}", shortened(kernel.name())),
+                "its definition",
+                format!("{:?}", shortened(&definition.name)),
+                format!("{:?}, which it was made for", shortened(own)),
+                "bind it to its own definition, or make a Kernel of its function",
+            ));
+        }
+        let (inputs, outputs) = (definition.inputs.len(), definition.outputs.len());
+        let arguments = inputs + if kernel.destination_passing { outputs } else { 0 };
+        if let Some(arity) = kernel.arity.filter(|arity| *arity != arguments) {
+            return Err(unfit(
+                &format!("the kernel {:?}", shortened(kernel.name())),
+                "its arguments",
+                format!("{arity}, by its metadata"),
+                format!("{arguments}: {inputs} inputs, {outputs} outputs"),
+                "check the definition, and whether outputs are arguments (destination_passing_style)",
+            ));
+        }
+        let mut sizes = Vec::with_capacity(definition.axes.len());
+        for (name, axis) in definition.axes.iter() {
+            sizes.push(match axis {
+                Axis::Const { value, .. } => i64::try_from(*value).map_err(|_| {
+                    let (found, place) = (value.to_string(), format!("the axis {:?}", shortened(name)));
+                    unfit("the definition", place, found, "a size of 63 bits", "correct the size")
+                })?,
+                Axis::Var { .. } => OPEN,
+            });
+        }
+        let mut expected = Vec::with_capacity(inputs + outputs);
+        for (name, spec) in definition.inputs.iter() {
+            expected.push(Expected::of(definition, name, spec, false)?);
+        }
+        for (name, spec) in definition.outputs.iter() {
+            expected.push(Expected::of(definition, name, spec, true)?);
+        }
+        Ok(Self { kernel, definition, expected, sizes })
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &'a Kernel {
+        self.kernel
+    }
+
+    /// The definition.
+    pub fn definition(&self) -> &'a Definition {
+        self.definition
+    }
+
+    /// Calls a kernel whose outputs are arguments, with the definition's inputs and outputs in its order. It is queued on
+    /// `stream`, which is [`Stream::NULL`] for tensors on the host.
+    ///
+    /// Compared with the definition are the arguments' number, what each is, element types, ranks, constant axes, and
+    /// variable axes with each other; and that all tensors are contiguous and on one device. Tensors over cudarc's buffers
+    /// are ordered with their other uses, as in a call of a kernel of this crate's. A kernel that asks for scratch memory
+    /// wants the call to be within [`FlashInferRuntime::with_allocator`].
+    ///
+    /// # Errors
+    /// [`Data`](FlashInferError::Data) for what does not fit, before anything runs, and for a kernel that returns its outputs;
+    /// [`TvmFfiCall`](FlashInferError::TvmFfiCall) with what the kernel raised; [`Cuda`](FlashInferError::Cuda) and
+    /// [`ContextLost`](FlashInferError::ContextLost) for a launch that failed.
+    ///
+    /// # Safety
+    /// The kernel must be sound to call with arguments that fit the definition, on this thread, and with what is in these
+    /// tensors where that steers what it reads and writes; it may keep none of the tensors that are lent. `stream` must be
+    /// of the tensors' device, their memory must stay valid until what was queued has run, and nothing else may use the
+    /// outputs meanwhile.
+    #[inline]
+    pub unsafe fn call(&self, inputs: &[Argument<'_>], outputs: &[Destination<'_>], stream: Stream<'_>) -> Result<()> {
+        if !self.kernel.destination_passing {
+            return Err(self.refused("its outputs", "places for them", "none: it returns them", RETURNS));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.run(inputs, outputs, stream) }.map(drop)
+    }
+
+    /// Calls a kernel and answers its outputs: those that it returns, or those that it is given, which the allocator then makes
+    /// on the inputs' device, not initialized on a GPU. On a GPU the allocator must be of `stream`.
+    ///
+    /// # Errors
+    /// As for [`call`](Self::call); what the allocator answers; and [`Data`](FlashInferError::Data) for results that are not
+    /// the definition's outputs.
+    ///
+    /// # Safety
+    /// As for [`call`](Self::call).
+    pub unsafe fn call_returning(
+        &self,
+        inputs: &[Argument<'_>],
+        allocator: &dyn TensorAllocator,
+        stream: Stream<'_>,
+    ) -> Result<Vec<Tensor>> {
+        // SAFETY: the caller's promise.
+        let outputs = unsafe { self.call_unchecked(inputs, allocator, stream) }?;
+        let mut sizes = self.sizes.clone();
+        let mut ran = Ran { device: None, ordered: false };
+        // Which fit, since they were called with.
+        let _ = self.fit(inputs.iter().map(|input| &input.0), 0, &mut sizes, &mut ran, stream);
+        let operands: Vec<_> = outputs.iter().map(Operand::Object).collect();
+        match self.fit(operands.iter(), self.definition.inputs.len(), &mut sizes, &mut ran, stream) {
+            Ok(()) => Ok(outputs),
+            Err(misfit) => {
+                Err(self.explain(&misfit, &operands[misfit.position - self.definition.inputs.len()], &sizes))
+            }
+        }
+    }
+
+    /// As [`call_returning`](Self::call_returning), with results of any shape and element type.
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn call_unchecked(
+        &self,
+        inputs: &[Argument<'_>],
+        allocator: &dyn TensorAllocator,
+        stream: Stream<'_>,
+    ) -> Result<Vec<Tensor>> {
+        let runtime = FlashInferRuntime::global()?;
+        if self.kernel.destination_passing {
+            let outputs = self.make_outputs(inputs, stream, allocator)?;
+            let destinations: Vec<_> = outputs.iter().map(Destination::from).collect();
+            // SAFETY: the caller's promise; the outputs are new.
+            runtime.with_allocator(allocator, || unsafe { self.run(inputs, &destinations, stream) })??;
+            return Ok(outputs);
+        }
+        // SAFETY: the caller's promise.
+        let result = runtime.with_allocator(allocator, || unsafe { self.run(inputs, &[], stream) })??;
+        self.results(result)
+    }
+
+    /// A tensor for each output, by the inputs' axes and on their device.
+    pub(super) fn make_outputs(
+        &self,
+        inputs: &[Argument<'_>],
+        stream: Stream<'_>,
+        allocator: &dyn TensorAllocator,
+    ) -> Result<Vec<Tensor>> {
+        let mut sizes = self.sizes.clone();
+        let mut ran = Ran { device: None, ordered: false };
+        self.check(inputs, (&[], 0), &mut sizes, &mut ran, stream)?;
+        let device = ran.device.map_or(Device::Cpu, device_of);
+        let expected = &self.expected[self.definition.inputs.len()..];
+        let made = self.definition.outputs.names().zip(expected).map(|(name, expected)| {
+            let Expected::Tensor { dtype, rank, axes, .. } = expected else {
+                unreachable!("an output is a tensor: see Expected::of")
             };
-            return Err(self.unfit(argument, dtype.to_string(), expected));
-        }
-        self.dtypes[at] = Some(dtype);
-        for (i, _, tensor) in self.row.tensors() {
-            if let Dtype::As(other) = tensor.dtype {
-                self.dtypes[i] = self.dtypes[other];
+            let mut shape = [0; MAX_NDIM];
+            for (size, &axis) in shape.iter_mut().zip(&axes[..*rank]) {
+                *size = sizes[usize::from(axis)];
+                if *size == OPEN {
+                    let (place, found) = (format!("output {name:?}"), format!("the axis {:?}", self.axis(axis)));
+                    let remedy = "add the axis to an input's shape, or give the outputs";
+                    return Err(unfit(&self.what(), place, found, "axes that inputs have", remedy));
+                }
             }
-        }
-        Ok(self)
+            Tensor::allocated(allocator, device, *dtype, &shape[..*rank])
+        });
+        made.collect()
     }
 
-    /// With another word, as `bitorder` is one.
-    ///
-    /// # Errors
-    /// [`Data`](crate::FlashInferError::Data) for a name that is no word's, and for a word that the row does not allow.
-    pub fn with_word(mut self, argument: &str, word: &str) -> Result<Self> {
-        let at = self.row.arguments.iter().position(|a| a.name == argument && matches!(a.kind, Kind::Word(_)));
-        let Some((at, Kind::Word(words))) = at.map(|at| (at, &self.row.arguments[at].kind)) else {
-            return Err(self.unfit("argument", format!("{argument:?}"), "one that is a word".to_owned()));
+    /// The tensors that a call returned.
+    fn results(&self, result: Any) -> Result<Vec<Tensor>> {
+        let (expected, kind) = (self.definition.outputs.len(), result.kind().into_owned());
+        let wrong = |found: String| {
+            let expected = match expected {
+                1 => "a tensor".to_owned(),
+                count => format!("an array of {count} tensors"),
+            };
+            self.refused("its result", found, expected, "correct the kernel, or the definition's outputs")
         };
-        match words.iter().find(|known| known.to_bytes() == word.as_bytes()) {
-            Some(known) => self.words[at] = Some(known),
-            None => return Err(self.unfit(argument, format!("{word:?}"), format!("one of {words:?}"))),
-        }
-        Ok(self)
-    }
-
-    fn unfit(&self, place: &str, found: String, expected: String) -> crate::error::FlashInferError {
-        unfit(
-            &format!("the call of {}", self.row.kernel),
-            place,
-            found,
-            expected,
-            "see the kernel's row in docs/kernels.md",
-        )
-    }
-
-    fn facts(&self) -> Result<&'static Facts> {
-        let facts = FAMILIES.iter().copied().flatten().find(|facts| facts.kernel == self.row.kernel);
-        let expected = || "one that has facts in src/bench/kernel".to_owned();
-        facts.ok_or_else(|| self.unfit("kernel", "a kernel without a definition".to_owned(), expected()))
-    }
-
-    /// What tells this call's definition from those of other calls: calls of one key have the same.
-    pub(crate) fn key(&self) -> Key {
-        let mut dimensions: Dimensions = [0; MAX_DIMENSIONS];
-        if let Ok(facts) = self.facts() {
-            for (i, size) in self.dimensions.iter().enumerate().take(self.row.dimensions.len()) {
-                let constant = |of: &AxisOf| of.dimension == self.row.dimensions[i].name && of.kind != AxisKind::Var;
-                if facts.axes.iter().any(constant) {
-                    dimensions[i] = *size;
-                }
-            }
-        }
-        Key { kernel: self.row.kernel, dimensions, dtypes: self.dtypes, words: self.words }
-    }
-
-    /// The definition of what the call computes, of both dialects. Its name is the operation, the element types that are not the
-    /// usual ones, and the constant axes; see `docs/definitions`.
-    ///
-    /// # Errors
-    /// [`Data`](crate::FlashInferError::Data) for a kernel that has no definition.
-    pub fn definition(&self) -> Result<Definition> {
-        let facts = self.facts()?;
-        let row = self.row;
-        let mut writer = Writer { call: self, facts, axes: Named::new(), bindings: Vec::new() };
-        let mut name = facts.name.to_owned();
-        for property in self.properties() {
-            name = format!("{name}_{property}");
-        }
-        // In the facts' order, which is the names'.
-        for of in facts.axes {
-            let Some(at) = row.dimensions.iter().position(|dimension| dimension.name == of.dimension) else { continue };
-            let size = self.dimensions[at].max(0);
-            if let AxisKind::Const(abbreviation) = of.kind
-                && !abbreviation.is_empty()
-            {
-                name = format!("{name}_{abbreviation}{size}");
-            }
-            writer.axes.insert(of.axis, axis(of.kind, size));
-        }
-        let mut definition = Definition::new(&name, facts.op_type);
-        for (i, argument) in row.arguments.iter().enumerate() {
-            if LEFT_OUT.contains(&argument.name) {
-                continue;
-            }
-            match &argument.kind {
-                Kind::Tensor(tensor) => writer.tensor(&mut definition, i, argument.name, tensor),
-                Kind::Positive | Kind::NotNegative | Kind::Between(..) => {
-                    definition.inputs.insert(argument.name, TensorSpec::scalar(DataType::Float32));
-                }
-                // One that is an axis, or that this form of the function always has, says nothing.
-                Kind::Whole(least, most) if least == most || writer.is_axis(i) => {}
-                Kind::Whole(..) => {
-                    definition.inputs.insert(argument.name, TensorSpec::scalar(DataType::Int32));
-                }
-                Kind::Switch => {
-                    definition.inputs.insert(argument.name, TensorSpec::scalar(DataType::Bool));
-                }
-                Kind::Word(_) | Kind::Missing(_) | Kind::Nothing | Kind::EnablePdl => {}
-            }
-        }
-        definition.constraints = writer.constraints();
-        definition.reference = Some(writer.reference());
-        // Only axes that a shape has, or that are a part of the name.
-        let used = |axis: &str| {
-            let shapes = definition.inputs.values().chain(definition.outputs.values());
-            shapes.flat_map(|spec| spec.shape.iter().flatten()).any(|name| name == axis)
+        let items = match Tensor::from_any(result) {
+            Ok(tensor) => vec![tensor.into()],
+            Err(other) if other.is_none() => Vec::new(),
+            Err(other) => match Array::from_any(other) {
+                Ok(array) => array.iter().collect(),
+                Err(other) => List::from_any(other).map_err(|_| wrong(format!("of type {kind}")))?.to_vec()?,
+            },
         };
-        let kept = writer.axes.iter().filter(|(name, axis)| matches!(axis, Axis::Const { .. }) || used(name));
-        definition.axes = kept.map(|(name, axis)| (name, axis.clone())).collect();
-        definition.tags = vec![format!("fi_api:{}", facts.api), format!("rs_kernel:{}", row.kernel)];
-        definition.description = Some(row.summary.replace('`', ""));
-        Ok(definition)
+        if items.len() != expected {
+            return Err(wrong(format!("{} values", items.len())));
+        }
+        let tensors = items.into_iter().map(|item| {
+            Tensor::from_any(item).map_err(|other| wrong(format!("a value of type {} among them", other.kind())))
+        });
+        tensors.collect()
     }
 
-    /// The words, and the element types that are not the first that the row allows.
-    fn properties(&self) -> Vec<Cow<'static, str>> {
-        let mut properties: Vec<_> = self.words.iter().flatten().map(|word| word.to_string_lossy()).collect();
-        for (i, _, tensor) in self.row.tensors() {
-            if let (Some(usual), Some(dtype)) = (tensor.dtype.allowed(true).first(), self.dtypes[i])
-                && *usual != dtype
-            {
-                let short = match dtype {
-                    DType::F16 => "fp16",
-                    DType::BF16 => "bf16",
-                    DType::F32 => "fp32",
-                    DType::F64 => "fp64",
-                    DType::F8E4M3 => "fp8_e4m3",
-                    DType::F8E5M2 => "fp8_e5m2",
-                    DType::U8 => "uint8",
-                    DType::I32 => "int32",
-                    DType::I64 => "int64",
+    /// # Safety
+    /// As for [`call`](Self::call).
+    #[inline]
+    unsafe fn run(&self, inputs: &[Argument<'_>], outputs: &[Destination<'_>], stream: Stream<'_>) -> Result<Any> {
+        let (axes, count) = (self.sizes.len(), inputs.len() + outputs.len());
+        let (mut small_sizes, mut small_args) = ([0; ON_STACK], [Arg::NONE; ON_STACK]);
+        let (mut large_sizes, mut large_args);
+        let sizes = match axes <= ON_STACK {
+            true => &mut small_sizes[..axes],
+            false => {
+                large_sizes = vec![0; axes];
+                &mut large_sizes[..]
+            }
+        };
+        let args = match count <= ON_STACK {
+            true => &mut small_args[..count],
+            false => {
+                large_args = vec![Arg::NONE; count];
+                &mut large_args[..]
+            }
+        };
+        sizes.copy_from_slice(&self.sizes);
+        let mut ran = Ran { device: None, ordered: false };
+        let places = if self.kernel.destination_passing { self.definition.outputs.len() } else { 0 };
+        self.check(inputs, (outputs, places), sizes, &mut ran, stream)?;
+        let operands = inputs.iter().map(|input| &input.0).chain(outputs.iter().map(|output| &output.0));
+        for (arg, operand) in args.iter_mut().zip(operands) {
+            *arg = operand.arg();
+        }
+        match ran.device.map(device_of) {
+            // SAFETY: the caller's promise.
+            None | Some(Device::Cpu) => unsafe { self.kernel.function.call_any(args) },
+            Some(Device::Cuda(device)) => {
+                let mut answer = Any::NONE;
+                let mut launch = || {
+                    // SAFETY: the caller's promise.
+                    answer = unsafe { self.launch(args, device, stream) }?;
+                    Ok(())
                 };
-                properties.push(Cow::Borrowed(short));
-            }
-        }
-        properties
-    }
-}
-
-/// What a definition depends on.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Key {
-    kernel: &'static str,
-    dimensions: Dimensions,
-    dtypes: [Option<DType>; MAX_ARGUMENTS],
-    words: [Option<&'static CStr>; MAX_ARGUMENTS],
-}
-
-/// The first type that a row allows for a tensor; none where it follows another's.
-fn default_of(tensor: &Tensor) -> Option<DType> {
-    tensor.dtype.allowed(true).first().copied()
-}
-
-fn axis(kind: AxisKind, size: i64) -> Axis {
-    match kind {
-        AxisKind::Var => Axis::variable(),
-        AxisKind::Const(_) => Axis::constant(size.unsigned_abs()),
-    }
-}
-
-/// Makes a definition's parts.
-struct Writer<'a> {
-    call: &'a KernelCall,
-    facts: &'static Facts,
-    axes: Named<Axis>,
-    /// Axes that follow from dimensions, each with the dimension and the expression.
-    bindings: Vec<(usize, String)>,
-}
-
-impl Writer<'_> {
-    /// The axis that a dimension is.
-    fn of(&self, dimension: usize) -> Option<&'static AxisOf> {
-        let name = self.call.row.dimensions[dimension].name;
-        self.facts.axes.iter().find(|of| of.dimension == name)
-    }
-
-    /// Whether a number is an axis.
-    fn is_axis(&self, argument: usize) -> bool {
-        let mut dimensions = self.call.row.dimensions.iter().enumerate();
-        dimensions.any(|(i, d)| matches!(d.from, From::Number(from) if from == argument) && self.of(i).is_some())
-    }
-
-    fn tensor(&mut self, definition: &mut Definition, i: usize, name: &'static str, tensor: &'static Tensor) {
-        if tensor.role == Role::Workspace {
-            return;
-        }
-        let shape = tensor.shape.iter().map(|size| self.size(*size)).collect();
-        let dtype = self.call.dtypes[i].map_or(DataType::Other("unknown".to_owned()), DataType::from);
-        let mut spec =
-            TensorSpec { shape: Some(shape), dtype, description: None, optional: tensor.optional, extra: Named::new() };
-        if spec.dtype == DataType::Uint8 {
-            // Which FlashInfer-Bench does not have.
-            let (dtype, description) = match tensor.role {
-                Role::In => (DataType::Bool, "Bytes that are 0 or 1."),
-                _ => (DataType::Int8, "Bytes; the kernel's uint8, which FlashInfer-Bench does not have."),
-            };
-            (spec.dtype, spec.description) = (dtype, Some(description.to_owned()));
-        }
-        match tensor.role {
-            Role::In => {
-                definition.inputs.insert(name, spec);
-            }
-            Role::InPlace => {
-                let mut after = TensorSpec { optional: false, ..spec.clone() };
-                after.extra.insert("param", Json::Text(name.to_owned()));
-                after.description = Some(format!("What is in {name} afterwards."));
-                definition.inputs.insert(name, spec);
-                definition.outputs.insert(format!("new_{name}"), after);
-            }
-            Role::Unordered => {
-                spec.description = Some("Each row in any order; the reference's is the largest first.".to_owned());
-                definition.outputs.insert(name, spec);
-            }
-            Role::Out | Role::Workspace => {
-                definition.outputs.insert(name, spec);
-            }
-        }
-    }
-
-    /// The axis of a size; one that follows from another is made.
-    fn size(&mut self, size: Size) -> String {
-        let (dimension, suffix) = match size {
-            Size::Of(i) => (i, ""),
-            Size::OneMore(i) => (i, "_plus_1"),
-            Size::Twice(i) => (i, "_times_2"),
-            Size::Eighth(i) => (i, "_in_bytes"),
-        };
-        let Some(of) = self.of(dimension) else {
-            return self.call.row.dimensions[dimension].name.to_owned();
-        };
-        let (base, name) = (of.axis, format!("{}{suffix}", of.axis));
-        if self.axes.get(&name).is_none() {
-            self.axes.insert(name.clone(), axis(of.kind, size.of(&self.call.dimensions)));
-            let expression = match size {
-                Size::OneMore(_) => format!("{name} == {base} + 1"),
-                Size::Twice(_) => format!("{name} == 2 * {base}"),
-                _ => format!("{name} == ({base} + 7) // 8"),
-            };
-            self.bindings.push((dimension, expression));
-        }
-        name
-    }
-
-    fn constraints(&self) -> Vec<String> {
-        let row = self.call.row;
-        let mut all = Vec::new();
-        // Of a dimension that no shape has nothing can be said.
-        let shapes = || row.tensors().filter(|(_, _, tensor)| tensor.role != Role::Workspace);
-        let in_shape = |dimension: usize| {
-            let has = |size: &Size| matches!(size, Size::Of(i) if *i == dimension);
-            shapes().any(|(_, _, tensor)| tensor.shape.iter().any(has))
-        };
-        let known = self.bindings.iter().filter(|(dimension, _)| in_shape(*dimension));
-        all.extend(known.map(|(_, expression)| expression.clone()));
-        for (i, dimension) in row.dimensions.iter().enumerate() {
-            let Some(of) = self.of(i) else { continue };
-            let name = |i: usize| self.of(i).map(|of| of.axis);
-            match dimension.from {
-                From::Sum(a, b) if in_shape(i) => {
-                    if let (Some(a), Some(b)) = (name(a), name(b)) {
-                        all.push(format!("{} == {a} + {b}", of.axis));
-                    }
+                if ran.ordered {
+                    let inputs = inputs.iter().filter_map(|input| Some(("input", input.0.owner()?)));
+                    let outputs = outputs.iter().filter_map(|output| Some(("output", output.0.owner()?)));
+                    ordered("a bound kernel", inputs.chain(outputs), launch)?;
+                } else {
+                    launch()?;
                 }
-                From::Larger(a, b) if in_shape(i) => {
-                    if let (Some(a), Some(b)) = (name(a), name(b)) {
-                        let one = format!("{0} == {a} or {0} == {b}", of.axis);
-                        all.extend([one, format!("{} >= {a}", of.axis), format!("{} >= {b}", of.axis)]);
-                    }
-                }
-                _ if of.kind == AxisKind::Var && dimension.least > 0 && in_shape(i) => {
-                    all.push(format!("{} >= {}", of.axis, dimension.least));
-                }
-                _ => {}
+                Ok(answer)
             }
         }
-        for (_, argument, tensor) in shapes() {
-            let end = format!("{argument}[-1].item()");
-            if let Contents::Offsets(_, whole) = tensor.contents
-                && let Some(of) = self.of(whole)
-                && !self.facts.constraints.iter().any(|text| text.contains(&end))
+    }
+
+    /// Calls the function on its device and stream, and looks at what came of it.
+    ///
+    /// # Safety
+    /// As for [`call`](Self::call).
+    unsafe fn launch(&self, args: &[Arg<'_>], device: u32, stream: Stream<'_>) -> Result<Any> {
+        let runtime = FlashInferRuntime::global()?;
+        let id = runtime.checked_device(Device::Cuda(device))?;
+        let cudart = runtime.cudart()?;
+        let _stream = runtime.set_stream(id, stream).map_err(|code| runtime.api().stream_error(code))?;
+        // A kernel launches on the current device, which nobody sets for it.
+        let _current = if runtime.has_one_device() { None } else { Some(cudart.set_current(id)?) };
+        // What another call of this thread left is not the kernel's.
+        cudart.forget_stale_error();
+        // SAFETY: the caller's promise.
+        let result = unsafe { self.kernel.function.call_any(args) };
+        let last = cudart.last_error();
+        let error = match result {
+            Ok(answer) if last == 0 => return Ok(answer),
+            Ok(_) => cudart.error("a kernel's launch", last),
+            Err(error) => error,
+        };
+        cudart.forget_stale_error();
+        Err(runtime.diagnosed(error, id, last, stream))
+    }
+
+    /// That a call's arguments fit, with so many outputs among them. It says the variable axes' sizes.
+    #[inline(always)]
+    fn check(
+        &self,
+        inputs: &[Argument<'_>],
+        (outputs, places): (&[Destination<'_>], usize),
+        sizes: &mut [i64],
+        ran: &mut Ran,
+        stream: Stream<'_>,
+    ) -> Result<()> {
+        let count = self.definition.inputs.len();
+        if inputs.len() != count {
+            return Err(self.another_number("inputs", inputs.len(), count));
+        }
+        if outputs.len() != places {
+            return Err(self.another_number("outputs", outputs.len(), places));
+        }
+        if let Err(misfit) = self.fit(inputs.iter().map(|input| &input.0), 0, sizes, ran, stream) {
+            return Err(self.explain(&misfit, &inputs[misfit.position].0, sizes));
+        }
+        if let Err(misfit) = self.fit(outputs.iter().map(|output| &output.0), count, sizes, ran, stream) {
+            return Err(self.explain(&misfit, &outputs[misfit.position - count].0, sizes));
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn fit<'o, 'p: 'o>(
+        &self,
+        operands: impl Iterator<Item = &'o Operand<'p>>,
+        first: usize,
+        sizes: &mut [i64],
+        ran: &mut Ran,
+        stream: Stream<'_>,
+    ) -> std::result::Result<(), Misfit> {
+        for (at, (expected, operand)) in self.expected[first..].iter().zip(operands).enumerate() {
+            expected.fit(operand, sizes, ran, stream).map_err(|fault| Misfit { position: first + at, fault })?;
+        }
+        Ok(())
+    }
+
+    fn what(&self) -> String {
+        format!("the call of {:?}", shortened(self.kernel.name()))
+    }
+
+    fn axis(&self, axis: u16) -> &str {
+        self.definition.axes.names().nth(axis.into()).unwrap_or_default()
+    }
+
+    #[cold]
+    fn refused(
+        &self,
+        place: &str,
+        found: impl Into<String>,
+        expected: impl Into<String>,
+        remedy: &'static str,
+    ) -> FlashInferError {
+        unfit(&self.what(), place, found, expected, remedy)
+    }
+
+    #[cold]
+    fn another_number(&self, what: &str, found: usize, expected: usize) -> FlashInferError {
+        let expected = format!("{expected}, those of {:?}", shortened(&self.definition.name));
+        self.refused(what, found.to_string(), expected, "pass one for each, in the definition's order")
+    }
+
+    #[cold]
+    fn explain(&self, misfit: &Misfit, operand: &Operand<'_>, sizes: &[i64]) -> FlashInferError {
+        let (count, definition) = (self.definition.inputs.len(), self.definition);
+        let (kind, at, specs) = match misfit.position.checked_sub(count) {
+            Some(at) => ("output", at, &definition.outputs),
+            None => ("input", misfit.position, &definition.inputs),
+        };
+        let Some((name, spec)) = specs.iter().nth(at) else {
+            return self.another_number(kind, misfit.position, count);
+        };
+        let place = format!("{kind} {:?}", shortened(name));
+        let found = describe(operand);
+        let shape = spec.shape.iter().flatten().map(|axis| {
+            let at = definition.axes.names().position(|name| name == axis);
+            match at.and_then(|at| sizes.get(at)) {
+                Some(&size) if size != OPEN => format!("{axis} = {size}"),
+                _ => axis.clone(),
+            }
+        });
+        let tensor = format!("{}[{}]", spec.dtype, shape.collect::<Vec<_>>().join(", "));
+        let (expected, remedy) = match misfit.fault {
+            Fault::Kind if spec.shape.is_some() || kind == "output" => (tensor, "pass a tensor"),
+            Fault::Kind => (format!("a scalar of {}", spec.dtype), "pass a number"),
+            Fault::Dtype => (tensor, "convert the tensor, or use a definition of its type"),
+            Fault::Rank => (tensor, "give the tensor the shape that the definition says"),
+            Fault::Size(dimension) => {
+                (format!("{tensor}, which differs in dimension {dimension}"), "give the tensor the definition's shape")
+            }
+            Fault::Device => ("a tensor on the other tensors' device, the host or a GPU".to_owned(), "copy it there"),
+            Fault::Layout => {
+                ("contiguous, row-major memory, and an offset of 0".to_owned(), "copy it: kernels look at neither")
+            }
+            Fault::Number => (format!("a number that {} has", spec.dtype), "pass one that fits"),
+            Fault::Stream => ("a tensor for the call's stream".to_owned(), "make the tensor for that stream"),
+        };
+        unfit(&self.what(), place, found, expected, remedy)
+    }
+}
+
+const RETURNS: &str = "use call_returning, or Kernel::with_destination_passing";
+
+fn device_of(bits: u64) -> Device {
+    let device = dlpack::DLDevice { device_type: bits as u32 as i32, device_id: (bits >> 32) as u32 as i32 };
+    // What is compared is one of these.
+    Device::from_dl(device).unwrap_or(Device::Cpu)
+}
+
+fn describe(operand: &Operand<'_>) -> String {
+    let Some(tensor) = operand.tensor() else {
+        return match operand {
+            Operand::Int(number) => format!("the whole number {number}"),
+            Operand::Float(number) => format!("the number {number:?}"),
+            Operand::Bool(flag) => flag.to_string(),
+            _ => "nothing".to_owned(),
+        };
+    };
+    let dtype = match DataType::from_dlpack(tensor.dtype) {
+        Some(dtype) => dtype.to_string(),
+        None => format!("{:?}", tensor.dtype),
+    };
+    let device = match Device::from_dl(tensor.device) {
+        Some(device) => device.to_string(),
+        None => format!("DLPack device type {}", tensor.device.device_type),
+    };
+    let strides = match dimensions(tensor.strides, tensor.ndim) {
+        Some(strides) if !is_contiguous(tensor) => format!(" strided {strides:?}"),
+        _ => String::new(),
+    };
+    let offset = if tensor.byte_offset == 0 { String::new() } else { format!(" at byte {}", tensor.byte_offset) };
+    format!("{dtype}{:?}{strides}{offset} on {device}", dimensions(tensor.shape, tensor.ndim).unwrap_or_default())
+}
+
+/// A tensor's sizes or strides.
+#[inline(always)]
+fn dimensions<'a>(of: *const i64, ndim: i32) -> Option<&'a [i64]> {
+    match usize::try_from(ndim) {
+        Ok(0) => Some(&[]),
+        // SAFETY: the tensor of an operand has as many of both as it has dimensions, which live as long as what is
+        // borrowed; this is only called with those.
+        Ok(ndim) if !of.is_null() => Some(unsafe { std::slice::from_raw_parts(of, ndim) }),
+        _ => None,
+    }
+}
+
+/// Whether a tensor's elements lie one after the other in row-major order.
+#[inline(always)]
+pub(super) fn is_contiguous(tensor: &DLTensor) -> bool {
+    let (Some(shape), Some(strides)) = (dimensions(tensor.shape, tensor.ndim), dimensions(tensor.strides, tensor.ndim))
+    else {
+        // No strides are those of row-major memory.
+        return true;
+    };
+    let (mut next, mut contiguous, mut empty) = (1i64, true, false);
+    for (&size, &stride) in shape.iter().zip(strides).rev() {
+        contiguous &= (stride == next) | (size == 1);
+        empty |= size == 0;
+        next = next.wrapping_mul(size);
+    }
+    contiguous | empty
+}
+
+impl Expected {
+    fn of(definition: &Definition, name: &str, spec: &TensorSpec, output: bool) -> Result<Self> {
+        let refuse = |found: String, expected: &str, remedy| {
+            let what = format!("the definition {:?}", shortened(&definition.name));
+            Err(unfit(&what, format!("the shape of {:?}", shortened(name)), found, expected, remedy))
+        };
+        let optional = spec.optional;
+        let Some(dtype) = spec.dtype.to_dl() else {
+            let found = format!("the element type {:?}", shortened(spec.dtype.name()));
+            return refuse(found, "one that DLPack has", "correct the element type");
+        };
+        let names = match (&spec.shape, output) {
+            (Some(names), _) => names.as_slice(),
+            // An output that is a scalar is given as a tensor of one element.
+            (None, true) => &[],
+            (None, false) => {
+                let kind = Number::of(&spec.dtype).unwrap_or(Number::Float);
+                return Ok(Self::Scalar { kind, optional });
+            }
+        };
+        if names.len() > MAX_NDIM {
+            return refuse(format!("{} dimensions", names.len()), "at most 6", "this crate has no tensors of more");
+        }
+        let mut axes = [0; MAX_NDIM];
+        for (at, axis) in axes.iter_mut().zip(names) {
+            let known = definition.axes.names().position(|known| known == axis);
+            match known.and_then(|known| u16::try_from(known).ok()) {
+                Some(known) => *at = known,
+                None => {
+                    let found = format!("the axis {:?}", shortened(axis));
+                    return refuse(
+                        found,
+                        "one of the definition's first 65,536 axes",
+                        "add the axis to the definition",
+                    );
+                }
+            }
+        }
+        Ok(Self::Tensor { dtype, rank: names.len(), axes, optional })
+    }
+
+    #[inline(always)]
+    fn fit(
+        &self,
+        operand: &Operand<'_>,
+        sizes: &mut [i64],
+        ran: &mut Ran,
+        stream: Stream<'_>,
+    ) -> std::result::Result<(), Fault> {
+        let (dtype, rank, axes) = match self {
+            Self::Tensor { optional: true, .. } | Self::Scalar { optional: true, .. }
+                if matches!(operand, Operand::Absent) =>
             {
-                all.push(format!("{} == {end}", of.axis));
+                return Ok(());
+            }
+            Self::Tensor { dtype, rank, axes, .. } => (*dtype, *rank, axes),
+            Self::Scalar { kind, .. } => return kind.fit(operand),
+        };
+        let Some(tensor) = operand.tensor() else { return Err(Fault::Kind) };
+        if tensor.dtype.bits() != dtype.bits() {
+            return Err(Fault::Dtype);
+        }
+        let shape = match dimensions(tensor.shape, tensor.ndim) {
+            Some(shape) if shape.len() == rank => shape,
+            _ => return Err(Fault::Rank),
+        };
+        for (dimension, (&size, &axis)) in shape.iter().zip(axes).enumerate() {
+            let known = &mut sizes[usize::from(axis)];
+            if *known == OPEN {
+                *known = size;
+            } else if *known != size {
+                return Err(Fault::Size(dimension));
             }
         }
-        all.extend(self.facts.constraints.iter().map(|&text| text.to_owned()));
-        all
+        let device = tensor.device.bits();
+        if *ran.device.get_or_insert(device) != device
+            || !matches!(tensor.device.device_type, dlpack::CPU | dlpack::CUDA)
+        {
+            return Err(Fault::Device);
+        }
+        if !is_contiguous(tensor) || tensor.byte_offset != 0 {
+            return Err(Fault::Layout);
+        }
+        if let Operand::Lent(lent) = operand {
+            if lent.stream.is_some_and(|own| own != stream.raw) {
+                return Err(Fault::Stream);
+            }
+            ran.ordered |= lent.owner.orders();
+        }
+        Ok(())
     }
+}
 
-    /// The facts' Python, and ahead of it the constants that it names: `DTYPE_out` is the element type of the output `out`,
-    /// `AXIS_top_k` the axis `top_k`, `WORD_bitorder` the word `bitorder`.
-    fn reference(&self) -> String {
-        let body = self.facts.reference.join("\n\n");
-        let mut constants = String::new();
-        for (i, argument) in self.call.row.arguments.iter().enumerate() {
-            let name = argument.name;
-            if let (Some(dtype), true) = (self.call.dtypes[i], body.contains(&format!("DTYPE_{name}"))) {
-                constants += &format!("DTYPE_{name} = torch.{}\n", DataType::from(dtype).name());
-            }
-            if let (Some(word), true) = (self.call.words[i], body.contains(&format!("WORD_{name}"))) {
-                constants += &format!("WORD_{name} = {:?}\n", word.to_string_lossy());
-            }
+impl Number {
+    #[inline(always)]
+    fn fit(self, operand: &Operand<'_>) -> std::result::Result<(), Fault> {
+        match (self, operand) {
+            (Self::Float, Operand::Float(_) | Operand::Int(_) | Operand::Bool(_)) => Ok(()),
+            (Self::Int(least, most), Operand::Int(number)) if (least..=most).contains(number) => Ok(()),
+            (Self::Int(..) | Self::Bool, Operand::Bool(_)) => Ok(()),
+            (Self::Bool, Operand::Int(0 | 1)) => Ok(()),
+            (Self::Int(..) | Self::Bool, Operand::Int(_)) => Err(Fault::Number),
+            _ => Err(Fault::Kind),
         }
-        for (name, axis) in self.axes.iter() {
-            if let (Axis::Const { value, .. }, true) = (axis, body.contains(&format!("AXIS_{name}"))) {
-                constants += &format!("AXIS_{name} = {value}\n");
-            }
-        }
-        let math = if body.contains("math.") { "import math\n\n" } else { "" };
-        let gap = if constants.is_empty() { "" } else { "\n" };
-        format!("{math}import torch\n{gap}{constants}\n\n{body}")
     }
 }

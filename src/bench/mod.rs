@@ -49,12 +49,14 @@
 //! evaluates no constraint.
 
 mod apply;
+mod argument;
 mod constraint;
 mod dataset;
 mod definition;
 mod distributed;
 mod dtype;
 mod error;
+mod from_row;
 mod inputs;
 mod json;
 mod judge;
@@ -67,6 +69,7 @@ mod tensor;
 mod trace;
 
 pub use apply::{ApplyConfig, ApplyTable, apply};
+pub use argument::{Argument, Destination};
 pub use constraint::{Constraint, Verdict};
 pub use dataset::{Dataset, TraceLayout};
 pub(crate) use definition::Kept;
@@ -74,11 +77,12 @@ pub use definition::{Axes, Axis, Definition, TensorSpec};
 pub use distributed::DistributedKernel;
 pub use dtype::DataType;
 pub use error::DataError;
+pub use from_row::KernelCall;
+pub(crate) use from_row::Key;
 pub use inputs::{Input, InputOptions};
 pub use json::{Json, MAX_BYTES, MAX_DEPTH, MAX_VALUES};
 pub use judge::{BenchmarkConfig, Judgement, Tolerance, Trial, check_solution, judge, judge_sampling};
-pub use kernel::KernelCall;
-pub(crate) use kernel::Key;
+pub use kernel::{BoundKernel, Kernel};
 pub use named::Named;
 pub use safetensors::{Safetensors, write_safetensors};
 pub use solution::{Binding, BuildSpec, HashRule, Language, Solution, SourceFile};

@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use super::dtype::DataType;
 use super::error::unfit;
 use crate::error::Result;
-use crate::tensor::{Device, TensorMut, TensorRef};
+use crate::object::Tensor;
+use crate::tensor::{DType, Device, TensorMut, TensorRef};
 
 /// 64 bytes, aligned as frameworks align a tensor's memory: kernels read vectors of it.
 #[repr(C, align(64))]
@@ -204,7 +205,67 @@ impl HostTensor {
         }
     }
 
-    fn sizes(&self) -> Result<(crate::DType, Vec<i64>)> {
+    /// The tensor as an object of TVM-FFI's, which any kernel takes, over the same memory.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for more than [`MAX_NDIM`](crate::MAX_NDIM) dimensions, and
+    /// what TVM-FFI raises.
+    pub fn into_object(mut self) -> Result<Tensor> {
+        let shape: Vec<i64> = self.shape.iter().map(|&size| i64::try_from(size).unwrap_or(i64::MAX)).collect();
+        // There is no tensor of a type that is not known.
+        let dtype = self.dtype.to_dl().unwrap_or(DType::U8.to_dl());
+        let data = self.memory.as_mut_ptr().cast();
+        // SAFETY: the memory is this tensor's, which is moved and with it nothing of the memory; it holds the elements.
+        unsafe { Tensor::from_parts(self, data, Device::Cpu, dtype, &shape) }
+    }
+
+    /// A copy of a tensor object on the host, whose strides may be any.
+    ///
+    /// # Errors
+    /// [`Data`](crate::FlashInferError::Data) for a tensor on a GPU, or of an element type that is not known.
+    pub fn from_object(object: &Tensor) -> Result<Self> {
+        let refuse =
+            |place: &str, found: String, expected: &str, remedy| Err(unfit("a tensor", place, found, expected, remedy));
+        let described = object.described();
+        let Some(dtype) = DataType::from_dlpack(described.dtype) else {
+            let found = format!("DLPack's {:?}", object.dlpack_dtype());
+            return refuse("its element type", found, "one that FlashInfer-Bench has", "convert it");
+        };
+        if object.device() != Some(Device::Cpu) {
+            let found = format!("DLPack's device type {}", described.device.device_type);
+            return refuse("its device", found, "the host", "copy it to the host");
+        }
+        let shape: Vec<u64> = object.shape().iter().map(|&size| u64::try_from(size).unwrap_or(u64::MAX)).collect();
+        let mut tensor = Self::zeros(dtype, &shape)?;
+        if super::kernel::is_contiguous(described) {
+            if tensor.len > 0 {
+                // SAFETY: all elements of a tensor on the host, which the object keeps, read as bytes.
+                let bytes = unsafe { std::slice::from_raw_parts(object.as_ptr().cast(), tensor.len) };
+                tensor.bytes_mut().copy_from_slice(bytes);
+            }
+            return Ok(tensor);
+        }
+        let size = tensor.dtype.size().unwrap_or(0);
+        let mut index = vec![0u64; shape.len()];
+        for at in 0..tensor.numel {
+            let places = index.iter().zip(object.strides());
+            let offset = places.fold(0i64, |sum, (&i, &stride)| sum.wrapping_add((i as i64).wrapping_mul(stride)));
+            let from = object.as_ptr().cast::<u8>().wrapping_offset(offset as isize * size as isize);
+            // SAFETY: an element of a tensor on the host, which the object keeps, and that is read as bytes.
+            let element = unsafe { std::slice::from_raw_parts(from, size) };
+            tensor.bytes_mut()[at * size..(at + 1) * size].copy_from_slice(element);
+            for (i, &size) in index.iter_mut().zip(&shape).rev() {
+                *i += 1;
+                if *i < size {
+                    break;
+                }
+                *i = 0;
+            }
+        }
+        Ok(tensor)
+    }
+
+    fn sizes(&self) -> Result<(DType, Vec<i64>)> {
         let dtype = self.dtype.to_dtype().ok_or_else(|| {
             let found = self.dtype.to_string();
             unfit(

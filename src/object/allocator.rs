@@ -8,10 +8,10 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 
-use super::tensor::manage;
+use super::tensor::{DlpackTensor, contiguous};
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::Api;
-use crate::ffi::dlpack::{Allocator, DLManagedTensorVersioned, DLTensor, SetError};
+use crate::ffi::dlpack::{Allocator, DLDataType, DLManagedTensorVersioned, DLTensor, SetError};
 use crate::runtime::FlashInferRuntime;
 use crate::tensor::{DType, Device, MAX_NDIM};
 
@@ -206,31 +206,41 @@ unsafe fn make(prototype: &DLTensor) -> Result<*mut DLManagedTensorVersioned> {
         let found = format!("DLPack device type {}, number {}", device.device_type, device.device_id);
         return Err(refused("device", found, "the host or a CUDA device".to_owned()));
     };
-    let Some(ndim) = usize::try_from(ndim).ok().filter(|&ndim| ndim <= MAX_NDIM) else {
-        return Err(refused("shape", format!("of {ndim} dimensions"), format!("at most {MAX_NDIM} dimensions")));
-    };
-    let shape: &[i64] = match ndim {
-        0 => &[],
+    let shape: &[i64] = match usize::try_from(ndim) {
+        Ok(0) => &[],
         // SAFETY: the caller's promise.
-        _ => unsafe { std::slice::from_raw_parts(shape, ndim) },
+        Ok(ndim) => unsafe { std::slice::from_raw_parts(shape, ndim) },
+        Err(_) => return Err(too_many_dimensions(&ndim)),
     };
+    // SAFETY: the scope that set it is still there, since it puts the one before back when it ends.
+    let allocator = unsafe { allocator.as_ref() };
+    Ok(allocated(allocator, known, dtype, shape)?.into_raw().cast())
+}
+
+fn too_many_dimensions(ndim: &dyn fmt::Display) -> FlashInferError {
+    refused("shape", format!("of {ndim} dimensions"), format!("at most {MAX_NDIM} dimensions"))
+}
+
+/// A tensor in memory of an allocator's.
+pub(super) fn allocated(
+    allocator: &dyn TensorAllocator,
+    device: Device,
+    dtype: DLDataType,
+    shape: &[i64],
+) -> Result<DlpackTensor> {
+    if shape.len() > MAX_NDIM {
+        return Err(too_many_dimensions(&shape.len()));
+    }
     let bits = u64::from(dtype.bits) * u64::from(dtype.lanes);
     let elements = crate::tensor::numel(shape).and_then(|count| u64::try_from(count).ok());
     let bytes = elements.and_then(|count| count.checked_mul(bits)).map(|bits| bits.div_ceil(8));
     let Some(bytes) = bytes.and_then(|bytes| usize::try_from(bytes).ok()) else {
         return Err(refused("shape", format!("{shape:?}"), "sizes that are not negative and fit memory".to_owned()));
     };
-    let request = TensorRequest { device: known, bytes, dtype: DType::from_dl(dtype), shape };
-    // SAFETY: the scope that set it is still there, since it puts the one before back when it ends.
-    let Memory { data, owner } = unsafe { allocator.as_ref() }.allocate(&request)?;
-    let mut strides = [1i64; MAX_NDIM];
-    for i in (1..ndim).rev() {
-        strides[i - 1] = strides[i].wrapping_mul(shape[i].max(1));
-    }
-    let (shape, strides) = (shape.as_ptr(), strides.as_ptr());
-    let tensor = DLTensor { data, device, ndim: ndim as i32, dtype, shape, strides, byte_offset: 0 };
+    let request = TensorRequest { device, bytes, dtype: DType::from_dl(dtype), shape };
+    let Memory { data, owner } = allocator.allocate(&request)?;
     // SAFETY: the memory is valid for as long as its owner is there, by whoever made it.
-    Ok(unsafe { manage(owner, tensor) }.into_raw().cast())
+    Ok(unsafe { contiguous(owner, data, device, dtype, shape) })
 }
 
 #[cfg(feature = "cudarc")]

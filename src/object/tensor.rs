@@ -11,7 +11,7 @@ use super::allocator::HostMemory;
 use super::{Object, object_type};
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::Api;
-use crate::ffi::dlpack::{self, DLManagedTensor, DLManagedTensorVersioned, DLTensor};
+use crate::ffi::dlpack::{self, DLDataType, DLManagedTensor, DLManagedTensorVersioned, DLTensor};
 use crate::tensor::{DType, Device, Element, Layout, MAX_NDIM, TensorMut, TensorRef, borrowed, borrowed_mut};
 
 object_type! {
@@ -75,6 +75,28 @@ pub(super) unsafe fn manage<B: Send + 'static>(owner: B, tensor: DLTensor) -> Dl
         (*owning).managed.dl_tensor.strides = (&raw const (*owning).strides).cast();
         DlpackTensor(NonNull::new_unchecked(owning.cast()))
     }
+}
+
+/// As [`manage`], of a contiguous tensor of at most [`MAX_NDIM`] dimensions.
+///
+/// # Safety
+/// The memory must be on that device and as large as the tensor, for as long as `owner` is there.
+pub(super) unsafe fn contiguous<B: Send + 'static>(
+    owner: B,
+    data: *mut c_void,
+    device: Device,
+    dtype: DLDataType,
+    shape: &[i64],
+) -> DlpackTensor {
+    let mut strides = [1i64; MAX_NDIM];
+    for i in (1..shape.len()).rev() {
+        strides[i - 1] = strides[i].wrapping_mul(shape[i].max(1));
+    }
+    let (ndim, device) = (shape.len() as i32, device.to_dl());
+    let (shape, strides) = (shape.as_ptr(), strides.as_ptr());
+    let tensor = DLTensor { data, device, ndim, dtype, shape, strides, byte_offset: 0 };
+    // SAFETY: the caller's promise.
+    unsafe { manage(owner, tensor) }
 }
 
 impl Tensor {
@@ -162,7 +184,49 @@ impl Tensor {
         unsafe { Self::of_layout(buffer, tensor) }
     }
 
-    fn described(&self) -> &DLTensor {
+    /// A contiguous tensor of any element type, over memory that `owner` owns.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for more than [`MAX_NDIM`] dimensions, and what TVM-FFI raises.
+    ///
+    /// # Safety
+    /// As for [`from_owner`](Self::from_owner).
+    #[cfg(feature = "bench")]
+    pub(crate) unsafe fn from_parts<B: Send + 'static>(
+        owner: B,
+        data: *mut c_void,
+        device: Device,
+        dtype: DLDataType,
+        shape: &[i64],
+    ) -> Result<Self> {
+        if shape.len() > MAX_NDIM {
+            return Err(FlashInferError::InvalidArgument {
+                function: "Tensor",
+                argument: "shape",
+                found: format!("of {} dimensions", shape.len()),
+                expected: format!("at most {MAX_NDIM} dimensions"),
+            });
+        }
+        // SAFETY: the caller's promise.
+        Self::from_dlpack(unsafe { contiguous(owner, data, device, dtype, shape) })
+    }
+
+    /// A tensor in memory of an allocator's, of any element type.
+    ///
+    /// # Errors
+    /// What the allocator answers, and what TVM-FFI raises.
+    #[cfg(feature = "bench")]
+    pub(crate) fn allocated(
+        allocator: &dyn super::TensorAllocator,
+        device: Device,
+        dtype: DLDataType,
+        shape: &[i64],
+    ) -> Result<Self> {
+        Self::from_dlpack(super::allocator::allocated(allocator, device, dtype, shape)?)
+    }
+
+    #[inline(always)]
+    pub(crate) fn described(&self) -> &DLTensor {
         // SAFETY: a tensor object has its description right behind its header, which never changes.
         unsafe { &*self.0.cell::<DLTensor>() }
     }
