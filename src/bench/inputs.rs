@@ -57,6 +57,13 @@ impl Default for InputOptions {
     }
 }
 
+impl InputOptions {
+    /// For a trial, which has random inputs of its own.
+    pub(super) fn of_trial(&self, trial: u32) -> Self {
+        Self { seed: self.seed.wrapping_add(trial.into()), ..self.clone() }
+    }
+}
+
 impl Workload {
     /// Makes the inputs, in the definition's order, by upstream's distributions: normal for 16 and 32-bit floating-point
     /// numbers; normal, clamped to ±2 and rounded for smaller ones; whole numbers from -1024 to 1023, of eight bits from -128 to
