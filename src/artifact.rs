@@ -6,11 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::digest::Digest;
 use crate::error::{FlashInferError, Result};
+use crate::settings::LIB_DIR;
 
 include!(concat!(env!("OUT_DIR"), "/vendored.rs"));
-
-/// Where to look for libraries before anywhere else but the configuration.
-pub(crate) const LIB_DIR: &str = "FLASHINFER_RS_LIB_DIR";
 
 /// Below the executable's folder.
 const BESIDE_EXECUTABLE: &str = "lib/flashinfer-rs";
@@ -198,7 +196,7 @@ pub(crate) fn locate(name: &str, stored: Option<&'static Stored>, configured: Op
         searched.push(path.display().to_string());
         found.then_some(path)
     };
-    let from_env = std::env::var_os(LIB_DIR).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let from_env = LIB_DIR.read().map(|given| PathBuf::from(given.value));
     for folder in [configured.map(Path::to_owned), from_env].into_iter().flatten() {
         if let Some(path) = file(folder.join(name)) {
             return Ok(Location::File(path));

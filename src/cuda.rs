@@ -1,5 +1,5 @@
-//! What this crate needs of CUDA's runtime: devices, the last error, whether a stream captures, updates of graphs, and the
-//! memory of self-tests and states.
+//! What this crate needs of CUDA's runtime: devices, the last error, whether a stream captures, updates of graphs, the memory
+//! of self-tests and states, and what logs read of tensors.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
@@ -38,6 +38,8 @@ pub(crate) struct Cudart {
     memory: Option<Memory>,
     last_error: Option<LastError>,
     capture_state: Option<CaptureState>,
+    /// Only what reads tensors for logs and dumps needs it.
+    stream_synchronize: Option<unsafe extern "C" fn(*mut c_void) -> c_int>,
     /// Only this crate's own kernels need it.
     #[cfg(feature = "cudarc")]
     kernels: Option<Kernels>,
@@ -186,6 +188,7 @@ impl Cudart {
                 memory: Memory::resolve(library).ok(),
                 last_error: LastError::resolve(library).ok(),
                 capture_state: CaptureState::resolve(library).ok(),
+                stream_synchronize: library.symbol(c"cudaStreamSynchronize").ok(),
                 #[cfg(feature = "cudarc")]
                 kernels: Kernels::resolve(library).ok(),
             })
@@ -403,6 +406,57 @@ impl Cudart {
         let sticky = self.as_sticky(code);
         self.forget_stale_error();
         sticky
+    }
+
+    /// Whether a graph is captured on a stream of the current device, or may be.
+    pub(crate) fn may_capture(&self, stream: *mut c_void) -> bool {
+        let Some(capture) = self.capture_state else { return true };
+        let mut status = 0;
+        // SAFETY: one number is written through a pointer that is valid for the call.
+        let code = unsafe { (capture.stream_is_capturing)(stream, &mut status) };
+        if code != 0 {
+            self.forget_stale_error();
+        }
+        code != 0 || status != 0
+    }
+
+    /// Copies pieces of the current device's memory to the host, one behind the other, once the stream has come so far.
+    ///
+    /// # Safety
+    /// Each must be memory of that many bytes which the host may read then, and `stream` a live stream of that device, on which
+    /// nothing is captured.
+    pub(crate) unsafe fn download(
+        &self,
+        to: &mut [u8],
+        pieces: &[(*const u8, usize)],
+        stream: *mut c_void,
+    ) -> Result<()> {
+        let memory = self.memory()?;
+        let synchronize = self.stream_synchronize.ok_or_else(|| FlashInferError::CudartMissing {
+            searched: vec!["the one in use has no cudaStreamSynchronize".to_owned()],
+        })?;
+        let result = self.without_breaking_captures(|| {
+            let mut rest = &mut *to;
+            for &(from, bytes) in pieces {
+                let (place, behind) = rest.split_at_mut(bytes);
+                rest = behind;
+                // SAFETY: the place is of this many bytes, and stays until the stream was waited for; the rest is the caller's
+                // promise.
+                let code = unsafe { (memory.memcpy_async)(place.as_mut_ptr().cast(), from.cast(), bytes, COPY, stream) };
+                if code != 0 {
+                    // What was queued before writes to the places still.
+                    // SAFETY: the caller's promise for the stream.
+                    unsafe { synchronize(stream) };
+                    return self.check("cudaMemcpyAsync", code);
+                }
+            }
+            // SAFETY: as above.
+            self.check("cudaStreamSynchronize", unsafe { synchronize(stream) })
+        });
+        if result.is_err() {
+            self.forget_stale_error();
+        }
+        result
     }
 
     fn describe(&self, code: c_int) -> String {

@@ -6,13 +6,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 
 use crate::contract::{
-    Attributes, Checked, Convention, From, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Row, aligned, check, explain,
+    Attributes, Checked, Convention, Fault, From, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Row, aligned, check, explain,
     stream_fits, unrolled,
 };
 use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::Any;
 use crate::ffi::dlpack::DLTensor;
 use crate::first_call::{self, Ran};
+use crate::log::{self, Way};
 use crate::module::Function;
 use crate::object::Arg;
 use crate::owner::{Owner, ordered};
@@ -117,7 +118,7 @@ impl Entry {
         stream: Stream<'_>,
     ) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { launch_any(self, operands, checked, stream) }
+        unsafe { launch_any(self, operands, checked, stream, Way::Directly) }
     }
 
     /// As [`call`], of any kernel, with other work queued ahead of it: only once it is known that the call keeps its row and that
@@ -131,7 +132,7 @@ impl Entry {
         stream: Stream<'_>,
         ahead: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let checked = check(self.row, operands, stream).map_err(|fault| explain(self.row, operands, stream, fault))?;
+        let checked = check(self.row, operands, stream).map_err(|fault| refused(self.row, operands, stream, fault))?;
         if checked.empty {
             return Ok(());
         }
@@ -183,7 +184,27 @@ unsafe fn run(entry: Entry, operands: &[Operand<'_, '_>], stream: Stream<'_>) ->
     match check(entry.row, operands, stream) {
         // SAFETY: the call keeps the row; the rest is the caller's promise.
         Ok(checked) => unsafe { launch(entry, operands, &checked, stream) },
-        Err(fault) => Err(explain(entry.row, operands, stream, fault)),
+        Err(fault) => Err(refused(entry.row, operands, stream, fault)),
+    }
+}
+
+/// The error for a call that breaks its row; the log has the call too.
+#[cold]
+pub(crate) fn refused(
+    row: &'static Row,
+    operands: &[Operand<'_, '_>],
+    stream: Stream<'_>,
+    fault: Fault,
+) -> FlashInferError {
+    let error = explain(row, operands, stream, fault);
+    if !log::enabled() {
+        return error;
+    }
+    let result = Err(error);
+    log::ended(row, operands, stream, Way::Directly, &result);
+    match result {
+        Err(error) => error,
+        Ok(()) => unreachable!("it was made an error above"),
     }
 }
 
@@ -200,7 +221,7 @@ struct Ready {
 /// As for [`call`].
 #[inline(always)]
 unsafe fn launch(entry: Entry, operands: &[Operand<'_, '_>], checked: &Checked, stream: Stream<'_>) -> Result<()> {
-    let plain = checked.whole & !checked.empty & !any_ordered(operands);
+    let plain = checked.whole & !checked.empty & !any_ordered(operands) & !log::enabled();
     if plain
         && let (Some(runtime), Some(function)) = (FlashInferRuntime::get(), entry.state.on_gpu.get())
         && runtime.usable(checked.device).is_some()
@@ -210,7 +231,7 @@ unsafe fn launch(entry: Entry, operands: &[Operand<'_, '_>], checked: &Checked, 
         return unsafe { queue(entry, &ready, operands, checked, stream) };
     }
     // SAFETY: the caller's promise.
-    unsafe { launch_any(entry, operands, checked, stream) }
+    unsafe { launch_any(entry, operands, checked, stream, Way::Directly) }
 }
 
 /// Whether a tensor's owner wants the call to be ordered with its other uses.
@@ -225,12 +246,41 @@ fn any_ordered(operands: &[Operand<'_, '_>]) -> bool {
     any
 }
 
-/// As [`launch`], for the first call, for tensors that cudarc tracks, for more than one launch, and on the host.
+/// As [`launch`], for the first call, for tensors that cudarc tracks, for more than one launch, on the host, and for calls that
+/// are logged.
 ///
 /// # Safety
 /// As there.
 #[cold]
-unsafe fn launch_any(entry: Entry, operands: &[Operand<'_, '_>], checked: &Checked, stream: Stream<'_>) -> Result<()> {
+unsafe fn launch_any(
+    entry: Entry,
+    operands: &[Operand<'_, '_>],
+    checked: &Checked,
+    stream: Stream<'_>,
+    way: Way,
+) -> Result<()> {
+    if !log::enabled() {
+        // SAFETY: the caller's promise.
+        return unsafe { launch_all(entry, operands, checked, stream, None) };
+    }
+    let seen = log::Call::new(entry.row, operands, stream, way);
+    // SAFETY: the caller's promise.
+    let result = unsafe { launch_all(entry, operands, checked, stream, seen.as_ref()) };
+    if let Some(seen) = &seen {
+        seen.ended(&result);
+    }
+    result
+}
+
+/// # Safety
+/// As for [`launch`].
+unsafe fn launch_all(
+    entry: Entry,
+    operands: &[Operand<'_, '_>],
+    checked: &Checked,
+    stream: Stream<'_>,
+    seen: Option<&log::Call<'_>>,
+) -> Result<()> {
     if checked.empty {
         return Ok(());
     }
@@ -264,7 +314,19 @@ unsafe fn launch_any(entry: Entry, operands: &[Operand<'_, '_>], checked: &Check
         }
         Ok(())
     };
-    ordered_like(row, operands, launch)
+    // Within the order of the buffers' uses, so that what is read of them for the log is what the kernel will read.
+    let launch_seen = |seen: &log::Call<'_>| {
+        // SAFETY: the call keeps its row; that its tensors and its stream are valid is the caller's promise.
+        unsafe { seen.before() };
+        launch()?;
+        // SAFETY: as above.
+        unsafe { seen.after() };
+        Ok(())
+    };
+    ordered_like(row, operands, || match seen {
+        Some(seen) => launch_seen(seen),
+        None => launch(),
+    })
 }
 
 /// Does what uses a call's tensors as its kernel does, in order with their other uses.
@@ -423,7 +485,7 @@ unsafe fn invoke<'v>(
     let (row, Ready { runtime, function, device }) = (entry.row, ready);
     let Device::Cuda(id) = *device else {
         // SAFETY: the caller's promise.
-        return unsafe { function.launch(args) };
+        return unsafe { function.launch_unseen(args) };
     };
     let id = id as i32;
     let Some(cudart) = runtime.loaded_cudart() else { return runtime.cudart().map(|_| ()) };
@@ -504,7 +566,10 @@ impl Fixed {
         // The stream is looked at when there is one: here the tensors' own.
         let own = operands.iter().find_map(|operand| operand.layout().and_then(Layout::stream));
         let stream = own.map_or(Stream::NULL, Stream::compared);
-        let checked = check(row, operands, stream).map_err(|fault| explain(row, operands, stream, fault))?;
+        let checked = check(row, operands, stream).map_err(|fault| refused(row, operands, stream, fault))?;
+        if log::enabled() {
+            log::ended(row, operands, stream, Way::Preparing, &Ok(()));
+        }
         let runtime = FlashInferRuntime::global()?;
         runtime.checked_device(checked.device)?;
         let function = entry.on(checked.device)?;
@@ -535,7 +600,7 @@ impl Fixed {
                 _ => false,
             };
         });
-        let plain = self.checked.whole & !self.checked.empty & !any_ordered(operands);
+        let plain = self.checked.whole & !self.checked.empty & !any_ordered(operands) & !log::enabled();
         if same & plain {
             let ready = Ready { runtime: self.runtime, function: self.function, device: self.checked.device };
             let entry = Entry { row: K::ROW, state: self.entry.state };
@@ -547,7 +612,8 @@ impl Fixed {
         unsafe { self.launch_other(same, operands, stream) }
     }
 
-    /// As [`launch`](Self::launch), for tensors that cudarc tracks, for more than one launch, and for what does not fit.
+    /// As [`launch`](Self::launch), for tensors that cudarc tracks, for more than one launch, for calls that are logged, and for
+    /// what does not fit.
     ///
     /// # Safety
     /// As there.
@@ -555,11 +621,11 @@ impl Fixed {
     unsafe fn launch_other(&self, same: bool, operands: &[Operand<'_, '_>], stream: Stream<'_>) -> Result<()> {
         if same {
             // SAFETY: as in `launch`.
-            return unsafe { launch_any(self.entry, operands, &self.checked, stream) };
+            return unsafe { launch_any(self.entry, operands, &self.checked, stream, Way::Prepared) };
         }
         let row = self.entry.row;
         // What breaks the row is said in the row's words, what only differs from what was prepared here.
-        check(row, operands, stream).map_err(|fault| explain(row, operands, stream, fault))?;
+        check(row, operands, stream).map_err(|fault| refused(row, operands, stream, fault))?;
         let differs = operands.iter().zip(&self.forms).position(|(operand, form)| {
             match (operand.layout().map(Layout::form), form) {
                 (Some(found), Some(form)) => !found.is(form, MAX_NDIM),
@@ -569,11 +635,15 @@ impl Fixed {
         });
         let i = differs.unwrap_or(row.lead);
         let shown = |form: Option<&Form>| form.map_or_else(|| "absent".to_owned(), ToString::to_string);
-        Err(FlashInferError::InvalidArgument {
+        let result = Err(FlashInferError::InvalidArgument {
             function: row.function,
             argument: row.arguments[i].name,
             found: shown(operands[i].layout().map(Layout::form)),
             expected: format!("{}, as it was prepared; prepare another call for it", shown(self.forms[i].as_ref())),
-        })
+        });
+        if log::enabled() {
+            log::ended(row, operands, stream, Way::Directly, &result);
+        }
+        result
     }
 }

@@ -271,10 +271,20 @@ pub enum FlashInferError {
         requested: String,
     },
 
-    /// A file of a dataset, or a value that was to become one, is not what it should be.
-    #[cfg(feature = "bench")]
+    /// A file of a dataset or of a dump, or a value that was to become one, is not what it should be.
     #[error(transparent)]
-    Data(Box<crate::bench::DataError>),
+    Data(Box<crate::data::DataError>),
+
+    /// A variable of the environment has a value that means nothing.
+    #[error("{variable} is {found:?}, expected {expected}; correct it or unset it, and start the program again")]
+    Setting {
+        /// The variable.
+        variable: &'static str,
+        /// Its value.
+        found: String,
+        /// The values that it may have.
+        expected: &'static str,
+    },
 
     /// No kernel of this name was pinned when the program was built.
     #[error(

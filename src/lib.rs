@@ -45,6 +45,7 @@
 //! - For many small launches: [`FlashInferRuntime::on`], which sets a stream once for a series of calls; [`Prepared`], a call
 //!   that is checked once; and with the feature `cudarc` `LaunchGraph`, a series that is captured into a CUDA
 //!   graph and replayed with one launch.
+//! - [`log`]: logs of calls and dumps of what they are given, as the environment asks for them.
 //! - [`Module`], [`Function`], [`Arg`] and [`Value`]: any TVM-FFI function of any module; [`object`] has its arrays, maps,
 //!   tensors, functions and errors.
 //!
@@ -67,6 +68,7 @@
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
+//! | `tracing` | no | logs as events of `tracing` too |
 //! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces |
 //!
 //! The API is there with or without a kernel's feature; a kernel that was not vendored answers
@@ -85,6 +87,8 @@ pub mod bench;
 mod buffers;
 pub mod contract;
 mod cuda;
+#[cfg_attr(not(feature = "bench"), allow(dead_code, reason = "what the files of FlashInfer-Bench need beside dumps"))]
+mod data;
 #[path = "../build/digest.rs"]
 #[allow(dead_code, reason = "the build parses digests, the library only compares them")]
 mod digest;
@@ -105,6 +109,7 @@ mod graph;
 mod indices;
 pub mod kernels;
 mod loader;
+pub mod log;
 mod module;
 pub mod object;
 mod open;
@@ -118,6 +123,7 @@ mod rotary;
 mod runtime;
 mod self_test;
 mod sequences;
+mod settings;
 mod start;
 mod stream;
 mod tensor;
@@ -135,6 +141,7 @@ pub use self::object::{Arg, Object, Value};
 pub use artifact::{Artifact, Provenance, Source};
 #[cfg(feature = "cudarc")]
 pub use buffers::{DeviceBuffer, DeviceBufferMut, Half16};
+pub use data::DataError;
 pub use error::{FlashInferError, Mismatch, Result};
 pub use flat::{
     GdnPrefillSm90Params, GemmaRmsNormParams, Tensor1DDesc, Tensor2DDesc, Tensor3DDesc, Tensor4DDesc, gdn_prefill_sm90,

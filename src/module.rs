@@ -9,6 +9,7 @@ use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::{self, SafeCall};
 use crate::ffi::api::Api;
 use crate::loader::Library;
+use crate::log;
 use crate::object::{Any, Arg, Callee, FromAny, Func, Object, Params, Typed, Value};
 
 pub(crate) use crate::elf::PREFIX;
@@ -74,7 +75,7 @@ impl Module {
         std::mem::forget(object.clone());
         // SAFETY: TVM-FFI's own function, which takes a module.
         let kind = own("ffi.ModuleGetKind")
-            .and_then(|kind| unsafe { kind.typed::<(&Object,), String>().call((&object,)) })
+            .and_then(|kind| unsafe { kind.typed::<(&Object,), String>().call_unseen((&object,)) })
             .unwrap_or_else(|_| "unknown".to_owned());
         Ok(Self { name: format!("a module object ({kind})"), functions: Functions::Object(ModuleObject(object)), api })
     }
@@ -137,7 +138,7 @@ impl Module {
             Functions::Object(module) => {
                 let get = own("ffi.ModuleGetFunction")?;
                 // SAFETY: TVM-FFI's own function, which takes a module, a name, and whether to look into what it imports.
-                let func = unsafe { get.typed::<(&Object, &str, bool), Option<Func>>().call((&module.0, name, true)) }?;
+                let func = unsafe { get.typed::<(&Object, &str, bool), Option<Func>>().call_unseen((&module.0, name, true)) }?;
                 func.map(|func| func.named(name))
             }
         };
@@ -177,13 +178,13 @@ impl Module {
                     let describe = Function::exported(call, name, self.api);
                     // SAFETY: under this name TVM-FFI exports a function without parameters that returns a string; whoever
                     // opened the module vouched for that.
-                    unsafe { describe.typed::<(), String>().call(()) }.map(Some)
+                    unsafe { describe.typed::<(), String>().call_unseen(()) }.map(Some)
                 }
                 None => Ok(None),
             },
             Functions::Object(module) => {
                 // SAFETY: TVM-FFI's own function, which takes a module, a name, and whether to look into what it imports.
-                unsafe { own(getter)?.typed::<(&Object, &str, bool), Option<String>>().call((&module.0, name, true)) }
+                unsafe { own(getter)?.typed::<(&Object, &str, bool), Option<String>>().call_unseen((&module.0, name, true)) }
             }
             Functions::Here(_) => Ok(None),
         }
@@ -315,7 +316,7 @@ impl Function {
     #[inline]
     pub unsafe fn call_any(&self, args: &[Arg<'_>]) -> Result<Any> {
         // SAFETY: the caller's promise.
-        unsafe { self.callee().call(args) }
+        unsafe { self.callee().call_seen(args) }
     }
 
     /// The function with the types of its parameters and its result:
@@ -339,6 +340,20 @@ impl Function {
     /// As there.
     #[inline]
     pub unsafe fn launch(&self, args: &[Arg<'_>]) -> Result<()> {
+        if log::enabled() {
+            // SAFETY: the caller's promise.
+            return log::function(&self.name, args, || unsafe { self.launch_unseen(args) });
+        }
+        // SAFETY: as above.
+        unsafe { self.launch_unseen(args) }
+    }
+
+    /// [`launch`](Self::launch), of what the log has already.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    pub(crate) unsafe fn launch_unseen(&self, args: &[Arg<'_>]) -> Result<()> {
         let mut result = abi::Any::NONE;
         // SAFETY: the caller's promise.
         let code = unsafe { self.invoke(args, &mut result) };

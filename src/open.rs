@@ -314,6 +314,6 @@ unsafe fn by_tvm_ffi(path: &Path, name: String, preflight: &Preflight) -> Result
     };
     let _actions = loader::SavedActions::new();
     // SAFETY: the caller's promise.
-    let module = unsafe { load.named("ffi.ModuleLoadFromFile").typed::<(&str,), Module>().call((path,)) }?;
+    let module = unsafe { load.named("ffi.ModuleLoadFromFile").typed::<(&str,), Module>().call_unseen((path,)) }?;
     Ok(module.named(name))
 }

@@ -12,6 +12,7 @@ use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::ffi::dlpack::DLTensor;
 use crate::loader::{self, Library};
+use crate::log::{self, Settings};
 use crate::module::Module;
 use crate::object::Object;
 use crate::stream::{DeviceStream, SCOPE, Scope, Setting, Stream};
@@ -136,7 +137,10 @@ impl FlashInferRuntime {
                 requested: format!("{config:?}"),
             }),
             None => {
+                // Before anything is loaded: what a variable says wrong is said at once.
+                let settings = Settings::read()?;
                 let runtime = Self::load(config)?;
+                log::start(settings);
                 Ok(RUNTIME.get_or_init(|| runtime))
             }
         }

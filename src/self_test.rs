@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use crate::contract::{Contents, Dimensions, Dtype, From, Kind, Operand, Role, Row, Tensor};
 use crate::cuda::Buffer;
+use crate::data::tensor::numbers;
 use crate::engine::Entry;
 use crate::error::Result;
 use crate::owner::Owner;
@@ -121,8 +122,8 @@ fn worst(kernel: Entry, on_device: &[Option<(DType, Buffer)>], on_host: &[Option
             continue;
         }
         if let (Some((dtype, buffer)), Some((expected_dtype, expected, shape))) = (&on_device[i], &on_host[i]) {
-            let mut found = decode(&buffer.download()?, *dtype);
-            let mut expected = decode(expected, *expected_dtype);
+            let mut found = numbers(&buffer.download()?, *dtype).collect::<Vec<_>>();
+            let mut expected = numbers(expected, *expected_dtype).collect::<Vec<_>>();
             if tensor.role == Role::Unordered {
                 let columns = shape.last().map_or(1, |&columns| columns.max(1) as usize);
                 let rows = found.chunks_mut(columns).chain(expected.chunks_mut(columns));
@@ -252,32 +253,6 @@ pub(crate) fn encode(values: &[f64], dtype: DType) -> Vec<u8> {
         }
     };
     values.iter().flat_map(bytes).collect()
-}
-
-fn decode(bytes: &[u8], dtype: DType) -> Vec<f64> {
-    let number = |bytes: &[u8]| match (dtype, bytes) {
-        (DType::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
-        (DType::BF16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f64(),
-        (DType::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
-        (DType::I32, &[a, b, c, d]) => f64::from(i32::from_le_bytes([a, b, c, d])),
-        (DType::I64, &[a, b, c, d, e, f, g, h]) => i64::from_le_bytes([a, b, c, d, e, f, g, h]) as f64,
-        (DType::F8E4M3, &[byte]) => eight_bit(byte, 3, 7),
-        (DType::F8E5M2, &[byte]) => eight_bit(byte, 2, 15),
-        (DType::U8, &[byte]) => f64::from(byte),
-        _ => f64::NAN,
-    };
-    bytes.chunks_exact(dtype.size()).map(number).collect()
-}
-
-/// An 8-bit floating-point number by its bits.
-fn eight_bit(byte: u8, mantissa: u32, bias: i32) -> f64 {
-    let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
-    let exponent = i32::from(byte >> mantissa & ((1 << (7 - mantissa)) - 1));
-    let fraction = f64::from(byte & ((1 << mantissa) - 1)) / f64::from(1 << mantissa);
-    match exponent {
-        0 => sign * fraction * 2f64.powi(1 - bias),
-        _ => sign * (1.0 + fraction) * 2f64.powi(exponent - bias),
-    }
 }
 
 fn relative_error(found: &[f64], expected: &[f64]) -> f64 {

@@ -16,7 +16,9 @@ impl FlashInferRuntime {
     /// [`ArtifactMissing`](crate::FlashInferError::ArtifactMissing), [`DigestMismatch`](crate::FlashInferError::DigestMismatch),
     /// [`LoadFailed`](crate::FlashInferError::LoadFailed), [`VersionMismatch`](crate::FlashInferError::VersionMismatch),
     /// [`ForeignTvmFfi`](crate::FlashInferError::ForeignTvmFfi), [`SymbolMissing`](crate::FlashInferError::SymbolMissing),
-    /// [`EmbeddingRefused`](crate::FlashInferError::EmbeddingRefused), [`Io`](crate::FlashInferError::Io), or
+    /// [`EmbeddingRefused`](crate::FlashInferError::EmbeddingRefused),
+    /// [`Setting`](crate::FlashInferError::Setting) for a variable of [`log`](crate::log) that has a value which means nothing,
+    /// [`Io`](crate::FlashInferError::Io), or
     /// [`AlreadyInitialized`](crate::FlashInferError::AlreadyInitialized) with another configuration. That there is no GPU is
     /// no error here.
     pub fn initialize(config: RuntimeConfig) -> Result<&'static Self> {

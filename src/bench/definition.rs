@@ -11,6 +11,7 @@ use super::dtype::DataType;
 use super::error::{io, read, unfit};
 use super::inputs::Input;
 use super::json::{Cursor, Document, Json, MAX_BYTES};
+pub(super) use super::json::{field, text};
 use super::named::Named;
 use crate::error::Result;
 
@@ -463,14 +464,6 @@ impl Definition {
         let verdict = |text: &String| Constraint::parse(text).map(|constraint| constraint.check(&all, inputs));
         self.constraints.iter().map(|text| Ok((text.as_str(), verdict(text)?))).collect()
     }
-}
-
-pub(super) fn field(name: &str, value: Json) -> (String, Json) {
-    (name.to_owned(), value)
-}
-
-pub(super) fn text(text: &str) -> Json {
-    Json::Text(text.to_owned())
 }
 
 pub(super) fn optional_text(cursor: &Cursor<'_>, name: &str) -> Result<Option<String>> {

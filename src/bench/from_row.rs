@@ -237,7 +237,7 @@ impl KernelCall {
 
     fn facts(&self) -> Result<&'static Facts> {
         let facts = FAMILIES.iter().copied().flatten().find(|facts| facts.kernel == self.row.kernel);
-        let expected = || "one that has facts in src/bench/kernel".to_owned();
+        let expected = || "one that has facts in src/bench/from_row".to_owned();
         facts.ok_or_else(|| self.unfit("kernel", "a kernel without a definition".to_owned(), expected()))
     }
 

@@ -16,7 +16,7 @@ use crate::object::{Any, Arg, Array, FromAny, List, Tensor, TensorAllocator};
 use crate::owner::ordered;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
-use crate::tensor::{Device, MAX_NDIM};
+use crate::tensor::{Device, MAX_NDIM, is_row_major};
 
 /// A function that implements a definition, and how it gives its outputs.
 #[derive(Debug, Clone)]
@@ -617,19 +617,12 @@ fn dimensions<'a>(of: *const i64, ndim: i32) -> Option<&'a [i64]> {
 
 /// Whether a tensor's elements lie one after the other in row-major order.
 #[inline(always)]
-pub(super) fn is_contiguous(tensor: &DLTensor) -> bool {
-    let (Some(shape), Some(strides)) = (dimensions(tensor.shape, tensor.ndim), dimensions(tensor.strides, tensor.ndim))
-    else {
+fn is_contiguous(tensor: &DLTensor) -> bool {
+    match (dimensions(tensor.shape, tensor.ndim), dimensions(tensor.strides, tensor.ndim)) {
+        (Some(shape), Some(strides)) => is_row_major(shape, strides),
         // No strides are those of row-major memory.
-        return true;
-    };
-    let (mut next, mut contiguous, mut empty) = (1i64, true, false);
-    for (&size, &stride) in shape.iter().zip(strides).rev() {
-        contiguous &= (stride == next) | (size == 1);
-        empty |= size == 0;
-        next = next.wrapping_mul(size);
+        _ => true,
     }
-    contiguous | empty
 }
 
 impl Expected {

@@ -54,21 +54,17 @@ mod constraint;
 mod dataset;
 mod definition;
 mod distributed;
-mod dtype;
-mod error;
 mod from_row;
 mod inputs;
-mod json;
 mod judge;
 mod kernel;
-mod named;
 mod place;
 mod random;
 mod run;
-mod safetensors;
 mod solution;
-mod tensor;
 mod trace;
+
+use crate::data::{dtype, error, json, named, safetensors, tensor};
 
 pub use apply::{ApplyConfig, ApplyTable, apply};
 pub use argument::{Argument, Destination};

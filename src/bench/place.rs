@@ -2,7 +2,6 @@
 
 use super::dtype::DataType;
 use super::error::unfit;
-use super::kernel::is_contiguous;
 use super::named::Named;
 use super::tensor::HostTensor;
 use super::trace::Environment;
@@ -142,7 +141,7 @@ impl Place {
                     let found = format!("DLPack's {:?}", tensor.dlpack_dtype());
                     return refuse("its element type", found, "one that FlashInfer-Bench has", "convert it");
                 };
-                if !is_contiguous(described) {
+                if !is_row_major(tensor.shape(), tensor.strides()) {
                     let found = format!("strides {:?} of {:?}", tensor.strides(), tensor.shape());
                     return refuse("its memory", found, "contiguous memory", "return a contiguous tensor");
                 }

@@ -7,6 +7,7 @@ use super::error::unfit;
 use super::json::{Cursor, Document, Json, MAX_BYTES, shortened};
 use super::named::Named;
 use super::solution::words;
+pub use crate::data::time::timestamp;
 use crate::error::Result;
 
 const STATUS: &str = "correct the status, or what stands beside it";
@@ -442,24 +443,4 @@ impl Trace {
         // In one write, so that what several processes append does not mix.
         file.write_all(lines.as_bytes()).map_err(super::error::io("writing", path))
     }
-}
-
-/// This moment as upstream notes it: local time, to the microsecond.
-pub fn timestamp() -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let seconds = now.as_secs() as libc::time_t;
-    // SAFETY: all zeros is a value of this plain structure.
-    let mut local: libc::tm = unsafe { std::mem::zeroed() };
-    // SAFETY: both pointers are to locals, of the types that the function takes.
-    unsafe { libc::localtime_r(&seconds, &mut local) };
-    format!(
-        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:06}",
-        local.tm_year + 1900,
-        local.tm_mon + 1,
-        local.tm_mday,
-        local.tm_hour,
-        local.tm_min,
-        local.tm_sec,
-        now.subsec_micros()
-    )
 }

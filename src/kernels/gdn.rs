@@ -7,10 +7,10 @@
 
 use crate::contract::{
     Alignment, Argument, Attributes, Checked, Contents, Convention, Dimension, Dimensions, Dtype, Extent, From, Kind,
-    Operand, Pdl, Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor, Variant, check, explain,
+    Operand, Pdl, Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor, Variant, check,
 };
 use crate::cuda;
-use crate::engine::{Entry, Kernel, State, call, kernels};
+use crate::engine::{Entry, Kernel, State, call, kernels, refused};
 use crate::error::{FlashInferError, Result};
 use crate::prepared::Prepared;
 use crate::runtime::FlashInferRuntime;
@@ -422,7 +422,7 @@ unsafe fn launch_runs(operands: &Operands<'_, '_>, sequences: &CuSeqlens, stream
 /// As there.
 #[cold]
 unsafe fn launch_any_runs(operands: &Operands<'_, '_>, sequences: &CuSeqlens, stream: Stream<'_>) -> Result<()> {
-    let checked = check(Batch::ROW, operands, stream).map_err(|fault| explain(Batch::ROW, operands, stream, fault))?;
+    let checked = check(Batch::ROW, operands, stream).map_err(|fault| refused(Batch::ROW, operands, stream, fault))?;
     check_tokens(&checked, sequences)?;
     if checked.device == Device::Cpu {
         // Without tokens there is still something to do: the states are kept.

@@ -31,9 +31,9 @@
 
 use crate::contract::{
     Alignment, Argument, Attributes, Contents, Convention, Dimension, Dimensions, Dtype, Extent, From, Kind, Limit,
-    Operand, Pdl, Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor, check, explain,
+    Operand, Pdl, Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor, check,
 };
-use crate::engine::{Entry, Kernel, call, kernels};
+use crate::engine::{Entry, Kernel, call, kernels, refused};
 use crate::error::Result;
 use crate::indices::{Placed, Steering, Words, refuse, sealed};
 use crate::stream::Stream;
@@ -421,7 +421,7 @@ unsafe fn launch<K: Kernel, const N: usize>(operands: [Operand<'_, '_>; N], stre
 /// As for [`call`].
 #[cold]
 unsafe fn launch_many<K: Kernel>(operands: &[Operand<'_, '_>], stream: Stream<'_>) -> Result<()> {
-    let checked = check(K::ROW, operands, stream).map_err(|fault| explain(K::ROW, operands, stream, fault))?;
+    let checked = check(K::ROW, operands, stream).map_err(|fault| refused(K::ROW, operands, stream, fault))?;
     let sizes = &checked.dimensions;
     let most = if is_filtered(sizes) { i64::MAX } else { sizes[MULTIPROCESSORS].max(1) };
     // SAFETY: the caller's promise; the call keeps the row.
@@ -740,8 +740,8 @@ mod gpu {
 
     use super::{MULTIPROCESSORS, RadixTopkOfBlocks, TopKState, blocks, is_filtered, states};
     use crate::buffers::{device, refuse_per_thread};
-    use crate::contract::{Limit, Operand, check, explain};
-    use crate::engine::{Entry, Kernel};
+    use crate::contract::{Limit, Operand, check};
+    use crate::engine::{Entry, Kernel, refused};
     use crate::error::{Result, driver};
     use crate::graph::{GraphMut, Launched, Leaf, Site};
     use crate::owner::refuse_capture;
@@ -816,7 +816,7 @@ mod gpu {
     /// As for [`TopKState::radix_topk`], with states that are zeros when the kernel starts and that no other stream uses.
     unsafe fn launch(operands: &[Operand<'_, '_>; 5], stream: Stream<'_>) -> Result<()> {
         let row = RadixTopkOfBlocks::ROW;
-        let checked = check(row, operands, stream).map_err(|fault| explain(row, operands, stream, fault))?;
+        let checked = check(row, operands, stream).map_err(|fault| refused(row, operands, stream, fault))?;
         let sizes = &checked.dimensions;
         // No block gets a second row.
         let most = if is_filtered(sizes) { i64::MAX } else { (sizes[MULTIPROCESSORS] / blocks(sizes).max(1)).max(1) };

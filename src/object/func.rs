@@ -92,10 +92,10 @@ impl Func {
         let _tables = Api::tables();
         // SAFETY: TVM-FFI's own functions, called as it does.
         unsafe {
-            let at: Self = names.typed::<(), Self>().call(())?;
+            let at: Self = names.typed::<(), Self>().call_unseen(())?;
             let at = at.typed::<(i64,), Any>();
-            let count: i64 = at.call((-1,))?.to()?;
-            (0..count).map(|i| at.call((i,))?.to()).collect()
+            let count: i64 = at.call_unseen((-1,))?.to()?;
+            (0..count).map(|i| at.call_unseen((i,))?.to()).collect()
         }
     }
 
@@ -130,7 +130,7 @@ impl Func {
         let _removed = Self::global(name)?;
         let _tables = Api::tables();
         // SAFETY: TVM-FFI's own function, called as it does; the rest is the caller's promise.
-        unsafe { remove.typed::<(&str,), bool>().call((name,)) }
+        unsafe { remove.typed::<(&str,), bool>().call_unseen((name,)) }
     }
 
     #[inline]
@@ -154,7 +154,7 @@ impl Func {
     /// As for [`Function::call`](crate::Function::call).
     pub unsafe fn call(&self, args: &[Arg<'_>]) -> Result<Value> {
         // SAFETY: the caller's promise.
-        Ok(unsafe { self.callee(UNNAMED).call(args) }?.into_value())
+        Ok(unsafe { self.callee(UNNAMED).call_seen(args) }?.into_value())
     }
 
     /// The function with the types of its parameters and its result: `add.typed::<(i64, i64), i64>()`.

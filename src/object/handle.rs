@@ -86,7 +86,7 @@ impl Object {
         let api = Api::loaded().ok()?;
         let keys = Func::global("ffi.GetRegisteredTypeKeys").ok()??;
         // SAFETY: TVM-FFI's own function, which takes nothing and answers an array.
-        let keys = unsafe { keys.typed::<(), Array>().call(()) }.ok()?;
+        let keys = unsafe { keys.typed::<(), Array>().call_unseen(()) }.ok()?;
         let keys = keys.iter().filter_map(|key| key.to::<String>().ok());
         keys.into_iter().find(|key| api.type_index(key).is_ok_and(|found| found == index))
     }

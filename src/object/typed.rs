@@ -9,6 +9,7 @@ use super::{Any, Arg, FromAny, Object};
 use crate::error::Result;
 use crate::ffi::abi::{self, SafeCall};
 use crate::ffi::api::Api;
+use crate::log;
 use crate::tensor::{DType, Device, PackedTensor, TensorRef};
 
 /// What is called, with what it is called on, for as long as its owner is there.
@@ -29,6 +30,20 @@ impl Callee<'_> {
         // the function is sound with them is the caller's promise. The handle is the one that the function was found
         // with: null for a function that a library exports, or the function object.
         unsafe { (self.call)(self.handle, args.as_ptr().cast::<abi::Any>(), args.len() as i32, result) }
+    }
+
+    /// [`call`](Self::call), which the log tells of.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    pub(crate) unsafe fn call_seen(&self, args: &[Arg<'_>]) -> Result<Any> {
+        if log::enabled() {
+            // SAFETY: the caller's promise.
+            return log::function(self.name, args, || unsafe { self.call(args) });
+        }
+        // SAFETY: as above.
+        unsafe { self.call(args) }
     }
 
     /// # Safety
@@ -87,9 +102,23 @@ impl<'f, P: Params, R: FromAny> Typed<'f, P, R> {
     /// As for [`Function::call`](crate::Function::call).
     #[inline]
     pub unsafe fn call(&self, args: P::Args<'_>) -> Result<R> {
-        let callee = &self.callee;
         // SAFETY: the caller's promise.
-        let result = P::lend(args, |args| unsafe { callee.call(args) })?;
+        self.returned(P::lend(args, |args| unsafe { self.callee.call_seen(args) })?)
+    }
+
+    /// [`call`](Self::call), of TVM-FFI's own functions, of which the log does not tell.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    pub(crate) unsafe fn call_unseen(&self, args: P::Args<'_>) -> Result<R> {
+        // SAFETY: the caller's promise.
+        self.returned(P::lend(args, |args| unsafe { self.callee.call(args) })?)
+    }
+
+    #[inline(always)]
+    fn returned(&self, result: Any) -> Result<R> {
+        let callee = &self.callee;
         R::from_any(result).map_err(|found| wrong_type(format!("what {} returned", callee.name), &found, R::EXPECTED))
     }
 }

@@ -11,8 +11,8 @@ use super::{
     TopPSamplingFromProbs, VOCAB, given, joint_operands, min_p_operands, outputs, renorm_behind, softmax_of,
     top_k_operands, top_p_operands, top_p_renorm_operands, tries,
 };
-use crate::contract::{Operand, check, explain};
-use crate::engine::{Entry, Kernel};
+use crate::contract::{Operand, check};
+use crate::engine::{Entry, Kernel, refused};
 use crate::error::{FlashInferError, Result};
 use crate::indices::{MinP, Setting, Temperature, TopK, TopP};
 use crate::owner::Owner;
@@ -488,7 +488,7 @@ pub(super) fn checked_chain(
     device: Device,
 ) -> Result<Option<[i64; 3]>> {
     let row = ChainSpeculativeSampling::ROW;
-    let checked = check(row, operands, stream).map_err(|fault| explain(row, operands, stream, fault))?;
+    let checked = check(row, operands, stream).map_err(|fault| refused(row, operands, stream, fault))?;
     if checked.empty {
         return Ok(None);
     }

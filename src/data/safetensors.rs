@@ -5,13 +5,12 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::definition::{field, text};
 use super::dtype::DataType;
 use super::error::{Finding, io, not_a_pointer, refused};
-use super::json::{Document, Json, MAX_BYTES};
+use super::json::{Document, Json, MAX_BYTES, field, text};
 use super::named::Named;
 use super::tensor::{HostTensor, extent};
-use crate::error::{FlashInferError, Result};
+use crate::error::Result;
 
 const METADATA: &str = "__metadata__";
 const DAMAGED: &str = "fetch the file anew";
@@ -31,13 +30,14 @@ pub struct Safetensors {
     path: PathBuf,
     file: File,
     entries: Named<Entry>,
+    metadata: Named<String>,
 }
 
 impl Safetensors {
     /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// [`Io`](FlashInferError::Io), and [`Data`](FlashInferError::Data) for a pointer of Git LFS in the file's place, a header
+    /// [`Io`](crate::FlashInferError::Io), and [`Data`](crate::FlashInferError::Data) for a pointer of Git LFS in the file's place, a header
     /// that is damaged, types that are not known, and places that are not those of such tensors.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
@@ -62,12 +62,22 @@ impl Safetensors {
         let mut header = vec![0; length as usize];
         file.read_exact_at(&mut header, 8).map_err(io("reading", path))?;
         let data = size - 8 - length;
-        let entries = entries(&name, &header, data)?;
+        let (entries, metadata) = entries(&name, &header, data)?;
         let entries = entries.into_iter().map(|(name, entry)| {
             let begin = entry.begin + 8 + length;
             (name, Entry { begin, ..entry })
         });
-        Ok(Self { path: path.to_path_buf(), file, entries: Named::distinct(entries.collect()) })
+        Ok(Self { path: path.to_path_buf(), file, entries: Named::distinct(entries.collect()), metadata })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The texts that the file has beside its tensors.
+    pub fn metadata(&self) -> &Named<String> {
+        &self.metadata
     }
 
     /// The tensors' names, in the header's order.
@@ -83,7 +93,7 @@ impl Safetensors {
     /// Reads a tensor.
     ///
     /// # Errors
-    /// [`Data`](FlashInferError::Data) for a name that is not there, which lists those that are; [`Io`](FlashInferError::Io).
+    /// [`Data`](crate::FlashInferError::Data) for a name that is not there, which lists those that are; [`Io`](crate::FlashInferError::Io).
     pub fn read(&self, name: &str) -> Result<HostTensor> {
         let Some(entry) = self.entries.get(name) else {
             let names: Vec<_> = self.names().take(20).collect();
@@ -104,12 +114,14 @@ impl Safetensors {
 }
 
 /// Reads a header for a file of so many bytes behind it.
-fn entries(file: &str, header: &[u8], data: u64) -> Result<Vec<(String, Entry)>> {
+fn entries(file: &str, header: &[u8], data: u64) -> Result<(Vec<(String, Entry)>, Named<String>)> {
     let document = Document::parse(file, header, 1)?;
-    let mut found = Vec::new();
+    let (mut found, mut metadata) = (Vec::new(), Vec::new());
     for (name, cursor) in document.root().fields()? {
         if name == METADATA {
-            cursor.fields()?.iter().try_for_each(|(_, text)| text.text().map(drop))?;
+            for (name, value) in cursor.fields()? {
+                metadata.push((name.to_owned(), value.text()?));
+            }
             continue;
         }
         let word = cursor.need("dtype")?;
@@ -147,7 +159,7 @@ fn entries(file: &str, header: &[u8], data: u64) -> Result<Vec<(String, Entry)>>
         let (place, expected) = ("data_offsets".to_owned(), format!("tensors that cover all {data} bytes"));
         return Err(refused(file, Finding { place, found, expected, remedy: DAMAGED }));
     }
-    Ok(found)
+    Ok((found, Named::distinct(metadata)))
 }
 
 /// The shape in bytes of one in four-bit elements.
@@ -156,18 +168,38 @@ fn packed(shape: &[u64]) -> Option<Vec<u64>> {
     (last % 2 == 0).then(|| outer.iter().copied().chain([last / 2]).collect())
 }
 
+/// A tensor of a file that is to be written.
+pub(crate) struct Part<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) dtype: DataType,
+    pub(crate) shape: Vec<u64>,
+    /// Writes its bytes, as many as type and shape say.
+    pub(crate) write: Box<dyn FnOnce(&mut dyn Write) -> std::io::Result<()> + 'a>,
+}
+
 /// Writes tensors into a new file, in the order that upstream's writer has: larger elements first, then by name.
 ///
 /// # Errors
-/// [`Data`](FlashInferError::Data) for a type that the format does not have; [`Io`](FlashInferError::Io), also where the file
+/// [`Data`](crate::FlashInferError::Data) for a type that the format does not have; [`Io`](crate::FlashInferError::Io), also where the file
 /// is there already.
 pub fn write_safetensors(path: impl AsRef<Path>, tensors: &[(&str, &HostTensor)]) -> Result<()> {
-    let path = path.as_ref();
-    let mut tensors = tensors.to_vec();
-    let alignment = |tensor: &HostTensor| std::cmp::Reverse(tensor.dtype().size());
-    tensors.sort_by(|(a, first), (b, second)| (alignment(first), a).cmp(&(alignment(second), b)));
+    let parts = tensors.iter().map(|&(name, tensor)| {
+        let write = Box::new(|out: &mut dyn Write| out.write_all(tensor.bytes()));
+        Part { name, dtype: tensor.dtype().clone(), shape: tensor.shape().to_vec(), write }
+    });
+    write_parts(path.as_ref(), &[], parts.collect())
+}
+
+/// As [`write_safetensors`], with texts beside the tensors. Of a file that cannot be written whole nothing is left.
+pub(crate) fn write_parts(path: &Path, metadata: &[(&str, String)], mut parts: Vec<Part<'_>>) -> Result<()> {
+    let alignment = |part: &Part<'_>| std::cmp::Reverse(part.dtype.size());
+    parts.sort_by(|a, b| (alignment(a), a.name).cmp(&(alignment(b), b.name)));
     let (mut fields, mut begin) = (Vec::new(), 0i128);
-    for (name, tensor) in &tensors {
+    if !metadata.is_empty() {
+        let texts = metadata.iter().map(|(name, value)| field(name, text(value)));
+        fields.push(field(METADATA, Json::Object(texts.collect())));
+    }
+    for Part { name, dtype, shape, .. } in &parts {
         let refuse = |found: String, expected: &str, remedy| {
             let (place, expected) = (format!("the tensor {name:?}"), expected.to_owned());
             Err(refused(&path.display().to_string(), Finding { place, found, expected, remedy }))
@@ -175,17 +207,17 @@ pub fn write_safetensors(path: impl AsRef<Path>, tensors: &[(&str, &HostTensor)]
         if *name == METADATA || fields.iter().any(|(known, _): &(String, Json)| known == name) {
             return refuse("its name a second time".to_owned(), "a name of its own", "rename it");
         }
-        let Some(dtype) = tensor.dtype().safetensors() else {
-            return refuse(tensor.dtype().to_string(), "a type of safetensors", "convert it");
+        let (Some(word), Some((_, bytes))) = (dtype.safetensors(), extent(dtype, shape)) else {
+            return refuse(dtype.to_string(), "a type of safetensors", "convert it");
         };
-        let mut shape: Vec<i128> = tensor.shape().iter().map(|&size| i128::from(size)).collect();
-        if let (DataType::Float4E2m1, Some(last)) = (tensor.dtype(), shape.last_mut()) {
+        let mut shape: Vec<i128> = shape.iter().map(|&size| i128::from(size)).collect();
+        if let (DataType::Float4E2m1, Some(last)) = (dtype, shape.last_mut()) {
             *last *= 2;
         }
-        let end = begin + tensor.bytes().len() as i128;
+        let end = begin + bytes as i128;
         let list = |numbers: &[i128]| Json::List(numbers.iter().map(|&number| Json::Int(number)).collect());
         let entry =
-            vec![field("dtype", text(dtype)), field("shape", list(&shape)), field("data_offsets", list(&[begin, end]))];
+            vec![field("dtype", text(word)), field("shape", list(&shape)), field("data_offsets", list(&[begin, end]))];
         fields.push(field(name, Json::Object(entry)));
         begin = end;
     }
@@ -194,14 +226,15 @@ pub fn write_safetensors(path: impl AsRef<Path>, tensors: &[(&str, &HostTensor)]
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(io("making the folder", folder))?;
     }
-    let written = |mut file: File| -> std::io::Result<()> {
+    let mut file = File::create_new(path).map_err(io("writing", path))?;
+    let written = (|| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
-        tensors.iter().try_for_each(|(_, tensor)| file.write_all(tensor.bytes()))
-    };
-    File::create_new(path).and_then(written).map_err(|source| FlashInferError::Io {
-        doing: "writing",
-        path: path.to_path_buf(),
-        source,
+        parts.into_iter().try_for_each(|part| (part.write)(&mut file))
+    })();
+    written.map_err(|error| {
+        // What it is about is the error that comes first.
+        _ = std::fs::remove_file(path);
+        io("writing", path)(error)
     })
 }

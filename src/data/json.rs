@@ -1,4 +1,4 @@
-//! JSON as the dataset's files hold it: read with its place in the file, refused where it is hostile, and written as
+//! JSON as FlashInfer-Bench's and safetensors files hold it: read with its place in the file, refused where it is hostile, and written as
 //! upstream's models write it.
 //!
 //! The reader is our own since a library's does not do what these files need: numbers that are not finite stand in them as
@@ -144,9 +144,19 @@ fn quote(out: &mut String, text: &str) {
     out.push('"');
 }
 
+/// A field of an object.
+pub(crate) fn field(name: &str, value: Json) -> (String, Json) {
+    (name.to_owned(), value)
+}
+
+/// A text.
+pub(crate) fn text(text: &str) -> Json {
+    Json::Text(text.to_owned())
+}
+
 /// A value with its place.
 #[derive(Debug)]
-pub(super) struct Node {
+pub(crate) struct Node {
     at: usize,
     value: Value,
 }
@@ -212,14 +222,14 @@ impl Source {
 
 /// A document that was read.
 #[derive(Debug)]
-pub(super) struct Document {
+pub(crate) struct Document {
     source: Source,
     root: Node,
 }
 
 impl Document {
     /// Reads one; `file` and `first_line` say where it stands.
-    pub(super) fn parse(file: &str, bytes: &[u8], first_line: usize) -> Result<Self> {
+    pub(crate) fn parse(file: &str, bytes: &[u8], first_line: usize) -> Result<Self> {
         let begins = bytes.iter().enumerate().filter(|&(_, &byte)| byte == b'\n').map(|(at, _)| at + 1);
         let lines = std::iter::once(0).chain(begins.take(MAX_VALUES)).collect();
         let source = Source { file: file.to_owned(), first_line, lines };
@@ -243,7 +253,7 @@ impl Document {
         Ok(Self { source, root })
     }
 
-    pub(super) fn root(&self) -> Cursor<'_> {
+    pub(crate) fn root(&self) -> Cursor<'_> {
         Cursor { source: &self.source, node: &self.root, path: String::new() }
     }
 }
@@ -511,7 +521,7 @@ impl Parser<'_> {
 }
 
 /// The beginning of a text that an error names.
-pub(super) fn shortened(text: &str) -> &str {
+pub(crate) fn shortened(text: &str) -> &str {
     match text.char_indices().nth(60) {
         Some((end, _)) => &text[..end],
         None => text,
@@ -520,7 +530,7 @@ pub(super) fn shortened(text: &str) -> &str {
 
 /// A value in a document that is being read, which knows the way there.
 #[derive(Debug, Clone)]
-pub(super) struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     source: &'a Source,
     node: &'a Node,
     path: String,
@@ -528,7 +538,7 @@ pub(super) struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     /// What is wrong with this value.
-    pub(super) fn refuse(
+    pub(crate) fn refuse(
         &self,
         found: impl Into<String>,
         expected: impl Into<String>,
@@ -561,7 +571,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The fields of an object.
-    pub(super) fn fields(&self) -> Result<Vec<(&'a str, Self)>> {
+    pub(crate) fn fields(&self) -> Result<Vec<(&'a str, Self)>> {
         match &self.node.value {
             Value::Object(fields) => {
                 Ok(fields.iter().map(|(name, node)| (name.as_str(), self.step(node, shortened(name)))).collect())
@@ -571,7 +581,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The fields of an object whose names mean something, and must therefore not be empty.
-    pub(super) fn named(&self) -> Result<Vec<(&'a str, Self)>> {
+    pub(crate) fn named(&self) -> Result<Vec<(&'a str, Self)>> {
         let fields = self.fields()?;
         if fields.len() > MAX_NAMES {
             return Err(self.mismatch("an object of at most 4096 names"));
@@ -583,7 +593,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// A field, where it is there.
-    pub(super) fn get(&self, name: &str) -> Option<Self> {
+    pub(crate) fn get(&self, name: &str) -> Option<Self> {
         match &self.node.value {
             Value::Object(fields) => {
                 fields.iter().find(|(known, _)| known == name).map(|(_, node)| self.step(node, name))
@@ -593,12 +603,12 @@ impl<'a> Cursor<'a> {
     }
 
     /// A field that is there and not `null`.
-    pub(super) fn given(&self, name: &str) -> Option<Self> {
+    pub(crate) fn given(&self, name: &str) -> Option<Self> {
         self.get(name).filter(|cursor| !cursor.is_null())
     }
 
     /// A field that must be there.
-    pub(super) fn need(&self, name: &str) -> Result<Self> {
+    pub(crate) fn need(&self, name: &str) -> Result<Self> {
         match &self.node.value {
             Value::Object(_) => {
                 self.get(name).ok_or_else(|| self.refuse("nothing", format!("the field {name:?}"), "add the field"))
@@ -607,11 +617,11 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    pub(super) fn is_null(&self) -> bool {
+    pub(crate) fn is_null(&self) -> bool {
         matches!(self.node.value, Value::Null)
     }
 
-    pub(super) fn items(&self) -> Result<Vec<Self>> {
+    pub(crate) fn items(&self) -> Result<Vec<Self>> {
         match &self.node.value {
             Value::List(items) => {
                 Ok(items.iter().enumerate().map(|(i, node)| self.step(node, &format!("[{i}]"))).collect())
@@ -620,7 +630,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    pub(super) fn text(&self) -> Result<String> {
+    pub(crate) fn text(&self) -> Result<String> {
         match &self.node.value {
             Value::Text(text) => Ok(text.clone()),
             _ => Err(self.mismatch("a text")),
@@ -628,7 +638,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// A text that is not empty.
-    pub(super) fn word(&self) -> Result<String> {
+    pub(crate) fn word(&self) -> Result<String> {
         match &self.node.value {
             Value::Text(text) if !text.is_empty() => Ok(text.clone()),
             _ => Err(self.mismatch("a text that is not empty")),
@@ -636,11 +646,11 @@ impl<'a> Cursor<'a> {
     }
 
     /// A list of texts that are not empty.
-    pub(super) fn words(&self) -> Result<Vec<String>> {
+    pub(crate) fn words(&self) -> Result<Vec<String>> {
         self.items()?.iter().map(Self::word).collect()
     }
 
-    pub(super) fn flag(&self) -> Result<bool> {
+    pub(crate) fn flag(&self) -> Result<bool> {
         match self.node.value {
             Value::Bool(flag) => Ok(flag),
             _ => Err(self.mismatch("true or false")),
@@ -648,7 +658,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// A size: a whole number of 63 bits that is not negative. One with a point is taken where nothing follows it.
-    pub(super) fn size(&self) -> Result<u64> {
+    pub(crate) fn size(&self) -> Result<u64> {
         let size = match self.node.value {
             Value::Int(number) => i64::try_from(number).ok(),
             Value::Float(number) if number.fract() == 0.0 && number.abs() < 9e15 => Some(number as i64),
@@ -658,7 +668,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// A figure: a number, or the text of one, which may be infinite or no number.
-    pub(super) fn figure(&self) -> Result<f64> {
+    pub(crate) fn figure(&self) -> Result<f64> {
         let figure = match &self.node.value {
             Value::Int(number) => Some(*number as f64),
             Value::Float(number) => Some(*number),
@@ -670,7 +680,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// As it is.
-    pub(super) fn json(&self) -> Json {
+    pub(crate) fn json(&self) -> Json {
         self.node.into()
     }
 }

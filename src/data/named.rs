@@ -17,7 +17,7 @@ impl<T> Named<T> {
     }
 
     /// Of names that are known to be different: putting in many one by one would compare each with all.
-    pub(super) fn distinct(items: Vec<(String, T)>) -> Self {
+    pub(crate) fn distinct(items: Vec<(String, T)>) -> Self {
         Self(items)
     }
 

@@ -103,11 +103,11 @@ impl DataType {
         }
     }
 
-    pub(super) fn from_safetensors(name: &str) -> Option<Self> {
+    pub(crate) fn from_safetensors(name: &str) -> Option<Self> {
         TABLE.iter().find(|row| row.safetensors == name).map(|row| row.dtype.clone())
     }
 
-    pub(super) fn safetensors(&self) -> Option<&'static str> {
+    pub(crate) fn safetensors(&self) -> Option<&'static str> {
         self.facts().map(|row| row.safetensors)
     }
 

@@ -8,7 +8,7 @@ use super::dtype::DataType;
 use super::error::unfit;
 use crate::error::Result;
 use crate::object::Tensor;
-use crate::tensor::{DType, Device, TensorMut, TensorRef};
+use crate::tensor::{DType, Device, TensorMut, TensorRef, is_row_major};
 
 /// 64 bytes, aligned as frameworks align a tensor's memory: kernels read vectors of it.
 #[repr(C, align(64))]
@@ -42,7 +42,7 @@ impl PartialEq for HostTensor {
 }
 
 /// How many elements and bytes a tensor has; `None` where that does not fit memory, or the type is not known.
-pub(super) fn extent(dtype: &DataType, shape: &[u64]) -> Option<(usize, usize)> {
+pub(crate) fn extent(dtype: &DataType, shape: &[u64]) -> Option<(usize, usize)> {
     let numel = shape.iter().try_fold(1u64, |product, &size| product.checked_mul(size))?;
     let numel = usize::try_from(numel).ok()?;
     let bytes = numel.checked_mul(dtype.size()?)?;
@@ -237,7 +237,7 @@ impl HostTensor {
         }
         let shape: Vec<u64> = object.shape().iter().map(|&size| u64::try_from(size).unwrap_or(u64::MAX)).collect();
         let mut tensor = Self::zeros(dtype, &shape)?;
-        if super::kernel::is_contiguous(described) {
+        if is_row_major(object.shape(), object.strides()) {
             if tensor.len > 0 {
                 // SAFETY: all elements of a tensor on the host, which the object keeps, read as bytes.
                 let bytes = unsafe { std::slice::from_raw_parts(object.as_ptr().cast(), tensor.len) };
@@ -300,6 +300,23 @@ impl HostTensor {
         // SAFETY: as for `as_ref`, and the tensor is borrowed exclusively.
         unsafe { TensorMut::from_raw(self.memory.as_mut_ptr().cast(), Device::Cpu, dtype, &shape, None) }
     }
+}
+
+/// The elements of a type, as numbers; of memory that holds them one after the other.
+pub(crate) fn numbers(bytes: &[u8], dtype: DType) -> impl Iterator<Item = f64> {
+    let number = move |bytes: &[u8]| match (dtype, bytes) {
+        (DType::F16, &[a, b]) => f16::from_ne_bytes([a, b]).to_f64(),
+        (DType::BF16, &[a, b]) => bf16::from_ne_bytes([a, b]).to_f64(),
+        (DType::F32, &[a, b, c, d]) => f64::from(f32::from_ne_bytes([a, b, c, d])),
+        (DType::F64, &[a, b, c, d, e, f, g, h]) => f64::from_ne_bytes([a, b, c, d, e, f, g, h]),
+        (DType::I32, &[a, b, c, d]) => f64::from(i32::from_ne_bytes([a, b, c, d])),
+        (DType::I64, &[a, b, c, d, e, f, g, h]) => i64::from_ne_bytes([a, b, c, d, e, f, g, h]) as f64,
+        (DType::U8, &[byte]) => f64::from(byte),
+        (DType::F8E4M3, &[byte]) => f64::from(E4M3.value(byte)),
+        (DType::F8E5M2, &[byte]) => f64::from(E5M2.value(byte)),
+        _ => f64::NAN,
+    };
+    bytes.chunks_exact(dtype.size()).map(number)
 }
 
 /// A small floating-point format: a sign, exponent bits with this bias, mantissa bits.

@@ -24,20 +24,20 @@ pub struct DataError {
 }
 
 /// All of a [`DataError`] but the file.
-pub(super) struct Finding {
+pub(crate) struct Finding {
     pub place: String,
     pub found: String,
     pub expected: String,
     pub remedy: &'static str,
 }
 
-pub(super) fn refused(file: &str, finding: Finding) -> FlashInferError {
+pub(crate) fn refused(file: &str, finding: Finding) -> FlashInferError {
     let Finding { place, found, expected, remedy } = finding;
     FlashInferError::Data(Box::new(DataError { file: file.to_owned(), place, found, expected, remedy }))
 }
 
 /// What is wrong with something that has no file: a value of this program's.
-pub(super) fn unfit(
+pub(crate) fn unfit(
     what: &str,
     place: impl Into<String>,
     found: impl Into<String>,
@@ -47,7 +47,7 @@ pub(super) fn unfit(
     refused(what, Finding { place: place.into(), found: found.into(), expected: expected.into(), remedy })
 }
 
-pub(super) fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> FlashInferError {
+pub(crate) fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> FlashInferError {
     let path = path.to_path_buf();
     move |source| FlashInferError::Io { doing, path, source }
 }
@@ -56,7 +56,7 @@ pub(super) fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error
 const LFS: &[u8] = b"version https://git-lfs.github.com/spec/v1";
 
 /// That a file which begins like this is not a pointer of Git LFS.
-pub(super) fn not_a_pointer(path: &Path, begin: &[u8]) -> Result<()> {
+pub(crate) fn not_a_pointer(path: &Path, begin: &[u8]) -> Result<()> {
     if !begin.starts_with(LFS) {
         return Ok(());
     }
@@ -72,7 +72,7 @@ pub(super) fn not_a_pointer(path: &Path, begin: &[u8]) -> Result<()> {
 }
 
 /// A whole file of at most `most` bytes.
-pub(super) fn read(path: &Path, most: usize) -> Result<Vec<u8>> {
+pub(crate) fn read(path: &Path, most: usize) -> Result<Vec<u8>> {
     let mut file = File::open(path).map_err(io("opening", path))?;
     let mut bytes = Vec::new();
     (&mut file).take(most as u64 + 1).read_to_end(&mut bytes).map_err(io("reading", path))?;
