@@ -442,7 +442,8 @@ impl Cudart {
                 rest = behind;
                 // SAFETY: the place is of this many bytes, and stays until the stream was waited for; the rest is the caller's
                 // promise.
-                let code = unsafe { (memory.memcpy_async)(place.as_mut_ptr().cast(), from.cast(), bytes, COPY, stream) };
+                let code =
+                    unsafe { (memory.memcpy_async)(place.as_mut_ptr().cast(), from.cast(), bytes, COPY, stream) };
                 if code != 0 {
                     // What was queued before writes to the places still.
                     // SAFETY: the caller's promise for the stream.

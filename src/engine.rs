@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 
 use crate::contract::{
-    Attributes, Checked, Convention, Fault, From, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Row, aligned, check, explain,
-    stream_fits, unrolled,
+    Attributes, Checked, Convention, Fault, From, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Row, aligned, check,
+    explain, stream_fits, unrolled,
 };
 use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::Any;

@@ -138,7 +138,8 @@ impl Module {
             Functions::Object(module) => {
                 let get = own("ffi.ModuleGetFunction")?;
                 // SAFETY: TVM-FFI's own function, which takes a module, a name, and whether to look into what it imports.
-                let func = unsafe { get.typed::<(&Object, &str, bool), Option<Func>>().call_unseen((&module.0, name, true)) }?;
+                let func =
+                    unsafe { get.typed::<(&Object, &str, bool), Option<Func>>().call_unseen((&module.0, name, true)) }?;
                 func.map(|func| func.named(name))
             }
         };
@@ -184,7 +185,9 @@ impl Module {
             },
             Functions::Object(module) => {
                 // SAFETY: TVM-FFI's own function, which takes a module, a name, and whether to look into what it imports.
-                unsafe { own(getter)?.typed::<(&Object, &str, bool), Option<String>>().call_unseen((&module.0, name, true)) }
+                unsafe {
+                    own(getter)?.typed::<(&Object, &str, bool), Option<String>>().call_unseen((&module.0, name, true))
+                }
             }
             Functions::Here(_) => Ok(None),
         }

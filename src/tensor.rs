@@ -347,18 +347,6 @@ impl Layout {
         self.dense
     }
 
-/// Whether elements lie one after the other in row-major order, where sizes and strides are as many. An empty tensor's do.
-#[inline(always)]
-pub(crate) fn is_row_major(shape: &[i64], strides: &[i64]) -> bool {
-    let (mut next, mut contiguous, mut empty) = (1i64, true, false);
-    for (&size, &stride) in shape.iter().zip(strides).rev() {
-        contiguous &= (stride == next) | (size == 1);
-        empty |= size == 0;
-        next = next.wrapping_mul(size);
-    }
-    contiguous | empty
-}
-
     /// How many elements lie from the first to behind the last; `None` where that does not fit 64 bits.
     #[inline]
     pub(crate) fn reach(&self) -> Option<i64> {
@@ -447,6 +435,18 @@ fn view(argument: &'static str, found: String, expected: String) -> FlashInferEr
 #[inline]
 pub(crate) fn numel(shape: &[i64]) -> Option<i64> {
     shape.iter().try_fold(1i64, |product, &n| if n < 0 { None } else { product.checked_mul(n) })
+}
+
+/// Whether elements lie one after the other in row-major order, where sizes and strides are as many. An empty tensor's do.
+#[inline(always)]
+pub(crate) fn is_row_major(shape: &[i64], strides: &[i64]) -> bool {
+    let (mut next, mut contiguous, mut empty) = (1i64, true, false);
+    for (&size, &stride) in shape.iter().zip(strides).rev() {
+        contiguous &= (stride == next) | (size == 1);
+        empty |= size == 0;
+        next = next.wrapping_mul(size);
+    }
+    contiguous | empty
 }
 
 /// How many elements lie from the first to behind the last; `None` where that does not fit 64 bits.

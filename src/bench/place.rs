@@ -9,7 +9,7 @@ use crate::error::{FlashInferError, Result};
 use crate::object::{HostAllocator, Tensor, TensorAllocator};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
-use crate::tensor::Device;
+use crate::tensor::{Device, is_row_major};
 
 pub(super) enum Place {
     Host(HostAllocator),

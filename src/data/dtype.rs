@@ -125,13 +125,13 @@ impl DataType {
     }
 
     /// The type of DLPack's code, bits and lanes.
-    pub(super) fn from_dlpack(found: DLDataType) -> Option<Self> {
+    pub(crate) fn from_dlpack(found: DLDataType) -> Option<Self> {
         let found = (found.code, found.bits, found.lanes);
         TABLE.iter().find(|row| row.dlpack == found).map(|row| row.dtype.clone())
     }
 
     /// As [`dlpack`](Self::dlpack), as it crosses the boundary.
-    pub(super) fn to_dl(&self) -> Option<DLDataType> {
+    pub(crate) fn to_dl(&self) -> Option<DLDataType> {
         self.dlpack().map(|(code, bits, lanes)| DLDataType { code, bits, lanes })
     }
 

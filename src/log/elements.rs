@@ -61,7 +61,9 @@ pub(super) unsafe fn each_block(
             }
         }
         // The next index of the outer dimensions, as an odometer counts.
-        let Some(dimension) = (0..outer).rev().find(|&dimension| index[dimension] + 1 < shape[dimension]) else { break };
+        let Some(dimension) = (0..outer).rev().find(|&dimension| index[dimension] + 1 < shape[dimension]) else {
+            break;
+        };
         index[dimension] += 1;
         index[dimension + 1..].fill(0);
     }
@@ -172,7 +174,8 @@ mod tests {
     #[test]
     fn elements_come_in_the_order_of_rows_however_they_lie() {
         let memory: Vec<u8> = (0..24).collect();
-        let of = |shape: &[i64], strides: &[i64]| bytes_of(&TensorRef::from_slice_strided(&memory, shape, strides).unwrap());
+        let of =
+            |shape: &[i64], strides: &[i64]| bytes_of(&TensorRef::from_slice_strided(&memory, shape, strides).unwrap());
         assert_eq!(of(&[2, 3, 4], &[12, 4, 1]), memory);
         assert_eq!(of(&[4, 2], &[1, 4]), [0, 4, 1, 5, 2, 6, 3, 7]);
         assert_eq!(of(&[2, 2, 2], &[12, 4, 1]), [0, 1, 4, 5, 12, 13, 16, 17]);
@@ -180,7 +183,7 @@ mod tests {
         assert_eq!(of(&[3, 2], &[0, 1]), [0, 1, 0, 1, 0, 1]);
         assert_eq!(of(&[2, 1, 2], &[2, 7, 1]), [0, 1, 2, 3]);
         assert_eq!(of(&[], &[]), [0]);
-        assert_eq!(of(&[3, 0, 2], &[1, 1, 1]), []);
+        assert!(of(&[3, 0, 2], &[1, 1, 1]).is_empty());
     }
 
     #[test]

@@ -148,8 +148,7 @@ impl<'c> Call<'c> {
     /// As for [`before`](Self::before).
     pub(crate) unsafe fn after(&self) {
         if self.log.level >= Level::Arguments && self.way == Way::Directly {
-            let statistics =
-                self.log.level >= Level::Statistics && !elements::is_captured(self.device(), self.stream);
+            let statistics = self.log.level >= Level::Statistics && !elements::is_captured(self.device(), self.stream);
             let found = |layout: &Layout| {
                 // SAFETY: the caller's promise, on a stream that does not capture.
                 statistics.then(|| unsafe { text::statistics(layout, self.stream) })

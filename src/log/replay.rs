@@ -127,7 +127,11 @@ impl Dump {
         let kernel = root.need("kernel")?;
         let wanted = kernel.text()?;
         let Some(entry) = kernels::all().into_iter().find(|entry| entry.row.kernel == wanted) else {
-            return Err(kernel.refuse(format!("{:?}", shortened(&wanted)), "the name of a kernel of this crate", REMEDY));
+            return Err(kernel.refuse(
+                format!("{:?}", shortened(&wanted)),
+                "the name of a kernel of this crate",
+                REMEDY,
+            ));
         };
         let arguments = root.need("arguments")?;
         let found = arguments.items()?;
@@ -316,7 +320,9 @@ fn argument(found: &Cursor<'_>, known: &crate::contract::Argument) -> Result<Arg
             let text = word.text()?;
             let known = words.iter().find(|known| known.to_bytes() == text.as_bytes());
             Operand::Word(
-                known.ok_or_else(|| word.refuse(format!("{:?}", shortened(&text)), format!("one of {words:?}"), REMEDY))?,
+                known.ok_or_else(|| {
+                    word.refuse(format!("{:?}", shortened(&text)), format!("one of {words:?}"), REMEDY)
+                })?,
             )
         }
         Kind::Switch | Kind::EnablePdl => Operand::Bool(found.need("on")?.flag()?),
@@ -352,7 +358,10 @@ fn read(file: &Safetensors, name: &str, dtype: DType, shape: &[i64]) -> Result<H
         return Ok(found);
     }
     let (found, expected) = (format!("{found:?}"), format!("{dtype}{shape:?}, as the call says"));
-    Err(refused(&file.path().display().to_string(), Finding { place: format!("the tensor {name:?}"), found, expected, remedy: REMEDY }))
+    Err(refused(
+        &file.path().display().to_string(),
+        Finding { place: format!("the tensor {name:?}"), found, expected, remedy: REMEDY },
+    ))
 }
 
 /// Puts elements that lie one behind the other where shape and strides say, which `to` is long enough for.

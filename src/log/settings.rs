@@ -189,7 +189,8 @@ mod tests {
 
     #[test]
     fn flashinfers_variables_are_taken_where_ours_are_not_set() {
-        let theirs = [("FLASHINFER_LOGLEVEL", "4"), ("FLASHINFER_LOGDEST", "stderr"), ("FLASHINFER_DUMP_DIR", "theirs")];
+        let theirs =
+            [("FLASHINFER_LOGLEVEL", "4"), ("FLASHINFER_LOGDEST", "stderr"), ("FLASHINFER_DUMP_DIR", "theirs")];
         let settings = read(&theirs).unwrap();
         // As FlashInfer does with a level between two.
         assert_eq!((settings.level, settings.destination), (Level::Arguments, Destination::Stderr));

@@ -47,9 +47,8 @@ impl Sink {
             Destination::Tracing => return,
         };
         if let Err(error) = result {
-            self.complained.say(|| {
-                format!("the log cannot be written to {}: {error}; calls go on without it", name.display())
-            });
+            self.complained
+                .say(|| format!("the log cannot be written to {}: {error}; calls go on without it", name.display()));
         }
     }
 

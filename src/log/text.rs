@@ -33,7 +33,8 @@ pub(super) fn beginning(level: Level, dumper: Option<&Dumper>) -> String {
     };
     let (date, time, version) = (&now[..10], &now[11..19], env!("CARGO_PKG_VERSION"));
     let process = std::process::id();
-    let mut text = format!("[{date} {time}] FlashInfer API Logging: flashinfer-rs {version}, process {process}: {level}");
+    let mut text =
+        format!("[{date} {time}] FlashInfer API Logging: flashinfer-rs {version}, process {process}: {level}");
     if let Some(dumper) = dumper {
         _ = write!(text, "; dumps below {}", dumper.folder().display());
     }
