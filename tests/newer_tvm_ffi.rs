@@ -15,7 +15,8 @@ use std::process::{Command, ExitCode};
 use std::ptr;
 
 use flashinfer_rs::object::{
-    Any, Array, Dict, Error, Func, HostAllocator, IntoAny, List, Map, Object, Shape, Tensor, Value,
+    Any, Array, Dict, Error, Func, HostAllocator, IntoAny, List, Map, Memory, Object, Shape, Tensor, TensorAllocator,
+    TensorRequest, Value,
 };
 use flashinfer_rs::{Arg, FlashInferError, FlashInferRuntime, Module, Result, RuntimeConfig};
 use libtest_mimic::{Arguments, Trial};
@@ -41,10 +42,11 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let installed = interop::folder().is_some();
     type Test = fn(&str, Release);
-    let tests: [(&str, Test); 4] = [
+    let tests: [(&str, Test); 5] = [
         ("objects_are_built_and_read", objects),
         ("lists_and_dictionaries_are_there_or_say_which_release_they_take", lists),
         ("causes_of_errors_are_there_or_not_looked_for", causes),
+        ("an_exception_that_is_no_std_exception_ends_the_process", exceptions),
         ("modules_built_with_any_headers_run_or_say_which_function_is_missing", modules),
     ];
     let each = tests.iter().flat_map(|&test| RELEASES.map(|release| (test, release)));
@@ -256,6 +258,22 @@ fn solution(release: Release, define: Option<&str>, folder: &Path) -> PathBuf {
     library
 }
 
+/// As the documentation of `Function::call` says: upstream's wrapper of an exported function catches no others.
+fn exceptions(name: &str, release: Release) {
+    let said = native::dying(name, || {
+        let folder = tempfile::tempdir().unwrap();
+        with(name, release, &[], || {
+            // SAFETY: the test's own module.
+            let module = unsafe { Module::open(solution(release, None, folder.path())) }.unwrap();
+            eprintln!("calls it");
+            // SAFETY: it ends the process.
+            let result = unsafe { module.function("throw_a_number").unwrap().call(&[]) };
+            eprintln!("came back: {result:?}");
+        });
+    });
+    assert!(said.contains("calls it") && !said.contains("came back"), "{said}");
+}
+
 /// Modules built with this release's headers, with every library.
 fn modules(name: &str, headers: Release) {
     const FOLDER: &str = "FLASHINFER_RS_TEST_MODULES";
@@ -300,6 +318,16 @@ fn runs(module: &Module) {
     assert!(message.contains("allocator"), "{message}");
     let made = runtime.with_allocator(&HostAllocator, || call("twice", &[Arg::object(x.as_object())])).unwrap();
     assert_eq!(made.unwrap().to::<Tensor>().unwrap().as_slice::<f32>().unwrap(), [2., 4., 6.]);
+    /// An allocator that has nothing left.
+    struct Fails;
+    impl TensorAllocator for Fails {
+        fn allocate(&self, request: &TensorRequest<'_>) -> Result<Memory> {
+            Err(Error::new("MemoryError", &format!("no {} bytes are left", request.bytes))?.into())
+        }
+    }
+    let made = runtime.with_allocator(&Fails, || call("twice", &[Arg::object(x.as_object())])).unwrap();
+    let (_, message) = raised(made.unwrap_err());
+    assert!(message.contains("no 12 bytes are left"), "{message}");
     // What the module made, whose deleters are its own.
     for n in [0, 3, 1000] {
         let map: Map = call("count", &[Arg::int(n), Arg::str(c"numbers, by name")]).unwrap().to().unwrap();

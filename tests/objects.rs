@@ -151,6 +151,31 @@ fn a_type_that_is_unknown_here_has_no_name_and_does_no_harm() {
 }
 
 #[test]
+fn a_value_of_an_unknown_kind_is_no_other_and_does_no_harm() {
+    module();
+    for index in [-1, i32::MIN, 13, 14, 40, 63] {
+        let strange = call("strange_value", &[Arg::int(index.into())]).unwrap().clone();
+        assert_eq!((strange.type_index(), strange.as_str(), strange.as_bytes()), (index, None, None));
+        assert!(format!("{strange:?}").contains(&index.to_string()), "{strange:?}");
+        strange.clone().to::<Object>().unwrap_err();
+        strange.clone().to::<i64>().unwrap_err();
+        let error = strange.clone().to::<Tensor>().unwrap_err();
+        assert!(error.to_string().contains(&index.to_string()), "{error}");
+        assert!(matches!(strange.into_value(), Value::Other { type_index } if type_index == index));
+    }
+    // What is moved out of its owner is only an address here, which nobody follows.
+    let moved = call("strange_value", &[Arg::int(10)]).unwrap();
+    assert!(matches!(moved.into_value(), Value::OpaquePtr(_)));
+    // In a container too.
+    let array = Array::new(&[Arg::int(1)]).unwrap();
+    assert_eq!(array.iter().map(|item| item.type_index()).collect::<Vec<_>>(), [1]);
+    let stranger = call("stranger", &[Arg::int(5000)]).unwrap();
+    let array = Array::new(&[stranger.as_arg(), stranger.as_arg()]).unwrap();
+    assert_eq!(format!("{array:?}").matches("5000").count(), 2, "{array:?}");
+    assert_eq!(stranger.clone().to::<Object>().unwrap().references(), 4);
+}
+
+#[test]
 fn raw_values_cross_over_without_a_reference_more_or_less() {
     module();
     let shape = Shape::new(&[1, 2, 3]).unwrap();
@@ -412,6 +437,32 @@ fn a_closure_is_dropped_once_whoever_is_last() {
     // Another thread is the last one.
     thread::scope(|scope| scope.spawn(|| drop(call("keep", &[]).unwrap())).join().unwrap());
     assert_eq!(Arc::strong_count(&counted), 1);
+}
+
+#[test]
+fn a_closure_may_be_called_on_a_thread_that_is_not_this_side_s() {
+    module();
+    let here = thread::current().id();
+    let elsewhere = |func: &Func, arg: Arg<'_>| call("apply_elsewhere", &[Arg::object(func.as_object()), arg]);
+    let says = Func::from_fn("says", move |text: String| {
+        assert_ne!(thread::current().id(), here);
+        Ok(format!("{text}, there"))
+    })
+    .unwrap();
+    let text = elsewhere(&says, Arg::str(c"a text that is lent")).unwrap();
+    assert_eq!(text.as_str(), Some("a text that is lent, there"));
+    // That thread has no allocator of the one that waits for it.
+    let alone = Func::from_fn("alone", || doubled().map(drop)).unwrap();
+    let run = || call("apply_elsewhere", &[Arg::object(alone.as_object())]);
+    let (kind, message) = raised(runtime().with_allocator(&HostAllocator, run).unwrap().unwrap_err());
+    assert!(kind == "RuntimeError" && message.contains("allocator"), "{kind}: {message}");
+    let panics = Func::new(|_| panic!("on purpose")).unwrap();
+    let (kind, message) = raised(elsewhere(&panics, Arg::NONE).unwrap_err());
+    assert!(kind == "InternalError" && message.contains("panicked: on purpose"), "{kind}: {message}");
+    // What that thread made outlives it.
+    let makes = Func::from_fn("makes", |n: i64| Tensor::from_vec(vec![n as f32; 3], &[3])).unwrap();
+    let made: Tensor = elsewhere(&makes, Arg::int(7)).unwrap().to().unwrap();
+    assert_eq!(made.as_slice::<f32>().unwrap(), [7.0; 3]);
 }
 
 #[test]
