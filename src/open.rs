@@ -23,6 +23,25 @@ pub struct Preflight {
     elf: Elf,
 }
 
+/// The C functions that came after 0.1.3, the release that is vendored, and the release that they came with.
+const SINCE: [(&str, [u32; 3]); 8] = [
+    ("TVMFFIHandleInitOnce", [0, 1, 5]),
+    ("TVMFFIHandleDeinitOnce", [0, 1, 5]),
+    ("TVMFFITensorCreateUnsafeView", [0, 1, 6]),
+    ("TVMFFIErrorCreateWithCauseAndExtraContext", [0, 1, 8]),
+    ("TVMFFIGetCustomAllocator", [0, 1, 13]),
+    ("TVMFFISetCustomAllocator", [0, 1, 13]),
+    ("TVMFFIBigIntFromByteArray", [0, 1, 14]),
+    ("TVMFFIBigIntGetContentByteArray", [0, 1, 14]),
+];
+
+/// The release that has all of these functions; `None` where one of them is not known here.
+fn release_with(missing: &[&str]) -> Option<String> {
+    let since = |name: &&str| SINCE.iter().find(|(known, _)| known == name).map(|(_, since)| since);
+    let newest = missing.iter().map(since).collect::<Option<Vec<_>>>()?.into_iter().max()?;
+    Some(newest.map(|number| number.to_string()).join("."))
+}
+
 /// CUDA's libraries: what their sonames begin with, and which release is in the number behind it.
 const CUDA: [&str; 9] = [
     "libcudart.so.",
@@ -112,6 +131,10 @@ impl Preflight {
         let missing: Vec<_> = self.tvm_ffi_symbols().into_iter().filter(is_missing).collect();
         if !missing.is_empty() {
             let version = runtime.api().version();
+            let newer = release_with(&missing).map_or_else(
+                || "a newer library".to_owned(),
+                |release| format!("a library of release {release} or newer"),
+            );
             return Err(self.unloadable(
                 format!(
                     "it needs {} of TVM-FFI, which the libtvm_ffi.so in use, {}.{}.{}, does not have",
@@ -120,7 +143,7 @@ impl Preflight {
                     version.minor,
                     version.patch
                 ),
-                "build it with the headers of that release, or use a newer library (RuntimeConfig::adopt_tvm_ffi)",
+                format!("build it with the headers of that release, or use {newer} (RuntimeConfig::adopt_tvm_ffi)"),
             ));
         }
         if self.functions().is_empty() && !self.has_embedded() {
