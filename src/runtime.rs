@@ -69,7 +69,8 @@ impl RuntimeConfig {
     ///
     /// Beside Python's package `tvm_ffi` the order matters: Python imports it first, then this process initializes this
     /// crate with `adopt_tvm_ffi`. The other way round the process ends while Python imports the package, since the
-    /// initializers of a second libtvm_ffi.so bind to the first one and throw, and nobody can catch that.
+    /// initializers of a second libtvm_ffi.so bind to the first one and throw, and nobody can catch that. A program that links
+    /// to libtvm_ffi.so, as the official crate `tvm-ffi` makes it do, has it from the start and is initialized likewise.
     ///
     /// # Safety
     /// What is there must really be TVM-FFI: it is recognized by its symbols and its version alone.

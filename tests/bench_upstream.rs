@@ -3,7 +3,8 @@
 //! `FLASHINFER_RS_FLASHINFER_BENCH=FOLDER cargo test --features bench --test bench_upstream` runs them, where FOLDER has the
 //! package `flashinfer-bench` (`pip install --no-deps --target FOLDER flashinfer-bench pydantic 'safetensors>=0.8'` and what pydantic needs).
 //! `FLASHINFER_RS_FLASHINFER_BENCH_SOURCES` names the unpacked source package of it, whose dataset and example are read.
-//! Without these variables they are reported as ignored, never as passed.
+//! Without these variables they are reported as ignored, never as passed. `cargo xtask interop` installs the package and runs
+//! those that want no sources.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -117,8 +117,9 @@ fn items(map: &Object, len: usize, functor: &'static str) -> Result<Vec<(Any, An
 }
 
 object_type! {
-    /// A dictionary that may change, whoever holds it. From TVM-FFI 0.1.9 on; with an older one nothing makes one, and each
-    /// function here answers [`VersionMismatch`](crate::FlashInferError::VersionMismatch).
+    /// A dictionary that may change, whoever holds it. From TVM-FFI 0.1.9 on; with an older one each function here answers
+    /// [`VersionMismatch`](crate::FlashInferError::VersionMismatch), and a dictionary that a module with newer headers made can
+    /// only be passed on.
     Dict, DICT, "Dict"
 }
 

@@ -145,8 +145,9 @@ impl fmt::Debug for Shape {
 }
 
 object_type! {
-    /// A list that may change, whoever holds it. From TVM-FFI 0.1.9 on; with an older one nothing makes a list, and each
-    /// function here answers [`VersionMismatch`](FlashInferError::VersionMismatch).
+    /// A list that may change, whoever holds it. From TVM-FFI 0.1.9 on; with an older one each function here answers
+    /// [`VersionMismatch`](FlashInferError::VersionMismatch), and a list that a module with newer headers made can only be
+    /// passed on.
     List, LIST, "List"
 }
 
