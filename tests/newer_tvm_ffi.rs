@@ -9,13 +9,11 @@ mod interop;
 #[path = "support/native.rs"]
 mod native;
 
-use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::ptr;
 
 use flashinfer_rs::object::{
-    Any, Array, Dict, Error, Func, HostAllocator, IntoAny, List, Map, Memory, Object, Shape, Tensor, TensorAllocator,
+    Any, Array, Dict, Error, Func, HostAllocator, IntoAny, List, Map, Memory, Shape, Tensor, TensorAllocator,
     TensorRequest, Value,
 };
 use flashinfer_rs::{Arg, FlashInferError, FlashInferRuntime, Module, Result, RuntimeConfig};
@@ -184,62 +182,44 @@ fn lists(name: &str, release: Release) {
     });
 }
 
-/// `TVMFFIByteArray`.
-#[repr(C)]
-struct Bytes(*const u8, usize);
-
-type WithCause = unsafe extern "C" fn(
-    *const Bytes,
-    *const Bytes,
-    *const Bytes,
-    cause: *mut c_void,
-    context: *mut c_void,
-    out: *mut *mut c_void,
-) -> i32;
-
-/// An error that was raised from another one, as frontends make it.
-fn caused_by(message: &str, cause: Error) -> Error {
-    // SAFETY: a name that ends with a zero byte.
-    let function = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"TVMFFIErrorCreateWithCauseAndExtraContext".as_ptr()) };
-    assert!(!function.is_null());
-    // SAFETY: the type is that of the release's header.
-    let function: WithCause = unsafe { std::mem::transmute(function) };
-    let [kind, message, backtrace] = ["ValueError", message, ""].map(|text| Bytes(text.as_ptr(), text.len()));
-    let (mut made, cause) = (ptr::null_mut(), Object::from(cause).into_raw());
-    // SAFETY: the bytes and the cause are there for the call; what is made holds a reference of its own to the cause, so
-    // that this one is given up.
-    unsafe {
-        assert_eq!(function(&kind, &message, &backtrace, cause, ptr::null_mut(), &mut made), 0);
-        drop(Object::from_raw(cause));
-        Any::from(Object::from_raw(made)).to().unwrap()
-    }
-}
-
 fn causes(name: &str, release: Release) {
     with(name, release, &[], || {
         let inner = Error::new("KeyError", "the first cause").unwrap();
         // What lies behind is another object's before there was room for it.
         assert!(inner.cause().is_none());
         if !release.has_causes {
-            return;
+            let error = Error::with_cause("ValueError", "the second", &inner).unwrap_err();
+            let FlashInferError::VersionMismatch { found, expected, .. } = &error else { panic!("{error}") };
+            return assert!(found.starts_with(release.says) && expected == "0.1.8 or newer", "{error}");
         }
-        let outer = caused_by("the second", caused_by("in between", inner.clone()));
+        let between = Error::with_cause("ValueError", "in between", &inner).unwrap();
+        let outer = Error::with_cause("ValueError", "the second", &between).unwrap();
+        drop(between);
         assert_eq!(inner.as_object().references(), 2);
         let chain = [outer.clone(), outer.cause().unwrap(), outer.cause().unwrap().cause().unwrap()];
         assert_eq!(chain.each_ref().map(Error::message), ["the second", "in between", "the first cause"]);
         assert!(chain[2].cause().is_none() && chain[2].as_object().is_same(inner.as_object()));
-        // As Rust's errors have it.
-        let plain = FlashInferError::from(chain[0].clone());
-        drop(chain);
-        let mut texts = Vec::new();
-        let mut next: Option<&dyn std::error::Error> = Some(&plain);
-        while let Some(error) = next {
-            texts.push(error.to_string());
-            next = error.source();
+        // As Rust's errors have it; and so it is raised by a closure, and goes through others.
+        let raises = Func::from_fn("raises", |error: Error| -> Result<()> { Err(error.into()) }).unwrap();
+        let passes = Func::from_fn("passes", |function: Func, error: Error| {
+            // SAFETY: the test's own function.
+            unsafe { function.typed::<(&Error,), ()>().call((&error,)) }
+        })
+        .unwrap();
+        // SAFETY: the test's own functions.
+        let passed = unsafe { passes.typed::<(&Func, &Error), ()>().call((&raises, &outer)) }.unwrap_err();
+        for error in [FlashInferError::from(chain[0].clone()), passed] {
+            let mut texts = Vec::new();
+            let mut next: Option<&dyn std::error::Error> = Some(&error);
+            while let Some(error) = next {
+                texts.push(error.to_string());
+                next = error.source();
+            }
+            assert_eq!(texts.len(), 3, "{texts:?}");
+            assert!(texts[0].contains("the second") && texts[1].contains("in between"), "{texts:?}");
+            assert!(texts[2].contains("KeyError") && texts[2].contains("the first cause"), "{texts:?}");
         }
-        assert_eq!(texts.len(), 3, "{texts:?}");
-        assert!(texts[2].contains("KeyError") && texts[2].contains("the first cause"), "{texts:?}");
-        drop(outer);
+        drop((chain, outer));
         assert_eq!(inner.as_object().references(), 1);
     });
 }

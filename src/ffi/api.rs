@@ -10,6 +10,16 @@ use super::dlpack::{self, Allocator, DLManagedTensor, DLManagedTensorVersioned, 
 use crate::error::{FlashInferError, Result};
 use crate::loader::Library;
 
+/// `TVMFFIErrorCreateWithCauseAndExtraContext`: kind, message, backtrace, cause, context, what is made.
+pub(super) type CreateWithCause = unsafe extern "C" fn(
+    *const ByteArray,
+    *const ByteArray,
+    *const ByteArray,
+    *mut Object,
+    *mut Object,
+    *mut *mut Object,
+) -> c_int;
+
 /// TVM-FFI's functions, resolved once.
 #[derive(Clone, Copy)]
 pub(crate) struct Api {
@@ -30,6 +40,8 @@ pub(crate) struct Api {
     pub(super) bytes_from_byte_array: unsafe extern "C" fn(*const ByteArray, *mut Any) -> c_int,
     pub(super) error_create:
         unsafe extern "C" fn(*const ByteArray, *const ByteArray, *const ByteArray, *mut *mut Object) -> c_int,
+    /// From 0.1.8 on.
+    pub(super) error_create_with_cause: Option<CreateWithCause>,
     pub(super) error_set_raised: unsafe extern "C" fn(*mut Object),
     pub(super) function_create: unsafe extern "C" fn(
         *mut c_void,
@@ -55,7 +67,7 @@ const CAUSES_SINCE: (u32, u32, u32) = (0, 1, 8);
 const CAUSE_OFFSET: usize = 80;
 
 /// A chain of causes that goes on is cut off here.
-const LONGEST_CHAIN: usize = 32;
+pub(crate) const LONGEST_CHAIN: usize = 32;
 
 /// Where the library or program that holds this address was loaded.
 fn image_of(address: usize) -> Option<usize> {
@@ -90,6 +102,7 @@ impl Api {
                 string_from_byte_array: library.symbol(c"TVMFFIStringFromByteArray")?,
                 bytes_from_byte_array: library.symbol(c"TVMFFIBytesFromByteArray")?,
                 error_create: library.symbol(c"TVMFFIErrorCreate")?,
+                error_create_with_cause: library.symbol(c"TVMFFIErrorCreateWithCauseAndExtraContext").ok(),
                 error_set_raised: library.symbol(c"TVMFFIErrorSetRaised")?,
                 function_create: library.symbol(c"TVMFFIFunctionCreate")?,
                 function_get_global: library.symbol(c"TVMFFIFunctionGetGlobal")?,

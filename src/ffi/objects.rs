@@ -52,6 +52,27 @@ impl Api {
         self.object("TVMFFIErrorCreate", |out| unsafe { (self.error_create)(&kind, &message, &backtrace, out) })
     }
 
+    /// As [`error`](Self::error), raised from another one, to which it holds a reference of its own; `None` where the library
+    /// has no errors with causes.
+    ///
+    /// # Safety
+    /// `cause` must be a live error object.
+    pub(crate) unsafe fn error_from(
+        &self,
+        kind: &str,
+        message: &str,
+        backtrace: &str,
+        cause: *mut Object,
+    ) -> Option<Result<*mut Object>> {
+        let create = self.error_create_with_cause?;
+        let [kind, message, backtrace] = [kind, message, backtrace].map(|text| ByteArray::new(text.as_bytes()));
+        // SAFETY: the bytes are readable for the call, which copies them; the cause is live by the caller's promise, and
+        // there may be no context.
+        Some(self.object("TVMFFIErrorCreateWithCauseAndExtraContext", |out| unsafe {
+            create(&kind, &message, &backtrace, cause, ptr::null_mut(), out)
+        }))
+    }
+
     /// Raises an error on this thread. It takes a reference of its own.
     ///
     /// # Safety

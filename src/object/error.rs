@@ -33,6 +33,28 @@ impl Error {
         Ok(Self(unsafe { Object::from_raw(handle.cast()) }))
     }
 
+    /// As [`new`](Self::new), raised from another error, which it keeps.
+    ///
+    /// # Errors
+    /// As there; [`VersionMismatch`](FlashInferError::VersionMismatch) with a libtvm_ffi.so older than 0.1.8, whose errors
+    /// have no causes.
+    pub fn with_cause(kind: &str, message: &str, cause: &Self) -> Result<Self> {
+        let api = Api::loaded()?;
+        // SAFETY: this holds the cause.
+        let made = unsafe { api.error_from(kind, message, "", cause.0.handle()) };
+        let Some(made) = made else {
+            let version = api.version();
+            return Err(FlashInferError::VersionMismatch {
+                library: "libtvm_ffi.so".to_owned(),
+                found: format!("{}.{}.{}, without causes of errors", version.major, version.minor, version.patch),
+                expected: "0.1.8 or newer".to_owned(),
+                remedy: "adopt a newer one (RuntimeConfig::adopt_tvm_ffi), or say the cause in the message",
+            });
+        };
+        // SAFETY: what was made has one reference, which is ours.
+        Ok(Self(unsafe { Object::from_raw(made?.cast()) }))
+    }
+
     fn cell(&self) -> &ErrorCell {
         // SAFETY: an error object has an error cell right behind its header and keeps it as long as it lives.
         unsafe { &*self.0.cell::<ErrorCell>() }

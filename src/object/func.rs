@@ -10,7 +10,7 @@ use super::any::kind_name;
 use super::{Any, Arg, Callee, FromAny, IntoAny, Object, Params, Typed, Value, object_type};
 use crate::error::{FlashInferError, Result};
 use crate::ffi::abi;
-use crate::ffi::api::Api;
+use crate::ffi::api::{self, Api};
 
 object_type! {
     /// A function that is an object: it can be passed to others, kept by them, and released anywhere.
@@ -231,9 +231,28 @@ fn panicked(payload: Box<dyn Payload + Send>) -> FlashInferError {
     FlashInferError::TvmFfiCall { function, kind, message, backtrace, cause: None }
 }
 
-/// Raises an error on this thread, with the kind that fits it.
+/// Raises an error on this thread, with the kind that fits it, and its causes where the library's errors have them.
 fn raise(error: &FlashInferError) {
     let Ok(api) = Api::loaded() else { return };
+    let mut chain = vec![error];
+    while let Some(FlashInferError::TvmFfiCall { cause: Some(cause), .. }) = chain.last()
+        && chain.len() < api::LONGEST_CHAIN
+    {
+        chain.push(cause);
+    }
+    let mut made: Option<Object> = None;
+    for error in chain.into_iter().rev() {
+        let Ok(object) = error_object(api, error, made.take()) else { return };
+        made = object;
+    }
+    if let Some(error) = made {
+        // SAFETY: the object is live; raising takes a reference of its own.
+        unsafe { api.raise_object(error.handle()) };
+    }
+}
+
+/// An error as an object, raised from `cause` where the library's errors have causes.
+fn error_object(api: &Api, error: &FlashInferError, cause: Option<Object>) -> Result<Option<Object>> {
     let text = error.to_string();
     let (kind, message, backtrace) = match error {
         FlashInferError::TvmFfiCall { kind, message, backtrace, .. } => {
@@ -243,13 +262,11 @@ fn raise(error: &FlashInferError) {
         FlashInferError::InvalidArgument { .. } => ("ValueError", text.as_str(), ""),
         _ => ("RuntimeError", text.as_str(), ""),
     };
-    if let Ok(error) = api.error(kind, message, backtrace) {
-        // SAFETY: the object is live and ours: raising takes a reference of its own, and ours is given up, once.
-        unsafe {
-            api.raise_object(error);
-            api.release(error);
-        }
-    }
+    // SAFETY: the cause is an error object, which is held meanwhile.
+    let caused = cause.as_ref().and_then(|cause| unsafe { api.error_from(kind, message, backtrace, cause.handle()) });
+    let handle = caused.unwrap_or_else(|| api.error(kind, message, backtrace))?;
+    // SAFETY: what was made has one reference, which is ours.
+    Ok(unsafe { Object::owned(handle) })
 }
 
 /// Closures whose parameters are [`FromAny`] and whose result is [`IntoAny`].

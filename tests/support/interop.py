@@ -6,6 +6,7 @@ It says `passed` in the end; whatever is otherwise raises.
 import ctypes
 import gc
 import sys
+import threading
 import weakref
 
 SCENARIO, HOST, *REST = sys.argv[1:]
@@ -179,6 +180,7 @@ class Owner:
     """What owns numbers that numpy shows, and tells when it goes."""
 
     def __init__(self, values, gone):
+        """Calls `gone` then."""
         self.values = (ctypes.c_float * len(values))(*values)
         self.__array_interface__ = {
             "version": 3,
@@ -186,7 +188,7 @@ class Owner:
             "typestr": "<f4",
             "data": (ctypes.addressof(self.values), False),
         }
-        weakref.finalize(self, gone.append, None)
+        weakref.finalize(self, gone)
 
 
 def exchange(make, transposed, of_array, from_dlpack, to_list, kinds, new_capsule):
@@ -226,17 +228,26 @@ def exchange(make, transposed, of_array, from_dlpack, to_list, kinds, new_capsul
                 assert tuple(tensor.shape) == tuple(source.shape)
                 twice = from_dlpack(function("twice")(tensor))
                 assert to_list(twice) == to_list(source + source), (shape, twice)
-        gone = []
-        source = of_array(numpy.asarray(Owner([1.0, 2.0], gone)))
+        gone = threading.Event()
+        source = of_array(numpy.asarray(Owner([1.0, 2.0], gone.set)))
         tensor = take(capsule(source), versioned)
         function("keep")(tensor)
         del source, tensor
         gc.collect()
         # Rust alone has it.
-        assert not gone
+        assert not gone.is_set()
         assert function("forget")() == 1
         gc.collect()
-        assert gone
+        assert gone.is_set()
+        # And on a thread that Python knows nothing of, which the package's deleter must cope with.
+        gone = threading.Event()
+        tensor = take(capsule(of_array(numpy.asarray(Owner([1.0, 2.0], gone.set)))), versioned)
+        function("keep_tensor")(tensor)
+        del tensor
+        gc.collect()
+        assert not gone.is_set()
+        assert function("forget_elsewhere")() == 1
+        assert gone.wait(60)
         source = make((4,))
         tensor = take(capsule(source), versioned)
         address = function("describe")(tensor)
