@@ -28,13 +28,14 @@ fn main() -> ExitCode {
         ("all_of_upstreams_own_dataset_is_read_as_upstream_reads_it", public),
         ("upstreams_example_has_the_hashes_that_are_known_of_it", vectors),
     ];
-    let tests: [(&str, fn()); 9] = [
+    let tests: [(&str, fn()); 10] = [
         ("upstreams_models_write_again_what_this_crate_wrote", written_again),
         ("numbers_are_written_as_upstream_writes_them", numbers),
         ("what_upstream_writes_is_read_as_itself", read),
         ("hashes_are_upstreams", hashes),
         ("a_dataset_that_was_written_here_is_upstreams_dataset", dataset),
         ("the_example_dataset_is_upstreams_dataset", example),
+        ("the_definition_of_every_kernel_is_upstreams_definition", kernels),
         ("the_best_solution_is_upstreams_choice", best),
         ("safetensors_files_are_upstreams", tensors),
         ("whatever_is_accepted_here_upstream_accepts", accepted),
@@ -288,6 +289,37 @@ fn example() {
     assert_eq!(answer["workloads"], json!(workloads));
 }
 
+fn kernels() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/definitions");
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|path| path.extension().is_some_and(|ending| ending == "json"));
+    let definitions: Vec<_> = files.map(|path| Definition::read(path).unwrap()).collect();
+    assert_eq!(definitions.len(), flashinfer_rs::kernels::rows().len());
+    let requests: Vec<_> = definitions.iter().map(|it| json!(["interface", it.to_json()])).collect();
+    for (definition, answer) in definitions.iter().zip(ask(&requests)) {
+        let name = &definition.name;
+        assert_eq!(answer["inputs"], json!(definition.inputs.names().collect::<Vec<_>>()), "{name}");
+        assert_eq!(answer["run"], answer["inputs"], "{name}");
+        let axes: Axes = definition.var_axes().into_iter().map(|axis| (axis.to_owned(), 3)).collect();
+        let mut shapes = definition.input_shapes(&axes).unwrap();
+        shapes.extend(definition.output_shapes(&axes).unwrap());
+        assert_eq!(answer["shapes"], json!(shapes), "{name}");
+    }
+    // Written again by upstream they are the same, but for what only FlashInfer's dialect has.
+    let requests: Vec<_> = definitions.iter().map(|it| json!(["again", "definition", it.to_json()])).collect();
+    for (definition, answer) in definitions.iter().zip(ask(&requests)) {
+        assert_eq!(answer.as_str().expect("a text"), plain(definition).to_json(), "{}", definition.name);
+    }
+}
+
+/// Without what upstream does not know, and so leaves out.
+fn plain(definition: &Definition) -> Definition {
+    let spec = |spec: &TensorSpec| TensorSpec { optional: false, extra: Named::new(), ..spec.clone() };
+    let specs = |specs: &Named<TensorSpec>| specs.iter().map(|(name, it)| (name, spec(it))).collect();
+    let (inputs, outputs) = (specs(&definition.inputs), specs(&definition.outputs));
+    Definition { extra: Named::new(), inputs, outputs, ..definition.clone() }
+}
+
 fn sources() -> PathBuf {
     PathBuf::from(std::env::var_os(SOURCES).expect(SOURCES))
 }
@@ -316,12 +348,7 @@ fn public() {
     // Read and written by both, it is the same.
     let mut requests: Vec<_> = definitions.iter().map(|it| json!(["again", "definition", it.to_json()])).collect();
     requests.extend(workloads.iter().map(|it| json!(["again", "trace", it.to_json()])));
-    let definitions = definitions.iter().map(|it| {
-        // What upstream does not know it leaves out.
-        let plain = |spec: &TensorSpec| TensorSpec { optional: false, extra: Named::new(), ..spec.clone() };
-        let inputs = it.inputs.iter().map(|(name, spec)| (name, plain(spec))).collect();
-        Definition { extra: Named::new(), inputs, ..(*it).clone() }.to_json()
-    });
+    let definitions = definitions.iter().map(|it| plain(it).to_json());
     let expected = definitions.chain(workloads.iter().map(|it| it.to_json()));
     for (answer, expected) in ask(&requests).iter().zip(expected) {
         assert_eq!(answer.as_str().expect("a text"), expected);

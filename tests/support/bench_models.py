@@ -3,6 +3,7 @@
 Only the models are imported: the package itself wants PyTorch and a GPU, which they do not.
 """
 
+import ast
 import ctypes
 import json
 import sys
@@ -74,6 +75,19 @@ def written(kind, text):
         return path.read_text(encoding="utf-8")
 
 
+def interface(text):
+    """What a definition takes, what its reference's `run` takes, and the shapes of its inputs and outputs for axes of 3."""
+    definition = Definition.model_validate_json(text)
+    functions = [node for node in ast.parse(definition.reference).body if isinstance(node, ast.FunctionDef)]
+    run = next(function for function in functions if function.name == "run")
+    axes = {name: 3 for name in definition.var_axes}
+    return {
+        "inputs": list(definition.inputs),
+        "run": [argument.arg for argument in run.args.args],
+        "shapes": definition.get_input_shapes(axes) + definition.get_output_shapes(axes),
+    }
+
+
 def dataset(root):
     traces = TraceSet.from_path(root)
     return {
@@ -112,6 +126,7 @@ REQUESTS = {
     "accepts": accepts,
     "written": written,
     "hash": lambda text: Solution.model_validate_json(text).hash(),
+    "interface": interface,
     "dataset": dataset,
     "best": best,
     "tensors": tensors,
