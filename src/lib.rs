@@ -69,7 +69,7 @@
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
 //! | `tracing` | no | logs as events of `tracing` too |
-//! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces |
+//! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces; and what `FLASHINFER_RS_TRACE_DUMP` writes |
 //!
 //! The API is there with or without a kernel's feature; a kernel that was not vendored answers
 //! [`ArtifactMissing`](FlashInferError::ArtifactMissing).

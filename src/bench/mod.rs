@@ -32,6 +32,10 @@
 //! # Ok::<(), flashinfer_rs::FlashInferError>(())
 //! ```
 //!
+//! # This crate's own kernels
+//! A [`KernelCall`] is a call of one of them, and [makes](KernelCall::definition) its definition. With the environment variable
+//! `FLASHINFER_RS_TRACE_DUMP=DIR` each kernel that a program calls leaves its definition in that folder, once for each name.
+//!
 //! # What calls a kernel
 //! Nothing here does: this module knows data. A call takes a definition's inputs in its order as
 //! [`make_inputs`](Workload::make_inputs) gives them, and behind them, where the solution is
