@@ -109,11 +109,13 @@ impl FlashInferRuntime {
                 }
             }
         }
+        // Where nothing was vendored, for one reason.
+        let elsewhere = pinned::ELSEWHERE.iter().filter(|reason| !artifact::MISSING.contains(reason));
         Report {
             version: env!("CARGO_PKG_VERSION"),
             artifacts: self.artifacts(),
             kernels: PinnedKernel::all(),
-            missing: artifact::MISSING.iter().chain(pinned::ELSEWHERE).copied().collect(),
+            missing: artifact::MISSING.iter().chain(elsewhere).copied().collect(),
             driver: count.and_then(|_| self.cudart()?.driver_release()),
             devices,
             self_tests,

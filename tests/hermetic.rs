@@ -8,6 +8,9 @@
 #[path = "../build/mod.rs"]
 mod vendoring;
 
+#[path = "support/native.rs"]
+mod native;
+
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Cursor;
@@ -91,6 +94,9 @@ impl Dependent {
         fs::copy(Path::new(CHECKOUT).join("Cargo.lock"), dependent.folder.join("Cargo.lock")).expect("the lock file");
         for (wheel, _) in WHEELS.iter() {
             let _ = fs::remove_file(dependent.folder.join(&wheel.file));
+        }
+        for own in ["kernels.lock", "kernels", ".cargo"].map(|name| dependent.folder.join(name)) {
+            let _ = fs::remove_file(&own).or_else(|_| fs::remove_dir_all(&own));
         }
         dependent.clean();
         dependent
@@ -279,6 +285,161 @@ fn builds_nothing_twice() {
     vendored(&dependent.offline(&variables), "Directory");
     let output = dependent.offline(&variables);
     assert!(output.status.success() && text(&output).contains("Fresh flashinfer-rs"), "{}", text(&output));
+}
+
+/// A program that asks for kernels by their names, and says what it gets.
+const KERNEL_USER: &str = r#"use flashinfer_rs::{FlashInferRuntime, PinnedKernel, Result, RuntimeConfig};
+
+fn call(runtime: &'static FlashInferRuntime, name: &str) -> Result<i64> {
+    let function = runtime.kernel(name)?.function(PinnedKernel::named(name)?.entry)?;
+    // SAFETY: the fixture's function takes nothing and returns a number.
+    unsafe { function.typed::<(), i64>().call(()) }
+}
+
+fn main() -> Result<()> {
+    let runtime = FlashInferRuntime::initialize(RuntimeConfig::default())?;
+    for name in std::env::args().skip(1) {
+        match call(runtime, &name) {
+            Ok(answer) => println!("{name} answered {answer}"),
+            Err(error) => println!("{name}: {error}"),
+        }
+    }
+    print!("{}", runtime.report());
+    Ok(())
+}
+"#;
+
+impl Dependent {
+    /// Puts the program and a kernel into the project, whose library is this fixture, and pins it under a name.
+    fn with_kernel(&self, name: &str, fixture: &str) {
+        self.write("examples/kernels.rs", KERNEL_USER);
+        self.write(
+            "kernels/answer/kernel_metadata.txt",
+            "Entry Symbol: answer\nDefinition: the_answer\nSolution: by_hand\n",
+        );
+        native::compile(fixture, "kernel.so", &[], &self.folder.join("kernels/answer"));
+        self.pin(name);
+    }
+
+    fn pin(&self, name: &str) {
+        let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+        let mut lock = format!(
+            "version = 1\n\n[[kernel]]\nname = {name:?}\ntarget = {target:?}\ndefinition = \"the_answer\"\nentry = \
+             \"answer\"\nsources = [{{ path = \"kernels/answer\" }}]\n"
+        );
+        for file in ["kernel.so", "kernel_metadata.txt"] {
+            let library = File::open(self.folder.join("kernels/answer").join(file)).expect("the file");
+            let (sha256, size) = hash_reader(library).expect("its bytes");
+            lock += &format!("\n[[kernel.file]]\nname = {file:?}\nsize = {size}\nsha256 = \"{sha256}\"\n");
+        }
+        self.write("kernels.lock", lock);
+    }
+
+    /// Runs the program, which asks for these kernels.
+    fn asks_for(&self, names: &[&str], variables: &[(&str, OsString)], features: &str) -> Output {
+        // Copied once: a file that is newer than the last build makes another.
+        let wheels = Some(self.path("wheels")).filter(|folder| folder.exists()).unwrap_or_else(|| self.wheels());
+        let mut all = vec![(env::WHEEL_DIR, wheels.into()), (env::CARGO_OFFLINE, "true".into())];
+        all.extend(variables.iter().cloned());
+        let arguments = ["run", "--offline", "--verbose", "--features", features, "--example", "kernels", "--"];
+        self.cargo(&[&arguments, names].concat(), &all, "")
+    }
+}
+
+/// That a program ran, and what it said.
+#[track_caller]
+fn said(output: &Output, parts: &[&str]) {
+    let text = text(output);
+    assert!(output.status.success(), "{text}");
+    for part in parts {
+        assert!(text.contains(part), "this does not say `{part}`:\n{text}");
+    }
+}
+
+#[test]
+fn a_program_calls_the_kernels_that_its_project_pins() {
+    let dependent = Dependent::new();
+    dependent.with_kernel("answer", "loadable.c");
+    // From the workspace on.
+    let variables = [(env::KERNELS, "kernels.lock".into())];
+    let run = |names: &[&str]| dependent.asks_for(names, &variables, "");
+    let first = run(&["answer", "anser", "../answer"]);
+    let file = "out/lib/answer.kernel.so";
+    said(
+        &first,
+        &[
+            "answer answered 42",
+            "anser: no kernel anser was vendored; did you mean answer? these were: answer; pin it by",
+            "../answer: no kernel ../answer was vendored",
+            "pinned kernel answer ",
+            "(directory), computes the_answer, without GPU code, loaded from ",
+            file,
+        ],
+    );
+    said(&run(&["answer"]), &["Fresh flashinfer-rs", "answer answered 42"]);
+
+    // Another lock is another build.
+    dependent.pin("forty_two");
+    said(&run(&["answer", "forty_two"]), &["Compiling flashinfer-rs", "no kernel answer was", "forty_two answered 42"]);
+
+    // A kernel that changes is refused, by both digests; one that comes back is taken again.
+    let library = dependent.folder.join("kernels/answer/kernel.so");
+    let (old, changed) = (fs::read(&library).expect("the library"), b"\x7fELF of somebody else");
+    fs::write(&library, changed).expect("other bytes");
+    let digest = |bytes: &[u8]| hash_reader(bytes).expect("a digest").0.to_string();
+    failed(&run(&["forty_two"]), &["the kernel forty_two", &digest(changed), &digest(&old), "--replace"]);
+    fs::remove_file(&library).expect("gone");
+    failed(&run(&["forty_two"]), &["the kernel forty_two", "was found nowhere", "FLASHINFER_RS_WHEEL_DIR"]);
+    fs::write(&library, &old).expect("the old bytes");
+    said(&run(&["forty_two"]), &["forty_two answered 42"]);
+
+    // What is loaded is what was pinned, whatever became of the file since.
+    for entry in fs::read_dir(dependent.folder.join("target/debug/build")).expect("the folder").flatten() {
+        let vendored = entry.path().join("out/lib/forty_two.kernel.so");
+        if vendored.exists() {
+            fs::write(vendored, changed).expect("other bytes");
+        }
+    }
+    let swapped = run(&["forty_two"]);
+    said(
+        &swapped,
+        &["Fresh flashinfer-rs", &digest(changed), "is not the forty_two.kernel.so that this program was built with"],
+    );
+}
+
+#[test]
+fn a_program_carries_its_kernels_in_itself_where_that_is_wanted() {
+    let dependent = Dependent::new();
+    dependent.with_kernel("answer", "loadable.c");
+    let path = dependent.folder.join("kernels.lock");
+    let output = dependent.asks_for(&["answer"], &[(env::KERNELS, path.into())], "flashinfer-rs/embed");
+    said(&output, &["answer answered 42", "loaded from (embedded)/answer.kernel.so"]);
+    // Nothing of it is needed beside the program, whose name for the library is not a path of this machine.
+    let program = fs::read(dependent.folder.join("target/debug/examples/kernels")).expect("the program");
+    let vendored = b"out/lib/answer.kernel.so";
+    assert!(!program.windows(vendored.len()).any(|part| part == vendored));
+}
+
+/// As docs/kernel-lock.md recommends it.
+#[test]
+fn a_project_names_its_lock_in_cargos_configuration() {
+    let dependent = Dependent::new();
+    dependent.with_kernel("answer", "loadable.c");
+    let run = || dependent.asks_for(&["answer"], &[], "");
+    said(&run(), &["no kernel answer was vendored; none was; pin it by"]);
+    dependent
+        .write(".cargo/config.toml", "[env]\nFLASHINFER_RS_KERNELS = { value = \"kernels.lock\", relative = true }\n");
+    said(&run(), &["answer answered 42"]);
+    fs::remove_file(dependent.folder.join("kernels.lock")).expect("gone");
+    failed(&run(), &["FLASHINFER_RS_KERNELS=", "names no file"]);
+}
+
+#[test]
+fn a_kernel_that_registers_something_while_it_is_loaded_is_not_loaded() {
+    let dependent = Dependent::new();
+    dependent.with_kernel("answer", "registers.c");
+    let output = dependent.asks_for(&["answer"], &[(env::KERNELS, "kernels.lock".into())], "");
+    said(&output, &["answer: ", "cannot be loaded as a module", "TVMFFIFunctionSetGlobal", "Module::open"]);
 }
 
 /// A folder under another name, until this is dropped.

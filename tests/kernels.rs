@@ -398,6 +398,20 @@ mod a_kernel {
     }
 
     #[test]
+    fn is_fetched_once_by_four_builds_that_start_together() {
+        let (machine, kernel) = (Machine::new(), Kernel::new("gemm"));
+        let server = kernel.served();
+        let pinned = pinned(&machine, &lock(&[kernel.entry(&kernel.url(&server))]));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| vendor(&machine, &pinned).map(drop).expect("the kernel"));
+            }
+        });
+        assert_eq!(server.requests().len(), kernel.files.len());
+        assert_eq!(files_under(&machine.lib_dir()), ["gemm.kernel.so"]);
+    }
+
+    #[test]
     fn is_fetched_from_the_next_address_where_the_first_has_it_not() {
         let (machine, kernel) = (Machine::new(), Kernel::new("gemm"));
         let (empty, server) = (Server::start(), kernel.served());
