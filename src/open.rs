@@ -86,6 +86,11 @@ impl Preflight {
         self.elf.tvm_ffi_symbols().collect()
     }
 
+    /// Whether it has the tables that tell what it needs and exports.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.elf.is_complete
+    }
+
     /// A function that it needs and that registers something with TVM-FFI, perhaps while it is loaded.
     pub(crate) fn registering_symbol(&self) -> Option<&str> {
         self.elf.registering_symbol()

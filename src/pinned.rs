@@ -86,19 +86,23 @@ impl PinnedKernel {
         let name = self.stored.name;
         let (path, file, in_memory) = runtime.file(&self.stored)?;
         let preflight = Preflight::read(&path, &file)?;
-        let alone = "load it by Module::open, which is unsafe, while no other thread uses TVM-FFI";
+        let alone = "load it by Module::open, which is unsafe";
+        if !preflight.is_complete() {
+            let problem = "it was stripped of the tables that tell what it needs and exports".to_owned();
+            return Err(preflight.unloadable(problem, "pin one that has them"));
+        }
         if let Some(symbol) = preflight.registering_symbol() {
             let problem = format!("it needs {symbol}, which changes what the whole process shares and has no lock");
-            return Err(preflight.unloadable(problem, alone));
+            return Err(preflight.unloadable(problem, format!("{alone}, while no other thread uses TVM-FFI")));
         }
         if preflight.has_embedded() {
             let problem = "modules are embedded in it, and TVM-FFI itself, which loads those, looks at no digest";
-            return Err(preflight.unloadable(problem.to_owned(), "load it by Module::open, which is unsafe"));
+            return Err(preflight.unloadable(problem.to_owned(), alone));
         }
         preflight.check(runtime)?;
         // SAFETY: whoever pinned the kernel vouched for its code, as for that of any dependency of the program: the file has
-        // the digest that was pinned, or the configuration's author vouched for the folders. What it could do while other
-        // threads use TVM-FFI is ruled out above.
+        // the digest that was pinned, or the configuration's author vouched for the folders. It needs no function that would
+        // change TVM-FFI's tables while other threads use them.
         let library = unsafe {
             preflight.load_cuda()?;
             match in_memory {

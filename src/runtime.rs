@@ -223,7 +223,8 @@ impl FlashInferRuntime {
         self.device_count().is_ok_and(|count| count > 0)
     }
 
-    /// The libraries: where each comes from, and where it was loaded from.
+    /// The libraries: where each comes from, and where it was loaded from. Kernels that a project pins are
+    /// [`PinnedKernel::all`](crate::PinnedKernel::all).
     pub fn artifacts(&self) -> Vec<Artifact> {
         let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let modules = modules.iter().filter_map(|(name, module)| Some((name.clone(), module.path()?.to_owned())));
