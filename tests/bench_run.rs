@@ -3,11 +3,12 @@
 use std::cell::Cell;
 
 use flashinfer_rs::bench::{
-    Axes, Axis, BenchmarkConfig, DataType, Definition, HostTensor, Input, InputOptions, InputSpec, Kernel, Named,
-    Reference, Runner, Safetensors, Scalar, Status, TensorSpec, Timing, Trace, Workload, write_safetensors,
+    ApplyConfig, Axes, Axis, BenchmarkConfig, DataType, Dataset, Definition, Dispatcher, HostTensor, Input,
+    InputOptions, InputSpec, Kernel, Named, Reference, Runner, Safetensors, Scalar, Solution, Status, TensorSpec,
+    Timing, Trace, TraceLayout, Workload, write_safetensors,
 };
-use flashinfer_rs::object::{Any, Array, Error, Func, IntoAny, Tensor};
-use flashinfer_rs::{Arg, DType, FlashInferError, FlashInferRuntime, Result, RuntimeConfig};
+use flashinfer_rs::object::{Any, Array, Error, Func, HostAllocator, IntoAny, Tensor};
+use flashinfer_rs::{Arg, DType, FlashInferError, FlashInferRuntime, Result, RuntimeConfig, Stream};
 
 /// y = scale x, of a vector.
 fn definition() -> Definition {
@@ -312,4 +313,64 @@ fn a_sampling_kernel_is_judged_by_its_draws() {
         let timed = evaluation.performance.is_none_or(|figures| figures.reference_latency_ms > 0.0);
         assert!(timed && evaluation.performance.is_some() == (status == Status::Passed));
     }
+}
+
+/// A dataset of the definition, with solutions of these names and traces of them: sizes and speedups.
+fn dataset(folder: &std::path::Path, traces: &[(&str, u64, f64)]) -> Dataset {
+    let mut dataset = Dataset::open(folder).unwrap();
+    dataset.add_definition(definition()).unwrap();
+    for (name, n, speedup) in traces {
+        if dataset.solution(name).is_none() {
+            let json = format!(
+                r#"{{"name": "{name}", "definition": "scale", "author": "me", "sources": [{{"path": "a.cpp", "content": "x"}}],
+                "spec": {{"language": "cpp", "target_hardware": ["cpu"], "entry_point": "a.cpp::scale"}}}}"#
+            );
+            dataset.add_solution(Solution::from_json(&json).unwrap()).unwrap();
+        }
+        let mut trace = run(&good());
+        trace.solution = Some((*name).to_owned());
+        trace.workload = workload(*n);
+        trace.evaluation.as_mut().unwrap().performance.as_mut().unwrap().speedup_factor = *speedup;
+        dataset.add_traces(&[trace], TraceLayout::ByDefinition).unwrap();
+    }
+    dataset
+}
+
+#[test]
+fn each_call_takes_the_kernel_that_was_the_best_for_its_sizes() {
+    let folder = tempfile::tempdir().unwrap();
+    let traces = [("fast", 4, 9.0), ("slow", 4, 2.0), ("slow", 5, 3.0), ("never", 5, 1.0), ("fast", 6, 2.0)];
+    let dataset = dataset(folder.path(), &traces);
+    // Each writes a number of its own.
+    let load = |solution: &Solution| {
+        let number = if solution.name == "fast" { 1.0 } else { 2.0 };
+        assert_ne!(solution.name, "never", "what is the best for no sizes is not loaded");
+        Ok(kernel(true, move |args| write(args, &vec![number; args[0].as_tensor()?.shape()[0] as usize])))
+    };
+    let mut config = ApplyConfig::new(1e-2, 1e-2);
+    let dispatcher = Dispatcher::new(&dataset, "scale", &config, load).unwrap();
+    let call = |dispatcher: &Dispatcher<'_>, n: i64| {
+        let (x, y) = (Tensor::zeros(DType::F32, &[n]).unwrap(), Tensor::zeros(DType::F32, &[n]).unwrap());
+        let inputs = [(&x).into(), 1.0.into()];
+        // SAFETY: as for `run`.
+        unsafe { dispatcher.call(&inputs, &[(&y).into()], Stream::NULL) }?;
+        // SAFETY: as for `run`.
+        let returned = unsafe { dispatcher.call_returning(&inputs, &HostAllocator, Stream::NULL) }?;
+        assert_eq!(returned[0].as_slice::<f32>()?, y.as_slice::<f32>()?);
+        Ok::<f32, FlashInferError>(y.as_slice::<f32>()?[0])
+    };
+    assert_eq!([4, 5, 6].map(|n| call(&dispatcher, n).unwrap()), [1.0, 2.0, 1.0]);
+    let axes = |n: u64| Axes::from([("n".to_owned(), n)]);
+    assert!(dispatcher.kernel(&axes(5)).is_some() && dispatcher.kernel(&axes(7)).is_none());
+    let error = call(&dispatcher, 7).unwrap_err().to_string();
+    assert!(error.contains("none for [n = 7]") && error.contains("3 sizes"), "{error}");
+    let other = kernel(true, |args| write(args, &[3.0]));
+    assert_eq!(call(&dispatcher.otherwise(other).unwrap(), 7).unwrap(), 3.0);
+    config.use_best_on_miss = true;
+    assert_eq!(call(&Dispatcher::new(&dataset, "scale", &config, load).unwrap(), 7).unwrap(), 1.0);
+    // Where no trace is accurate enough there is nothing to call.
+    let none = Dispatcher::new(&dataset, "scale", &ApplyConfig::new(-1.0, -1.0), load).unwrap();
+    assert!(call(&none, 4).unwrap_err().to_string().contains("one of 0 sizes"));
+    let error = Dispatcher::new(&dataset, "scael", &config, load).unwrap_err().to_string();
+    assert!(error.contains("\"scael\""), "{error}");
 }

@@ -87,6 +87,11 @@ impl ApplyTable {
         self.by_axes.get(axes).map(String::as_str).or(missed)
     }
 
+    /// Each sizes of axes with the name of the solution for them.
+    pub fn iter(&self) -> impl Iterator<Item = (&Axes, &str)> {
+        self.by_axes.iter().map(|(axes, name)| (axes, name.as_str()))
+    }
+
     /// The solution that is the best for most sizes.
     pub fn best(&self) -> Option<&str> {
         self.best.as_deref()

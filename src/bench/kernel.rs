@@ -332,6 +332,15 @@ impl<'a> BoundKernel<'a> {
         self.results(result)
     }
 
+    /// The sizes of the variable axes by a call's inputs, in the definition's order.
+    pub(super) fn variable_sizes(&self, inputs: &[Argument<'_>], stream: Stream<'_>) -> Result<Vec<i64>> {
+        let mut sizes = self.sizes.clone();
+        let mut ran = Ran { device: None, ordered: false };
+        self.check(inputs, (&[], 0), &mut sizes, &mut ran, stream)?;
+        let variable = sizes.iter().zip(&self.sizes).filter(|(_, before)| **before == OPEN);
+        Ok(variable.map(|(size, _)| *size).collect())
+    }
+
     /// A tensor for each output, by the inputs' axes and on their device.
     pub(super) fn make_outputs(
         &self,
