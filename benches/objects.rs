@@ -179,7 +179,7 @@ fn difference(
     raw: impl Fn() -> bool,
     bound: f64,
 ) -> Result<bool, &'static str> {
-    let mut time = |f: &mut dyn FnMut() -> bool| {
+    let time = |f: &mut dyn FnMut() -> bool| {
         let start = Instant::now();
         if f() { Ok(start.elapsed().as_nanos() as f64 / CALLS as f64) } else { Err("a call failed") }
     };

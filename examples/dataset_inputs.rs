@@ -12,6 +12,15 @@ const DEFINITION: &str = "gdn_prefill_qk2_v4_d128";
 fn main() -> Result<(), Box<dyn Error>> {
     let default = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/dataset"));
     let dataset = Dataset::open(std::env::args_os().nth(1).map_or(default, PathBuf::from))?;
+    for path in write(&dataset)? {
+        println!("{}", path.display());
+    }
+    Ok(())
+}
+
+/// Writes the stored inputs, and answers their files.
+pub fn write(dataset: &Dataset) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+    let mut files = Vec::new();
     let definition = dataset.definition(DEFINITION).ok_or("the dataset lacks the definition")?;
     for trace in dataset.workloads(DEFINITION) {
         let workload = &trace.workload;
@@ -29,9 +38,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         let made = made.collect::<Result<Vec<_>, Box<dyn Error>>>()?;
         let tensors: Vec<_> = made.iter().map(|(key, tensor)| (*key, tensor)).collect();
         write_safetensors(&path, &tensors)?;
-        println!("{}", path.display());
+        files.push(path);
     }
-    Ok(())
+    Ok(files)
 }
 
 /// An input by its name.

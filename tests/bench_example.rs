@@ -1,13 +1,19 @@
 //! The dataset of the examples: it is whole, and its solutions are the sources beside them.
 //! `FLASHINFER_RS_BLESS=1 cargo test --features bench --test bench_example` puts changed sources into the solutions.
 
+#[path = "../examples/flashinfer_bench.rs"]
+#[allow(dead_code, reason = "its reference is what is used here")]
+mod example;
+#[path = "support/example.rs"]
+mod run_example;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use flashinfer_rs::bench::{
     ApplyConfig, Axes, BenchmarkConfig, DataType, Dataset, Definition, Dialect, Environment, HashRule, HostTensor,
-    Input, InputOptions, InputSpec, Named, Performance, Solution, Status, Tolerance, Trace, TraceLayout, Verdict,
-    Workload, apply, check_solution,
+    Input, InputOptions, InputSpec, Kernel, Named, Performance, Reference, Runner, Solution, Status, Tolerance, Trace,
+    TraceLayout, Verdict, Workload, apply, check_solution,
 };
 use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
 use flashinfer_rs::{FlashInferError, FlashInferRuntime, Result, RuntimeConfig, Stream};
@@ -82,6 +88,74 @@ fn workloads_have_inputs_that_the_definition_takes() {
             }
         }
     }
+}
+
+/// The command of the README: builds the C++ solutions, runs them, and writes traces by which they are chosen.
+#[test]
+fn the_example_builds_runs_checks_and_traces_the_solutions() {
+    let folder = tempfile::tempdir().unwrap();
+    let printed = run_example::run(folder.path());
+    assert_eq!(printed.lines().last(), Some("PASSED"), "{printed}");
+    let written = Dataset::open(folder.path()).unwrap();
+    for (definition, solution) in
+        [("gemm_f32_n128_k256", "gemm_f32_n128_k256_host"), ("rmsnorm_h512", "rmsnorm_h512_host")]
+    {
+        let (traces, workloads) = (written.traces(definition), written.workloads(definition));
+        assert_eq!((traces.len(), workloads.len()), (3, 3), "{printed}");
+        for (trace, workload) in traces.iter().zip(workloads) {
+            assert_eq!((trace.solution.as_deref(), &trace.workload), (Some(solution), &workload.workload));
+            let evaluation = trace.evaluation.as_ref().unwrap();
+            let figures = evaluation.performance.unwrap();
+            assert_eq!(evaluation.status, Status::Passed);
+            assert!(figures.latency_ms > 0.0 && figures.reference_latency_ms > 0.0, "{figures:?}");
+            let errors = evaluation.correctness.as_ref().unwrap();
+            // Compared with f64: two sums in single precision differ, and so do roundings to bfloat16.
+            assert!(errors.max_absolute_error < 0.1, "{errors:?}");
+            let config = ApplyConfig::new(0.1, f64::MAX);
+            let chosen = apply(&written, definition, &trace.workload.axes, &config);
+            assert_eq!(chosen.map(|chosen| chosen.name.as_str()), Some(solution));
+        }
+        assert!(printed.contains(&format!("{definition} of {}: {solution} gives", workloads[0].workload.uuid)));
+    }
+    assert!(written.traces("gdn_prefill_qk2_v4_d128").is_empty());
+}
+
+/// On the host, where the kernel's contract holds as well and the reference computes.
+#[test]
+fn the_vendored_kernel_is_called_as_a_solution() {
+    FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let whole = Dataset::open(root()).unwrap();
+    let (definition, solution) = (
+        whole.definition("gdn_prefill_qk2_v4_d128").unwrap(),
+        whole.solution("gdn_prefill_qk2_v4_d128_vendored").unwrap(),
+    );
+    let mut copy = Dataset::open(folder.path()).unwrap();
+    copy.add_definition(definition.clone()).unwrap();
+    copy.add_traces(&whole.workloads(&definition.name)[..1], TraceLayout::ByDefinition).unwrap();
+    example::dataset_inputs::write(&copy).unwrap();
+    let kernel = Kernel::vendored(solution).unwrap();
+    assert_eq!((kernel.name(), kernel.is_destination_passing()), (solution.name.as_str(), true));
+    let bound = kernel.bind(definition).unwrap();
+    let mut config = BenchmarkConfig::default();
+    (config.num_trials, config.warmup_runs, config.iterations) = (1, 0, 1);
+    let runner = Runner::on_host().config(config).root(folder.path());
+    let mut reference = |inputs: &Named<Input>| example::reference(definition, inputs);
+    let workload = &copy.workloads(&definition.name)[0].workload;
+    // SAFETY: the stored offsets are those of sequences that have tokens; on the host they are looked at, too.
+    let trace = unsafe { runner.run(&bound, workload, Reference::Closure(&mut reference)) }.unwrap();
+    assert!(trace.passed(), "{trace:?}");
+    let named = |dependency: &str| {
+        let mut other = solution.clone();
+        other.spec.dependencies = vec![dependency.to_owned()];
+        Kernel::vendored(&other).unwrap_err().to_string()
+    };
+    let error = named("flashinfer-rs:norm");
+    assert!(
+        error.contains("\"gdn_prefill\" of \"norm\"") && error.contains("gdn_prefill of gdn_prefill_sm90"),
+        "{error}"
+    );
+    assert!(named("cublas").contains("no dependency"));
 }
 
 /// Of a definition whose kernel this crate has, on the host: what the example does with a solution that was built.

@@ -6,6 +6,9 @@
 //! Without these variables they are reported as ignored, never as passed. `cargo xtask interop` installs the package and runs
 //! those that want no sources.
 
+#[path = "support/example.rs"]
+mod run_example;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         ("a_dataset_that_was_written_here_is_upstreams_dataset", dataset),
         ("the_example_dataset_is_upstreams_dataset", example),
         ("the_definition_of_every_kernel_is_upstreams_definition", kernels),
+        ("traces_of_the_example_are_upstreams_traces", traced),
         ("the_best_solution_is_upstreams_choice", best),
         ("safetensors_files_are_upstreams", tensors),
         ("whatever_is_accepted_here_upstream_accepts", accepted),
@@ -361,6 +365,24 @@ fn vectors() {
     assert_eq!(solution.hash(HashRule::Named), "9c84c4ccd18e15cc3d7346cca12ec586ffb6e9ee");
     assert_eq!(solution.hash(HashRule::Nameless), "6543ed846ad398f161498b6d21b21c50288ecbc8");
     assert_eq!(solution.package_name(HashRule::Named), "tvm_ffi_example_agent_solution_9c84c4");
+}
+
+/// What the example writes, upstream's models read, and write again as it is.
+fn traced() {
+    let folder = tempfile::tempdir().expect("a folder");
+    run_example::run(folder.path());
+    let read = Dataset::open(folder.path()).expect("a dataset");
+    let traces: Vec<&Trace> = read.definitions().flat_map(|definition| read.traces(&definition.name)).collect();
+    let mut requests: Vec<_> = traces.iter().map(|trace| json!(["again", "trace", trace.to_json()])).collect();
+    requests.push(json!(["dataset", folder.path()]));
+    let mut answers = ask(&requests);
+    let whole = answers.pop().expect("an answer");
+    assert_eq!(whole["traces"].as_u64().map(|count| count as usize), Some(traces.len()));
+    assert_eq!(whole["solutions"].as_array().map(Vec::len), Some(5));
+    for (trace, answer) in traces.iter().zip(answers) {
+        assert_eq!(answer.as_str().expect("a text"), trace.to_json());
+        assert!(trace.passed(), "{trace:?}");
+    }
 }
 
 fn best() {

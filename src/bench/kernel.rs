@@ -15,7 +15,7 @@ use crate::module::{Function, Module};
 use crate::object::{Any, Arg, Array, FromAny, List, Tensor, TensorAllocator};
 use crate::owner::ordered;
 use crate::runtime::FlashInferRuntime;
-use crate::stream::Stream;
+use crate::stream::{SCOPE, Scope, Setting, Stream};
 use crate::tensor::{Device, MAX_NDIM, is_row_major};
 
 /// A function that implements a definition, and how it gives its outputs.
@@ -458,6 +458,8 @@ impl<'a> BoundKernel<'a> {
         let id = runtime.checked_device(Device::Cuda(device))?;
         let cudart = runtime.cudart()?;
         let _stream = runtime.set_stream(id, stream).map_err(|code| runtime.api().stream_error(code))?;
+        // For what the kernel calls of this crate's.
+        let _scope = Scope { outer: SCOPE.replace(Setting { device: id, stream: stream.raw }) };
         // A kernel launches on the current device, which nobody sets for it.
         let _current = if runtime.has_one_device() { None } else { Some(cudart.set_current(id)?) };
         // What another call of this thread left is not the kernel's.

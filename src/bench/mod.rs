@@ -68,6 +68,7 @@ mod random;
 mod run;
 mod solution;
 mod trace;
+mod vendored;
 
 use crate::data::{dtype, error, json, named, safetensors, tensor};
 

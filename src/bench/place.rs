@@ -1,5 +1,6 @@
 //! Where kernels are run: the host, or a GPU's stream. Tensors are put there, filled, copied and brought back.
 
+#[cfg(feature = "cudarc")]
 use super::dtype::DataType;
 use super::error::unfit;
 use super::named::Named;
@@ -84,6 +85,7 @@ impl Place {
     }
 
     /// A new tensor here.
+    #[cfg(feature = "cudarc")]
     fn like(&self, dtype: &DataType, shape: &[u64]) -> Result<Tensor> {
         let shape: Vec<i64> = shape.iter().map(|&size| i64::try_from(size).unwrap_or(i64::MAX)).collect();
         match dtype.to_dl() {

@@ -148,6 +148,20 @@ impl FlashInferRuntime {
     }
 }
 
+/// Does something with the allocator of this thread's innermost scope.
+#[cfg(feature = "bench")]
+pub(crate) fn with_current<T>(f: impl FnOnce(&dyn TensorAllocator) -> Result<T>) -> Result<T> {
+    match CURRENT.get() {
+        // SAFETY: the scope that set it is still there, since it puts the one before back when it ends.
+        Some(allocator) => f(unsafe { allocator.as_ref() }),
+        None => Err(no_allocator()),
+    }
+}
+
+fn no_allocator() -> FlashInferError {
+    refused("allocator", "none".to_owned(), "a call within with_allocator".to_owned())
+}
+
 /// Gives a thread its allocator back.
 struct Restore {
     api: &'static Api,
@@ -200,7 +214,7 @@ unsafe extern "C" fn allocate(
 unsafe fn make(prototype: &DLTensor) -> Result<*mut DLManagedTensorVersioned> {
     let DLTensor { device, ndim, dtype, shape, .. } = *prototype;
     let Some(allocator) = CURRENT.get() else {
-        return Err(refused("allocator", "none".to_owned(), "a call within with_allocator".to_owned()));
+        return Err(no_allocator());
     };
     let Some(known) = Device::from_dl(device) else {
         let found = format!("DLPack device type {}, number {}", device.device_type, device.device_id);

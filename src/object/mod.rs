@@ -35,6 +35,8 @@ mod sequence;
 mod tensor;
 mod typed;
 
+#[cfg(feature = "bench")]
+pub(crate) use allocator::with_current;
 #[cfg(feature = "cudarc")]
 pub use allocator::{ArenaAllocator, StreamAllocator};
 pub use allocator::{HostAllocator, Memory, TensorAllocator, TensorRequest};
