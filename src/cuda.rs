@@ -408,16 +408,17 @@ impl Cudart {
         sticky
     }
 
-    /// Whether a graph is captured on a stream of the current device, or may be.
-    pub(crate) fn may_capture(&self, stream: *mut c_void) -> bool {
-        let Some(capture) = self.capture_state else { return true };
+    /// Whether a graph is captured on a stream of the current device; `None` where that cannot be known.
+    pub(crate) fn is_capturing(&self, stream: *mut c_void) -> Option<bool> {
         let mut status = 0;
         // SAFETY: one number is written through a pointer that is valid for the call.
-        let code = unsafe { (capture.stream_is_capturing)(stream, &mut status) };
-        if code != 0 {
-            self.forget_stale_error();
+        match unsafe { (self.capture_state?.stream_is_capturing)(stream, &mut status) } {
+            0 => Some(status != 0),
+            _ => {
+                self.forget_stale_error();
+                None
+            }
         }
-        code != 0 || status != 0
     }
 
     /// Copies pieces of the current device's memory to the host, one behind the other, once the stream has come so far.

@@ -92,16 +92,15 @@ unsafe fn fetch(device: Device, stream: Stream<'_>, pieces: &[(*const u8, usize)
     unsafe { cudart.download(to, pieces, stream.as_raw()) }
 }
 
-/// Whether a graph is captured, so that nothing may be waited for.
-pub(super) fn is_captured(device: Device, stream: Stream<'_>) -> bool {
-    let may = || -> Result<bool> {
-        let runtime = FlashInferRuntime::global()?;
-        let cudart = runtime.cudart()?;
-        let _current = cudart.set_current(runtime.checked_device(device)?)?;
-        Ok(cudart.may_capture(stream.as_raw()))
-    };
-    // Where it cannot be known, waiting could break a capture.
-    stream.capture().is_some() || (device != Device::Cpu && may().unwrap_or(true))
+/// Whether a graph is captured, so that nothing may be waited for; `None` where that cannot be known.
+pub(super) fn is_captured(device: Device, stream: Stream<'_>) -> Option<bool> {
+    if stream.capture().is_some() || device == Device::Cpu {
+        return Some(stream.capture().is_some());
+    }
+    let runtime = FlashInferRuntime::global().ok()?;
+    let cudart = runtime.cudart().ok()?;
+    let _current = cudart.set_current(runtime.checked_device(device).ok()?).ok()?;
+    cudart.is_capturing(stream.as_raw())
 }
 
 /// What a tensor holds.

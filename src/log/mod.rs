@@ -127,15 +127,18 @@ impl<'c> Call<'c> {
     /// The tensors must be valid, as for the call itself.
     pub(crate) unsafe fn before(&self) {
         let captured = elements::is_captured(self.device(), self.stream);
-        let statistics = self.log.level >= Level::Statistics && self.way == Way::Directly;
-        let found = |role: Role, layout: &Layout| match role {
-            Role::In | Role::InPlace if statistics && captured => Some(text::CAPTURED.to_owned()),
+        self.begin(captured == Some(true));
+        if self.holds_are_told() {
             // SAFETY: the caller's promise, on a stream that does not capture.
-            Role::In | Role::InPlace if statistics => Some(unsafe { text::statistics(layout, self.stream) }),
-            _ => None,
-        };
-        self.begin(captured, &found);
-        if let Some(dumper) = self.log.dumper.as_ref().filter(|_| !captured) {
+            let holds = |layout: &Layout| unsafe { text::statistics(layout, self.stream) };
+            // Behind the record of the arguments, which is there even if the memory of one is not.
+            self.record(&match captured {
+                Some(false) => text::holds(self, "Inputs", dump::is_input, &holds),
+                Some(true) => text::holds_unknown(self, "a graph is captured"),
+                None => text::holds_unknown(self, "CUDA does not say whether a graph is captured"),
+            });
+        }
+        if let Some(dumper) = self.log.dumper.as_ref().filter(|_| captured == Some(false)) {
             // SAFETY: as above.
             *self.dumping.borrow_mut() = unsafe { dumper.inputs(self) };
         }
@@ -148,12 +151,11 @@ impl<'c> Call<'c> {
     /// As for [`before`](Self::before).
     pub(crate) unsafe fn after(&self) {
         if self.log.level >= Level::Arguments && self.way == Way::Directly {
-            let statistics = self.log.level >= Level::Statistics && !elements::is_captured(self.device(), self.stream);
-            let found = |layout: &Layout| {
-                // SAFETY: the caller's promise, on a stream that does not capture.
-                statistics.then(|| unsafe { text::statistics(layout, self.stream) })
-            };
-            self.record(&text::returned(self, &found));
+            let told = self.holds_are_told() && elements::is_captured(self.device(), self.stream) == Some(false);
+            let outputs = if told { dump::is_output } else { |_| false };
+            // SAFETY: the caller's promise, on a stream that does not capture.
+            let holds = |layout: &Layout| unsafe { text::statistics(layout, self.stream) };
+            self.record(&text::holds(self, "Return", outputs, &holds));
         }
         if let (Some(dumping), Some(dumper)) = (self.dumping.borrow_mut().take(), &self.log.dumper) {
             // SAFETY: as above; nothing was captured when the dump was begun.
@@ -164,7 +166,7 @@ impl<'c> Call<'c> {
     /// Tells of a call that is over: of what went wrong, and of one that was never launched.
     pub(crate) fn ended(&self, result: &Result<()>) {
         if !self.begun.get() {
-            self.begin(self.stream.capture().is_some(), &|_, _| None);
+            self.begin(self.stream.capture().is_some());
         }
         if let (Err(error), true) = (result, self.log.level > Level::Nothing) {
             self.record(&text::failed(self.row.kernel, self.number, error));
@@ -172,12 +174,17 @@ impl<'c> Call<'c> {
     }
 
     /// Writes what is called with what.
-    fn begin(&self, captured: bool, statistics: &dyn Fn(Role, &Layout) -> Option<String>) {
+    fn begin(&self, captured: bool) {
         self.begun.set(true);
         if self.log.level > Level::Nothing {
             let arguments = self.log.level >= Level::Arguments && self.way != Way::Prepared;
-            self.record(&text::called(self, captured, arguments, statistics));
+            self.record(&text::called(self, captured, arguments));
         }
+    }
+
+    /// Whether the log tells what tensors hold.
+    fn holds_are_told(&self) -> bool {
+        self.log.level >= Level::Statistics && self.way == Way::Directly
     }
 
     fn record(&self, text: &str) {

@@ -11,10 +11,7 @@ use crate::data::time::timestamp;
 use crate::error::FlashInferError;
 use crate::object::{Arg, Value};
 use crate::stream::Stream;
-use crate::tensor::{DType, Layout};
-
-/// In the place of statistics.
-pub(super) const CAPTURED: &str = "no statistics: a graph is captured";
+use crate::tensor::{DType, Device, Layout};
 
 /// The first line of a record, in FlashInfer's words.
 fn header(event: &str, name: &str, number: u64) -> String {
@@ -42,12 +39,7 @@ pub(super) fn beginning(level: Level, dumper: Option<&Dumper>) -> String {
 }
 
 /// A call of a kernel, before it is made.
-pub(super) fn called(
-    call: &Call<'_>,
-    captured: bool,
-    arguments: bool,
-    statistics: &dyn Fn(Role, &Layout) -> Option<String>,
-) -> String {
+pub(super) fn called(call: &Call<'_>, captured: bool, arguments: bool) -> String {
     let event = if call.way == Way::Preparing { "Prepare" } else { "Call" };
     let mut text = header(event, call.row.kernel, call.number);
     if call.way == Way::Prepared {
@@ -70,8 +62,7 @@ pub(super) fn called(
                     Role::InPlace => "read and written",
                     Role::Workspace => "scratch memory",
                 };
-                let found = statistics(kind.role, layout).map(|found| format!(", {found}")).unwrap_or_default();
-                writeln!(text, "{}, {role}{found}", tensor(layout))
+                writeln!(text, "{}, {role}", tensor(layout))
             }
             (Operand::Tensor(layout, _), _) => writeln!(text, "{}", tensor(layout)),
             (Operand::Absent, _) => writeln!(text, "None"),
@@ -81,27 +72,29 @@ pub(super) fn called(
             (Operand::Bool(value), _) => writeln!(text, "{value}"),
         };
     }
-    if call.way == Way::Directly && layout_on_gpu(call) {
+    if call.way == Way::Directly && call.device() != Device::Cpu {
         _ = writeln!(text, "  stream= {:p}", call.stream.as_raw());
     }
     text
 }
 
-fn layout_on_gpu(call: &Call<'_>) -> bool {
-    call.tensors().any(|(_, _, layout)| layout.is_on_gpu())
-}
-
-/// A call of a kernel that was queued, or of the reference that is done.
-pub(super) fn returned(call: &Call<'_>, statistics: &dyn Fn(&Layout) -> Option<String>) -> String {
-    let mut text = header("Return", call.row.kernel, call.number) + "\n";
-    for (name, role, layout) in call.tensors() {
-        if matches!(role, Role::Out | Role::Unordered | Role::InPlace)
-            && let Some(found) = statistics(layout)
-        {
-            _ = writeln!(text, "  {name}= {found}");
-        }
+/// What those of a call's tensors hold whose roles are chosen.
+pub(super) fn holds(
+    call: &Call<'_>,
+    event: &str,
+    chosen: fn(Role) -> bool,
+    statistics: &dyn Fn(&Layout) -> String,
+) -> String {
+    let mut text = header(event, call.row.kernel, call.number) + "\n";
+    for (name, _, layout) in call.tensors().filter(|(_, role, _)| chosen(*role)) {
+        _ = writeln!(text, "  {name}= {}", statistics(layout));
     }
     text
+}
+
+/// Why it is not said what they hold.
+pub(super) fn holds_unknown(call: &Call<'_>, why: &str) -> String {
+    format!("{}\n  no statistics: {why}\n", header("Inputs", call.row.kernel, call.number))
 }
 
 /// A call that failed, or was refused.
