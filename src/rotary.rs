@@ -83,13 +83,11 @@ impl CosSinCache {
     /// `rope_theta^(−2i / rotary_dim)` before they are scaled.
     ///
     /// # Errors
-    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a `rotary_dim` that is odd or 0, no positions, more than 2³¹
-    /// numbers in the table, a `rope_theta` that is not above 1, and a scaling whose numbers are not positive or contradict
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a `rotary_dim` that is odd or 0, no positions, 2³¹ numbers
+    /// in the table or more, a `rope_theta` that is not above 1, and a scaling whose numbers are not positive or contradict
     /// each other.
     pub fn new(rotary_dim: i64, positions: i64, rope_theta: f64, scaling: RopeScaling) -> Result<Self> {
-        if rotary_dim < 2 || rotary_dim % 2 != 0 {
-            return refuse("CosSinCache", "rotary_dim", rotary_dim.to_string(), "an even number, 2 or more");
-        }
+        check_rotary_dim(rotary_dim)?;
         // The spare row counts too.
         let count = positions.checked_add(1).and_then(|rows| rows.checked_mul(rotary_dim));
         let Some(count) = count.filter(|&count| positions >= 1 && count <= i64::from(i32::MAX)) else {
@@ -102,6 +100,11 @@ impl CosSinCache {
         }
         let frequencies = frequencies(rotary_dim, rope_theta, scaling)?;
         let scale = attention_factor(scaling);
+        let fits = |frequency: &f64| (frequency * positions as f64).is_finite();
+        if !(scale as f32).is_finite() || !frequencies.iter().all(fits) {
+            let expected = "numbers whose angles and cosines are finite";
+            return refuse("CosSinCache", "scaling", format!("{scaling:?}"), expected);
+        }
         let mut values = Vec::new();
         if values.try_reserve_exact(count as usize).is_err() {
             let expected = "a table that the host has memory for, 4 bytes for each of its numbers";
@@ -121,9 +124,7 @@ impl CosSinCache {
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for sizes that [`new`](Self::new) refuses, and another number of
     /// values.
     pub fn from_values(values: &[f32], rotary_dim: i64) -> Result<Self> {
-        if rotary_dim < 2 || rotary_dim % 2 != 0 {
-            return refuse("CosSinCache", "rotary_dim", rotary_dim.to_string(), "an even number, 2 or more");
-        }
+        check_rotary_dim(rotary_dim)?;
         let row = rotary_dim as usize;
         if values.is_empty() || !values.len().is_multiple_of(row) || values.len() + row > i32::MAX as usize {
             let expected =
@@ -151,6 +152,15 @@ impl CosSinCache {
         let inside = position < positions as usize && i < rotary_dim as usize / 2;
         if inside { self.values[position * rotary_dim as usize + part + i] } else { f32::NAN }
     }
+}
+
+fn check_rotary_dim(rotary_dim: i64) -> Result<()> {
+    // A table has two rows at the least, with the spare one.
+    const MOST: i64 = i32::MAX as i64 / 2;
+    if (2..=MOST).contains(&rotary_dim) && rotary_dim % 2 == 0 {
+        return Ok(());
+    }
+    refuse("CosSinCache", "rotary_dim", rotary_dim.to_string(), format!("an even number, 2 to {}", MOST - MOST % 2))
 }
 
 fn attention_factor(scaling: RopeScaling) -> f64 {
@@ -204,6 +214,10 @@ fn frequencies(rotary_dim: i64, theta: f64, scaling: RopeScaling) -> Result<Vec<
             ])?;
             if factor < 1.0 {
                 return refuse("CosSinCache", "factor", factor.to_string(), "1 or more");
+            }
+            if beta_fast < beta_slow {
+                let expected = format!("beta_slow, {beta_slow}, or more");
+                return refuse("CosSinCache", "beta_fast", beta_fast.to_string(), expected);
             }
             // The number of the frequency that turns so often within the old context.
             let number =
@@ -276,6 +290,40 @@ impl<'a> Placed<'a, CosSinCache> {
 mod tests {
     use super::{CosSinCache, RopeScaling};
     use crate::indices::{Steering, Words};
+
+    #[test]
+    fn sizes_of_which_there_can_be_no_table_are_refused() {
+        for rotary_dim in [i64::MIN, -2, 0, 3, 1 << 30, 1 << 40, i64::MAX - 1, i64::MAX] {
+            for error in [
+                CosSinCache::new(rotary_dim, 5, 1e4, RopeScaling::None).unwrap_err(),
+                CosSinCache::from_values(&[1.0; 4], rotary_dim).unwrap_err(),
+            ] {
+                let says = format!("CosSinCache: rotary_dim is {rotary_dim}, expected an even number, 2 to 1073741822");
+                assert!(error.to_string().starts_with(&says), "{error}");
+            }
+        }
+        let yarn = |beta_fast, old_context_length| RopeScaling::Yarn {
+            factor: 4.0,
+            old_context_length,
+            beta_fast,
+            beta_slow: 1.0,
+            attention_factor: None,
+        };
+        for (scaling, argument) in [
+            (RopeScaling::Linear { factor: 1e-308 }, "scaling"),
+            (yarn(0.5, 4096.0), "beta_fast"),
+            (RopeScaling::Linear { factor: f64::NAN }, "factor"),
+        ] {
+            let error = CosSinCache::new(64, 16, 1e4, scaling).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("CosSinCache: {argument} is")), "{error}");
+        }
+        let whole = CosSinCache::new(64, 16, 1e4, yarn(1.0, 1e308)).map(|table| table.cos(15, 31).is_finite());
+        assert!(matches!(whole, Ok(true) | Err(_)), "numbers or none");
+        for positions in [i64::MIN, 0, i64::MAX] {
+            let error = CosSinCache::new(1 << 29, positions, 1e4, RopeScaling::None).unwrap_err().to_string();
+            assert!(error.contains("positions") && error.contains("expected 1 to 2, so"), "{error}");
+        }
+    }
 
     /// Interleaved kernels read up to 32 bytes past a row.
     #[test]
