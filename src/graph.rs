@@ -23,7 +23,7 @@ use crate::buffers::{check_byte, check_context, check_len, device, refuse_per_th
 use crate::draws;
 use crate::error::{FlashInferError, Result, driver, driver_in};
 use crate::owner::{CurrentContext, Owner, event_of, no_error_is_kept, record, refuse_capture, wait};
-use crate::philox::Philox;
+use crate::philox::{Drawing, Drawn, Philox};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::{Capture, Stream};
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
@@ -473,6 +473,22 @@ impl<T: Element> Leaf for Arc<CudaSlice<T>> {
 
 graph_leaf!({T: Element} Arc<CudaSlice<T>>);
 
+/// What is drawn in a capture, from each of the graph's sources in their order, until that ends, also by a panic.
+#[derive(Default)]
+struct Drawings(Vec<Arc<Drawing>>);
+
+impl Drawings {
+    fn end(&self) -> Vec<Vec<Drawn>> {
+        self.0.iter().map(|drawing| drawing.end()).collect()
+    }
+}
+
+impl Drop for Drawings {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 /// What the graph's sampling calls draw from, in each launch anew.
 impl Leaf for Philox {
     type Captured<'a> = &'a mut Philox;
@@ -487,8 +503,6 @@ impl Leaf for Philox {
     }
 
     fn views(&mut self) -> &mut Philox {
-        // Of a capture whose calls panicked.
-        self.end_capture();
         self
     }
 
@@ -795,17 +809,15 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         let site = Site { device, stream: private.stream };
         let Some(buffers) = &mut self.buffers else { unreachable!("only a graph that is taken apart has none") };
         buffers.check(context)?;
-        buffers.each_source(&mut Philox::begin_capture);
+        let mut drawing = Drawings::default();
+        buffers.each_source(&mut |philox| drawing.0.push(philox.begin_capture()));
         let buffers = B::captured(buffers.captured(site));
         // SAFETY: the stream lives until the end of this function, and of this device.
         let stream = unsafe { Stream::from_raw(private.stream.cast()) }.capturing(Capture { pdl: self.pdl });
         let capturing = private.begin()?;
         let result = runtime.on((device, stream), |stream| calls(stream, buffers));
         let graph = capturing.end();
-        let mut drawn = Vec::new();
-        if let Some(buffers) = &mut self.buffers {
-            buffers.each_source(&mut |philox| drawn.push(philox.end_capture()));
-        }
+        let drawn = drawing.end();
         if let Err(error) = result.and_then(|result| result) {
             // Of a call that was refused because of the capture.
             runtime.cudart()?.forget_stale_error();

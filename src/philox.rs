@@ -2,6 +2,7 @@
 //! 2011), the generator of FlashInfer's sampling kernels, with cuRAND's way to count.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{FlashInferError, Result};
 use crate::stream::Stream;
@@ -28,13 +29,52 @@ use crate::stream::Stream;
 /// - the source is one of the graph's buffers: then each launch draws anew, from where the source stands, and moves it on, as
 ///   calls without a graph do (`LaunchGraph` sets the captured kernels' numbers before it launches them); or
 /// - the source says that the same numbers in every launch are meant: [`frozen`](Self::frozen).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Philox {
     seed: u64,
     offset: u64,
     frozen: bool,
-    /// While it is captured with a graph whose buffer it is: what was drawn.
-    captured: Option<Vec<Drawn>>,
+    /// Of a graph's buffer, the latest capture that it was given to.
+    captured: Option<Arc<Drawing>>,
+}
+
+/// A source at the same place, which is no graph's buffer.
+impl Clone for Philox {
+    fn clone(&self) -> Self {
+        let Self { seed, offset, frozen, captured: _ } = *self;
+        Self { seed, offset, frozen, captured: None }
+    }
+}
+
+impl PartialEq for Philox {
+    fn eq(&self, other: &Self) -> bool {
+        let of = |philox: &Self| (philox.seed, philox.offset, philox.frozen);
+        of(self) == of(other)
+    }
+}
+
+impl Eq for Philox {}
+
+/// What is drawn in a capture from one of the graph's sources; nothing more once that has ended, wherever the program has moved
+/// the source meanwhile, which it is given by `&mut`.
+#[derive(Debug)]
+pub(crate) struct Drawing(Mutex<Option<Vec<Drawn>>>);
+
+impl Drawing {
+    #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "graphs come from cudarc"))]
+    fn begun() -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(Vec::new()))))
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut Option<Vec<Drawn>>) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What was drawn; from now on nothing is.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn end(&self) -> Vec<Drawn> {
+        self.with(|drawn| drawn.take().unwrap_or_default())
+    }
 }
 
 /// A draw that a graph repeats, each time with numbers of its own.
@@ -89,34 +129,41 @@ impl Philox {
     /// Seed and offset for a call, which then tells [how far it used](Self::used) the source.
     pub(crate) fn draw(&mut self) -> [u64; 2] {
         static MARKS: AtomicU64 = AtomicU64::new(0);
-        match &mut self.captured {
-            Some(draws) => {
+        let marked = self.captured.as_ref().and_then(|drawing| {
+            drawing.with(|drawn| {
                 let mark = MARKS.fetch_add(1, Ordering::Relaxed);
-                draws.push(Drawn { mark, count: 0 });
-                [MARKED, mark]
-            }
-            None => [self.seed, self.offset],
-        }
+                drawn.as_mut()?.push(Drawn { mark, count: 0 });
+                Some([MARKED, mark])
+            })
+        });
+        marked.unwrap_or([self.seed, self.offset])
     }
 
-    /// Moves the source on past what a call drew; in a capture, as far as each launch will.
+    /// Moves the source on past what a call drew; in a capture, as far as each launch will. A call that draws nothing, without
+    /// rows, launches nothing that is to be found.
     pub(crate) fn used(&mut self, count: u64) {
-        match self.captured.as_mut().and_then(|draws| draws.last_mut()) {
-            Some(draw) => draw.count = count,
-            None => self.advance(count),
+        let is_captured = self.captured.as_ref().is_some_and(|drawing| {
+            drawing.with(|drawn| {
+                let Some(drawn) = drawn else { return false };
+                match drawn.last_mut() {
+                    Some(_) if count == 0 => drop(drawn.pop()),
+                    Some(draw) => draw.count = count,
+                    None => {}
+                }
+                true
+            })
+        });
+        if !is_captured {
+            self.advance(count);
         }
     }
 
-    /// From now on calls are captured with the graph whose buffer this is.
+    /// Until what is answered ends, calls are captured with the graph whose buffer this is.
     #[cfg(feature = "cudarc")]
-    pub(crate) fn begin_capture(&mut self) {
-        self.captured = if self.frozen { None } else { Some(Vec::new()) };
-    }
-
-    /// What was drawn since.
-    #[cfg(feature = "cudarc")]
-    pub(crate) fn end_capture(&mut self) -> Vec<Drawn> {
-        self.captured.take().unwrap_or_default()
+    pub(crate) fn begin_capture(&mut self) -> Arc<Drawing> {
+        let drawing = Drawing::begun();
+        self.captured = (!self.frozen).then(|| Arc::clone(&drawing));
+        drawing
     }
 
     /// The numbers, above 0 and up to 1, that a call draws for one of its outputs: the source has a sequence for each, by its
@@ -135,7 +182,8 @@ impl Philox {
 
     /// That a call on this stream draws what is expected of it: not in a capture, unless it is to be the same again and again.
     pub(crate) fn check(&self, function: &'static str, stream: Stream<'_>) -> Result<()> {
-        if self.frozen || self.captured.is_some() || stream.capture().is_none() {
+        let is_captured = || self.captured.as_ref().is_some_and(|drawing| drawing.with(|drawn| drawn.is_some()));
+        if self.frozen || stream.capture().is_none() || is_captured() {
             return Ok(());
         }
         Err(FlashInferError::FrozenRandomness { function })
@@ -249,6 +297,44 @@ mod tests {
         assert_eq!(philox.offset(), 0);
         philox.advance(u64::MAX);
         assert_eq!(philox.offset(), u64::MAX - 3);
+    }
+
+    #[cfg(feature = "cudarc")]
+    #[test]
+    fn a_source_that_is_taken_out_of_a_capture_draws_as_any_other_behind_it() {
+        let captured = Stream::NULL.capturing(crate::stream::Capture { pdl: false });
+        let mut buffer = Philox::new(7).at(8);
+        let drawing = buffer.begin_capture();
+        let [seed, first] = buffer.draw();
+        assert_eq!(seed, MARKED);
+        buffer.used(5);
+        assert_eq!(buffer.offset(), 8, "each launch moves it on");
+        // Another is put in its place, as `&mut` allows; and what is copied is no buffer.
+        let copy = buffer.clone();
+        assert!(copy.check("f", captured).is_err() && copy == buffer);
+        let mut taken = std::mem::replace(&mut buffer, Philox::new(1));
+        assert!(buffer.check("f", captured).is_err() && taken.check("f", captured).is_ok());
+        let [_, second] = taken.draw();
+        taken.used(4);
+        assert_eq!(drawing.end(), [Drawn { mark: first, count: 5 }, Drawn { mark: second, count: 4 }]);
+        assert!(taken.check("f", captured).is_err());
+        assert_eq!(taken.draw(), [7, 8]);
+        taken.used(5);
+        assert_eq!(taken, Philox::new(7).at(16));
+    }
+
+    #[cfg(feature = "cudarc")]
+    #[test]
+    fn a_captured_call_without_rows_leaves_no_draw_to_be_found() {
+        let mut philox = Philox::new(7);
+        let drawing = philox.begin_capture();
+        philox.draw();
+        philox.used(0);
+        let [_, mark] = philox.draw();
+        philox.used(3);
+        philox.draw();
+        philox.used(0);
+        assert_eq!(drawing.end(), [Drawn { mark, count: 3 }]);
     }
 
     #[cfg(feature = "cudarc")]
