@@ -167,6 +167,8 @@ impl Dict {
     /// As for [`from_items`](Self::from_items).
     pub fn set(&self, key: impl IntoAny, value: impl IntoAny) -> Result<()> {
         let (key, value) = (key.into_any()?, value.into_any()?);
+        // As in `remove`.
+        let _before = self.get(&key)?;
         call("ffi.DictSetItem", &[Arg::object(&self.0), key.as_arg(), value.as_arg()]).map(drop)
     }
 
@@ -176,6 +178,9 @@ impl Dict {
     /// As for [`from_items`](Self::from_items).
     pub fn remove(&self, key: impl IntoAny) -> Result<()> {
         let key = key.into_any()?;
+        // Dropped behind the call: where a closure is dropped, code of somebody else's runs, which must not find the
+        // dictionary while TVM-FFI is at it.
+        let _before = self.get(&key)?;
         call("ffi.DictErase", &[Arg::object(&self.0), key.as_arg()]).map(drop)
     }
 
