@@ -1,16 +1,18 @@
 //! Modules and functions: calling anything that speaks TVM-FFI.
 
+use std::collections::BTreeSet;
 use std::ffi::{CString, c_int, c_void};
 use std::fmt;
 use std::path::Path;
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::{self, SafeCall};
 use crate::ffi::api::Api;
 use crate::loader::Library;
 use crate::log;
-use crate::object::{Any, Arg, Callee, FromAny, Func, Object, Params, Typed, Value};
+use crate::object::{Any, Arg, Callee, FromAny, Func, Object, Params, Typed, Value, own_function};
 
 pub(crate) use crate::elf::PREFIX;
 
@@ -50,13 +52,13 @@ impl fmt::Debug for Api {
     }
 }
 
-/// A function of TVM-FFI's own.
-fn own(name: &'static str) -> Result<Func> {
-    Func::global(name)?.ok_or_else(|| FlashInferError::SymbolMissing {
-        library: "libtvm_ffi.so".to_owned(),
-        symbol: name.to_owned(),
-        reason: "no global function has that name".to_owned(),
-    })
+/// Keeps a module object for good, by one reference too many: however often it is met.
+fn keep(object: &Object) {
+    static KEPT: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
+    // An address stands for the object, which is never released.
+    if KEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(object.handle().addr()) {
+        std::mem::forget(object.clone());
+    }
 }
 
 impl Module {
@@ -71,10 +73,9 @@ impl Module {
     /// The module of a module object, which stays for good.
     pub(crate) fn of_object(object: Object) -> std::result::Result<Self, Object> {
         let Ok(api) = Api::loaded() else { return Err(object) };
-        // One reference too many, which keeps the library.
-        std::mem::forget(object.clone());
+        keep(&object);
         // SAFETY: TVM-FFI's own function, which takes a module.
-        let kind = own("ffi.ModuleGetKind")
+        let kind = own_function("ffi.ModuleGetKind")
             .and_then(|kind| unsafe { kind.typed::<(&Object,), String>().call_unseen((&object,)) })
             .unwrap_or_else(|_| "unknown".to_owned());
         Ok(Self { name: format!("a module object ({kind})"), functions: Functions::Object(ModuleObject(object)), api })
@@ -136,7 +137,7 @@ impl Module {
                 known.map(|(_, call)| Function::exported(*call, name, self.api))
             }
             Functions::Object(module) => {
-                let get = own("ffi.ModuleGetFunction")?;
+                let get = own_function("ffi.ModuleGetFunction")?;
                 // SAFETY: TVM-FFI's own function, which takes a module, a name, and whether to look into what it imports.
                 let func =
                     unsafe { get.typed::<(&Object, &str, bool), Option<Func>>().call_unseen((&module.0, name, true)) }?;
@@ -186,7 +187,9 @@ impl Module {
             Functions::Object(module) => {
                 // SAFETY: TVM-FFI's own function, which takes a module, a name, and whether to look into what it imports.
                 unsafe {
-                    own(getter)?.typed::<(&Object, &str, bool), Option<String>>().call_unseen((&module.0, name, true))
+                    own_function(getter)?
+                        .typed::<(&Object, &str, bool), Option<String>>()
+                        .call_unseen((&module.0, name, true))
                 }
             }
             Functions::Here(_) => Ok(None),

@@ -31,7 +31,7 @@ fn main() -> ExitCode {
         ("all_of_upstreams_own_dataset_is_read_as_upstream_reads_it", public),
         ("upstreams_example_has_the_hashes_that_are_known_of_it", vectors),
     ];
-    let tests: [(&str, fn()); 10] = [
+    let tests: [(&str, fn()); 11] = [
         ("upstreams_models_write_again_what_this_crate_wrote", written_again),
         ("numbers_are_written_as_upstream_writes_them", numbers),
         ("what_upstream_writes_is_read_as_itself", read),

@@ -190,6 +190,33 @@ fn raw_values_cross_over_without_a_reference_more_or_less() {
     assert_eq!(shape.as_object().references(), 1);
 }
 
+/// As many as the lower half of the count has room for would make it 0 again, and the object be released under its users.
+#[test]
+fn references_are_given_out_as_long_as_they_can_be_counted() {
+    module();
+    let shape = Shape::new(&[1, 2, 3]).unwrap();
+    let any = Any::from(shape.clone());
+    let handle = Object::from(shape.clone()).into_raw();
+    // SAFETY: the count is what a live object begins with; this test alone has the object.
+    let count = unsafe { &*handle.cast::<std::sync::atomic::AtomicU64>() };
+    let before = count.fetch_add(1 << 31, Ordering::Relaxed);
+    let refused = |make: &dyn Fn()| {
+        let panic = catch_unwind(AssertUnwindSafe(make)).unwrap_err();
+        let text = panic.downcast_ref::<&str>().expect("a message");
+        assert!(text.contains("more references"), "{text}");
+        assert_eq!(count.load(Ordering::Relaxed), before + (1 << 31));
+    };
+    refused(&|| drop(shape.clone()));
+    refused(&|| drop(any.clone()));
+    refused(&|| drop(any.as_arg().to_any()));
+    refused(&|| drop(call("echo", &[any.as_arg()])));
+    count.fetch_sub(1 << 31, Ordering::Relaxed);
+    // SAFETY: what was given away.
+    drop(unsafe { Object::from_raw(handle) });
+    drop(any);
+    assert_eq!(shape.as_object().references(), 1);
+}
+
 // Containers.
 
 #[test]
@@ -230,6 +257,18 @@ fn an_array_keeps_what_it_holds_so_a_tensor_that_is_lent_is_refused() {
     ] {
         let text = error.to_string();
         assert!(text.contains("position 1") && text.contains("Tensor object"), "{text}");
+    }
+    // C++ puts one in all the same; nobody knows whether it still is there.
+    let [array_of, map_of] = ["ffi.Array", "ffi.Map"].map(|name| Func::global(name).unwrap().unwrap());
+    // SAFETY: TVM-FFI's own functions, which take any values.
+    let (array, map) = unsafe {
+        let args = [Arg::int(7), Arg::tensor(&packed)];
+        (array_of.call(&args).unwrap(), map_of.call(&args).unwrap())
+    };
+    let (Value::Array(array), Value::Map(map)) = (array, map) else { panic!("an array and a map") };
+    let address = (&raw const packed).cast_mut().cast::<c_void>();
+    for any in [array.get(1).unwrap(), map.get(7).unwrap().unwrap(), map.iter().next().unwrap().1] {
+        assert!(matches!(any.clone().into_value(), Value::OpaquePtr(pointer) if pointer == address), "{any:?}");
     }
     let array = Array::from_items([Tensor::from_vec(vec![1f32, 2.], &[2]).unwrap()]).unwrap();
     assert_eq!(array.get(0).unwrap().to::<Tensor>().unwrap().as_slice::<f32>().unwrap(), [1., 2.]);
@@ -358,6 +397,11 @@ fn what_a_closure_answers_is_raised_with_its_kind() {
 
 #[test]
 fn a_panic_in_a_closure_is_an_error_in_its_caller() {
+    // What would unwind out of it would end the process.
+    native::isolated("a_panic_in_a_closure_is_an_error_in_its_caller", every_panic);
+}
+
+fn every_panic() {
     module();
     let panics = |payload: fn()| {
         let func = Func::new(move |_| {
@@ -378,6 +422,44 @@ fn a_panic_in_a_closure_is_an_error_in_its_caller() {
         }
     }
     assert_eq!(panics(|| std::panic::panic_any(Bomb)).0, "InternalError");
+    // Nor does an error of the closure's that does so, or the payload of such a panic.
+    struct Bombs(u32);
+    impl Drop for Bombs {
+        fn drop(&mut self) {
+            if self.0 > 0 {
+                std::panic::panic_any(Bombs(self.0 - 1))
+            }
+        }
+    }
+    assert_eq!(panics(|| std::panic::panic_any(Bombs(3))).0, "InternalError");
+    #[derive(Debug)]
+    struct Fails(#[allow(dead_code, reason = "it is dropped")] Bombs);
+    impl std::fmt::Display for Fails {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a reason")
+        }
+    }
+    impl std::error::Error for Fails {}
+    impl std::fmt::Debug for Bombs {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("Bombs")
+        }
+    }
+    fn fails() -> FlashInferError {
+        let source = std::io::Error::other(Fails(Bombs(3)));
+        FlashInferError::Io { doing: "reading", path: "a file".into(), source }
+    }
+    let func = Func::new(|_| Err(fails())).unwrap();
+    assert!(raised(apply(&func, &[]).unwrap_err()).1.contains("a file"));
+    let allocator = Does(|_: &TensorRequest<'_>| Err(fails()));
+    raised(runtime().with_allocator(&allocator, doubled).unwrap().unwrap_err());
+    let allocator = Does(|_: &TensorRequest<'_>| std::panic::panic_any(Bombs(3)));
+    raised(runtime().with_allocator(&allocator, doubled).unwrap().unwrap_err());
+    let owner = Bombs(3);
+    // SAFETY: the values are there for good.
+    let tensor =
+        unsafe { Tensor::from_owner(owner, VALUES.as_ptr().cast_mut().cast(), Device::Cpu, DType::F32, &[1], None) };
+    drop(tensor.unwrap());
     // One that panics where it is dropped ends nothing either.
     let bomb = Bomb;
     let func = Func::new(move |_| {
@@ -522,6 +604,21 @@ fn functions_are_registered_found_replaced_and_removed() {
         assert!(Func::global(NAME).unwrap().is_none());
         assert!(Func::global("").unwrap().is_none() && Func::global("no\0name").unwrap().is_none());
     });
+}
+
+#[test]
+fn an_error_is_taken_whatever_number_a_function_answers_with_it() {
+    module();
+    let (kind, message) = raised(call("answers", &[Arg::int(1)]).unwrap_err());
+    assert_eq!((kind.as_str(), message.as_str()), ("ValueError", "raised"));
+    // Nothing of it is left for the next one.
+    let (kind, message) = raised(call("answers", &[Arg::int(-2)]).unwrap_err());
+    assert_eq!((kind.as_str(), message.as_str()), ("ValueError", "raised"));
+    let nothing = Func::new(|_| Ok(Any::NONE)).unwrap();
+    assert!(apply(&nothing, &[]).unwrap().is_none());
+    let (kind, message) = raised(call("answers_alone", &[Arg::int(-1)]).unwrap_err());
+    assert!(kind == "MissingError" && message.contains("-1"), "{kind}: {message}");
+    assert_eq!(raised(call("answers_alone", &[Arg::int(-2)]).unwrap_err()).0, "FrontendError");
 }
 
 #[test]
@@ -815,6 +912,38 @@ fn an_allocator_that_fails_or_panics_is_an_error_in_the_function() {
 }
 
 #[test]
+fn memory_that_was_made_for_another_request_serves_where_it_is_large_enough_and_not_elsewhere() {
+    module();
+    let allocated = |allocator: &dyn TensorAllocator, device: i64, size: i64| {
+        let args = [Arg::int(device), Arg::int(1), Arg::int(size)];
+        runtime().with_allocator(allocator, || call("allocate", &args)).unwrap()
+    };
+    let changed = |change: fn(&mut TensorRequest<'_>)| {
+        Does(move |request: &TensorRequest<'_>| {
+            let mut other = *request;
+            change(&mut other);
+            HostAllocator.allocate(&other)
+        })
+    };
+    let (kind, message) = raised(allocated(&changed(|request| request.bytes = 1), 1, 1000).unwrap_err());
+    assert!(kind == "ValueError" && message.contains("1 bytes on cpu") && message.contains("4000 bytes"), "{message}");
+    let (_, message) = raised(allocated(&changed(|request| request.device = Device::Cpu), 2, 1).unwrap_err());
+    assert!(message.contains("on cpu") && message.contains("4 bytes on cuda:0"), "{message}");
+    let kept = std::cell::RefCell::new(None);
+    let later = Does(|request: &TensorRequest<'_>| match kept.take() {
+        Some(memory) => Ok(memory),
+        None => {
+            kept.replace(Some(HostAllocator.allocate(request)?));
+            HostAllocator.allocate(request)
+        }
+    });
+    for size in [100, 101, 100, 99] {
+        let tensor = allocated(&later, 1, size);
+        assert_eq!(tensor.is_ok(), size != 101, "{size}");
+    }
+}
+
+#[test]
 fn a_tensor_of_an_allocator_keeps_its_memory_and_gives_it_back_once() {
     module();
     let drops = Arc::new(AtomicUsize::new(0));
@@ -822,7 +951,7 @@ fn a_tensor_of_an_allocator_keeps_its_memory_and_gives_it_back_once() {
         let memory: Box<[f32]> = vec![0f32; request.bytes / 4].into();
         let data = memory.as_ptr().cast_mut().cast();
         // SAFETY: fresh memory of that size.
-        Ok(unsafe { Memory::new(data, (memory, Counted(Arc::clone(&drops)))) })
+        Ok(unsafe { Memory::new(request, data, (memory, Counted(Arc::clone(&drops)))) })
     });
     let tensor = runtime().with_allocator(&allocator, doubled).unwrap().unwrap();
     assert_eq!((tensor.as_slice::<f32>().unwrap(), drops.load(Ordering::SeqCst)), (&[2f32, 4., 6.][..], 0));

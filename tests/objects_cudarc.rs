@@ -10,8 +10,12 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::CUstreamCaptureMode;
+use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
 use flashinfer_rs::object::{ArenaAllocator, HostAllocator, StreamAllocator, Tensor, TensorAllocator};
-use flashinfer_rs::{Arg, DType, Device, FlashInferError, FlashInferRuntime, Module, Result};
+use flashinfer_rs::{
+    Arg, DType, Device, FlashInferError, FlashInferRuntime, Module, Result, Stream, TensorMut, TensorRef,
+};
+use half::bf16;
 use ordering::{Driver, with_driver, zeros};
 
 /// How many buffers there are.
@@ -44,7 +48,7 @@ fn a_tensor_keeps_a_buffer_of_cudarc_s() {
                 (tensor.shape(), tensor.strides(), tensor.device()),
                 (&[2, 3][..], &[3, 1][..], Some(Device::Cuda(0)))
             );
-            assert_eq!((tensor.dtype(), tensor.as_ref().unwrap().shape()), (Some(DType::F32), &[2, 3][..]));
+            assert_eq!((tensor.dtype(), tensor.dlpack_dtype()), (Some(DType::F32), (2, 32, 1)));
             assert!(tensor.as_slice::<f32>().is_err());
             let managed = tensor.to_dlpack().unwrap();
             drop(tensor);
@@ -63,6 +67,34 @@ fn a_tensor_keeps_a_buffer_of_cudarc_s() {
         driver
             .refused("a context that is not the primary one", || Tensor::from_cudarc(zeros::<f32>(&other, 6), &[2, 3]));
         assert_eq!(buffers(driver), before);
+    });
+}
+
+/// A tensor forgets its owner where it crosses the boundary, and safe calls take it then for one that somebody vouched for.
+#[test]
+fn safe_code_is_given_no_tensor_on_a_gpu_that_nobody_orders() {
+    with_driver("safe_code_is_given_no_tensor_on_a_gpu_that_nobody_orders", |driver| {
+        let context = CudaContext::new(0).unwrap();
+        let [a, b] = [(), ()].map(|()| context.new_stream().unwrap());
+        let (mut out, input, weight) = (zeros::<bf16>(&b, 128), zeros::<bf16>(&a, 128), zeros::<bf16>(&b, 64));
+        let object = Tensor::from_cudarc(zeros::<bf16>(&a, 128), &[2, 64]).unwrap();
+        let tensor = TensorRef::from_cudarc(&a, &input, &[2, 64]).unwrap();
+        let packed = tensor.pack();
+        driver.refused("a tensor that is lent", || Arg::tensor(&packed).as_tensor());
+        driver.refused("an object that is lent", || Arg::object(object.as_object()).as_tensor());
+        driver.refused("an object", || object.as_ref());
+        let error = object.as_ref().unwrap_err().to_string();
+        assert!(error.contains("BF16[2, 64]") && error.contains("_unordered"), "{error}");
+        // What would come of it.
+        let unordered = driver.violations_of(|| {
+            // SAFETY: nothing runs.
+            let input = unsafe { object.as_ref_unordered() }.unwrap();
+            let mut out = TensorMut::from_cudarc(&b, &mut out, &[2, 64]).unwrap();
+            let weight = TensorRef::from_cudarc(&b, &weight, &[64]).unwrap();
+            rmsnorm(&mut out, &input, &weight, &NormOptions::default(), Stream::cudarc(&b)).unwrap();
+            drop(object);
+        });
+        assert!(!unordered.is_empty());
     });
 }
 

@@ -3,6 +3,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::abi::{Any, ByteArray, ErrorCell, Object, SafeCall, Version};
@@ -65,6 +66,16 @@ static TABLES: Mutex<()> = Mutex::new(());
 /// From this release on an error has a cause, behind what errors had before.
 const CAUSES_SINCE: (u32, u32, u32) = (0, 1, 8);
 const CAUSE_OFFSET: usize = 80;
+
+/// An object with more references is given no further one: the count has 32 bits.
+const MOST_REFERENCES: u32 = 1 << 31;
+
+#[cold]
+fn too_many_references() -> ! {
+    panic!(
+        "an object has more references than the 2147483648 that can be counted safely: something makes and forgets them"
+    )
+}
 
 /// A chain of causes that goes on is cut off here.
 pub(crate) const LONGEST_CHAIN: usize = 32;
@@ -150,9 +161,46 @@ impl Api {
 
     /// # Safety
     /// `object` must be a live object.
+    ///
+    /// # Panics
+    /// As [`counted`](Self::counted).
+    #[inline]
     pub(crate) unsafe fn retain(&self, object: *mut Object) {
         // SAFETY: the caller's promise.
-        unsafe { (self.object_inc_ref)(object) };
+        unsafe {
+            (self.object_inc_ref)(object);
+            self.counted(object);
+        }
+    }
+
+    /// How many references to an object there are at this moment.
+    ///
+    /// # Safety
+    /// `object` must be a live object.
+    #[inline]
+    pub(crate) unsafe fn references(object: *mut Object) -> u32 {
+        // SAFETY: the caller's promise; the count is the first of its fields, aligned, and only accessed atomically.
+        let count = unsafe { AtomicU64::from_ptr(&raw mut (*object).combined_ref_count) };
+        // The lower half counts the strong ones.
+        count.load(Ordering::Relaxed) as u32
+    }
+
+    /// That a reference that was just made is not one of more than can be counted: TVM-FFI does not look, and once the count
+    /// is 0 again the object would be released while it is in use. As far from that as `Arc` keeps.
+    ///
+    /// # Safety
+    /// The caller must own one reference to `object`, and gives it up where this panics.
+    ///
+    /// # Panics
+    /// For more than 2³¹ references, which a program has that forgets them.
+    #[inline]
+    pub(crate) unsafe fn counted(&self, object: *mut Object) {
+        // SAFETY: the caller's promise.
+        if unsafe { Self::references(object) } > MOST_REFERENCES {
+            // SAFETY: the caller's promise.
+            unsafe { self.release(object) };
+            too_many_references();
+        }
     }
 
     /// # Safety
@@ -166,10 +214,9 @@ impl Api {
     #[cold]
     pub(crate) fn take_error(&self, function: &str, code: c_int) -> FlashInferError {
         let mut raised: *mut Object = ptr::null_mut();
-        if code == -1 {
-            // SAFETY: the out pointer is valid for the call; what comes is null or an error object that we then own.
-            unsafe { (self.error_move_from_raised)(&mut raised) };
-        }
+        // Whatever the code is: what stayed would be taken for the error of a later call.
+        // SAFETY: the out pointer is valid for the call; what comes is null or an error object that we then own.
+        unsafe { (self.error_move_from_raised)(&mut raised) };
         if raised.is_null() {
             let kind = if code == -2 { "FrontendError" } else { "MissingError" };
             return FlashInferError::TvmFfiCall {

@@ -2,6 +2,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
+use std::sync::MutexGuard;
 
 use super::abi::{self, Any, ByteArray, Object, SafeCall};
 use super::api::Api;
@@ -96,9 +97,8 @@ impl Api {
         self.object("TVMFFIFunctionCreate", |out| unsafe { (self.function_create)(this, call, deleter, out) })
     }
 
-    /// The global function of that name; null where there is none.
-    pub(crate) fn global(&self, name: &str) -> Result<*mut Object> {
-        let _tables = Self::tables();
+    /// The global function of that name; null where there is none. The caller holds the turn with [`tables`](Self::tables).
+    pub(crate) fn global(&self, name: &str, _tables: &MutexGuard<'_, ()>) -> Result<*mut Object> {
         let name = ByteArray::new(name.as_bytes());
         // SAFETY: the bytes are readable for the call.
         self.object("TVMFFIFunctionGetGlobal", |out| unsafe { (self.function_get_global)(&name, out) })
@@ -107,9 +107,9 @@ impl Api {
     /// Gives a function object a global name. The table takes a reference of its own.
     ///
     /// # Safety
-    /// It must be a live function object, and no other thread may use TVM-FFI's table meanwhile but through this crate.
+    /// It must be a live function object, and no other thread may use TVM-FFI's table meanwhile but through this crate, of
+    /// which the caller holds the turn with [`tables`](Self::tables).
     pub(crate) unsafe fn set_global(&self, name: &str, function: *mut Object, replace: bool) -> Result<()> {
-        let _tables = Self::tables();
         let name_bytes = ByteArray::new(name.as_bytes());
         // SAFETY: the bytes are readable for the call, which copies them; the rest is the caller's promise.
         match unsafe { (self.function_set_global)(&name_bytes, function, c_int::from(replace)) } {

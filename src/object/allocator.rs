@@ -1,13 +1,12 @@
 //! What allocates the tensors that a function makes: workspaces, and what it returns.
 
 use std::alloc;
-use std::any::Any as Payload;
 use std::cell::Cell;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 
+use super::contain::contained;
 use super::tensor::{DlpackTensor, contiguous};
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::Api;
@@ -29,33 +28,37 @@ pub struct TensorRequest<'a> {
     pub shape: &'a [i64],
 }
 
-/// Memory with what owns it.
+/// Memory with what owns it, as one [request](TensorRequest) asked for it.
 pub struct Memory {
     data: *mut c_void,
+    device: Device,
+    bytes: usize,
     owner: Box<dyn Send>,
 }
 
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Memory").field("data", &self.data).finish_non_exhaustive()
+        let Self { data, device, bytes, .. } = self;
+        write!(f, "Memory({bytes} bytes on {device} at {data:p})")
     }
 }
 
 impl Memory {
-    /// Memory that `owner` owns, which is dropped by whoever gives up the last reference to the tensor, on any thread.
+    /// Memory for what `request` asks, which `owner` owns. That is dropped by whoever gives up the last reference to the
+    /// tensor, on any thread.
     ///
     /// # Safety
-    /// `data` must be memory on the device and of the size that was asked for, initialized where it is on the host, aligned
+    /// `data` must be memory on the device and of the size that `request` names, initialized where it is on the host, aligned
     /// to 256 bytes unless the function that asks is content with less, and used by nothing else, for as long as `owner` is
     /// there. On a GPU it must be usable on the stream of the call, and dropping `owner` must be ordered behind that.
-    pub unsafe fn new(data: *mut c_void, owner: impl Send + 'static) -> Self {
-        Self { data, owner: Box::new(owner) }
+    pub unsafe fn new(request: &TensorRequest<'_>, data: *mut c_void, owner: impl Send + 'static) -> Self {
+        Self { data, device: request.device, bytes: request.bytes, owner: Box::new(owner) }
     }
 }
 
 /// Allocates the tensors that functions make: see [`FlashInferRuntime::with_allocator`].
 pub trait TensorAllocator {
-    /// Memory for a tensor.
+    /// Memory for a tensor. What was made for another request serves where it is on the device and large enough.
     ///
     /// # Errors
     /// Whatever stands in the way. The function that asked raises it.
@@ -75,7 +78,7 @@ impl TensorAllocator for HostAllocator {
             return Err(refused("bytes", request.bytes.to_string(), "as much as the host has".to_owned()));
         };
         // SAFETY: fresh memory of that size, which is freed when it is dropped.
-        Ok(unsafe { Memory::new(memory.pointer(), memory) })
+        Ok(unsafe { Memory::new(request, memory.pointer(), memory) })
     }
 }
 
@@ -187,19 +190,24 @@ unsafe extern "C" fn allocate(
     context: *mut c_void,
     set_error: SetError,
 ) -> c_int {
-    // SAFETY: the caller's promise.
-    let made = catch_unwind(AssertUnwindSafe(|| unsafe { make(&*prototype) }));
+    // An error is the allocator's own as well, which may panic where it is written or dropped.
+    let made = contained(|| {
+        // SAFETY: the caller's promise.
+        unsafe { make(&*prototype) }.map_err(|error| match error {
+            FlashInferError::InvalidArgument { .. } => (c"ValueError", error.to_string()),
+            _ => (c"RuntimeError", error.to_string()),
+        })
+    });
     let (kind, message) = match made {
         Ok(Ok(managed)) => {
             // SAFETY: the caller's promise.
             unsafe { out.write(managed) };
             return 0;
         }
-        Ok(Err(error @ FlashInferError::InvalidArgument { .. })) => (c"ValueError", error.to_string()),
-        Ok(Err(error)) => (c"RuntimeError", error.to_string()),
-        Err(panic) => {
-            let _: Result<_, Box<dyn Payload + Send>> = catch_unwind(AssertUnwindSafe(|| drop(panic)));
-            (c"InternalError", "the allocator panicked".to_owned())
+        Ok(Err(raised)) => raised,
+        Err(text) => {
+            let text = text.as_deref().unwrap_or("without a message");
+            (c"InternalError", format!("the allocator panicked: {text}"))
         }
     };
     let message = CString::new(message.replace('\0', " ")).unwrap_or_default();
@@ -252,7 +260,13 @@ pub(super) fn allocated(
         return Err(refused("shape", format!("{shape:?}"), "sizes that are not negative and fit memory".to_owned()));
     };
     let request = TensorRequest { device, bytes, dtype: DType::from_dl(dtype), shape };
-    let Memory { data, owner } = allocator.allocate(&request)?;
+    let memory = allocator.allocate(&request)?;
+    // A request can be copied and changed, and what was made for one can be answered to another.
+    if memory.device != device || memory.bytes < bytes {
+        let found = format!("{memory:?}, which was made for another request");
+        return Err(refused("memory", found, format!("{bytes} bytes on {device}, as the request says")));
+    }
+    let Memory { data, owner, .. } = memory;
     // SAFETY: the memory is valid for as long as its owner is there, by whoever made it.
     Ok(unsafe { contiguous(owner, data, device, dtype, shape) })
 }
@@ -308,7 +322,7 @@ mod gpu {
                 address as *mut std::ffi::c_void
             };
             // SAFETY: fresh memory of that size, which cudarc frees in the stream's order.
-            Ok(unsafe { Memory::new(data, buffer) })
+            Ok(unsafe { Memory::new(request, data, buffer) })
         }
     }
 
@@ -359,7 +373,7 @@ mod gpu {
             self.used.set(end);
             let data = (self.start as usize + place) as *mut std::ffi::c_void;
             // SAFETY: a part of the buffer that is given out once; the buffer is there for as long as anyone holds it.
-            Ok(unsafe { Memory::new(data, Arc::clone(&self.buffer)) })
+            Ok(unsafe { Memory::new(request, data, Arc::clone(&self.buffer)) })
         }
     }
 }

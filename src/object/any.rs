@@ -39,6 +39,12 @@ impl Any {
             // SAFETY: the caller's promise.
             return unsafe { Self::borrowing(any) };
         }
+        if is_object(any.type_index)
+            && let Ok(api) = Api::loaded()
+        {
+            // SAFETY: the caller's promise: the reference is this side's.
+            unsafe { api.counted(any.payload.object) };
+        }
         Self(any)
     }
 

@@ -118,6 +118,11 @@ impl<'a> Arg<'a> {
                 expected: "a value that can be kept; a tensor is one as a Tensor object",
             });
         }
+        self.own()
+    }
+
+    /// As [`to_any`](Self::to_any); of what is only lent the address.
+    pub(super) fn own(&self) -> Result<Any> {
         // SAFETY: what an argument points to is valid for as long as it is there; what comes is owned by nobody else.
         unsafe { Ok(Any::owned(Api::loaded()?.own(&self.0)?)) }
     }
@@ -157,14 +162,29 @@ impl<'a> Arg<'a> {
         }
     }
 
-    /// The tensor, to be read: one that is lent, or a [`Tensor`](super::Tensor) object.
+    /// The tensor, to be read on the host: one that is lent, or a [`Tensor`](super::Tensor) object.
     ///
     /// # Errors
     /// [`WrongType`](FlashInferError::WrongType) for anything else, and
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for one that [`TensorRef`] cannot describe: of another element
-    /// type or device, or with too many dimensions.
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for one on a GPU, which
+    /// [`as_tensor_unordered`](Self::as_tensor_unordered) answers, and for one that [`TensorRef`] cannot describe: of another
+    /// element type or device, or with too many dimensions.
     pub fn as_tensor(&self) -> Result<TensorRef<'a>> {
-        // SAFETY: whoever lent the argument vouched for the tensor, its memory included, for as long as it is lent.
+        // SAFETY: whoever lent the argument vouched for the tensor, its memory included, for as long as it is lent, and what
+        // is done with memory of the host is done by then.
+        on_host("Arg::as_tensor", unsafe { borrowed(self.described_tensor()?) }?)
+    }
+
+    /// The tensor, to be read wherever it is. Nothing is told of what is queued with it.
+    ///
+    /// # Safety
+    /// On a GPU, what reads it must be queued behind what wrote it, and ahead of what writes it next and of its release:
+    /// in a function that is called, on the stream of the call.
+    ///
+    /// # Errors
+    /// As for [`as_tensor`](Self::as_tensor), but for a GPU's.
+    pub unsafe fn as_tensor_unordered(&self) -> Result<TensorRef<'a>> {
+        // SAFETY: as there, and the caller's promise.
         unsafe { borrowed(self.described_tensor()?) }
     }
 
@@ -172,12 +192,27 @@ impl<'a> Arg<'a> {
     ///
     /// # Safety
     /// Whoever lent the tensor must let it be written, and nothing else may use its memory meanwhile: no other argument,
-    /// and no other tensor made of this one.
+    /// and no other tensor made of this one. On a GPU also as for [`as_tensor_unordered`](Self::as_tensor_unordered).
     ///
     /// # Errors
-    /// As for [`as_tensor`](Self::as_tensor).
+    /// As for [`as_tensor`](Self::as_tensor), but for a GPU's.
     pub unsafe fn as_tensor_mut(&self) -> Result<TensorMut<'a>> {
         // SAFETY: as there, and the caller's promise.
         unsafe { borrowed_mut(self.described_tensor()?) }
+    }
+}
+
+/// A tensor whose memory is the host's. Of a GPU's, which is used after a call has returned, nobody here knows who orders that
+/// with its other uses and its release.
+pub(super) fn on_host<'a>(function: &'static str, tensor: TensorRef<'a>) -> Result<TensorRef<'a>> {
+    match tensor.device() {
+        Device::Cpu => Ok(tensor),
+        Device::Cuda(_) => Err(FlashInferError::InvalidArgument {
+            function,
+            argument: "tensor",
+            found: format!("{tensor:?}"),
+            expected: "one on the host; one on a GPU is answered by the function of this name with _unordered"
+                .to_owned(),
+        }),
     }
 }

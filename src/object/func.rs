@@ -1,12 +1,12 @@
 //! Functions as values: found by name, made of Rust closures.
 
-use std::any::Any as Payload;
 use std::ffi::{c_int, c_void};
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::slice;
+use std::sync::MutexGuard;
 
 use super::any::kind_name;
+use super::contain::{contained, dropped};
 use super::{Any, Arg, Callee, FromAny, IntoAny, Object, Params, Typed, Value, object_type};
 use crate::error::{FlashInferError, Result};
 use crate::ffi::abi;
@@ -79,8 +79,13 @@ impl Func {
     /// # Errors
     /// [`NotInitialized`](FlashInferError::NotInitialized), or what TVM-FFI raises.
     pub fn global(name: &str) -> Result<Option<Self>> {
+        Self::found(name, &Api::tables())
+    }
+
+    /// As [`global`](Self::global), in a turn with TVM-FFI's tables.
+    fn found(name: &str, tables: &MutexGuard<'_, ()>) -> Result<Option<Self>> {
         // SAFETY: what is answered is null or a function object, with a reference that is ours.
-        Ok(unsafe { Object::owned(Api::loaded()?.global(name)?) }.map(Self))
+        Ok(unsafe { Object::owned(Api::loaded()?.global(name, tables)?) }.map(Self))
     }
 
     /// The names of all global functions.
@@ -111,10 +116,14 @@ impl Func {
     /// [`initialize`](crate::FlashInferRuntime::initialize) is a good time. And the function must be sound for whoever
     /// finds it by that name.
     pub unsafe fn register_global(&self, name: &str, replace: bool) -> Result<()> {
-        // What is replaced is dropped once the table is free again: a closure's drop may look something up.
-        let _replaced = Self::global(name)?;
-        // SAFETY: this keeps the function; the rest is the caller's promise.
-        unsafe { Api::loaded()?.set_global(name, self.0.handle(), replace) }
+        // What is replaced is dropped behind the turn, once the table is free again: a closure's drop may look something up.
+        let (_replaced, set) = {
+            let tables = Api::tables();
+            let replaced = Self::found(name, &tables)?;
+            // SAFETY: this keeps the function; the rest is the caller's promise.
+            (replaced, unsafe { Api::loaded()?.set_global(name, self.0.handle(), replace) })
+        };
+        set
     }
 
     /// Takes a global name away; whether there was one.
@@ -127,10 +136,13 @@ impl Func {
     pub unsafe fn remove_global(name: &str) -> Result<bool> {
         let remove = own_function("ffi.FunctionRemoveGlobal")?;
         // As above.
-        let _removed = Self::global(name)?;
-        let _tables = Api::tables();
-        // SAFETY: TVM-FFI's own function, called as it does; the rest is the caller's promise.
-        unsafe { remove.typed::<(&str,), bool>().call_unseen((name,)) }
+        let (_removed, was_there) = {
+            let tables = Api::tables();
+            let removed = Self::found(name, &tables)?;
+            // SAFETY: TVM-FFI's own function, called as it does; the rest is the caller's promise.
+            (removed, unsafe { remove.typed::<(&str,), bool>().call_unseen((name,)) })
+        };
+        was_there
     }
 
     #[inline]
@@ -164,7 +176,7 @@ impl Func {
 }
 
 /// A function of TVM-FFI's own, which every release from 0.1.3 on has.
-pub(super) fn own_function(name: &'static str) -> Result<Func> {
+pub(crate) fn own_function(name: &'static str) -> Result<Func> {
     Func::global(name)?.ok_or_else(|| FlashInferError::SymbolMissing {
         library: "libtvm_ffi.so".to_owned(),
         symbol: name.to_owned(),
@@ -185,7 +197,7 @@ unsafe extern "C" fn serve<F>(this: *mut c_void, args: *const abi::Any, count: i
 where
     F: for<'a> Fn(&[Arg<'a>]) -> Result<Any>,
 {
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
+    let outcome = contained(|| {
         let args: &[Arg<'_>] = match usize::try_from(count) {
             // SAFETY: the caller's promise; an argument is a value with a lifetime, here that of the call.
             Ok(count) if count > 0 && !args.is_null() => unsafe { slice::from_raw_parts(args.cast(), count) },
@@ -194,7 +206,7 @@ where
         // SAFETY: the caller's promise: the function object owns the closure, and is there while it is called.
         let closure = unsafe { &*this.cast_const().cast::<F>() };
         closure(args)
-    }));
+    });
     let error = match outcome {
         Ok(Ok(value)) => {
             // SAFETY: the caller's promise. What was there before is no object, by TVM-FFI's convention.
@@ -202,10 +214,11 @@ where
             return 0;
         }
         Ok(Err(error)) => error,
-        Err(panic) => panicked(panic),
+        Err(text) => panicked(text),
     };
-    // Neither forming nor raising it may unwind into the caller.
-    let _ = catch_unwind(AssertUnwindSafe(|| raise(&error)));
+    // Neither forming, raising nor dropping it may unwind into the caller. Where it is not raised, the caller finds that out.
+    let _ = contained(|| raise(&error));
+    dropped(error);
     -1
 }
 
@@ -214,19 +227,12 @@ where
 /// # Safety
 /// `this` must be the closure, which nobody uses any more.
 unsafe extern "C" fn release<F>(this: *mut c_void) {
-    // What unwinds would go into whoever released the function.
-    let _ = catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: TVM-FFI calls this once, with the pointer that was leaked for it.
-        drop(unsafe { Box::from_raw(this.cast::<F>()) });
-    }));
+    // SAFETY: TVM-FFI calls this once, with the pointer that was leaked for it.
+    dropped(unsafe { Box::from_raw(this.cast::<F>()) });
 }
 
-fn panicked(payload: Box<dyn Payload + Send>) -> FlashInferError {
-    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
+fn panicked(text: Option<String>) -> FlashInferError {
     let message = format!("a Rust closure panicked: {}", text.as_deref().unwrap_or("without a message"));
-    // A payload may panic again where it is dropped.
-    let _ = catch_unwind(AssertUnwindSafe(|| drop(payload)));
     let (kind, function, backtrace) = ("InternalError".to_owned(), String::new(), String::new());
     FlashInferError::TvmFfiCall { function, kind, message, backtrace, cause: None }
 }

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::any::kind_name;
 use super::{Array, Func};
@@ -93,10 +92,8 @@ impl Object {
 
     /// How many references there are at this moment, for tests and diagnosis.
     pub fn references(&self) -> u32 {
-        // SAFETY: the object is live; the count is the first of its fields, aligned, and only accessed atomically.
-        let count = unsafe { AtomicU64::from_ptr(&raw mut (*self.handle()).combined_ref_count) };
-        // The lower half counts the strong ones.
-        count.load(Ordering::Relaxed) as u32
+        // SAFETY: the object is live for as long as this holds its reference.
+        unsafe { Api::references(self.handle()) }
     }
 
     /// Whether both are the same object.

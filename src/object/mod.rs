@@ -26,6 +26,7 @@
 mod allocator;
 mod any;
 mod arg;
+mod contain;
 mod convert;
 mod error;
 mod func;
@@ -44,6 +45,7 @@ pub use any::{Any, Value};
 pub use arg::Arg;
 pub use convert::{FromAny, IntoAny};
 pub use error::Error;
+pub(crate) use func::own_function;
 pub use func::{Closure, Func};
 pub use handle::Object;
 pub use map::{Dict, Map};

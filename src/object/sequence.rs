@@ -73,7 +73,7 @@ impl Array {
 
 /// A value of a container, with a reference of its own. A tensor that C++ only lent to the container is just an address.
 fn kept(arg: &Arg<'_>) -> Any {
-    arg.to_any().unwrap_or_default()
+    arg.own().unwrap_or_default()
 }
 
 impl fmt::Debug for Array {
@@ -192,6 +192,8 @@ impl List {
     /// As for [`get`](Self::get).
     pub fn set(&self, position: usize, value: impl IntoAny) -> Result<()> {
         let value = value.into_any()?;
+        // As in `Dict::remove`.
+        let _before = self.get(position)?;
         call("ffi.ListSetItem", &[Arg::object(&self.0), index(position), value.as_arg()]).map(drop)
     }
 

@@ -1,13 +1,13 @@
 //! Tensors as objects, which own their memory: over host memory, cudarc's buffers, and DLPack.
 
-use std::any::Any as Payload;
 use std::ffi::c_void;
 use std::fmt;
 use std::mem::ManuallyDrop;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 
 use super::allocator::HostMemory;
+use super::arg::on_host;
+use super::contain::dropped;
 use super::{Object, object_type};
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::Api;
@@ -42,11 +42,8 @@ struct Owning<B> {
 /// # Safety
 /// `managed` must be the start of an [`Owning<B>`] that nobody uses any more.
 unsafe extern "C" fn release<B>(managed: *mut DLManagedTensorVersioned) {
-    let owning = managed.cast::<Owning<B>>();
-    let _: Result<_, Box<dyn Payload + Send>> = catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: whoever has it calls this once, with the pointer that was leaked for it.
-        drop(unsafe { Box::from_raw(owning) });
-    }));
+    // SAFETY: whoever has it calls this once, with the pointer that was leaked for it.
+    dropped(unsafe { Box::from_raw(managed.cast::<Owning<B>>()) });
 }
 
 /// A managed tensor that owns `owner`, and gives it up on whichever thread releases it.
@@ -271,26 +268,40 @@ impl Tensor {
         tensor.data.wrapping_byte_add(tensor.byte_offset as usize)
     }
 
-    /// The tensor, to be read, for as long as this is there.
-    ///
-    /// What a function queued on a GPU may still be running: use it on the same stream.
+    /// The tensor, to be read on the host, for as long as this is there.
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for one that [`TensorRef`] cannot describe: of another element
-    /// type or device, or with too many dimensions.
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) for one on a GPU, which
+    /// [`as_ref_unordered`](Self::as_ref_unordered) answers, and for one that [`TensorRef`] cannot describe: of another
+    /// element type or device, or with too many dimensions.
     pub fn as_ref(&self) -> Result<TensorRef<'_>> {
         // SAFETY: the object keeps its memory; that nobody writes it meanwhile is the promise of whoever makes a call.
+        on_host("Tensor::as_ref", unsafe { borrowed(self.described()) }?)
+    }
+
+    /// The tensor, to be read wherever it is, for as long as this is there. Nothing is told of what is queued with it.
+    ///
+    /// # Safety
+    /// On a GPU, what reads it must be queued behind what wrote it, and ahead of what writes it next and of its release,
+    /// which is what the last of its references does wherever it is dropped: of a tensor
+    /// [of cudarc's](Self::from_cudarc), on the buffer's stream.
+    ///
+    /// # Errors
+    /// As for [`as_ref`](Self::as_ref), but for a GPU's.
+    pub unsafe fn as_ref_unordered(&self) -> Result<TensorRef<'_>> {
+        // SAFETY: as there, and the caller's promise.
         unsafe { borrowed(self.described()) }
     }
 
     /// The tensor, to be written, for as long as this is there.
     ///
     /// # Errors
-    /// As for [`as_ref`](Self::as_ref).
+    /// As for [`as_ref`](Self::as_ref), but for a GPU's.
     ///
     /// # Safety
     /// Nothing else may use the memory meanwhile: no clone of this tensor, none over the same memory, and nothing that was
-    /// queued. And it must be memory that may be written.
+    /// queued. And it must be memory that may be written. On a GPU also as for
+    /// [`as_ref_unordered`](Self::as_ref_unordered).
     pub unsafe fn as_mut(&self) -> Result<TensorMut<'_>> {
         // SAFETY: the object keeps its memory; the rest is the caller's promise.
         unsafe { borrowed_mut(self.described()) }
@@ -302,7 +313,8 @@ impl Tensor {
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) for another element type, another device, strides, or memory
     /// that is not aligned for the type.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
-        let tensor = self.as_ref()?;
+        // SAFETY: what is on a GPU is refused here.
+        let tensor = unsafe { self.as_ref_unordered() }?;
         let layout = tensor.layout();
         let refused = |found: String, expected: String| {
             Err(FlashInferError::InvalidArgument { function: "Tensor::as_slice", argument: "tensor", found, expected })
@@ -383,7 +395,8 @@ impl Tensor {
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.as_ref() {
+        // SAFETY: it is only described.
+        match unsafe { self.as_ref_unordered() } {
             Ok(tensor) => write!(f, "Tensor({tensor:?})"),
             Err(_) => write!(f, "Tensor({:?}{:?})", self.dlpack_dtype(), self.shape()),
         }

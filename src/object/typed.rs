@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 
 use super::any::wrong_type;
 use super::{Any, Arg, FromAny, Object};
-use crate::error::Result;
+use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::{self, SafeCall};
 use crate::ffi::api::Api;
 use crate::log;
@@ -50,6 +50,10 @@ impl Callee<'_> {
     /// As for [`invoke`](Self::invoke).
     #[inline(always)]
     pub(crate) unsafe fn call(&self, args: &[Arg<'_>]) -> Result<Any> {
+        // They are counted in 32 bits.
+        if args.len() > i32::MAX as usize {
+            return Err(too_many(args.len()));
+        }
         let mut result = abi::Any::NONE;
         // SAFETY: the caller's promise.
         match unsafe { self.invoke(args, &mut result) } {
@@ -57,6 +61,16 @@ impl Callee<'_> {
             0 => Ok(unsafe { Any::owned(result) }),
             code => Err(self.api.take_error(self.name, code)),
         }
+    }
+}
+
+#[cold]
+fn too_many(args: usize) -> FlashInferError {
+    FlashInferError::InvalidArgument {
+        function: "calling a function",
+        argument: "args",
+        found: format!("{args} of them"),
+        expected: format!("at most {}", i32::MAX),
     }
 }
 
