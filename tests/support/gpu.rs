@@ -59,17 +59,23 @@ impl Gpu {
 
 /// Runs the tests one after the other, on one GPU.
 pub fn main(tests: &[Test]) -> ExitCode {
+    main_where(&[(tests, true)])
+}
+
+/// As [`main`], of groups of which some want more than a GPU: those that have it.
+pub fn main_where(groups: &[(&[Test], bool)]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let asked = std::env::var_os(RUN).is_some_and(|value| value == "1");
-    let trial = |&(name, test): &Test| {
+    let trial = |&(name, test): &Test, has_all: bool| {
         let body = move || {
             test(&Gpu::open());
             Ok(())
         };
-        Trial::test(name, body).with_ignored_flag(!asked)
+        Trial::test(name, body).with_ignored_flag(!asked || !has_all)
     };
-    libtest_mimic::run(&arguments, tests.iter().map(trial).collect()).exit_code()
+    let trials = groups.iter().flat_map(|(tests, has_all)| tests.iter().map(|test| trial(test, *has_all)));
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
 /// CUDA's result as cudarc gives it, for tests that look at errors.
