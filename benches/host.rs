@@ -1,5 +1,8 @@
 //! What a call costs on the host: of a gemma_rmsnorm that does nothing, so that what remains is this crate's own work and,
 //! where a stream is set, TVM-FFI's. `cargo bench --bench host`; needs a C compiler and no GPU.
+//!
+//! What the log's hook costs where nothing is asked for: built with `FLASHINFER_RS_MEASURE_WITHOUT_LOG=1` the hook is not there.
+//! Copy one program aside, build the other, and run the two in turns.
 
 use std::error::Error;
 use std::path::Path;

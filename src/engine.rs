@@ -133,12 +133,11 @@ impl Entry {
         ahead: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let checked = check(self.row, operands, stream).map_err(|fault| refused(self.row, operands, stream, fault))?;
-        if checked.empty {
-            return Ok(());
+        if !checked.empty {
+            FlashInferRuntime::global()?.checked_device(checked.device)?;
+            self.on(checked.device)?;
+            ahead()?;
         }
-        FlashInferRuntime::global()?.checked_device(checked.device)?;
-        self.on(checked.device)?;
-        ahead()?;
         // SAFETY: the call keeps the row; the rest is the caller's promise.
         unsafe { launch(self, operands, &checked, stream) }
     }
