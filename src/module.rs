@@ -305,7 +305,8 @@ impl Function {
     /// The function must be sound to call with these arguments, on this thread: tensors of the shapes, types and devices that
     /// it expects, whose memory stays valid until what it queued has run, and that nothing else reads or writes meanwhile
     /// where it writes. What it returns or keeps must follow TVM-FFI's rules: objects that may be released by any thread,
-    /// tensors whose memory they own.
+    /// tensors whose memory they own. Where it [allocates](crate::FlashInferRuntime::with_allocator), the memory must be for the
+    /// stream that it works on.
     #[inline]
     pub unsafe fn call(&self, args: &[Arg<'_>]) -> Result<Value> {
         // SAFETY: the caller's promise.

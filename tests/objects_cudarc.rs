@@ -8,8 +8,8 @@ mod ordering;
 
 use std::sync::Arc;
 
-use cudarc::driver::CudaContext;
 use cudarc::driver::sys::CUstreamCaptureMode;
+use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
 use flashinfer_rs::object::{ArenaAllocator, HostAllocator, StreamAllocator, Tensor, TensorAllocator};
 use flashinfer_rs::{
@@ -23,8 +23,8 @@ fn buffers(driver: &Driver) -> i32 {
     driver.live()[2]
 }
 
-/// The fixture's function that allocates a vector of f32 and does nothing with it.
-fn allocate(device_type: i64, len: i64, allocator: &dyn TensorAllocator) -> Result<Tensor> {
+/// The fixture's function that allocates a vector of f32 and does nothing with it, on a stream.
+fn allocate(stream: &CudaStream, device_type: i64, len: i64, allocator: &dyn TensorAllocator) -> Result<Tensor> {
     let folder = tempfile::tempdir().unwrap();
     let path = native::compile("objects.c", "objects.so", &[], folder.path());
     // SAFETY: the test's own module, whose functions check what they take.
@@ -32,7 +32,7 @@ fn allocate(device_type: i64, len: i64, allocator: &dyn TensorAllocator) -> Resu
     let runtime = FlashInferRuntime::global()?;
     let args = [Arg::int(device_type), Arg::int(1), Arg::int(len)];
     // SAFETY: as above.
-    runtime.with_allocator(allocator, || unsafe { function.call_any(&args) })??.to()
+    runtime.on(stream, |_| runtime.with_allocator(allocator, || unsafe { function.call_any(&args) }))???.to()
 }
 
 const CUDA: i64 = 2;
@@ -105,7 +105,7 @@ fn a_stream_allocates_in_its_order() {
         let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
         let (before, allocator) = (buffers(driver), StreamAllocator::new(&stream));
         driver.ordered("tensors of a stream", || {
-            let tensor = allocate(CUDA, 1000, &allocator).unwrap();
+            let tensor = allocate(&stream, CUDA, 1000, &allocator).unwrap();
             assert_eq!(
                 (tensor.device(), tensor.shape(), buffers(driver)),
                 (Some(Device::Cuda(0)), &[1000][..], before + 1)
@@ -113,14 +113,17 @@ fn a_stream_allocates_in_its_order() {
             drop(tensor);
             assert_eq!(buffers(driver), before);
             // On the host as well.
-            assert_eq!(allocate(1, 4, &allocator).unwrap().as_slice::<f32>().unwrap(), [0f32; 4]);
-            drop(allocate(CUDA, 0, &allocator).unwrap());
+            assert_eq!(allocate(&stream, 1, 4, &allocator).unwrap().as_slice::<f32>().unwrap(), [0f32; 4]);
+            drop(allocate(&stream, CUDA, 0, &allocator).unwrap());
         });
-        let error = allocate(CUDA, 4, &HostAllocator).unwrap_err();
+        let error = allocate(&stream.context().new_stream().unwrap(), CUDA, 4, &allocator).unwrap_err();
+        assert!(error.to_string().contains("FlashInferRuntime::on"), "{error}");
+        assert_eq!(buffers(driver), before);
+        let error = allocate(&stream, CUDA, 4, &HostAllocator).unwrap_err();
         assert!(error.to_string().contains("cuda:0"), "{error}");
         // In a capture the memory would be the graph's.
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
-        let error = allocate(CUDA, 4, &allocator).unwrap_err();
+        let error = allocate(&stream, CUDA, 4, &allocator).unwrap_err();
         assert!(matches!(&error, FlashInferError::TvmFfiCall { kind, .. } if kind == "ValueError"), "{error}");
         assert!(error.to_string().contains("captures"), "{error}");
         assert_eq!(buffers(driver), before);
@@ -134,16 +137,16 @@ fn an_arena_gives_each_byte_out_once_also_in_a_capture() {
         let before = buffers(driver);
         let arena = ArenaAllocator::new(zeros::<u8>(&stream, 2048)).unwrap();
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
-        let first = allocate(CUDA, 10, &arena).unwrap();
-        let second = allocate(CUDA, 100, &arena).unwrap();
+        let first = allocate(&stream, CUDA, 10, &arena).unwrap();
+        let second = allocate(&stream, CUDA, 100, &arena).unwrap();
         let (start, next) = (first.as_ptr() as usize, second.as_ptr() as usize);
         assert!(start % 256 == 0 && next % 256 == 0 && next >= start + 40, "{start:#x} {next:#x}");
         assert_eq!(arena.used(), next - start + 400);
         for (len, says) in [(1000, "that are left"), (-1, "not negative")] {
-            let error = allocate(CUDA, len, &arena).unwrap_err();
+            let error = allocate(&stream, CUDA, len, &arena).unwrap_err();
             assert!(error.to_string().contains(says), "{error}");
         }
-        assert!(allocate(1, 1, &arena).unwrap_err().to_string().contains("the arena's"));
+        assert!(allocate(&stream, 1, 1, &arena).unwrap_err().to_string().contains("the arena's"));
         drop((arena, first));
         assert_eq!(buffers(driver), before + 1);
         drop(second);

@@ -132,7 +132,8 @@ impl FlashInferRuntime {
     /// `Tensor::FromEnvAlloc`: workspaces and results. Without one such functions raise an error. What was set before comes
     /// back after it, also when `f` panics; tensors that were made may outlive it.
     ///
-    /// On a GPU, run it within [`on`](Self::on) of the stream that the allocator allocates on.
+    /// On a GPU, run it within [`on`](Self::on) of the stream that the allocator allocates on, since functions use the
+    /// memory on this thread's stream.
     ///
     /// # Errors
     /// What TVM-FFI raises.
@@ -284,11 +285,13 @@ mod gpu {
     use super::{ALIGNMENT, HostAllocator, Memory, TensorAllocator, TensorRequest, elsewhere, refused};
     use crate::buffers::{check_context, device};
     use crate::error::{Result, driver_in};
+    use crate::ffi::api::Api;
     use crate::owner::{CurrentContext, no_error_is_kept, refuse_capture};
     use crate::tensor::Device;
 
     /// Allocates on a GPU in the order of a stream, and on the host as [`HostAllocator`]. The memory is freed on the
-    /// same stream, behind what was queued there by then.
+    /// same stream, behind what was queued there by then. So it is for functions that work on that stream, by
+    /// [`FlashInferRuntime::on`](crate::FlashInferRuntime::on), and an error for others.
     #[derive(Debug, Clone)]
     pub struct StreamAllocator {
         stream: Arc<CudaStream>,
@@ -310,6 +313,13 @@ mod gpu {
             if request.device != device(context) {
                 return Err(elsewhere(request, &format!("{}, the stream's", device(context))));
             }
+            // Memory of this stream is not there yet for another, and freed while that still uses it.
+            let id = i32::try_from(context.ordinal()).unwrap_or(i32::MAX);
+            let (thread, own) = (Api::loaded()?.stream(id), self.stream.cu_stream());
+            if thread != own.cast() {
+                let expected = format!("the allocator's, {own:p}: call within FlashInferRuntime::on of it");
+                return Err(refused("stream", format!("{thread:p}, this thread's for {}", request.device), expected));
+            }
             let _context = CurrentContext::bind(context)?;
             // Memory that is allocated in a capture is the graph's and is there only while it runs: an arena is for that.
             refuse_capture("allocating a tensor", &self.stream)?;
@@ -328,7 +338,7 @@ mod gpu {
 
     /// Allocates out of one buffer on a GPU, each tensor behind the last, none of it twice: for calls that a graph captures,
     /// which must find the same memory whenever the graph runs. Keep the arena, or a tensor that was made of it, for as long
-    /// as the graph.
+    /// as the graph, and until what uses it on another stream than the buffer's has run: there it is freed.
     #[derive(Debug)]
     pub struct ArenaAllocator {
         buffer: Arc<CudaSlice<u8>>,
