@@ -192,6 +192,24 @@ fn a_draw_in_a_capture_says_that_it_would_be_frozen() {
     });
 }
 
+/// Its memory is the graph's: on another stream nothing would order what is written there with the graph's launches.
+#[test]
+fn a_captured_context_serves_the_stream_of_the_capture_alone() {
+    with_driver("a_captured_context_serves_the_stream_of_the_capture_alone", |driver| {
+        let [stream, other] = streams();
+        let (mut rows, mut drawn) = (zeros::<f32>(&other, ROWS * VOCAB), zeros::<i32>(&other, ROWS));
+        let mut graph = LaunchGraph::new(&stream, SamplingContext::new(&stream, ROWS).unwrap()).unwrap();
+        driver.refused("another stream than the capture's", || {
+            graph.capture(|_, mut context| {
+                let mut probs = TensorMut::from_cudarc(&other, &mut rows, &SHAPE)?;
+                let mut output = TensorMut::from_cudarc(&other, &mut drawn, &[ROWS as i64])?;
+                let (o, philox) = (SamplingOptions::default(), &mut Philox::new(1));
+                context.sampler(Stream::cudarc(&other))?.sampling_from_probs(&mut output, &mut probs, philox, &o)
+            })
+        });
+    });
+}
+
 #[test]
 fn what_a_context_cannot_order_is_refused() {
     with_driver("what_a_context_cannot_order_is_refused", |driver| {

@@ -8,7 +8,7 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView};
 use super::context::{Place, Sampler, SamplingContext, checked_chain, statuses_on_host};
 use super::{ChainSpeculativeSampling, ChainTensors, Draw, FEW_ROWS, LONGEST, RowStatus, softmax_workspace_size};
 use crate::buffers::{device, refuse_per_thread};
-use crate::contract::Operand;
+use crate::contract::{Operand, stream_fits};
 use crate::engine::{Entry, Kernel};
 use crate::error::{FlashInferError, Result, driver};
 use crate::glue::{self, Chain, Glue};
@@ -148,6 +148,15 @@ pub(super) struct OnGpu<'a> {
 
 impl<'a> OnGpu<'a> {
     fn sampler(status: TensorMut<'a>, scratch: TensorMut<'a>, rows: i64, stream: Stream<'a>) -> Result<Sampler<'a>> {
+        // Of a graph's memory nothing orders other streams with the graph's launches.
+        if !stream_fits(scratch.layout(), stream) {
+            return Err(FlashInferError::InvalidArgument {
+                function: "SamplingContext",
+                argument: "stream",
+                found: format!("{:p}", stream.as_raw()),
+                expected: "the stream of the capture, which its closure is given".to_owned(),
+            });
+        }
         let device = FlashInferRuntime::global()?.checked_device(scratch.device())?;
         let (glue, at) = (Glue::get()?, glue::Place { device, stream });
         let gpu = Self { glue, at, rows, parts: Parts::of(rows), status, scratch };
@@ -328,7 +337,8 @@ impl CapturedSampling<'_> {
     /// buffer of the graph too, or one that is [frozen](crate::Philox::frozen).
     ///
     /// # Errors
-    /// [`InvalidArgument`](FlashInferError::InvalidArgument) of a context for the host.
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) of a context for the host, and for another stream than that of
+    /// the capture.
     pub fn sampler<'s>(&'s mut self, stream: Stream<'s>) -> Result<Sampler<'s>> {
         let Some((status, scratch)) = &mut self.0 else {
             return Err(FlashInferError::InvalidArgument {
