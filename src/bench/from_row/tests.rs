@@ -275,11 +275,14 @@ fn contents(row: &Row, i: usize, sizes: &Dimensions, memory: &mut Memory) {
     memory.values.chunks_mut(each).for_each(|row| row.copy_from_slice(&first));
 }
 
+/// A tensor's type, shape and bytes.
+type Bytes = (DType, Vec<i64>, Vec<u8>);
+
 fn case(entry: Entry, form: Form) -> Value {
     let (row, sizes) = (entry.row, sizes(entry.row, form));
     let mut call = KernelCall::example(row);
     call.dimensions = sizes;
-    let mut memory: Vec<Option<(DType, Vec<i64>, Vec<u8>)>> = Vec::new();
+    let mut memory: Vec<Option<Bytes>> = Vec::new();
     for (i, argument) in row.arguments.iter().enumerate() {
         memory.push(match &argument.kind {
             Kind::Tensor(tensor) if !tensor.optional || form.optional => {
@@ -293,7 +296,7 @@ fn case(entry: Entry, form: Form) -> Value {
         });
     }
     let definition = call.definition().unwrap();
-    let tensor = |(dtype, shape, bytes): &(DType, Vec<i64>, Vec<u8>), role: Role| {
+    let tensor = |(dtype, shape, bytes): &Bytes, role: Role| {
         let dtype = match (dtype, role) {
             (DType::U8, Role::In) => "bool".to_owned(),
             (DType::U8, _) => "int8".to_owned(),
