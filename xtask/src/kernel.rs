@@ -43,7 +43,7 @@ const VENDORED: &str = "flashinfer-rs:";
 
 #[derive(Subcommand)]
 pub enum KernelCommand {
-    /// Pin kernels that were built by their digests, in a lock that builds of this crate vendor them from
+    /// Pin built kernels, by the digests of their files, in a lock from which builds of this crate vendor them
     Add(pin::Add),
     /// Build a solution that is written in C++ or CUDA
     Build {

@@ -30,8 +30,8 @@ use crate::vendoring::wheel::Wheel as Archive;
 const LIBRARY_LIMIT: u64 = 4 << 30;
 const TVM_FFI: &str = "apache_tvm_ffi";
 /// What a lock begins with that is made here.
-const NEW: &str = "# FlashInfer-Bench kernels that builds of flashinfer-rs vendor, where FLASHINFER_RS_KERNELS names this file. What \
-                   the keys mean: docs/kernel-lock.md of that crate, whose `cargo xtask kernel add` writes the entries.\n\
+const NEW: &str = "# FlashInfer-Bench kernels that builds of flashinfer-rs vendor, where FLASHINFER_RS_KERNELS names this file.\n\
+                   # `cargo xtask kernel add` in a checkout of that crate writes the entries; docs/kernel-lock.md explains them.\n\
                    version = 1\n";
 
 #[derive(Args)]

@@ -274,6 +274,17 @@ fn a_library_without_the_function_is_refused_with_those_that_it_has() {
 }
 
 #[test]
+fn a_library_that_does_not_tell_what_it_exports_is_refused() {
+    let project = Project::new();
+    let mut bytes = fs::read(project.path("kernels/gemm/kernel.so")).expect("the library");
+    // Where the section headers lie, how many there are, and which one has their names.
+    bytes[40..48].fill(0);
+    bytes[60..64].fill(0);
+    project.place("kernels/gemm/kernel.so", &bytes);
+    project.refuses(&options(&[&project.folder()]), &["was stripped of the tables"]);
+}
+
+#[test]
 fn a_library_that_no_safe_call_may_load_is_refused() {
     let project = Project::with("loadable.c", &["-DEMBEDDED"]);
     project.refuses(&options(&[&project.folder()]), &["modules embedded"]);
