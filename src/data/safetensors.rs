@@ -113,8 +113,11 @@ impl Safetensors {
     }
 }
 
+/// A file's tensors, and its texts.
+type Header = (Vec<(String, Entry)>, Named<String>);
+
 /// Reads a header for a file of so many bytes behind it.
-fn entries(file: &str, header: &[u8], data: u64) -> Result<(Vec<(String, Entry)>, Named<String>)> {
+fn entries(file: &str, header: &[u8], data: u64) -> Result<Header> {
     let document = Document::parse(file, header, 1)?;
     let (mut found, mut metadata) = (Vec::new(), Vec::new());
     for (name, cursor) in document.root().fields()? {
@@ -168,13 +171,16 @@ fn packed(shape: &[u64]) -> Option<Vec<u64>> {
     (last % 2 == 0).then(|| outer.iter().copied().chain([last / 2]).collect())
 }
 
+/// Writes a tensor's bytes.
+pub(crate) type Bytes<'a> = Box<dyn FnOnce(&mut dyn Write) -> std::io::Result<()> + 'a>;
+
 /// A tensor of a file that is to be written.
 pub(crate) struct Part<'a> {
     pub(crate) name: &'a str,
     pub(crate) dtype: DataType,
     pub(crate) shape: Vec<u64>,
-    /// Writes its bytes, as many as type and shape say.
-    pub(crate) write: Box<dyn FnOnce(&mut dyn Write) -> std::io::Result<()> + 'a>,
+    /// Writes as many bytes as type and shape say.
+    pub(crate) write: Bytes<'a>,
 }
 
 /// Writes tensors into a new file, in the order that upstream's writer has: larger elements first, then by name.
