@@ -2,7 +2,8 @@
 //!
 //! [`Any`] owns one value of any kind, [`Arg`] is one that is lent for a call, and [`Value`] is one
 //! taken apart. An object is counted: a clone holds one more reference, a drop gives one up, and whoever is last releases
-//! it. Everything on values is safe; what runs code of somebody else's, [`Func::call`] for example, is not.
+//! it. Everything on values is safe; what runs code of somebody else's, [`Func::call`] for example, is not. A program that makes
+//! references and forgets them meets a panic at 2³¹ of one object, since TVM-FFI counts them in 32 bits.
 //!
 //! ```no_run
 //! use flashinfer_rs::object::{Any, Array, Func, IntoAny, Map};
