@@ -317,6 +317,7 @@ unsafe fn launch_all(
     let launch_seen = |seen: &log::Call<'_>| {
         // SAFETY: the call keeps its row; that its tensors and its stream are valid is the caller's promise.
         unsafe { seen.before() };
+        trace_dump::called(row, operands, checked);
         launch()?;
         // SAFETY: as above.
         unsafe { seen.after() };
@@ -396,7 +397,6 @@ unsafe fn queue(
     stream: Stream<'_>,
 ) -> Result<()> {
     let row = entry.row;
-    trace_dump::called(row, operands, checked);
     if row.convention == Convention::Objects {
         // SAFETY: the caller's promise.
         return unsafe { queue_objects(entry, ready, operands, checked, stream) };

@@ -54,6 +54,8 @@ variables! {
     DUMP_MAX_SIZE_GB = "FLASHINFER_RS_DUMP_MAX_SIZE_GB", Some("FLASHINFER_DUMP_MAX_SIZE_GB"),
         "a number of GiB, 0 or more",
         "how large a process's dumps may become together; 20 where it is not set";
+    TRACE_DUMP = "FLASHINFER_RS_TRACE_DUMP", None, "a folder",
+        "write the definition of every kernel that is called into this folder; takes the feature `bench`";
 }
 
 impl Variable {

@@ -6,35 +6,26 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::contract::{Checked, Operand, Row};
+use crate::settings::TRACE_DUMP;
 
-/// Names the folder.
-const VARIABLE: &str = "FLASHINFER_RS_TRACE_DUMP";
+/// Whether nothing is written, or nothing more.
+static OFF: AtomicBool = AtomicBool::new(true);
+static FOLDER: OnceLock<PathBuf> = OnceLock::new();
 
-/// Whether it is known that nothing is written. The variable is read at the first call.
-static OFF: AtomicBool = AtomicBool::new(false);
-
-/// Every call comes by here, once it is known that it keeps its row, ahead of the kernel. Where nothing is written that is one
-/// load and one branch.
-#[inline(always)]
-pub(crate) fn called(row: &'static Row, operands: &[Operand<'_, '_>], checked: &Checked) {
-    if !OFF.load(Ordering::Relaxed) {
-        dump(row, operands, checked);
-    }
+/// Begins to write definitions into a folder.
+pub(crate) fn start(folder: &Path) {
+    // Wherever the program goes meanwhile.
+    FOLDER.get_or_init(|| std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned()));
+    OFF.store(false, Ordering::Relaxed);
 }
 
-/// Never fails: what cannot be written is said once, and nothing more is written.
-#[cold]
-#[inline(never)]
-fn dump(row: &'static Row, operands: &[Operand<'_, '_>], checked: &Checked) {
-    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let folder = FOLDER.get_or_init(|| {
-        let folder = std::env::var_os(VARIABLE).filter(|folder| !folder.is_empty())?;
-        // Wherever the program goes meanwhile.
-        Some(std::path::absolute(&folder).unwrap_or_else(|_| PathBuf::from(folder)))
-    });
-    match folder {
-        Some(folder) => write::definition(folder, row, operands, checked),
-        None => OFF.store(true, Ordering::Relaxed),
+/// Calls that are seen by the log come by here, ahead of the kernel, once it is known that they keep their row. Never fails: what
+/// cannot be written is said once, and nothing more is written.
+pub(crate) fn called(row: &'static Row, operands: &[Operand<'_, '_>], checked: &Checked) {
+    if !OFF.load(Ordering::Relaxed)
+        && let Some(folder) = FOLDER.get()
+    {
+        write::definition(folder, row, operands, checked);
     }
 }
 
@@ -50,7 +41,7 @@ fn say(what: &str) {
     use std::io::Write;
 
     // Without a stderr there is nobody to be told.
-    _ = writeln!(std::io::stderr(), "flashinfer-rs: {VARIABLE}: {what}");
+    _ = writeln!(std::io::stderr(), "flashinfer-rs: {}: {what}", TRACE_DUMP.name);
 }
 
 #[cfg(not(feature = "bench"))]

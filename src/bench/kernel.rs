@@ -8,6 +8,7 @@ use super::distributed::DistributedKernel;
 use super::dtype::DataType;
 use super::error::unfit;
 use super::json::{Document, shortened};
+use super::place::allocated;
 use super::solution::Solution;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::dlpack::{self, DLDataType, DLTensor};
@@ -366,7 +367,7 @@ impl<'a> BoundKernel<'a> {
                     return Err(unfit(&self.what(), place, found, "axes that inputs have", remedy));
                 }
             }
-            Tensor::allocated(allocator, device, *dtype, &shape[..*rank])
+            allocated(allocator, device, stream, *dtype, &shape[..*rank])
         });
         made.collect()
     }

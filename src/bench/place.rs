@@ -7,6 +7,7 @@ use super::named::Named;
 use super::tensor::HostTensor;
 use super::trace::Environment;
 use crate::error::{FlashInferError, Result};
+use crate::ffi::dlpack::DLDataType;
 use crate::object::{HostAllocator, Tensor, TensorAllocator};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
@@ -24,6 +25,17 @@ fn len(tensor: &Tensor) -> usize {
     // The elements are in memory, so their number fits.
     let elements = tensor.shape().iter().product::<i64>() as usize;
     (elements * usize::from(bits) * usize::from(lanes)).div_ceil(8)
+}
+
+/// A new tensor, whose memory is there in the order of the stream: an allocator may serve its own stream alone.
+pub(super) fn allocated(
+    allocator: &dyn TensorAllocator,
+    device: Device,
+    stream: Stream<'_>,
+    dtype: DLDataType,
+    shape: &[i64],
+) -> Result<Tensor> {
+    FlashInferRuntime::global()?.on((device, stream), |_| Tensor::allocated(allocator, device, dtype, shape))?
 }
 
 impl Place {
@@ -89,7 +101,7 @@ impl Place {
     fn like(&self, dtype: &DataType, shape: &[u64]) -> Result<Tensor> {
         let shape: Vec<i64> = shape.iter().map(|&size| i64::try_from(size).unwrap_or(i64::MAX)).collect();
         match dtype.to_dl() {
-            Some(dtype) => Tensor::allocated(self.allocator(), self.device(), dtype, &shape),
+            Some(dtype) => allocated(self.allocator(), self.device(), self.stream(), dtype, &shape),
             None => Err(unfit("a tensor", "its element type", dtype.name(), "one that DLPack has", "convert it")),
         }
     }
@@ -97,7 +109,7 @@ impl Place {
     /// Another tensor with the same elements.
     pub(super) fn copy(&self, tensor: &Tensor) -> Result<Tensor> {
         let dtype = tensor.described().dtype;
-        let copy = Tensor::allocated(self.allocator(), self.device(), dtype, tensor.shape())?;
+        let copy = allocated(self.allocator(), self.device(), self.stream(), dtype, tensor.shape())?;
         self.refill(&copy, tensor)?;
         Ok(copy)
     }

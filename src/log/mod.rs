@@ -36,6 +36,7 @@ use crate::error::Result;
 use crate::object::Arg;
 use crate::stream::Stream;
 use crate::tensor::{Device, Layout};
+use crate::trace_dump;
 
 /// Whether the hook is compiled in. Without it a build shows what it costs: `benches/host.rs` says how.
 const COMPILED_IN: bool = option_env!("FLASHINFER_RS_MEASURE_WITHOUT_LOG").is_none();
@@ -55,7 +56,10 @@ pub(crate) fn start(settings: Settings) {
     if !COMPILED_IN || !settings.ask_for_anything() {
         return;
     }
-    let Settings { level, destination, dumps } = settings;
+    let Settings { level, destination, dumps, definitions } = settings;
+    if let Some(folder) = definitions {
+        trace_dump::start(&folder);
+    }
     let made = Log { level, sink: Sink::new(destination), dumper: dumps.map(Dumper::new), calls: AtomicU64::new(0) };
     let log = LOG.get_or_init(|| made);
     if log.level > Level::Nothing {
@@ -142,7 +146,6 @@ impl<'c> Call<'c> {
             // SAFETY: as above.
             *self.dumping.borrow_mut() = unsafe { dumper.inputs(self) };
         }
-        // Whatever else is to see each call and its arguments is told here: the row and the operands say all of it.
     }
 
     /// Tells of a call that was queued.

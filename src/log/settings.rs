@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use crate::error::{FlashInferError, Result};
 use crate::settings::{
-    DUMP_DIR, DUMP_EXCLUDE, DUMP_INCLUDE, DUMP_MAX_COUNT, DUMP_MAX_SIZE_GB, Given, LOGDEST, LOGLEVEL, Variable,
+    DUMP_DIR, DUMP_EXCLUDE, DUMP_INCLUDE, DUMP_MAX_COUNT, DUMP_MAX_SIZE_GB, Given, LOGDEST, LOGLEVEL, TRACE_DUMP,
+    Variable,
 };
 
 /// How much is logged of a call.
@@ -44,6 +45,8 @@ pub(crate) struct Settings {
     pub(super) level: Level,
     pub(super) destination: Destination,
     pub(super) dumps: Option<Dumps>,
+    /// Where the definitions of what is called are written.
+    pub(super) definitions: Option<PathBuf>,
 }
 
 impl Settings {
@@ -75,12 +78,13 @@ impl Settings {
         // Saturates: more than 2^64 bytes are no limit.
         let max_bytes = (max_gib * f64::from(1 << 30)) as u64;
         let dumps = folder.map(|folder| Dumps { folder, include, exclude, max_count, max_bytes });
-        Ok(Self { level, destination, dumps })
+        let definitions = given(&TRACE_DUMP).map(|given| PathBuf::from(given.value));
+        Ok(Self { level, destination, dumps, definitions })
     }
 
     /// Whether anything is asked for.
     pub(crate) fn ask_for_anything(&self) -> bool {
-        self.level > Level::Nothing || self.dumps.is_some()
+        self.level > Level::Nothing || self.dumps.is_some() || self.definitions.is_some()
     }
 }
 
