@@ -227,6 +227,6 @@ fn asynchronous(gpu: &Gpu) {
     };
     // Arguments are written without a look at the memory, too.
     for level in ["0", "3"] {
-        let Some(_) = logged(name, &[("FLASHINFER_RS_LOGLEVEL", Path::new(level))], &body) else { return };
+        let Some(_) = logged(name, &[("FLASHINFER_RS_LOGLEVEL", Path::new(level))], body) else { return };
     }
 }
