@@ -239,7 +239,7 @@ pub(crate) fn write_parts(path: &Path, metadata: &[(&str, String)], mut parts: V
         parts.into_iter().try_for_each(|part| (part.write)(&mut file))
     })();
     written.map_err(|error| {
-        // What it is about is the error that comes first.
+        // Half a file is of no use. That it cannot be removed either would say nothing more.
         _ = std::fs::remove_file(path);
         io("writing", path)(error)
     })

@@ -18,7 +18,7 @@ use crate::data::safetensors::{Part, write_parts};
 use crate::data::time::timestamp;
 use crate::error::Result;
 use crate::stream::Stream;
-use crate::tensor::{DType, Layout};
+use crate::tensor::Layout;
 
 pub(super) const INPUTS: &str = "inputs.safetensors";
 pub(super) const OUTPUTS: &str = "outputs.safetensors";
@@ -183,7 +183,7 @@ fn describe(call: &Call<'_>) -> Json {
     let sizes = |sizes: &[i64]| Json::List(sizes.iter().map(|&size| Json::Int(size.into())).collect());
     let tensor = |layout: &Layout| {
         Json::Object(vec![
-            field("dtype", text(name(layout.dtype()).name())),
+            field("dtype", text(DataType::from(layout.dtype()).name())),
             field("shape", sizes(layout.shape())),
             field("strides", sizes(layout.strides())),
         ])
@@ -207,8 +207,4 @@ fn describe(call: &Call<'_>) -> Json {
         field("device", text(&call.device().to_string())),
         field("arguments", Json::List(arguments.collect())),
     ])
-}
-
-fn name(dtype: DType) -> DataType {
-    dtype.into()
 }
