@@ -25,7 +25,13 @@ fn main() -> ExitCode {
             if replay.outputs.is_none() || replay.matches() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {
-            eprintln!("replay: {error}");
+            eprint!("replay: {error}");
+            let mut cause = error.source();
+            while let Some(reason) = cause {
+                eprint!(": {reason}");
+                cause = reason.source();
+            }
+            eprintln!();
             ExitCode::from(2)
         }
     }
