@@ -961,12 +961,6 @@ fn a_tensor_of_an_allocator_keeps_its_memory_and_gives_it_back_once() {
 
 // Counts.
 
-/// Resident memory, in bytes.
-fn resident() -> i64 {
-    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
-    text.split(' ').nth(1).unwrap().parse::<i64>().unwrap() * 4096
-}
-
 /// A million of each: built, read, passed through a function, cloned and dropped.
 #[test]
 fn a_million_of_each_kind_leave_nothing_behind() {
@@ -1038,9 +1032,9 @@ fn a_million_of_each_kind_leave_nothing_behind() {
         ]);
         for (kind, make) in &kinds {
             (0..10_000).for_each(make);
-            let before = resident();
+            let before = native::resident();
             (0..1_000_000).for_each(make);
-            let grown = resident() - before;
+            let grown = native::resident() - before;
             // The least of them is 24 bytes.
             assert!(grown < 4 << 20, "a million of {kind}: memory grew by {grown} bytes");
         }

@@ -94,6 +94,12 @@ pub fn stand_in_for_the_driver() {
     load(&compile("empty.c", "libcuda.so.1", &["-nostdlib"], folder.path()), false);
 }
 
+/// Resident memory, in bytes.
+pub fn resident() -> i64 {
+    let text = std::fs::read_to_string("/proc/self/statm").expect("/proc");
+    text.split(' ').nth(1).and_then(|pages| pages.parse::<i64>().ok()).expect("a number of pages") * 4096
+}
+
 /// The folder that the build vendored into.
 pub fn vendored_libraries() -> PathBuf {
     Path::new(env!("OUT_DIR")).join("lib")
