@@ -8,8 +8,12 @@ mod ordering;
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUstreamCaptureMode;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
-use flashinfer_rs::bench::{Axis, BoundKernel, DataType, Definition, Kernel, Named, TensorSpec};
+use flashinfer_rs::bench::{
+    Axes, Axis, BenchmarkConfig, BoundKernel, DataType, Definition, HostTensor, Input, Kernel, Named, Reference,
+    Runner, TensorSpec, Timing, Workload,
+};
 use flashinfer_rs::object::{StreamAllocator, Tensor};
 use flashinfer_rs::{FlashInferRuntime, Result, Stream, TensorMut, TensorRef};
 use ordering::{with_driver, zeros};
@@ -72,6 +76,47 @@ fn bound_calls_are_ordered_with_every_other_use() {
             });
         }
         assert!(driver.queued()[0] > 0);
+    });
+}
+
+/// Zeros are what comes back from this driver's memory.
+#[test]
+fn whatever_a_runner_does_is_ordered() {
+    with_driver("whatever_a_runner_does_is_ordered", |driver| {
+        let (kernel, definition) = (kernel(), definition());
+        let bound = kernel.bind(&definition).unwrap();
+        let context = CudaContext::new(0).unwrap();
+        let workload =
+            Workload { axes: Axes::from([("n".to_owned(), 8)]), inputs: Named::new(), uuid: "n8".to_owned() };
+        let mut zeros = |_: &Named<Input>| Ok(vec![HostTensor::zeros(DataType::Float32, &[8])?]);
+        for timing in [Timing::Each, Timing::Span] {
+            let (stream, before) = (context.new_stream().unwrap(), driver.queued());
+            let mut config = BenchmarkConfig::default();
+            (config.warmup_runs, config.iterations, config.num_trials, config.timing) = (2, 3, 2, timing);
+            driver.ordered(&format!("a workload, timing {timing:?}"), || {
+                let runner = Runner::on_stream(&stream).unwrap().config(config);
+                // SAFETY: the stand-in touches no memory.
+                let trace = unsafe { runner.run(&bound, &workload, Reference::Closure(&mut zeros)) }.unwrap();
+                assert!(trace.passed(), "{trace:?}");
+                // SAFETY: as above.
+                let trace = unsafe { runner.run(&bound, &workload, Reference::Kernel(&bound)) }.unwrap();
+                assert!(trace.passed(), "{trace:?}");
+            });
+            // A check, warm-ups and timed calls, twice for the trials, and once more with a reference that is a kernel, too.
+            assert_eq!(driver.queued()[0] - before[0], 2 * (1 + 2 + 3) * 3);
+        }
+        assert_eq!(driver.live()[2], 0, "and no buffer is left");
+    });
+}
+
+#[test]
+fn a_runner_is_on_no_stream_that_captures() {
+    with_driver("a_runner_is_on_no_stream_that_captures", |driver| {
+        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+        driver.refused("a stream that captures", || Runner::on_stream(&stream));
+        let other = driver.another_context().new_stream().unwrap();
+        driver.refused("a context that is not the primary one", || Runner::on_stream(&other));
     });
 }
 
