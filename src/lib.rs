@@ -69,7 +69,7 @@
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
 //! | `tracing` | no | logs as events of `tracing` too |
-//! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces; and what `FLASHINFER_RS_TRACE_DUMP` writes |
+//! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces; kernels bound, run and timed; and what `FLASHINFER_RS_TRACE_DUMP` writes |
 //!
 //! The API is there with or without a kernel's feature; a kernel that was not vendored answers
 //! [`ArtifactMissing`](FlashInferError::ArtifactMissing).
@@ -176,6 +176,6 @@ pub use stream::{DeviceStream, Stream};
 pub use tensor::{DType, Device, Element, MAX_NDIM, PackedTensor, TensorMut, TensorRef};
 
 /// README's code compiles.
-#[cfg(all(doctest, feature = "cudarc"))]
+#[cfg(all(doctest, feature = "cudarc", feature = "bench"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -53,6 +53,7 @@ fn scaled(args: &[Arg<'_>]) -> Result<Vec<f32>> {
 fn write(args: &[Arg<'_>], values: &[f32]) -> Result<Any> {
     // SAFETY: the runner lends outputs that nothing else uses, of float32 and as long as the input.
     let mut y = unsafe { args[2].as_tensor_mut() }?;
+    // SAFETY: as above; they are contiguous.
     let out = unsafe { std::slice::from_raw_parts_mut(y.as_mut_ptr().cast::<f32>(), y.shape()[0] as usize) };
     out[..values.len()].copy_from_slice(values);
     Ok(Any::NONE)
@@ -153,6 +154,7 @@ fn each_timed_call_has_inputs_of_its_own() {
         let values = scaled(args)?;
         // SAFETY: as for outputs; the runner's copy is nobody else's.
         let mut x = unsafe { args[0].as_tensor_mut() }?;
+        // SAFETY: as above, of seven elements.
         let elements = unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast::<f32>(), 7) };
         if elements.iter().any(|element| element.is_nan()) {
             return Err(Error::new("ValueError", "what another call left")?.into());

@@ -36,11 +36,39 @@
 //! A [`KernelCall`] is a call of one of them, and [makes](KernelCall::definition) its definition. With the environment variable
 //! `FLASHINFER_RS_TRACE_DUMP=DIR` each kernel that a program calls leaves its definition in that folder, once for each name.
 //!
-//! # What calls a kernel
-//! Nothing here does: this module knows data. A call takes a definition's inputs in its order as
-//! [`make_inputs`](Workload::make_inputs) gives them, and behind them, where the solution is
-//! [destination passing](BuildSpec::is_destination_passing), a tensor for each output of
-//! [`output_shapes`](Definition::output_shapes). [`check_solution`] takes whatever makes such a call as a closure.
+//! # Calling kernels
+//! A [`Kernel`] is a function that implements a definition: of a folder that somebody hands out ([`DistributedKernel`]), of a
+//! module, one that this crate [vendors](Kernel::vendored), or a Rust closure. [Bound](Kernel::bind) to its definition, it is called
+//! with tensors that are compared with it first. A [`Runner`] runs a workload: it makes the inputs, calls the kernel and a
+//! reference, compares, times, and answers the trace. A [`Dispatcher`] calls the kernel that a dataset's traces know as the best.
+//!
+//! ```no_run
+//! use flashinfer_rs::bench::{Axis, DataType, Definition, Kernel, Named, TensorSpec};
+//! use flashinfer_rs::object::{Func, HostAllocator, IntoAny, Tensor};
+//! use flashinfer_rs::{FlashInferRuntime, RuntimeConfig, Stream};
+//!
+//! # fn main() -> flashinfer_rs::Result<()> {
+//! FlashInferRuntime::initialize(RuntimeConfig::default())?;
+//! let mut definition = Definition::new("double", "elementwise");
+//! definition.axes = Named::from([("n", Axis::variable())]);
+//! definition.inputs = Named::from([("x", TensorSpec::tensor(&["n"], DataType::Float32))]);
+//! definition.outputs = Named::from([("y", TensorSpec::tensor(&["n"], DataType::Float32))]);
+//!
+//! // A closure in the place of a function of a module, which returns its output.
+//! let double = Func::new(|args| {
+//!     let x: Tensor = args[0].to()?;
+//!     let doubled: Vec<f32> = x.as_slice::<f32>()?.iter().map(|x| 2.0 * x).collect();
+//!     Tensor::from_vec(doubled, x.shape())?.into_any()
+//! })?;
+//! let kernel = Kernel::new(double.named("double"), false);
+//! let bound = kernel.bind(&definition)?;
+//! let x = Tensor::from_vec(vec![1f32, 2.0, 3.0], &[3])?;
+//! // SAFETY: the closure is sound with what fits the definition.
+//! let outputs = unsafe { bound.call_returning(&[(&x).into()], &HostAllocator, Stream::NULL) }?;
+//! assert_eq!(outputs[0].as_slice::<f32>()?, [2.0, 4.0, 6.0]);
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! # Hostile files
 //! A dataset is other people's data. Sizes, depths and counts are bounded; a name that occurs twice in an object is refused; a
