@@ -411,8 +411,15 @@ fn a_program_calls_the_kernels_that_its_project_pins() {
 fn a_program_carries_its_kernels_in_itself_where_that_is_wanted() {
     let dependent = Dependent::new();
     dependent.with_kernel("answer", "loadable.c");
+    // Here as FlashInfer-Bench's, to be bound to a definition.
+    let asked = "runtime.kernel(name)?.function(PinnedKernel::named(name)?.entry)?";
+    let pinned = "flashinfer_rs::bench::Kernel::pinned(PinnedKernel::named(name)?)?.function().clone()";
+    assert!(KERNEL_USER.contains(asked));
+    let program = KERNEL_USER.replace(asked, pinned).replace("runtime: &'static", "_: &'static");
+    dependent.write("examples/kernels.rs", &program);
     let path = dependent.folder.join("kernels.lock");
-    let output = dependent.asks_for(&["answer"], &[(env::KERNELS, path.into())], "flashinfer-rs/embed");
+    let features = "flashinfer-rs/embed,flashinfer-rs/bench";
+    let output = dependent.asks_for(&["answer"], &[(env::KERNELS, path.into())], features);
     said(&output, &["answer answered 42", "loaded from (embedded)/answer.kernel.so"]);
     // Nothing of it is needed beside the program, whose name for the library is not a path of this machine.
     let program = fs::read(dependent.folder.join("target/debug/examples/kernels")).expect("the program");

@@ -92,7 +92,7 @@ fn host() -> &'static Path {
         assert!(output.status.success(), "{}", native::text(&output));
         let messages = String::from_utf8(output.stdout).expect("JSON");
         let messages = messages.lines().map(|line| serde_json::from_str(line).expect("JSON"));
-        let library = messages.filter(|message: &serde_json::Value| message["target"]["name"] == "python_host").last();
+        let library = messages.rev().find(|message: &serde_json::Value| message["target"]["name"] == "python_host");
         let file = library.expect("the library's message")["filenames"][0].as_str().expect("its file").to_owned();
         PathBuf::from(file)
     })

@@ -15,6 +15,7 @@ use crate::ffi::dlpack::{self, DLDataType, DLTensor};
 use crate::module::{Function, Module};
 use crate::object::{Any, Arg, Array, FromAny, List, Tensor, TensorAllocator};
 use crate::owner::ordered;
+use crate::pinned::PinnedKernel;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::{SCOPE, Scope, Setting, Stream};
 use crate::tensor::{Device, MAX_NDIM, is_row_major};
@@ -66,6 +67,23 @@ impl Kernel {
         };
         let (definition, solution) = (kernel.definition_name.clone(), kernel.solution_name.clone());
         Ok(Self { definition, solution, arity, ..loaded })
+    }
+
+    /// A kernel that was [pinned](PinnedKernel) when the program was built, loaded and checked as
+    /// [`FlashInferRuntime::kernel`] does.
+    ///
+    /// # Errors
+    /// As there, and [`FunctionMissing`](FlashInferError::FunctionMissing) where its lock names an entry that it does not have.
+    pub fn pinned(kernel: &PinnedKernel) -> Result<Self> {
+        let module = FlashInferRuntime::global()?.kernel(kernel.name)?;
+        let function = module.function(kernel.entry)?;
+        let arity = module.metadata(kernel.entry)?.as_deref().and_then(arity);
+        Ok(Self {
+            definition: Some(kernel.definition.to_owned()),
+            solution: kernel.solution.map(str::to_owned),
+            arity,
+            ..Self::new(function, kernel.destination_passing_style.unwrap_or(true))
+        })
     }
 
     /// The same kernel, whose outputs are arguments or results.
