@@ -30,12 +30,12 @@ pub fn add(lock: &mut Lock, env: &Env) -> Result<()> {
 }
 
 /// Where a module lies in the wheel.
-fn path(name: &str) -> String {
+pub fn path(name: &str) -> String {
     format!("{JIT_CACHE}/jit_cache/{name}/{name}.so")
 }
 
 /// The module that lies there.
-fn name(path: &str) -> Option<&str> {
+pub fn name(path: &str) -> Option<&str> {
     let name = path.rsplit('/').next()?.strip_suffix(".so")?;
     (self::path(name) == path).then_some(name)
 }

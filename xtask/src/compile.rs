@@ -53,11 +53,17 @@ pub fn key<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Digest {
     hasher.finish()
 }
 
+/// Whether a source is the C++ compiler's alone; all others are nvcc's.
+pub fn is_cpp(source: &str) -> bool {
+    source.ends_with(".cpp")
+}
+
 /// Describes an object. Its key covers the tree, the compilers, their environment, the flags and the source.
 pub fn object(toolchain: &Toolchain, source: &str, flags: &[String], memory: u64) -> Result<Object> {
     let path = toolchain.tree.join(source);
     let text = fs::read(&path).map_err(|e| Error::io("reading", &path, &e))?;
-    let flags: Vec<String> = toolchain.host_flags().into_iter().chain(flags.iter().cloned()).collect();
+    let first = if is_cpp(source) { toolchain.host.clone() } else { toolchain.host_flags() };
+    let flags: Vec<String> = first.into_iter().chain(flags.iter().cloned()).collect();
     let (words, environment) = (flags.join("\n"), toolchain.environment_text());
     let parts = [FORMAT, &toolchain.identity, &environment, &words, source].map(str::as_bytes);
     let key = key(parts.into_iter().chain([text.as_slice()]));
@@ -180,8 +186,12 @@ fn compile(toolchain: &Toolchain, store: &Path, object: &Object) -> Result<Diges
     };
     let (temporary, dependencies) = (temporary(".o")?, temporary(".d")?);
     // nvcc finds its own parts by the path it was started with.
-    let mut command = toolchain.command(&toolchain.nvcc);
-    command.current_dir(&toolchain.tree).args(&object.flags).arg("-MD").arg("-MF").arg(&dependencies);
+    let (program, flags) = match object.flags.split_first() {
+        Some((program, flags)) if is_cpp(&object.source) => (program.as_ref(), flags),
+        _ => (toolchain.nvcc.as_os_str(), object.flags.as_slice()),
+    };
+    let mut command = toolchain.command(program);
+    command.current_dir(&toolchain.tree).args(flags).arg("-MD").arg("-MF").arg(&dependencies);
     shell::quietly(command.args(["-c", &object.source, "-o"]).arg(&temporary))?;
     let mut text = String::new();
     let read = fs::File::open(&dependencies).and_then(|mut file| file.read_to_string(&mut text));

@@ -33,10 +33,11 @@ const HOPPER: &str = "9.0a";
 const ARCH_LIST: &str = "FLASHINFER_CUDA_ARCH_LIST";
 const NVCC_THREADS: &str = "FLASHINFER_NVCC_THREADS";
 const EXTRA_CUDAFLAGS: &str = "FLASHINFER_EXTRA_CUDAFLAGS";
+const EXTRA_CFLAGS: &str = "FLASHINFER_EXTRA_CFLAGS";
 const LINEINFO: &str = "FLASHINFER_JIT_LINEINFO";
 
-/// The flags that every module is compiled with.
-fn common_flags(env: &Env, toolchain: &Toolchain) -> Result<Vec<String>> {
+/// What every source of every module is compiled with.
+fn language_flags(toolchain: &Toolchain) -> Vec<String> {
     let mut flags = vec!["-D_GLIBCXX_USE_CXX11_ABI=1".to_owned()];
     let cccl = format!("{}/cccl", toolchain.cuda_include);
     let includes = [
@@ -52,6 +53,29 @@ fn common_flags(env: &Env, toolchain: &Toolchain) -> Result<Vec<String>> {
         compiler::STUBS,
     ];
     flags.extend(includes.iter().flat_map(|folder| ["-isystem".to_owned(), (*folder).to_owned()]));
+    flags
+}
+
+/// What a variable of flags adds.
+fn extra_flags(env: &Env, name: &str) -> Result<Vec<String>> {
+    let Some(extra) = env.text(name) else { return Ok(Vec::new()) };
+    match shlex::split(&extra) {
+        Some(words) => Ok(words),
+        None => refuse!("{name}={extra} has an open quotation mark; close it"),
+    }
+}
+
+/// The flags that every source for the C++ compiler is compiled with.
+fn cpp_flags(env: &Env, toolchain: &Toolchain) -> Result<Vec<String>> {
+    let mut flags = language_flags(toolchain);
+    flags.extend(["-fPIC", "-std=c++17", "-Wno-switch-bool", "-O3"].map(str::to_owned));
+    flags.extend(extra_flags(env, EXTRA_CFLAGS)?);
+    Ok(flags)
+}
+
+/// The flags that every source for nvcc is compiled with.
+fn cuda_flags(env: &Env, toolchain: &Toolchain) -> Result<Vec<String>> {
+    let mut flags = language_flags(toolchain);
     let threads = env.text(NVCC_THREADS).unwrap_or_else(|| "1".to_owned());
     flags.push(format!("--threads={threads}"));
     let fixed = [
@@ -72,12 +96,7 @@ fn common_flags(env: &Env, toolchain: &Toolchain) -> Result<Vec<String>> {
     if env.text(LINEINFO).as_deref() == Some("1") {
         flags.push("-lineinfo".to_owned());
     }
-    if let Some(extra) = env.text(EXTRA_CUDAFLAGS) {
-        match shlex::split(&extra) {
-            Some(words) => flags.extend(words),
-            None => refuse!("{EXTRA_CUDAFLAGS}={extra} has an open quotation mark; close it"),
-        }
-    }
+    flags.extend(extra_flags(env, EXTRA_CUDAFLAGS)?);
     Ok(flags)
 }
 
@@ -124,15 +143,16 @@ pub fn build(names: &[String], arch: &[String], env: &Env) -> Result<PathBuf> {
     let modules = recipes.select(names)?;
     let arch = architectures(arch, env)?;
     let toolchain = compiler::prepare(env)?;
-    let common = common_flags(env, &toolchain)?;
+    let (cuda, cpp) = (cuda_flags(env, &toolchain)?, cpp_flags(env, &toolchain)?);
     let mut objects = Vec::new();
     let mut counts = Vec::new();
     for module in &modules {
-        let flags: Vec<String> = common.iter().cloned().chain(module.flags(&arch)).collect();
+        let flags: Vec<String> = cuda.iter().cloned().chain(module.flags(&arch)?).collect();
         let sources = module.sources(&recipes, &toolchain.tree)?;
         counts.push(sources.len());
         for source in &sources {
-            objects.push(compile::object(&toolchain, source, &flags, module.memory())?);
+            let flags = if compile::is_cpp(source) { &cpp } else { &flags };
+            objects.push(compile::object(&toolchain, source, flags, module.memory())?);
         }
     }
     let cache = shell::cache(env)?;

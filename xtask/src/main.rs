@@ -20,6 +20,9 @@ mod provision;
 mod recipes;
 mod shell;
 mod stress;
+#[path = "../../src/attention/uri.rs"]
+#[allow(dead_code, reason = "the library makes names, xtask only reads them")]
+mod uri;
 #[path = "../../build/mod.rs"]
 mod vendoring;
 

@@ -1,6 +1,6 @@
 //! How each module is built, as `recipes.toml` says: which sources, rendered from which templates, with which flags.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -10,28 +10,58 @@ use serde::Deserialize;
 
 use crate::provision::JIT_CACHE;
 use crate::shell;
+use crate::uri::Uri;
 use crate::vendoring::digest::{Hasher, hash};
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::lock::Lock;
+use crate::vendoring::modules;
 use crate::vendoring::store::publish_bytes;
 
 const RECIPES: &str = include_str!("../recipes.toml");
 
-/// The families whose kernels this crate calls: the features that artifacts.lock names for the jit-cache wheel's members.
-pub fn usual() -> Result<Vec<String>> {
+/// The modules that each Cargo feature vendors, as artifacts.lock says.
+fn vendored() -> Result<BTreeMap<String, Vec<String>>> {
     let lock = Lock::read(&shell::root().join("artifacts.lock"))?;
-    let target = shell::target();
-    let wheels = lock.for_target(&target).filter(|wheel| wheel.distribution == JIT_CACHE);
-    let features = wheels.flat_map(|wheel| wheel.members.iter().filter_map(|member| member.feature.clone()));
-    Ok(features.collect::<BTreeSet<_>>().into_iter().collect())
+    let mut features = BTreeMap::<_, Vec<String>>::new();
+    for wheel in lock.for_target(&shell::target()).filter(|wheel| wheel.distribution == JIT_CACHE) {
+        for member in &wheel.members {
+            if let (Some(feature), Some(name)) = (&member.feature, modules::name(&member.path)) {
+                features.entry(feature.clone()).or_default().push(name.to_owned());
+            }
+        }
+    }
+    Ok(features)
+}
+
+/// The families whose kernels this crate calls, but attention, which has a module for each combination of types and sizes:
+/// all of them take hours.
+pub fn usual() -> Result<Vec<String>> {
+    families(false)
+}
+
+/// The families of attention.
+pub fn attention() -> Result<Vec<String>> {
+    families(true)
+}
+
+fn families(of_attention: bool) -> Result<Vec<String>> {
+    let is_attention = |modules: &[String]| modules.iter().any(|module| module.parse::<Uri>().is_ok());
+    let families = vendored()?.into_iter().filter(|(_, modules)| is_attention(modules) == of_attention);
+    Ok(families.map(|(name, _)| name).collect())
 }
 
 /// What takes half an hour to build on two cores, and is left to whoever asks for it.
 const SLOW: &str = "gdn-prefill";
 
-/// The families that the tests are run with, where nothing else is at hand: all but the slow one.
+/// The module of attention that the tests are run with: it is the smallest that plans, and tests on the host compare with
+/// what it plans.
+const PLANNER: &str = "batch-decode";
+
+/// What the tests are run with, where nothing else is at hand: all families but the slow ones, and of attention the
+/// [planner](PLANNER).
 pub fn quick() -> Result<Vec<String>> {
-    Ok(usual()?.into_iter().filter(|family| family != SLOW).collect())
+    let families = usual()?.into_iter().filter(|family| family != SLOW);
+    Ok(families.chain([PLANNER.to_owned()]).collect())
 }
 
 /// Where FlashInfer's sources lie in the tree, and those that are compiled.
@@ -41,14 +71,17 @@ const SOURCES: &str = "flashinfer/csrc";
 pub const GENERATED: &str = "gen";
 
 type Variables = BTreeMap<String, Value>;
+type Choices = Vec<BTreeMap<String, Scalar>>;
 
 /// All recipes.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipes {
-    /// Names for groups of modules.
+    /// Names for groups of modules, beside Cargo features.
     families: BTreeMap<String, Vec<String>>,
     spellings: BTreeMap<String, BTreeMap<String, String>>,
+    #[serde(default)]
+    choices: BTreeMap<String, Choices>,
     shared: BTreeMap<String, BTreeMap<String, String>>,
     #[serde(rename = "module")]
     recipes: Vec<Recipe>,
@@ -119,7 +152,15 @@ struct Generate {
     template: Template,
     file: String,
     #[serde(default)]
-    each: Vec<Vec<BTreeMap<String, Scalar>>>,
+    each: Vec<Each>,
+}
+
+/// A list, or the name of one in `choices`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Each {
+    Named(String),
+    List(Choices),
 }
 
 /// A library to link with. All that the linker wants of it is its soname.
@@ -146,7 +187,13 @@ struct Generated {
 impl Recipes {
     /// Those of this checkout.
     pub fn read() -> Result<Self> {
-        Self::parse(RECIPES)
+        let mut recipes = Self::parse(RECIPES)?;
+        for (feature, modules) in vendored()? {
+            if recipes.families.insert(feature.clone(), modules).is_some() {
+                refuse!("xtask/recipes.toml has the family {feature}, which is a Cargo feature's name; rename it");
+            }
+        }
+        Ok(recipes)
     }
 
     fn parse(text: &str) -> Result<Self> {
@@ -182,6 +229,13 @@ impl Recipes {
     }
 
     fn module(&self, name: &str) -> Result<Option<Module<'_>>> {
+        // The only pattern whose parameters depend on each other, and nothing else would notice.
+        if name.parse().is_ok_and(|uri| matches!(uri, Uri::Xqa(_)) && !uri.is_released()) {
+            refuse!(
+                "`{name}` cannot be built: XQA has one type for queries and output, and keys and values of that type or \
+                 e4m3"
+            );
+        }
         for recipe in &self.recipes {
             if let Some(variables) = self.parameters(recipe, &recipe.name, name)? {
                 return Ok(Some(Module { name: name.to_owned(), recipe, variables }));
@@ -225,7 +279,7 @@ impl Module<'_> {
     }
 
     /// The recipe's flags, after those of every module.
-    pub fn flags(&self, asked: &[String]) -> Vec<String> {
+    pub fn flags(&self, asked: &[String]) -> Result<Vec<String>> {
         let recipe = self.recipe;
         let architectures = if recipe.architectures.is_empty() { asked } else { &recipe.architectures };
         let mut flags: Vec<String> =
@@ -237,8 +291,11 @@ impl Module<'_> {
         if !recipe.flags.iter().any(|flag| flag.starts_with("-std=")) {
             flags.push("-std=c++17".to_owned());
         }
-        flags.extend(recipe.flags.iter().cloned());
-        flags
+        let renderer = Renderer::new(&self.name)?;
+        for flag in &recipe.flags {
+            flags.push(renderer.render(flag, &self.variables, flag)?);
+        }
+        Ok(flags)
     }
 
     /// What is compiled, relative to the tree, where generated files are put.
@@ -267,25 +324,11 @@ impl Module<'_> {
     }
 
     fn generated(&self, recipes: &Recipes, tree: &Path) -> Result<Vec<Generated>> {
-        let mut engine = Environment::new();
-        // A template must not be right by accident.
-        engine.set_undefined_behavior(UndefinedBehavior::Strict);
-        engine.set_auto_escape_callback(|_| AutoEscape::None);
-        let syntax = SyntaxConfig::builder().keep_trailing_newline(true).build();
-        engine.set_syntax(syntax.map_err(|e| Error::Refused(format!("templates cannot be read: {e}")))?);
-        let render = |text: &str, variables: &Variables, what: &str| {
-            let failed = |e: minijinja::Error| {
-                Error::Refused(format!(
-                    "the module {}: {what} cannot be rendered: {e:#}; correct its recipe",
-                    self.name
-                ))
-            };
-            engine.render_str(text, variables).map_err(failed)
-        };
+        let renderer = Renderer::new(&self.name)?;
         let mut variables = self.variables.clone();
         for (name, variable) in &self.recipe.variables {
             let value = match variable {
-                Variable::Text(text) => Value::from(render(text, &self.variables, name)?),
+                Variable::Text(text) => Value::from(renderer.render(text, &self.variables, name)?),
                 Variable::Constant(constant) => Value::from(constant.read(tree)?),
                 Variable::List(list) => list.iter().map(Value::from).collect(),
             };
@@ -297,7 +340,7 @@ impl Module<'_> {
                 refuse!("xtask/recipes.toml: {} names the shared variables `{table}`, which are not there", self.name)
             };
             for (name, text) in table {
-                variables.insert(name.clone(), Value::from(render(text, &own, name)?));
+                variables.insert(name.clone(), Value::from(renderer.render(text, &own, name)?));
             }
         }
         let mut all = Vec::new();
@@ -306,17 +349,52 @@ impl Module<'_> {
                 Template::File(file) => text(&tree.join(SOURCES).join(file))?,
                 Template::Constant(constant) => constant.read(tree)?,
             };
-            for chosen in combinations(&generate.each) {
+            let mut each = Vec::new();
+            for choices in &generate.each {
+                each.push(match choices {
+                    Each::List(choices) => choices,
+                    Each::Named(name) => match recipes.choices.get(name) {
+                        Some(choices) => choices,
+                        None => refuse!("xtask/recipes.toml: {} names the choices `{name}`, which are not there", self.name),
+                    },
+                });
+            }
+            for chosen in combinations(&each) {
                 let mut variables = variables.clone();
                 variables.extend(chosen);
-                let file = render(&generate.file, &variables, &generate.file)?;
-                all.push(Generated { text: render(&template, &variables, &file)?, file });
+                let file = renderer.render(&generate.file, &variables, &generate.file)?;
+                all.push(Generated { text: renderer.render(&template, &variables, &file)?, file });
             }
         }
         for file in &self.recipe.copies {
             all.push(Generated { text: text(&tree.join(SOURCES).join(file))?, file: file.clone() });
         }
         Ok(all)
+    }
+}
+
+/// Fills templates of one module in.
+struct Renderer<'a> {
+    engine: Environment<'static>,
+    module: &'a str,
+}
+
+impl<'a> Renderer<'a> {
+    fn new(module: &'a str) -> Result<Self> {
+        let mut engine = Environment::new();
+        // A template must not be right by accident.
+        engine.set_undefined_behavior(UndefinedBehavior::Strict);
+        engine.set_auto_escape_callback(|_| AutoEscape::None);
+        let syntax = SyntaxConfig::builder().keep_trailing_newline(true).build();
+        engine.set_syntax(syntax.map_err(|e| Error::Refused(format!("templates cannot be read: {e}")))?);
+        Ok(Self { engine, module })
+    }
+
+    fn render(&self, text: &str, variables: &Variables, what: &str) -> Result<String> {
+        let failed = |e: minijinja::Error| {
+            Error::Refused(format!("the module {}: {what} cannot be rendered: {e:#}; correct its recipe", self.module))
+        };
+        self.engine.render_str(text, variables).map_err(failed)
     }
 }
 
@@ -330,7 +408,7 @@ impl From<&Scalar> for Value {
 }
 
 /// Every choice of one entry of each list; the last list varies fastest.
-fn combinations(each: &[Vec<BTreeMap<String, Scalar>>]) -> Vec<Variables> {
+fn combinations(each: &[&Choices]) -> Vec<Variables> {
     each.iter().fold(vec![Variables::new()], |all, choices| {
         let extended = all.iter().flat_map(|chosen| {
             choices.iter().map(move |choice| {
@@ -374,6 +452,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::uri;
 
     const SMALL: &str = r#"
         [families]
@@ -504,9 +583,9 @@ mod tests {
         let modules = select(&recipes, &["all"]).expect("modules");
         let asked = ["8.0".to_owned(), "9.0a".to_owned()];
         let own = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-DX"];
-        assert_eq!(modules[0].flags(&asked), own);
+        assert_eq!(modules[0].flags(&asked).expect("flags"), own);
         let usual = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17"];
-        assert_eq!(modules[1].flags(&asked), usual);
+        assert_eq!(modules[1].flags(&asked).expect("flags"), usual);
         assert_eq!(modules[0].memory(), 1 << 29);
     }
 
@@ -516,15 +595,92 @@ mod tests {
         for family in recipes.families.keys() {
             assert!(!select(&recipes, &[family]).expect(family).is_empty());
         }
-        assert!(usual().expect("the lock").iter().all(|family| recipes.families.contains_key(family)));
         // A pattern that no name matches would never be noticed.
+        let released: Vec<String> = released().iter().map(Uri::to_string).collect();
         for recipe in &recipes.recipes {
-            let used = recipes.families.values().flatten();
+            let used = recipes.families.values().flatten().chain(&released);
             let mut used = used.filter(|name| {
                 let parameters = recipes.parameters(recipe, &recipe.name, name);
                 parameters.is_ok_and(|parameters| parameters.is_some())
             });
             assert!(used.next().is_some(), "{} is in no family", recipe.name);
         }
+    }
+
+    fn released() -> Vec<Uri> {
+        uri::tests::candidates().into_iter().filter(Uri::is_released).collect()
+    }
+
+    #[test]
+    fn every_attention_module_of_the_release_has_one_recipe() {
+        let recipes = Recipes::read().expect("recipes");
+        for uri in released() {
+            let name = uri.to_string();
+            let fitting = recipes.recipes.iter().filter(|recipe| {
+                let parameters = recipes.parameters(recipe, &recipe.name, &name);
+                parameters.expect("a whole recipe").is_some()
+            });
+            assert_eq!(fitting.count(), 1, "{name}");
+            let module = recipes.module(&name).expect("a recipe").expect("a module");
+            let flags = module.flags(&["8.0".to_owned(), "9.0a".to_owned()]).expect("flags");
+            let hopper_alone = flags.iter().filter(|flag| flag.starts_with("-gencode=")).count() == 1;
+            assert_eq!(hopper_alone, name.ends_with("_sm90") || matches!(uri, Uri::Xqa(_)), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_sources_of_xqa_are_told_its_parameters() {
+        let recipes = Recipes::read().expect("recipes");
+        let flags = |name: &str| {
+            let module = recipes.module(name).expect("a recipe").expect("a module");
+            module.flags(&["9.0a".to_owned()]).expect("flags")
+        };
+        let all = flags(
+            "xqa_input_f16_kv_cache_e4m3_output_f16_page_size_64_head_dim_256_head_group_ratio_8_\
+             use_sliding_window_True_use_spec_dec_False_spec_q_seq_len_1",
+        );
+        for flag in [
+            "-DINPUT_FP16=1",
+            "-DDTYPE=__half",
+            "-DCACHE_ELEM_ENUM=2",
+            "-DTOKENS_PER_PAGE=64",
+            "-DHEAD_ELEMS=256",
+            "-DHEAD_GRP_SIZE=8",
+            "-DSLIDING_WINDOW=1",
+            "-gencode=arch=compute_90a,code=sm_90a",
+        ] {
+            assert!(all.iter().any(|found| found == flag), "{flag}: {all:?}");
+        }
+        let name = "xqa_input_bf16_kv_cache_bf16_output_bf16_page_size_16_head_dim_128_head_group_ratio_1_\
+                    use_sliding_window_False_use_spec_dec_False_spec_q_seq_len_1";
+        let all = flags(name);
+        for flag in ["-DINPUT_FP16=0", "-DDTYPE=__nv_bfloat16", "-DCACHE_ELEM_ENUM=0", "-DSLIDING_WINDOW=0"] {
+            assert!(all.iter().any(|found| found == flag), "{flag}: {all:?}");
+        }
+        for wrong in ["kv_cache_f16", "output_f16"] {
+            let (key, _) = wrong.rsplit_once('_').expect("a key");
+            let fault = recipes.module(&name.replace(&format!("{key}_bf16"), wrong)).err().expect("refused").to_string();
+            assert!(fault.contains("one type") && fault.contains(wrong), "{fault}");
+        }
+    }
+
+    #[test]
+    fn the_tests_are_run_with_what_is_quickly_built() {
+        let (quick, recipes) = (quick().expect("names"), Recipes::read().expect("recipes"));
+        let modules = recipes.select(&quick).expect("modules");
+        assert!(!names(&modules).contains(&"gdn_prefill_sm90".to_owned()));
+        let attention: Vec<Uri> = names(&modules).iter().filter_map(|name| name.parse().ok()).collect();
+        assert!(matches!(attention.as_slice(), [Uri::BatchDecode(_)]), "{attention:?}");
+        assert!(attention.iter().all(|uri| names(&recipes.select(&["attention".to_owned()]).expect("modules")).contains(&uri.to_string())));
+    }
+
+    #[test]
+    fn attention_has_five_families_and_none_of_them_is_usual() {
+        let (usual, attention) = (usual().expect("names"), attention().expect("names"));
+        assert_eq!(
+            attention,
+            ["attention", "attention-fp8-kv", "attention-mla", "attention-sinks", "attention-xqa"]
+        );
+        assert!(usual.iter().all(|family| !attention.contains(family)) && usual.contains(&"norm".to_owned()));
     }
 }
