@@ -16,7 +16,7 @@ use vendoring::local;
 use vendoring::lock::Lock;
 use vendoring::modules;
 use vendoring::source::Ladder;
-use vendoring::vendor::vendor;
+use vendoring::vendor::{Missing, vendor};
 
 fn main() -> ExitCode {
     match build() {
@@ -56,7 +56,8 @@ fn build() -> Result<()> {
     };
     if let Some(reason) = without {
         emit::rerun(&[], &env.names_read());
-        emit::table(&out_dir, &[], std::slice::from_ref(&reason), false)?;
+        let all = Missing { reason: reason.clone(), ..Missing::default() };
+        emit::table(&out_dir, &[], &[all], &lock, false)?;
         return kernels::table(&out_dir, &[], &[reason], false);
     }
 
@@ -90,7 +91,7 @@ fn build() -> Result<()> {
     let names: Vec<String> = kernels.rows.iter().map(|row| row.kernel.soname()).collect();
     sonames.extend(names.iter().map(String::as_str));
     emit::prune(&lib_dir, &sonames)?;
-    emit::table(&out_dir, &outcome.rows, &outcome.missing, has_feature("embed"))?;
+    emit::table(&out_dir, &outcome.rows, &outcome.missing, &lock, has_feature("embed"))?;
     kernels::table(&out_dir, &kernels.rows, &kernels.missing, has_feature("embed"))?;
     emit::metadata(&lib_dir);
     Ok(())

@@ -1,13 +1,16 @@
 //! What a build leaves behind: `vendored.rs`, a table that the library compiles in, and cargo's instructions.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::Path;
 
 use super::digest::Digest;
+use super::env;
 use super::error::{Error, Result};
-use super::lock::Wheel;
+use super::lock::{Lock, Wheel};
 use super::source::Source;
 use super::store::publish_bytes;
+use super::vendor::Missing;
 use super::wheel::Extracted;
 
 /// One row of the table.
@@ -19,9 +22,9 @@ pub struct Row<'a> {
     pub extracted: Extracted,
 }
 
-/// Writes the table. `missing` says why nothing, or not everything, was vendored. With `embed` the libraries themselves
-/// go into it, and the paths that they have on this machine do not.
-pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) -> Result<()> {
+/// Writes the table. `missing` says why nothing, or not everything, was vendored, and the lock which feature vendors what.
+/// With `embed` the libraries themselves go into it, and the paths that they have on this machine do not.
+pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[Missing], lock: &Lock, embed: bool) -> Result<()> {
     let mut text = String::from("// Written by build.rs: what was vendored.\n\n");
     let _ = writeln!(text, "pub(crate) static LIBRARIES: &[Vendored] = &[");
     for row in rows {
@@ -42,8 +45,28 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) 
             stored(row.soname, &row.extracted, symbol.as_deref()),
         );
     }
-    let _ =
-        writeln!(text, "];\n\n/// Why something was not vendored.\npub(crate) static MISSING: &[&str] = &{missing:?};");
+    let _ = writeln!(
+        text,
+        "];\n\n/// Libraries that were wanted and not vendored, all of them where none is named, and why.\n\
+         pub(crate) static MISSING: &[(&[&str], &str)] = &["
+    );
+    for Missing { sonames, reason } in missing {
+        let _ = writeln!(text, "    (&{sonames:?}, {reason:?}),");
+    }
+    let _ = writeln!(
+        text,
+        "];\n\n/// Libraries, and the features that vendor them.\npub(crate) static FEATURES: &[(&str, &str)] = &["
+    );
+    let members = lock.wheels.iter().flat_map(|wheel| &wheel.members);
+    let features: BTreeSet<_> = members.filter_map(|member| Some((&member.soname, member.feature.as_ref()?))).collect();
+    for (soname, feature) in features {
+        let _ = writeln!(text, "    ({soname:?}, {feature:?}),");
+    }
+    let _ = writeln!(
+        text,
+        "];\n\n/// The variable of the build that vendors whatever it names.\npub(crate) const MODULES: &str = {:?};",
+        env::MODULES
+    );
     if embed {
         rows.iter().for_each(|row| text += &embedding(&symbol(row.soname), &row.extracted));
     }

@@ -18,11 +18,20 @@ use super::wheel::{Extracted, Wheel as Archive};
 pub struct Outcome<'a> {
     pub rows: Vec<Row<'a>>,
     pub warnings: Vec<String>,
-    /// Why something is not there.
-    pub missing: Vec<String>,
+    pub missing: Vec<Missing>,
     /// Files whose change makes this outcome stale.
     pub watch: Vec<PathBuf>,
 }
+
+/// Libraries that were wanted and are not there; all of them, where none is named.
+#[derive(Debug, Default)]
+pub struct Missing {
+    pub sonames: Vec<String>,
+    pub reason: String,
+}
+
+/// How many names stand in a reason.
+const NAMED: usize = 3;
 
 /// Vendors every member of the target's wheels that the features want into `lib_dir`.
 pub fn vendor<'a>(
@@ -43,7 +52,8 @@ pub fn vendor<'a>(
             Err(fault @ Error::Unavailable(_)) if wheel.optional => {
                 let soname = &members[0].soname;
                 outcome.warnings.push(format!("{fault}. The build goes on: the system's {soname} will be used"));
-                outcome.missing.push(fault.to_string());
+                let sonames = members.iter().map(|member| member.soname.clone()).collect();
+                outcome.missing.push(Missing { sonames, reason: fault.to_string() });
                 continue;
             }
             Err(fault) => return Err(fault),
@@ -83,6 +93,7 @@ fn from_wheel<'a>(
         outcome.watch.push(path.clone());
     }
     let mut archive = Archive::open(BufReader::new(file), path.display().to_string())?;
+    let mut lacking = Vec::new();
     for member in members {
         if member.named && !archive.has(&member.path) {
             let paths: Vec<String> = archive.paths().map(Cow::into_owned).collect();
@@ -92,13 +103,7 @@ fn from_wheel<'a>(
         }
         // A contributor may have built one kernel family only; everybody else's wheel must be complete.
         if source == Source::Local && !archive.has(&member.path) {
-            let fault = format!(
-                "the local build {} has no {}; `cargo xtask wheel` builds every kernel",
-                path.display(),
-                member.soname
-            );
-            outcome.warnings.push(fault.clone());
-            outcome.missing.push(fault);
+            lacking.push(member.soname.clone());
             continue;
         }
         // The lock's member digests are those of the pinned wheel; of another the wheel's own RECORD must do.
@@ -108,6 +113,19 @@ fn from_wheel<'a>(
             ladder.keep(wheel, member, &extracted);
         }
         outcome.rows.push(Row { wheel, wheel_sha256: sha256, source, soname: &member.soname, extracted });
+    }
+    if !lacking.is_empty() {
+        // One warning, since attention has dozens of modules.
+        let mut names = lacking[..lacking.len().min(NAMED)].join(", no ");
+        if lacking.len() > NAMED {
+            names += &format!(", and {} more are not in it", lacking.len() - NAMED);
+        }
+        let reason = format!(
+            "the local build {} has no {names}; `cargo xtask wheel --kernels` builds what is named there",
+            path.display()
+        );
+        outcome.warnings.push(reason.clone());
+        outcome.missing.push(Missing { sonames: lacking, reason });
     }
     Ok(())
 }

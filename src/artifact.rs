@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::digest::Digest;
 use crate::error::{FlashInferError, Result};
 use crate::settings::LIB_DIR;
+use crate::uri::Uri;
 
 include!(concat!(env!("OUT_DIR"), "/vendored.rs"));
 
@@ -180,6 +181,26 @@ pub(crate) fn refuse_what_is_no_module(name: &str, needed_by_modules: &[&str]) -
     Ok(())
 }
 
+/// What vendors a library that was not, or why it was not, though a feature wants it.
+pub(crate) fn how_to_vendor(name: &str) -> String {
+    let concerned = |sonames: &[&str]| sonames.is_empty() || sonames.contains(&name);
+    let reasons: Vec<&str> = MISSING.iter().filter(|(of, _)| concerned(of)).map(|(_, reason)| *reason).collect();
+    if !reasons.is_empty() {
+        return reasons.join("; ");
+    }
+    if let Some((_, feature)) = FEATURES.iter().find(|(soname, _)| *soname == name) {
+        return format!("build with the Cargo feature `{feature}`");
+    }
+    let module = name.strip_suffix(".so").unwrap_or(name);
+    match module.parse::<Uri>() {
+        Ok(uri) if !uri.is_released() => format!(
+            "FlashInfer's wheel has no such module; `cargo xtask wheel --kernels {module}`, in a checkout of flashinfer-rs, \
+             builds a wheel of it, where there is a recipe, and {MODULES}={module} vendors it from there"
+        ),
+        _ => format!("no Cargo feature vendors it; build with {MODULES}={module}, if FlashInfer's wheel has it"),
+    }
+}
+
 /// Where a library is now.
 pub(crate) enum Location {
     File(PathBuf),
@@ -227,8 +248,7 @@ pub(crate) fn locate(name: &str, stored: Option<&'static Stored>, configured: Op
              again; elsewhere put the vendored libraries into the folder that {LIB_DIR} names, or into \
              {BESIDE_EXECUTABLE} beside the executable, or build with the feature `embed`"
         ),
-        None if MISSING.is_empty() => format!("{name} was not vendored: build with the Cargo feature that wants it"),
-        None => format!("{name} was not vendored: {}", MISSING.join("; ")),
+        None => format!("{name} was not vendored: {}", how_to_vendor(name)),
     };
     Err(FlashInferError::ArtifactMissing { library: name.to_owned(), searched, remedy })
 }

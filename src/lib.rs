@@ -65,14 +65,22 @@
 //! | `cascade` | no | vendors `cascade.so` |
 //! | `topk` | no | vendors `topk.so` |
 //! | `quantization` | no | vendors `quantization.so` |
+//! | `attention` | no | vendors 18 modules of attention: batch prefill and decode, bf16 and f16, heads of 64, 128 and 256 |
+//! | `attention-mla` | no | vendors 6 modules of multi-head latent attention |
+//! | `attention-sinks` | no | vendors 8 modules of attention with sinks, heads of 64 |
+//! | `attention-fp8-kv` | no | vendors 12 modules of attention over a cache of 8 bits |
+//! | `attention-xqa` | no | vendors 16 of XQA's modules, heads of 128 |
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
 //! | `tracing` | no | logs as events of `tracing` too |
 //! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces; kernels bound, run and timed; and what `FLASHINFER_RS_TRACE_DUMP` writes |
 //!
+//! The features of attention turn on `cascade` and `page` too. FlashInfer's wheel has hundreds of attention modules more: those
+//! with windows and soft caps, for example, are named by the build's variable `FLASHINFER_RS_MODULES`.
+//!
 //! The API is there with or without a kernel's feature; a kernel that was not vendored answers
-//! [`ArtifactMissing`](FlashInferError::ArtifactMissing).
+//! [`ArtifactMissing`](FlashInferError::ArtifactMissing), which names the feature or the variable that vendors it.
 //!
 //! # Why it is built this way
 //! What is loaded is what was pinned, or what a variable of the build named, whose digest is recorded: a library gets its name
@@ -129,6 +137,9 @@ mod stream;
 mod tensor;
 mod trace_dump;
 mod turn;
+#[path = "attention/uri.rs"]
+#[allow(dead_code, reason = "xtask and the tests use other parts of it")]
+mod uri;
 
 /// The cudarc that this crate's functions take buffers of. A new minor version of it is a new minor version of this crate.
 #[cfg(feature = "cudarc")]

@@ -53,14 +53,7 @@ impl Library {
         let file = File::open(path).map_err(failed("opening"))?;
         if let Some(expected) = expected {
             let (found, _) = hash_reader(&file).map_err(failed("reading"))?;
-            if found != *expected {
-                return Err(FlashInferError::DigestMismatch {
-                    library: name.to_owned(),
-                    path: path.to_owned(),
-                    found: found.to_string(),
-                    expected: expected.to_string(),
-                });
-            }
+            check(name, path, found, expected)?;
         }
         Ok(file)
     }
@@ -78,17 +71,29 @@ impl Library {
     /// Bytes of this program, compared with their digest, in memory that nobody can change any more.
     pub(crate) fn embedded_file(name: &str, bytes: &[u8], expected: &Digest) -> Result<(PathBuf, File)> {
         let path = PathBuf::from(format!("{EMBEDDED}{name}"));
-        let found = hash(bytes);
-        if found != *expected {
-            return Err(FlashInferError::DigestMismatch {
-                library: name.to_owned(),
-                path,
-                found: found.to_string(),
-                expected: expected.to_string(),
-            });
+        let file = Self::in_memory(name, &path, bytes, Some(expected))?;
+        Ok((path, file))
+    }
+
+    /// Loads a copy of a file, beside the one that [`open`](Self::open) loads: the dynamic linker takes files that are the same
+    /// for one library.
+    ///
+    /// # Safety
+    /// As for [`open`](Self::open).
+    pub(crate) unsafe fn copy(name: &str, path: &Path, expected: Option<&Digest>) -> Result<Self> {
+        let failed = |source| FlashInferError::Io { doing: "reading", path: path.to_owned(), source };
+        let bytes = std::fs::read(path).map_err(failed)?;
+        let file = Self::in_memory(name, path, &bytes, expected)?;
+        // SAFETY: the caller's promise.
+        unsafe { Self::from_sealed(name, path, file) }
+    }
+
+    /// Bytes in memory that nobody can change any more, once they are what is expected.
+    fn in_memory(name: &str, path: &Path, bytes: &[u8], expected: Option<&Digest>) -> Result<File> {
+        if let Some(expected) = expected {
+            check(name, path, hash(bytes), expected)?;
         }
-        let refused = |reason| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason };
-        Ok((path, sealed(name, bytes).map_err(refused)?))
+        sealed(name, bytes).map_err(|reason| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason })
     }
 
     /// Loads what is in memory.
@@ -201,6 +206,18 @@ impl Library {
             }),
         }
     }
+}
+
+fn check(name: &str, path: &Path, found: Digest, expected: &Digest) -> Result<()> {
+    if found == *expected {
+        return Ok(());
+    }
+    Err(FlashInferError::DigestMismatch {
+        library: name.to_owned(),
+        path: path.to_owned(),
+        found: found.to_string(),
+        expected: expected.to_string(),
+    })
 }
 
 /// The names of what a shared object exports; none where it is no shared object, which the dynamic linker will say better.

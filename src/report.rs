@@ -110,12 +110,14 @@ impl FlashInferRuntime {
             }
         }
         // Where nothing was vendored, for one reason.
-        let elsewhere = pinned::ELSEWHERE.iter().filter(|reason| !artifact::MISSING.contains(reason));
+        let mut missing: Vec<_> = artifact::MISSING.iter().map(|(_, reason)| *reason).collect();
+        missing.extend(pinned::ELSEWHERE);
+        missing.dedup();
         Report {
             version: env!("CARGO_PKG_VERSION"),
             artifacts: self.artifacts(),
             kernels: PinnedKernel::all(),
-            missing: artifact::MISSING.iter().chain(elsewhere).copied().collect(),
+            missing,
             driver: count.and_then(|_| self.cudart()?.driver_release()),
             devices,
             self_tests,

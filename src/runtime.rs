@@ -1,13 +1,14 @@
 //! The runtime: one per process, holding the loaded libraries.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_int};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::artifact::{self, Artifact, Location, Stored};
 use crate::cuda::{Cudart, Limits};
+use crate::digest::Digest;
 use crate::error::{FlashInferError, Result};
 use crate::ffi::api::{self, Api, StreamGuard};
 use crate::ffi::dlpack::DLTensor;
@@ -18,6 +19,7 @@ use crate::object::Object;
 use crate::stream::{DeviceStream, SCOPE, Scope, Setting, Stream};
 use crate::tensor::Device;
 use crate::turn::{Turn, Turns};
+use crate::uri::Uri;
 
 const TVM_FFI: &str = "libtvm_ffi.so";
 const CUDART: &str = "libcudart.so.13";
@@ -117,6 +119,8 @@ pub struct FlashInferRuntime {
     cudart: std::result::Result<Cudart, Vec<String>>,
     devices: OnceLock<Box<[GpuState]>>,
     modules: Mutex<HashMap<String, &'static Module>>,
+    /// Modules that are loaded for each device.
+    modules_on: Mutex<HashMap<(String, i32), &'static Module>>,
     /// Libraries other than modules, and where they were loaded from.
     loaded: Vec<(String, PathBuf)>,
 }
@@ -198,7 +202,15 @@ impl FlashInferRuntime {
         }
         loaded.push((TVM_FFI.to_owned(), tvm_ffi.path().to_owned()));
         api.keep();
-        Ok(Self { config, api, cudart, devices: OnceLock::new(), modules: Mutex::default(), loaded })
+        Ok(Self {
+            config,
+            api,
+            cudart,
+            devices: OnceLock::new(),
+            modules: Mutex::default(),
+            modules_on: Mutex::default(),
+            loaded,
+        })
     }
 
     /// How many GPUs this process sees.
@@ -227,13 +239,18 @@ impl FlashInferRuntime {
     /// [`PinnedKernel::all`](crate::PinnedKernel::all).
     pub fn artifacts(&self) -> Vec<Artifact> {
         let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let modules = modules.iter().filter_map(|(name, module)| Some((name.clone(), module.path()?.to_owned())));
+        let on = self.modules_on.lock().unwrap_or_else(PoisonError::into_inner);
+        let modules = modules.iter().chain(on.iter().map(|((name, _), module)| (name, module)));
+        let modules = modules.filter_map(|(name, module)| Some((name.clone(), module.path()?.to_owned())));
+        // Once each, whatever number of devices it was loaded for.
+        let modules: BTreeMap<_, _> = modules.collect();
         let loaded: Vec<_> = self.loaded.iter().cloned().chain(modules).collect();
         artifact::list(&loaded)
     }
 
-    /// A vendored module by its soname, `norm.so` for example, to call functions that this crate has no wrapper for. The
-    /// name has no folder in it; [`load_module`](Self::load_module) takes paths.
+    /// A vendored module by its soname, `norm.so` for example, to call functions that this crate has no wrapper for. It is
+    /// loaded when it is first asked for. The name has no folder in it; [`load_module`](Self::load_module) takes paths. XQA's
+    /// modules are [`module_on`](Self::module_on)'s.
     ///
     /// # Errors
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) for what is no module's name,
@@ -245,9 +262,51 @@ impl FlashInferRuntime {
             return Ok(module);
         }
         artifact::refuse_what_is_no_module(soname, &[TVM_FFI, CUDART])?;
+        if soname.strip_suffix(".so").is_some_and(|name| matches!(name.parse(), Ok(Uri::Xqa(_)))) {
+            return Err(FlashInferError::InvalidArgument {
+                function: "FlashInferRuntime::module",
+                argument: "soname",
+                found: format!("{soname:?}"),
+                expected: "a module that serves every GPU; XQA's are set up for one GPU when they are loaded, and \
+                           FlashInferRuntime::module_on loads them for each"
+                    .to_owned(),
+            });
+        }
         let library = open(soname, &self.config)?;
         let module: &'static Module = Box::leak(Box::new(Module::loaded(soname, library, &self.api)));
         modules.insert(soname.to_owned(), module);
+        Ok(module)
+    }
+
+    /// As [`module`](Self::module), of a module whose initializers set its kernels up, for the device that is current while they
+    /// run and for no other. XQA's are such. Each GPU has a copy of its own, which is loaded while that GPU is the current one.
+    ///
+    /// # Errors
+    /// As there; [`InvalidArgument`](FlashInferError::InvalidArgument) for the host,
+    /// [`DeviceOutOfRange`](FlashInferError::DeviceOutOfRange), [`ContextLost`](FlashInferError::ContextLost),
+    /// [`Cuda`](FlashInferError::Cuda) or why there is no GPU; [`Io`](FlashInferError::Io) or
+    /// [`EmbeddingRefused`](FlashInferError::EmbeddingRefused).
+    pub fn module_on(&'static self, soname: &str, device: Device) -> Result<&'static Module> {
+        artifact::refuse_what_is_no_module(soname, &[TVM_FFI, CUDART])?;
+        if device == Device::Cpu {
+            return Err(FlashInferError::InvalidArgument {
+                function: "FlashInferRuntime::module_on",
+                argument: "device",
+                found: "the host".to_owned(),
+                expected: "a GPU, which the module's initializers are to set it up for".to_owned(),
+            });
+        }
+        let id = self.checked_device(device)?;
+        let key = (soname.to_owned(), id);
+        let mut modules = self.modules_on.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules.get(&key) {
+            return Ok(module);
+        }
+        let _current = self.cudart()?.set_current(id)?;
+        // A copy always: whether somebody loaded the file itself, on whichever device, is not known.
+        let library = open_copy(soname, &self.config)?;
+        let module: &'static Module = Box::leak(Box::new(Module::loaded(soname, library, &self.api)));
+        modules.insert(key, module);
         Ok(module)
     }
 
@@ -459,7 +518,22 @@ impl FlashInferRuntime {
     }
 }
 
+/// Loads a library.
 fn open(soname: &str, config: &RuntimeConfig) -> Result<Library> {
+    open_by(Library::open, soname, config)
+}
+
+/// Loads a copy of a library, which nothing else has.
+fn open_copy(soname: &str, config: &RuntimeConfig) -> Result<Library> {
+    open_by(Library::copy, soname, config)
+}
+
+/// Loads a library by one of [`Library`]'s ways.
+fn open_by(
+    way: unsafe fn(&str, &Path, Option<&Digest>) -> Result<Library>,
+    soname: &str,
+    config: &RuntimeConfig,
+) -> Result<Library> {
     let row = artifact::vendored(soname).map(|row| &row.stored);
     let path = match artifact::locate(soname, row, config.lib_dir.as_deref())? {
         Location::File(path) => path,
@@ -470,19 +544,21 @@ fn open(soname: &str, config: &RuntimeConfig) -> Result<Library> {
     };
     if config.unverified {
         // SAFETY: whoever made the configuration vouched for the folders.
-        return unsafe { Library::open(soname, &path, None) };
+        return unsafe { way(soname, &path, None) };
     }
     let Some(row) = row else {
         return Err(FlashInferError::ArtifactMissing {
             library: soname.to_owned(),
             searched: vec![path.display().to_string()],
-            remedy: "the file is there, but none was vendored to check it against: build with the Cargo feature that \
-                     vendors it, or use RuntimeConfig::without_verification"
-                .to_owned(),
+            remedy: format!(
+                "the file is there, but none was vendored to check it against: {}; or use \
+                 RuntimeConfig::without_verification",
+                artifact::how_to_vendor(soname)
+            ),
         });
     };
     // SAFETY: the digest is that of the vendored library, whose initializers are known to do no harm.
-    unsafe { Library::open(soname, &path, Some(&row.sha256)) }
+    unsafe { way(soname, &path, Some(&row.sha256)) }
 }
 
 /// One that is in the process already, else ours, else that of `CUDA_HOME`, else the one in CUDA's usual folder, else the

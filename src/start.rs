@@ -31,7 +31,8 @@ impl FlashInferRuntime {
     }
 
     /// Loads the module of every kernel of this crate and resolves every function this crate knows in it, so that no later
-    /// call does. Modules that were not vendored are left out, and so are those that `FLASHINFER_RS_MODULES` added.
+    /// call does. Modules that were not vendored are left out, and so are those that `FLASHINFER_RS_MODULES` added and those
+    /// of attention: there are dozens, and a model needs a few.
     ///
     /// # Errors
     /// As for a kernel's first call.

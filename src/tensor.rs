@@ -438,6 +438,7 @@ pub(crate) fn numel(shape: &[i64]) -> Option<i64> {
 }
 
 /// Whether elements lie one after the other in row-major order, where sizes and strides are as many. An empty tensor's do.
+#[cfg(feature = "bench")]
 #[inline(always)]
 pub(crate) fn is_row_major(shape: &[i64], strides: &[i64]) -> bool {
     let (mut next, mut contiguous, mut empty) = (1i64, true, false);

@@ -184,6 +184,83 @@ fn a_file_that_was_not_vendored_is_not_loaded_unchecked() {
     });
 }
 
+const XQA: &str = "xqa_input_bf16_kv_cache_bf16_output_bf16_page_size_64_head_dim_128_head_group_ratio_4_\
+                   use_sliding_window_False_use_spec_dec_False_spec_q_seq_len_1.so";
+
+#[test]
+fn a_module_that_is_set_up_for_the_current_gpu_has_a_copy_for_each() {
+    native::isolated("a_module_that_is_set_up_for_the_current_gpu_has_a_copy_for_each", || {
+        let (folder, elsewhere) = (copies(), tempfile::tempdir().unwrap());
+        let cudart = native::compile("cudart.c", "libcudart.so.13", &[], elsewhere.path());
+        native::load(&cudart, false);
+        let library = native::compile("loadable.c", XQA, &["-DSET_UP", cudart.to_str().unwrap()], folder.path());
+        let runtime = FlashInferRuntime::initialize(unverified(folder.path())).unwrap();
+
+        let modules = [1, 0, 1].map(|id| runtime.module_on(XQA, Device::Cuda(id)).unwrap());
+        let set_up_for = modules.map(|module| {
+            // SAFETY: the fixture's functions take anything.
+            unsafe { module.function("device").unwrap().typed::<(), i64>().call(()) }.unwrap()
+        });
+        assert_eq!(set_up_for, [1, 0, 1]);
+        assert!(std::ptr::eq(modules[0], modules[2]) && modules[0].name() == XQA);
+        let loaded = runtime.artifacts().into_iter().filter(|artifact| artifact.name == XQA);
+        let loaded: Vec<_> = loaded.map(|artifact| artifact.loaded_from).collect();
+        assert_eq!(loaded, [Some(library)]);
+
+        let error = runtime.module(XQA).unwrap_err();
+        assert!(error.to_string().contains("FlashInferRuntime::module_on"), "{error}");
+        let error = runtime.module_on(XQA, Device::Cpu).unwrap_err();
+        assert!(error.to_string().contains("the host"), "{error}");
+        let error = runtime.module_on(XQA, Device::Cuda(2)).unwrap_err();
+        assert!(matches!(error, FlashInferError::DeviceOutOfRange { device: 2, count: 2 }), "{error}");
+        let error = runtime.module_on(TVM_FFI, Device::Cuda(0)).unwrap_err();
+        assert!(error.to_string().contains("a kernel module"), "{error}");
+    });
+}
+
+/// What a runtime says that looks for modules in an empty folder, where it has no such library.
+#[track_caller]
+fn remedy(runtime: &'static FlashInferRuntime, soname: &str) -> String {
+    let FlashInferError::ArtifactMissing { library, remedy, .. } = runtime.module(soname).unwrap_err() else {
+        panic!("{soname} is there")
+    };
+    assert_eq!(library, soname);
+    assert!(remedy.starts_with(&format!("{soname} was not vendored: ")), "{remedy}");
+    remedy
+}
+
+#[test]
+fn what_vendors_a_module_that_is_not_there_is_named() {
+    native::isolated("what_vendors_a_module_that_is_not_there_is_named", || {
+        let runtime = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
+        let prefill = |head_dim, end| {
+            format!(
+                "batch_prefill_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_qk_{head_dim}_\
+                 head_dim_vo_{head_dim}_posenc_0_use_swa_True_use_logits_cap_False_f16qk_False{end}"
+            )
+        };
+        // In the wheel, and no feature's.
+        let module = prefill(256, "_sm90");
+        let variable = format!("build with FLASHINFER_RS_MODULES={module}, if");
+        assert!(remedy(runtime, &format!("{module}.so")).contains(&variable));
+        assert!(remedy(runtime, "single_thing.so").contains("build with FLASHINFER_RS_MODULES=single_thing, if"));
+        // In no wheel.
+        let module = prefill(96, "");
+        let text = remedy(runtime, &format!("{module}.so"));
+        for part in ["no such module", &format!("cargo xtask wheel --kernels {module}`")] {
+            assert!(text.contains(part), "{text}");
+        }
+        #[cfg(not(feature = "attention-mla"))]
+        {
+            let mla = "batch_mla_attention_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_ckv_512_\
+                       head_dim_kpe_64_profiler_False_sm90.so";
+            assert!(remedy(runtime, mla).contains("Cargo feature `attention-mla`"));
+        }
+        #[cfg(not(feature = "page"))]
+        assert!(remedy(runtime, "page.so").contains("Cargo feature `page`"));
+    });
+}
+
 /// A configuration that loads whatever lies in the folder.
 fn unverified(folder: &Path) -> RuntimeConfig {
     // SAFETY: the test's own libraries, whose initializers do nothing.
@@ -268,8 +345,9 @@ fn a_runtime_that_is_there_is_warmed_up_by_a_call_that_asks_for_it() {
     native::isolated("a_runtime_that_is_there_is_warmed_up_by_a_call_that_asks_for_it", || {
         native::stand_in_for_the_driver();
         let cold = FlashInferRuntime::initialize(RuntimeConfig::default()).unwrap();
-        // Whichever the wheel had.
-        let is_module = |name: &str| !name.starts_with("lib");
+        // Whichever the wheel had of those that are warmed up.
+        let rows = flashinfer_rs::kernels::rows();
+        let is_module = |name: &str| rows.iter().any(|row| row.library == name);
         let modules = cold.artifacts().iter().filter(|row| is_module(&row.name)).count();
         assert!(modules > 0);
         let modules_loaded =

@@ -1,6 +1,9 @@
 //! The vendoring ladder as a specification: what the lock may say, where a wheel comes from, what is refused and what
 //! is left behind. No GPU and no network beyond loopback; every test has its own folders, environment and server.
 
+#[path = "../src/attention/uri.rs"]
+#[allow(dead_code, reason = "the library reads names")]
+mod uri;
 #[path = "../build/mod.rs"]
 mod vendoring;
 
@@ -21,6 +24,7 @@ use vendoring::env;
 use vendoring::error::Error;
 use vendoring::lock;
 use vendoring::source::Source;
+use vendoring::vendor::Missing;
 
 /// Where the release host of these tests keeps the file.
 fn release(wheel: &Wheel) -> String {
@@ -50,7 +54,10 @@ fn nowhere() -> (Server, Pin) {
 }
 
 mod the_lock {
+    use std::collections::{BTreeMap, BTreeSet};
+
     use super::*;
+    use uri::{Backend, Element, Shape, Types, Uri, Xqa};
     use vendoring::lock::Lock;
 
     #[track_caller]
@@ -84,6 +91,73 @@ mod the_lock {
         let lock = Lock::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("artifacts.lock")).expect("a good lock");
         for wheel in &lock.wheels {
             assert!(env::wheel_override(&wheel.distribution).is_some(), "{}", wheel.distribution);
+        }
+    }
+
+    /// What each feature of attention vendors, and why no more: docs/hermetic.md.
+    fn attention() -> Vec<(&'static str, Uri)> {
+        let mut all = Vec::new();
+        for element in [Element::BF16, Element::F16] {
+            let types = Types::all(element);
+            let shape =
+                |types, head_dim_qk, head_dim_vo| Shape { types, head_dim_qk, head_dim_vo, window: false, cap: false };
+            for head_dim in [64, 128, 256] {
+                let (plain, fp8) = (shape(types, head_dim, head_dim), Types { kv: Element::E4M3, ..types });
+                all.extend(Backend::ALL.map(|backend| ("attention", Uri::BatchPrefill(plain, backend))));
+                all.push(("attention", Uri::BatchDecode(plain)));
+                let fp8 = shape(fp8, head_dim, head_dim);
+                all.push(("attention-fp8-kv", Uri::BatchPrefill(fp8, Backend::Fa2)));
+                all.push(("attention-fp8-kv", Uri::BatchDecode(fp8)));
+            }
+            all.extend(Backend::ALL.map(|backend| ("attention-mla", Uri::Mla { types, backend })));
+            all.push(("attention-mla", Uri::BatchPrefill(shape(types, 192, 128), Backend::Fa3)));
+            for backend in Backend::ALL {
+                all.extend([false, true].map(|window| ("attention-sinks", Uri::Sinks { types, window, backend })));
+            }
+            for page_size in [16, 64] {
+                let xqa = |group| Uri::Xqa(Xqa { types, page_size, head_dim: 128, group, window: false });
+                all.extend([1, 2, 4, 8].map(|group| ("attention-xqa", xqa(group))));
+            }
+        }
+        all.sort_unstable();
+        all
+    }
+
+    #[test]
+    fn that_is_shipped_has_the_attention_modules_of_usual_models() {
+        let lock = Lock::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("artifacts.lock")).expect("a good lock");
+        let expected = attention();
+        assert!(expected.iter().all(|(_, uri)| uri.is_released()));
+        for target in ["x86_64-linux", "aarch64-linux"] {
+            let members = lock.for_target(target).flat_map(|wheel| &wheel.members);
+            let modules = members.filter_map(|member| {
+                let uri: Uri = vendoring::modules::name(&member.path)?.parse().ok()?;
+                assert_eq!(member.soname, uri.soname());
+                Some((member.feature.as_deref()?, uri))
+            });
+            let mut modules: Vec<_> = modules.collect();
+            modules.sort_unstable();
+            assert_eq!(modules, expected, "{target}");
+        }
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Manifest {
+        features: BTreeMap<String, Vec<String>>,
+    }
+
+    #[test]
+    fn that_is_shipped_has_members_for_features_that_there_are_and_are_documented() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let read = |path: &str| fs::read_to_string(root.join(path)).expect(path);
+        let lock = Lock::parse(&read("artifacts.lock"), "artifacts.lock").expect("a good lock");
+        let manifest: Manifest = toml::from_str(&read("Cargo.toml")).expect("a manifest");
+        let members = lock.wheels.iter().flat_map(|wheel| &wheel.members);
+        let features: BTreeSet<&String> = members.filter_map(|member| member.feature.as_ref()).collect();
+        for feature in features {
+            assert!(manifest.features.contains_key(feature), "Cargo.toml has no feature {feature}");
+            let row = format!("//! | `{feature}` |");
+            assert!(read("src/lib.rs").contains(&row), "the crate's documentation has no row of the feature {feature}");
         }
     }
 
@@ -1327,7 +1401,7 @@ mod extraction {
         let outcome = machine.vendor(&lock, ALL).expect("the build goes on");
         assert_eq!(outcome.rows.len(), 2);
         assert_says(outcome.warnings.join("\n"), &["answered 404", "goes on", "libcudart.so.13"]);
-        assert_says(outcome.missing.join("\n"), &["/gone.whl", "FLASHINFER_RS_CUDART_WHEEL"]);
+        assert_says(reasons(&outcome.missing), &["/gone.whl", "FLASHINFER_RS_CUDART_WHEEL"]);
     }
 
     #[test]
@@ -1374,7 +1448,34 @@ mod extraction {
         let outcome = machine.vendor(&lock, ALL).expect("the build goes on");
         assert_eq!(files_under(&machine.lib_dir()), ["norm.so"]);
         assert_says(outcome.warnings.join("\n"), &["no gdn_prefill_sm90.so", "cargo xtask wheel"]);
-        assert_says(outcome.missing.join("\n"), &["no gdn_prefill_sm90.so"]);
+        assert_says(reasons(&outcome.missing), &["no gdn_prefill_sm90.so"]);
+        assert_eq!(outcome.missing[0].sonames, ["gdn_prefill_sm90.so"]);
+    }
+
+    #[test]
+    fn warns_once_where_a_local_build_lacks_many_members() {
+        let mut wheel = Wheel::jit_cache();
+        for name in ["a", "b", "c", "d", "e"] {
+            wheel.members.push((
+                Box::leak(format!("flashinfer_jit_cache/jit_cache/{name}/{name}.so").into_boxed_str()),
+                b"kernels".to_vec(),
+            ));
+        }
+        let mut lock = wheels::lock([&wheel.pin().url("https://example.invalid/a.whl")]);
+        lock.wheels[0].members.iter_mut().for_each(|member| member.feature = None);
+        let mut machine = Machine::new();
+        let path = machine.place("checkout/local.whl", Wheel::jit_cache().bytes());
+        machine.checkout = Some(machine.path("checkout"));
+        let record = Record::new(wheel.distribution, TARGET, &path, sha256(&Wheel::jit_cache().bytes()));
+        record.write(&machine.path("checkout")).expect("the record");
+        let outcome = machine.vendor(&lock, &[]).expect("the build goes on");
+        assert_eq!(outcome.warnings.len(), 1);
+        assert_says(&outcome.warnings[0], &["no a.so, no b.so, no c.so, and 2 more are not in it"]);
+        assert_eq!(outcome.missing[0].sonames, ["a.so", "b.so", "c.so", "d.so", "e.so"]);
+    }
+
+    fn reasons(missing: &[Missing]) -> String {
+        missing.iter().map(|missing| missing.reason.as_str()).collect::<Vec<_>>().join("\n")
     }
 
     /// A lock to which the environment's modules were added.
@@ -1574,7 +1675,7 @@ mod what_a_build_leaves {
     /// The table, aged, so that a second writing would show.
     fn aged_table(machine: &Machine, wheel: &lock::Wheel) -> (PathBuf, SystemTime) {
         let folder = machine.path("out");
-        emit::table(&folder, &[row(wheel)], &[], false).expect("the table");
+        emit::table(&folder, &[row(wheel)], &[], &lock(), false).expect("the table");
         let path = folder.join("vendored.rs");
         let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
         File::options().write(true).open(&path).and_then(|f| f.set_modified(long_ago)).expect("another time");
@@ -1589,10 +1690,15 @@ mod what_a_build_leaves {
         Wheel::jit_cache().pin().url("https://example.invalid/a.whl").parsed()
     }
 
+    fn lock() -> lock::Lock {
+        wheels::lock([&Wheel::jit_cache().pin().url("https://example.invalid/a.whl")])
+    }
+
     #[test]
     fn is_a_table_of_what_was_vendored() {
         let (machine, wheel) = (Machine::new(), pinned());
-        emit::table(&machine.path("out"), &[row(&wheel)], &["no \"cudart\"".to_owned()], false).expect("the table");
+        let missing = Missing { sonames: vec!["libcudart.so.13".to_owned()], reason: "no \"cudart\"".to_owned() };
+        emit::table(&machine.path("out"), &[row(&wheel)], &[missing], &lock(), false).expect("the table");
         let text = fs::read_to_string(machine.path("out/vendored.rs")).expect("the table");
         assert_says(
             &text,
@@ -1606,7 +1712,11 @@ mod what_a_build_leaves {
                 "size: 4",
                 "source: Source::Override",
                 "built_at: \"/out/lib/norm.so\", built_below: \"\"",
-                "MISSING: &[&str] = &[\"no \\\"cudart\\\"\"];",
+                "MISSING: &[(&[&str], &str)] = &[",
+                "(&[\"libcudart.so.13\"], \"no \\\"cudart\\\"\"),",
+                "FEATURES: &[(&str, &str)] = &[",
+                "(\"norm.so\", \"norm\"),",
+                "MODULES: &str = \"FLASHINFER_RS_MODULES\";",
             ],
         );
     }
@@ -1617,7 +1727,7 @@ mod what_a_build_leaves {
         let (machine, wheel) = (Machine::new(), pinned());
         let mut row = row(&wheel);
         row.extracted.path = "/home/build/app/target/debug/build/flashinfer-rs-0123/out/lib/norm.so".into();
-        emit::table(&machine.path("out"), &[row], &[], false).expect("the table");
+        emit::table(&machine.path("out"), &[row], &[], &lock(), false).expect("the table");
         let text = fs::read_to_string(machine.path("out/vendored.rs")).expect("the table");
         assert_says(&text, &["built_below: \"build/flashinfer-rs-0123/out/lib/norm.so\""]);
     }
@@ -1625,7 +1735,7 @@ mod what_a_build_leaves {
     #[test]
     fn has_no_path_of_this_machine_where_libraries_are_embedded() {
         let (machine, wheel) = (Machine::new(), pinned());
-        emit::table(&machine.path("out"), &[row(&wheel)], &[], true).expect("the table");
+        emit::table(&machine.path("out"), &[row(&wheel)], &[], &lock(), true).expect("the table");
         let text = fs::read_to_string(machine.path("out/vendored.rs")).expect("the table");
         assert_says(&text, &["built_at: \"\", built_below: \"\""]);
     }
@@ -1634,7 +1744,7 @@ mod what_a_build_leaves {
     fn is_not_touched_when_it_is_the_same() {
         let (machine, wheel) = (Machine::new(), pinned());
         let (path, long_ago) = aged_table(&machine, &wheel);
-        emit::table(&machine.path("out"), &[row(&wheel)], &[], false).expect("the table");
+        emit::table(&machine.path("out"), &[row(&wheel)], &[], &lock(), false).expect("the table");
         assert_eq!(modified(&path), long_ago);
     }
 
@@ -1642,9 +1752,9 @@ mod what_a_build_leaves {
     fn is_written_again_when_it_is_another() {
         let (machine, wheel) = (Machine::new(), pinned());
         let (path, long_ago) = aged_table(&machine, &wheel);
-        emit::table(&machine.path("out"), &[], &[], false).expect("the table");
+        emit::table(&machine.path("out"), &[], &[], &lock(), false).expect("the table");
         assert_ne!(modified(&path), long_ago);
-        assert!(!fs::read_to_string(&path).expect("the table").contains("norm.so"));
+        assert!(!fs::read_to_string(&path).expect("the table").contains("name: \"norm.so\""));
     }
 
     #[test]

@@ -7,8 +7,9 @@ use half::{bf16, f16};
 use super::dtype::DataType;
 use super::error::unfit;
 use crate::error::Result;
-use crate::object::Tensor;
-use crate::tensor::{DType, Device, TensorMut, TensorRef, is_row_major};
+use crate::tensor::{DType, Device, TensorMut, TensorRef};
+#[cfg(feature = "bench")]
+use crate::{object::Tensor, tensor::is_row_major};
 
 /// 64 bytes, aligned as frameworks align a tensor's memory: kernels read vectors of it.
 #[repr(C, align(64))]
@@ -205,6 +206,7 @@ impl HostTensor {
         }
     }
 
+    #[cfg(feature = "bench")]
     /// The tensor as an object of TVM-FFI's, which any kernel takes, over the same memory.
     ///
     /// # Errors
@@ -219,6 +221,7 @@ impl HostTensor {
         unsafe { Tensor::from_parts(self, data, Device::Cpu, dtype, &shape) }
     }
 
+    #[cfg(feature = "bench")]
     /// A copy of a tensor object on the host, whose strides may be any.
     ///
     /// # Errors

@@ -192,7 +192,13 @@ pub fn build(program: &Program) -> Result<String> {
     };
     cargo.arg(command).args(no_run).args((command != "bench").then_some("--release"));
     // Every family's kernels, whether or not they are among the default features.
-    let features = [recipes::usual()?, vec![program.features.to_owned()]].concat().join(",");
+    let mut features = recipes::usual()?;
+    // But attention's are not put into programs: they are a hundred megabytes and more.
+    if !program.features.split(',').any(|feature| feature == "embed") {
+        features.extend_from_slice(provision::attention()?);
+    }
+    features.push(program.features.to_owned());
+    let features = features.join(",");
     cargo.args([&format!("--{}", program.kind), &*program.name, "--features", &features]);
     shell::output(cargo.arg("--message-format=json-render-diagnostics"))
 }

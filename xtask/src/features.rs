@@ -48,6 +48,14 @@ fn features() -> Result<Vec<String>> {
     Ok(manifest()?.features.into_keys().filter(|name| name != "default").collect())
 }
 
+/// Those that are tested alone. The families of attention vendor modules and do nothing else, all in one way: one of them
+/// stands for the others.
+fn tested(features: &[String]) -> Result<Vec<&String>> {
+    let alike = recipes::attention()?;
+    let first = alike.first();
+    Ok(features.iter().filter(|feature| Some(*feature) == first || !alike.contains(feature)).collect())
+}
+
 /// Runs the tests that a feature can make a difference to: with the default features, or with these alone.
 pub fn test(features: Option<&str>) -> Result<()> {
     let mut cargo = shell::cargo();
@@ -82,7 +90,7 @@ fn tests(features: &str) -> Result<Vec<String>> {
 pub fn command() -> Result<()> {
     provision::kernels(&recipes::quick()?)?;
     let features = features()?;
-    for feature in &features {
+    for feature in tested(&features)? {
         test(Some(feature))?;
     }
     // Without kernels: no wheel is needed for that.
@@ -127,12 +135,15 @@ mod tests {
     }
 
     #[test]
-    fn every_feature_but_the_default_ones_is_tested_alone() {
+    fn every_feature_but_the_default_ones_and_those_alike_is_tested_alone() {
         let features = features().expect("features");
-        for name in ["norm", "gdn-prefill", "cudart", "embed", "cudarc"] {
+        for name in ["norm", "gdn-prefill", "cudart", "embed", "cudarc", "attention-mla"] {
             assert!(features.contains(&name.to_owned()), "{features:?}");
         }
         assert!(!features.contains(&"default".to_owned()));
+        let tested = tested(&features).expect("names");
+        let left_out: Vec<_> = features.iter().filter(|name| !tested.contains(name)).collect();
+        assert_eq!(left_out, ["attention-fp8-kv", "attention-mla", "attention-sinks", "attention-xqa"]);
     }
 
     #[test]

@@ -3,14 +3,16 @@
 use std::io::BufReader;
 use std::path::Path;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use crate::features;
 use crate::jit_cache;
-use crate::recipes;
+use crate::recipes::{self, Recipes};
 use crate::shell::{self, say};
 use crate::vendoring::env::Env;
 use crate::vendoring::error::Result;
-use crate::vendoring::lock::{Lock, Member, Wheel};
+use crate::vendoring::lock::{Lock, Wheel};
+use crate::vendoring::modules;
 use crate::vendoring::source::{Found, Ladder, Source};
 use crate::vendoring::wheel::Wheel as Archive;
 
@@ -47,31 +49,62 @@ pub fn test(args: &[String]) -> Result<()> {
     features::test(None)
 }
 
-/// Makes sure that a build finds kernels: those that are at hand, else these families from source. A local build that lacks
-/// some of them is built anew, of all that it has and of these.
-pub fn kernels(families: &[String]) -> Result<()> {
+/// Makes sure that a build finds kernels: those that are at hand, else these families and modules from source. A local build
+/// that lacks some of them is built anew, of all that it has and of these.
+pub fn kernels(names: &[String]) -> Result<()> {
     let env = Env::process();
-    let mut wanted = families.to_vec();
-    if let Some((wheel, found)) = at_hand(&env)? {
+    let mut wanted = names.to_vec();
+    if let Some((_, found)) = at_hand(&env)? {
         if found.source != Source::Local {
             return Ok(());
         }
-        let archive = Archive::open(BufReader::new(found.file), found.path.display().to_string())?;
-        let asked = |member: &&Member| member.feature.as_ref().is_some_and(|feature| families.contains(feature));
-        let missing = wheel.members.iter().filter(asked).filter(|member| !archive.has(&member.path));
-        let missing: Vec<_> = missing.map(|member| member.soname.as_str()).collect();
+        let there = modules_of(found)?;
+        let missing = Recipes::read()?.names(names)?.into_iter().filter(|name| !there.contains(name));
+        let missing: Vec<_> = missing.collect();
         if missing.is_empty() {
             return Ok(());
         }
         say(format!("the local build has no {}", missing.join(" and no ")));
-        let there = wheel.members.iter().filter(|member| archive.has(&member.path));
-        wanted.extend(there.filter_map(|member| member.feature.clone()));
+        wanted.extend(there);
         wanted.sort();
         wanted.dedup();
     }
     say(format!("building {} from source", wanted.join(" and ")));
     jit_cache::build(&wanted, &[], &env)?;
     Ok(())
+}
+
+/// The modules in a wheel.
+fn modules_of(found: Found) -> Result<Vec<String>> {
+    let archive = Archive::open(BufReader::new(found.file), found.path.display().to_string())?;
+    Ok(archive.paths().filter_map(|path| modules::name(&path).map(str::to_owned)).collect())
+}
+
+/// The families of attention that a build can have of the wheel at hand: all of whose modules are in it, or, of a local build,
+/// which need not be complete, any. Looked at once.
+pub fn attention() -> Result<&'static [String]> {
+    static FAMILIES: OnceLock<Vec<String>> = OnceLock::new();
+    match FAMILIES.get() {
+        Some(families) => Ok(families),
+        None => {
+            let families = attention_at_hand()?;
+            Ok(FAMILIES.get_or_init(|| families))
+        }
+    }
+}
+
+fn attention_at_hand() -> Result<Vec<String>> {
+    let Some((_, found)) = at_hand(&Env::process())? else { return Ok(Vec::new()) };
+    let is_local = found.source == Source::Local;
+    let (there, recipes, mut families) = (modules_of(found)?, Recipes::read()?, Vec::new());
+    for family in recipes::attention()? {
+        let names = recipes.names(std::slice::from_ref(&family))?;
+        let mut in_it = names.iter().map(|name| there.contains(name));
+        if if is_local { in_it.any(|there| there) } else { in_it.all(|there| there) } {
+            families.push(family);
+        }
+    }
+    Ok(families)
 }
 
 /// Whether the jit-cache wheel can be had, from this machine or from its release host.

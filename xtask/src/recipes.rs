@@ -218,6 +218,11 @@ impl Recipes {
         Ok(modules.into_values().collect())
     }
 
+    /// The names of the modules that [`select`](Self::select) answers.
+    pub fn names(&self, names: &[String]) -> Result<Vec<String>> {
+        Ok(self.select(names)?.into_iter().map(|module| module.name).collect())
+    }
+
     fn known(&self) -> String {
         let families: Vec<&str> = self.families.keys().map(String::as_str).collect();
         let modules: Vec<&str> = self.recipes.iter().map(|recipe| recipe.name.as_str()).collect();
@@ -355,7 +360,9 @@ impl Module<'_> {
                     Each::List(choices) => choices,
                     Each::Named(name) => match recipes.choices.get(name) {
                         Some(choices) => choices,
-                        None => refuse!("xtask/recipes.toml: {} names the choices `{name}`, which are not there", self.name),
+                        None => {
+                            refuse!("xtask/recipes.toml: {} names the choices `{name}`, which are not there", self.name)
+                        }
                     },
                 });
             }
@@ -659,7 +666,8 @@ mod tests {
         }
         for wrong in ["kv_cache_f16", "output_f16"] {
             let (key, _) = wrong.rsplit_once('_').expect("a key");
-            let fault = recipes.module(&name.replace(&format!("{key}_bf16"), wrong)).err().expect("refused").to_string();
+            let fault =
+                recipes.module(&name.replace(&format!("{key}_bf16"), wrong)).err().expect("refused").to_string();
             assert!(fault.contains("one type") && fault.contains(wrong), "{fault}");
         }
     }
@@ -671,16 +679,18 @@ mod tests {
         assert!(!names(&modules).contains(&"gdn_prefill_sm90".to_owned()));
         let attention: Vec<Uri> = names(&modules).iter().filter_map(|name| name.parse().ok()).collect();
         assert!(matches!(attention.as_slice(), [Uri::BatchDecode(_)]), "{attention:?}");
-        assert!(attention.iter().all(|uri| names(&recipes.select(&["attention".to_owned()]).expect("modules")).contains(&uri.to_string())));
+        assert!(
+            attention
+                .iter()
+                .all(|uri| names(&recipes.select(&["attention".to_owned()]).expect("modules"))
+                    .contains(&uri.to_string()))
+        );
     }
 
     #[test]
     fn attention_has_five_families_and_none_of_them_is_usual() {
         let (usual, attention) = (usual().expect("names"), attention().expect("names"));
-        assert_eq!(
-            attention,
-            ["attention", "attention-fp8-kv", "attention-mla", "attention-sinks", "attention-xqa"]
-        );
+        assert_eq!(attention, ["attention", "attention-fp8-kv", "attention-mla", "attention-sinks", "attention-xqa"]);
         assert!(usual.iter().all(|family| !attention.contains(family)) && usual.contains(&"norm".to_owned()));
     }
 }
