@@ -30,7 +30,7 @@ pub struct Missing {
     pub reason: String,
 }
 
-/// How many names stand in a reason.
+/// How many names stand in a reason; of more, the first alone does.
 const NAMED: usize = 3;
 
 /// Vendors every member of the target's wheels that the features want into `lib_dir`.
@@ -116,10 +116,10 @@ fn from_wheel<'a>(
     }
     if !lacking.is_empty() {
         // One warning, since attention has dozens of modules.
-        let mut names = lacking[..lacking.len().min(NAMED)].join(", no ");
-        if lacking.len() > NAMED {
-            names += &format!(", and {} more are not in it", lacking.len() - NAMED);
-        }
+        let names = match lacking.as_slice() {
+            [first, rest @ ..] if rest.len() >= NAMED => format!("{first}, and {} more are not in it", rest.len()),
+            few => few.join(", no "),
+        };
         let reason = format!(
             "the local build {} has no {names}; `cargo xtask wheel --kernels` builds what is named there",
             path.display()

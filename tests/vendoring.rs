@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use support::http::{Refusing, Reply, Server};
 use support::machine::{Machine, assert_says, bytes_of, files_under};
 use support::wheels::{self, Pin, TARGET, Wheel, sha256};
+use uri::{Backend, Element, Shape, Types, Uri};
 use vendoring::env;
 use vendoring::error::Error;
 use vendoring::lock;
@@ -57,7 +58,7 @@ mod the_lock {
     use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
-    use uri::{Backend, Element, Shape, Types, Uri, Xqa};
+    use uri::Xqa;
     use vendoring::lock::Lock;
 
     #[track_caller]
@@ -1470,7 +1471,7 @@ mod extraction {
         record.write(&machine.path("checkout")).expect("the record");
         let outcome = machine.vendor(&lock, &[]).expect("the build goes on");
         assert_eq!(outcome.warnings.len(), 1);
-        assert_says(&outcome.warnings[0], &["no a.so, no b.so, no c.so, and 2 more are not in it"]);
+        assert_says(&outcome.warnings[0], &["no a.so, and 4 more are not in it"]);
         assert_eq!(outcome.missing[0].sonames, ["a.so", "b.so", "c.so", "d.so", "e.so"]);
     }
 
@@ -1596,6 +1597,48 @@ mod extraction {
         let lock = naming("prefill", &unlisted(pin)).expect("a good name");
         let fault = machine.vendor(&lock, &[]).err().expect("no such module").to_string();
         assert_says(fault, &["are gdn_prefill_sm90, "]);
+    }
+
+    /// A wheel with the attention modules of one shape beside the usual two.
+    fn with_attention() -> (Wheel, Vec<String>) {
+        let shape =
+            Shape { types: Types::all(Element::BF16), head_dim_qk: 128, head_dim_vo: 128, window: true, cap: false };
+        let prefill = Backend::ALL.map(|backend| Uri::BatchPrefill(shape, backend).to_string());
+        let names: Vec<String> = prefill.into_iter().chain([Uri::BatchDecode(shape).to_string()]).collect();
+        let mut wheel = Wheel::jit_cache();
+        for name in &names {
+            wheel.members.push((vendoring::modules::path(name).leak(), name.clone().into_bytes()));
+        }
+        (wheel, names)
+    }
+
+    #[test]
+    fn takes_attention_modules_that_no_feature_vendors() {
+        let (wheel, names) = with_attention();
+        let (machine, mut pin) = cached(&wheel);
+        pin.members.truncate(2);
+        let lock = naming(&names.join(","), &pin).expect("good names");
+        machine.vendor(&lock, &[]).expect("the members");
+        let mut files: Vec<String> = names.iter().map(|name| format!("{name}.so")).collect();
+        files.sort_unstable();
+        assert_eq!(files_under(&machine.lib_dir()), files);
+    }
+
+    #[test]
+    fn refuses_a_misspelled_attention_module_with_the_one_that_is_meant() {
+        let (wheel, names) = with_attention();
+        for (wrong, meant) in [
+            (names[0].replace("swa_True", "swa_False"), &names[0]),
+            (names[0].replace("True_", "true_"), &names[0]),
+            (names[1].replace("_sm90", "_sm100"), &names[1]),
+            (names[2].replace("bf16", "f16"), &names[2]),
+        ] {
+            let (machine, mut pin) = cached(&wheel);
+            pin.members.truncate(2);
+            let lock = naming(&wrong, &pin).expect("a good name");
+            let fault = machine.vendor(&lock, &[]).err().expect("no such module").to_string();
+            assert_says(fault, &[&format!("`{wrong}`"), &format!("of the 5 modules that it has are {meant}, ")]);
+        }
     }
 
     #[test]

@@ -126,9 +126,9 @@ pub fn check_architectures(list: &[String]) -> Result<()> {
 }
 
 /// `cargo xtask wheel`
-pub fn command(names: &[String], arch: &[String], out: Option<&Path>) -> Result<()> {
+pub fn command(names: &[String], arch: &[String], with: Option<&Path>, out: Option<&Path>) -> Result<()> {
     let env = Env::process();
-    let wheel = build(names, arch, &env)?;
+    let wheel = build(names, arch, with, &env)?;
     if let Some(out) = out {
         let copy = out.join(wheel.file_name().unwrap_or_default());
         shell::copy(&wheel, &copy)?;
@@ -137,16 +137,24 @@ pub fn command(names: &[String], arch: &[String], out: Option<&Path>) -> Result<
     Ok(())
 }
 
-/// Builds a wheel of these families or modules, or finds it built; records it as the checkout's local build.
-pub fn build(names: &[String], arch: &[String], env: &Env) -> Result<PathBuf> {
+/// Builds a wheel of these families or modules, or finds it built; records it as the checkout's local build. A module that lies
+/// in the folder `with`, built elsewhere, is taken from there.
+pub fn build(names: &[String], arch: &[String], with: Option<&Path>, env: &Env) -> Result<PathBuf> {
     let recipes = Recipes::read()?;
     let modules = recipes.select(names)?;
     let arch = architectures(arch, env)?;
     let toolchain = compiler::prepare(env)?;
     let (cuda, cpp) = (cuda_flags(env, &toolchain)?, cpp_flags(env, &toolchain)?);
+    let mut parts = Vec::new();
     let mut objects = Vec::new();
     let mut counts = Vec::new();
     for module in &modules {
+        if let Some(path) = with.and_then(|folder| built_elsewhere(folder, &module.name)) {
+            let (sha256, _) = digest(&path)?;
+            parts.push(Part { module, made_of: MadeOf::Library(path, sha256) });
+            continue;
+        }
+        parts.push(Part { module, made_of: MadeOf::Objects(Vec::new()) });
         let flags: Vec<String> = cuda.iter().cloned().chain(module.flags(&arch)?).collect();
         let sources = module.sources(&recipes, &toolchain.tree)?;
         counts.push(sources.len());
@@ -158,32 +166,70 @@ pub fn build(names: &[String], arch: &[String], env: &Env) -> Result<PathBuf> {
     let cache = shell::cache(env)?;
     let store = cache.join("objects");
     let mut made = compile::all(&toolchain, &store, &objects, env)?.into_iter();
-    let parts: Vec<Part<'_>> = modules
-        .iter()
-        .zip(counts)
-        .map(|(module, count)| Part { module, objects: made.by_ref().take(count).collect() })
-        .collect();
+    let mut counts = counts.into_iter();
+    for part in &mut parts {
+        if let MadeOf::Objects(objects) = &mut part.made_of {
+            objects.extend(made.by_ref().take(counts.next().unwrap_or_default()));
+        }
+    }
     let folder = cache.join("wheels").join(wheel_key(&toolchain, &parts)?.to_string());
     let wheel = folder.join(format!("{DISTRIBUTION}-{VERSION}-{}.whl", tag()));
     if !is_built(&wheel) {
         let mut linked = Vec::new();
         for part in &parts {
-            linked.push((part.module.name.as_str(), link(&toolchain, part, &store)?));
+            let bytes = match &part.made_of {
+                MadeOf::Objects(objects) => link(&toolchain, part.module, objects, &store)?,
+                MadeOf::Library(path, sha256) => given(path, sha256)?,
+            };
+            linked.push((part.module.name.as_str(), bytes));
         }
         publish(&wheel, |file| write(file, &linked))?;
         Built { sha256: digest(&wheel)?.0.to_string() }.write(&wheel)?;
     }
     let (sha256, size) = digest(&wheel)?;
     Record::new(DISTRIBUTION, &shell::target(), &wheel, sha256).write(&shell::root())?;
+    let elsewhere = parts.iter().filter(|part| matches!(part.made_of, MadeOf::Library(..))).count();
+    let elsewhere = if elsewhere > 0 { format!(", {elsewhere} of them built elsewhere") } else { String::new() };
     let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
-    say(format!("{} for {} ({:.1} MB): {}", names.join(" and "), arch.join(", "), size as f64 / 1e6, wheel.display()));
+    say(format!(
+        "{} for {} ({:.1} MB{elsewhere}): {}",
+        names.join(" and "),
+        arch.join(", "),
+        size as f64 / 1e6,
+        wheel.display()
+    ));
     Ok(wheel)
 }
 
-/// A module and the objects it is linked from.
+/// A module and what it is made of.
 struct Part<'a> {
     module: &'a Module<'a>,
-    objects: Vec<Digest>,
+    made_of: MadeOf,
+}
+
+enum MadeOf {
+    /// The objects that it is linked from.
+    Objects(Vec<Digest>),
+    /// Itself, built elsewhere.
+    Library(PathBuf, Digest),
+}
+
+/// A module in a folder of modules, which may each have a folder as in wheels and in FlashInfer's own cache.
+fn built_elsewhere(folder: &Path, name: &str) -> Option<PathBuf> {
+    let file = format!("{name}.so");
+    [folder.join(&file), folder.join(name).join(&file)].into_iter().find(|path| path.is_file())
+}
+
+/// A library that was built elsewhere.
+fn given(path: &Path, expected: &Digest) -> Result<Vec<u8>> {
+    let bytes = fs::read(path).map_err(|e| Error::io("reading", path, &e))?;
+    if hash(&bytes) != *expected {
+        refuse!("{} changed while it was read; run this again", path.display());
+    }
+    if !bytes.starts_with(b"\x7fELF") {
+        refuse!("{} is no library; put the module there, or nothing of that name", path.display());
+    }
+    Ok(bytes)
 }
 
 /// What is known of a wheel that was built, beside it.
@@ -241,10 +287,15 @@ fn wheel_key(toolchain: &Toolchain, parts: &[Part<'_>]) -> Result<Digest> {
         LINK_FLAGS.join("\n"),
         runtime.collect::<Result<Vec<_>>>()?.join("\n"),
     ];
-    for Part { module, objects } in parts {
+    for Part { module, made_of } in parts {
         all.push(module.name.clone());
-        all.push(objects.iter().map(Digest::to_string).collect::<Vec<_>>().join("\n"));
-        all.push(format!("{:?}", module.libraries()));
+        match made_of {
+            MadeOf::Objects(objects) => {
+                all.push(objects.iter().map(Digest::to_string).collect::<Vec<_>>().join("\n"));
+                all.push(format!("{:?}", module.libraries()));
+            }
+            MadeOf::Library(_, sha256) => all.extend(["built elsewhere".to_owned(), sha256.to_string()]),
+        }
     }
     Ok(key(all.iter().map(String::as_bytes)))
 }
@@ -252,19 +303,19 @@ fn wheel_key(toolchain: &Toolchain, parts: &[Part<'_>]) -> Result<Digest> {
 /// Released modules need libcuda.so.1 by name, since their toolchain does not drop it; Debian's would.
 const LINK_FLAGS: [&str; 4] = ["-shared", "-Wl,--no-as-needed", "-lcudart", "-lcuda"];
 
-fn link(toolchain: &Toolchain, part: &Part<'_>, store: &Path) -> Result<Vec<u8>> {
+fn link(toolchain: &Toolchain, module: &Module<'_>, objects: &[Digest], store: &Path) -> Result<Vec<u8>> {
     let folder = tempfile::tempdir().map_err(|e| Error::io("creating a folder in", &std::env::temp_dir(), &e))?;
     let driver = Library { name: "cuda".to_owned(), soname: "libcuda.so.1".to_owned() };
-    for library in [&driver].into_iter().chain(part.module.libraries()) {
+    for library in [&driver].into_iter().chain(module.libraries()) {
         let stub = folder.path().join(format!("lib{}.so", library.name));
         name_only(toolchain, &library.soname, &stub)?;
     }
-    let library = folder.path().join(format!("{}.so", part.module.name));
+    let library = folder.path().join(format!("{}.so", module.name));
     let mut command = toolchain.host_command();
-    command.args(part.objects.iter().map(|object| compile::path(store, object))).arg("-o").arg(&library);
+    command.args(objects.iter().map(|object| compile::path(store, object))).arg("-o").arg(&library);
     command.arg(format!("-L{}", folder.path().display()));
     command.args(toolchain.library_dirs.iter().map(|folder| format!("-L{}", folder.display())));
-    command.args(LINK_FLAGS).args(part.module.libraries().iter().map(|library| format!("-l{}", library.name)));
+    command.args(LINK_FLAGS).args(module.libraries().iter().map(|library| format!("-l{}", library.name)));
     shell::quietly(&mut command)?;
     fs::read(&library).map_err(|e| Error::io("reading", &library, &e))
 }
@@ -312,4 +363,29 @@ fn write(file: &mut fs::File, modules: &[(&str, Vec<u8>)]) -> Result<()> {
     }
     zip.finish().map_err(|e| failed(&e))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_that_were_built_elsewhere_are_found_and_checked() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (flat, nested) = (folder.path().join("flat.so"), folder.path().join("nested/nested.so"));
+        publish_bytes(&flat, b"\x7fELF of a module").expect("a file");
+        publish_bytes(&nested, b"<html>not found</html>").expect("a file");
+        fs::create_dir(folder.path().join("folder.so")).expect("a folder");
+        assert_eq!(built_elsewhere(folder.path(), "flat"), Some(flat.clone()));
+        assert_eq!(built_elsewhere(folder.path(), "nested"), Some(nested.clone()));
+        assert_eq!(built_elsewhere(folder.path(), "folder"), None);
+        assert_eq!(built_elsewhere(folder.path(), "absent"), None);
+
+        let digest = |path: &Path| digest(path).expect("a digest").0;
+        assert_eq!(given(&flat, &digest(&flat)).expect("a library"), b"\x7fELF of a module");
+        let fault = given(&nested, &digest(&nested)).expect_err("no library").to_string();
+        assert!(fault.contains("nested.so is no library"), "{fault}");
+        let fault = given(&flat, &digest(&nested)).expect_err("another file").to_string();
+        assert!(fault.contains("changed while it was read"), "{fault}");
+    }
 }

@@ -53,13 +53,18 @@ enum Command {
     },
     /// Build a jit-cache wheel from FlashInfer's source package
     Wheel {
-        /// What to build: families or modules, as xtask/recipes.toml names them; default: those that this crate calls
+        /// What to build: Cargo features, families or modules, as xtask/recipes.toml names them; default: the features whose
+        /// kernels this crate calls, but attention's, which take hours
         #[arg(long, value_delimiter = ',')]
         kernels: Vec<String>,
         /// GPU architectures, `9.0a` for example; default: FLASHINFER_CUDA_ARCH_LIST, else 9.0a. Modules whose recipe
         /// names architectures are always for those
         #[arg(long, num_args = 1..)]
         arch: Vec<String>,
+        /// Take the modules among them that lie in this folder, as NAME.so or NAME/NAME.so, in place of building them: built
+        /// on another machine by FlashInfer's Python package, say, in the folder cached_ops of its cache
+        #[arg(long)]
+        with: Option<PathBuf>,
         /// Copy the wheel into this folder
         #[arg(long)]
         out: Option<PathBuf>,
@@ -130,9 +135,9 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Demo => provision::demo(),
         Command::Test { args } => provision::test(&args),
-        Command::Wheel { kernels, arch, out } => {
+        Command::Wheel { kernels, arch, with, out } => {
             let kernels = if kernels.is_empty() { recipes::usual()? } else { kernels };
-            jit_cache::command(&kernels, &arch, out.as_deref())
+            jit_cache::command(&kernels, &arch, with.as_deref(), out.as_deref())
         }
         Command::InstallLibs { to } => install::command(&to),
         Command::Cache(command) => cache::command(command),

@@ -70,7 +70,7 @@ pub fn kernels(names: &[String]) -> Result<()> {
         wanted.dedup();
     }
     say(format!("building {} from source", wanted.join(" and ")));
-    jit_cache::build(&wanted, &[], &env)?;
+    jit_cache::build(&wanted, &[], None, &env)?;
     Ok(())
 }
 
