@@ -11,7 +11,9 @@ use crate::ffi::dlpack::DLDataType;
 use crate::object::{HostAllocator, Tensor, TensorAllocator};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
-use crate::tensor::{Device, is_row_major};
+use crate::tensor::Device;
+#[cfg(feature = "cudarc")]
+use crate::tensor::is_row_major;
 
 pub(super) enum Place {
     Host(HostAllocator),
