@@ -142,6 +142,29 @@ impl Entry {
         unsafe { launch(self, operands, &checked, stream) }
     }
 
+    /// Calls a function of a library that no row names, with arguments that were checked otherwise, as this row's launchers are
+    /// called. Not of one that sets attributes once in a process.
+    ///
+    /// # Safety
+    /// As for [`Function::call`], on a device that exists.
+    #[inline(never)]
+    pub(crate) unsafe fn call_function(
+        self,
+        function: &Function,
+        args: &[Arg<'_>],
+        device: Device,
+        stream: Stream<'_>,
+    ) -> Result<()> {
+        const NOTHING: crate::contract::Variant<'static> = crate::contract::Variant {
+            dtype: crate::tensor::DType::BF16,
+            dimensions: &[0; crate::contract::MAX_DIMENSIONS],
+            present: 0,
+        };
+        let ready = Ready { runtime: FlashInferRuntime::global()?, function, device };
+        // SAFETY: the caller's promise.
+        unsafe { invoke(self, &ready, args, || NOTHING, stream) }
+    }
+
     /// As [`call`], of any kernel.
     ///
     /// # Safety
@@ -208,9 +231,9 @@ pub(crate) fn refused(
 }
 
 /// What a call that keeps the row needs beside it: everything loaded, and a GPU that is known to work.
-struct Ready {
+struct Ready<'f> {
     runtime: &'static FlashInferRuntime,
-    function: &'static Function,
+    function: &'f Function,
     device: Device,
 }
 
@@ -375,7 +398,7 @@ fn parts(row: &'static Row, operands: &[Operand<'_, '_>], checked: &Checked) -> 
 #[inline(never)]
 unsafe fn queue_any(
     entry: Entry,
-    ready: &Ready,
+    ready: &Ready<'_>,
     operands: &[Operand<'_, '_>],
     checked: &Checked,
     stream: Stream<'_>,
@@ -391,7 +414,7 @@ unsafe fn queue_any(
 #[inline(always)]
 unsafe fn queue(
     entry: Entry,
-    ready: &Ready,
+    ready: &Ready<'_>,
     operands: &[Operand<'_, '_>],
     checked: &Checked,
     stream: Stream<'_>,
@@ -443,7 +466,7 @@ unsafe fn queue(
 #[cold]
 unsafe fn queue_objects(
     entry: Entry,
-    ready: &Ready,
+    ready: &Ready<'_>,
     operands: &[Operand<'_, '_>],
     checked: &Checked,
     stream: Stream<'_>,
@@ -476,7 +499,7 @@ unsafe fn queue_objects(
 #[inline(always)]
 unsafe fn invoke<'v>(
     entry: Entry,
-    ready: &Ready,
+    ready: &Ready<'_>,
     args: &[Arg<'_>],
     variant: impl FnOnce() -> crate::contract::Variant<'v>,
     stream: Stream<'_>,

@@ -89,6 +89,7 @@
 //! contents, makes a function `unsafe`.
 
 mod artifact;
+pub mod attention;
 #[cfg(feature = "bench")]
 pub mod bench;
 #[cfg(feature = "cudarc")]

@@ -198,6 +198,11 @@ impl PageTable {
         self.requests.len()
     }
 
+    /// How many tokens a page of the cache holds, and how many pages it has.
+    pub(crate) fn cache(&self) -> (i64, i64) {
+        (self.page_size, self.pages)
+    }
+
     /// How many tokens a request has; `None` for a request that there is not.
     pub fn length(&self, request: usize) -> Option<i64> {
         Some(self.requests.get(request)?.length)
@@ -326,6 +331,19 @@ impl Tokens {
     /// The request of each token.
     pub fn batch_indices(&self) -> &[i32] {
         &self.batch_indices
+    }
+
+    /// How many tokens a page of the cache holds, and how many pages it has.
+    pub(crate) fn cache(&self) -> (i64, i64) {
+        (self.page_size, self.pages)
+    }
+
+    /// The pages that each request has tokens in, and how many tokens those are.
+    pub(crate) fn requests(&self) -> impl ExactSizeIterator<Item = (&[i32], i64)> {
+        self.indptr.windows(2).zip(&self.last_page_len).map(|(ends, &last)| {
+            let pages = &self.indices[ends[0] as usize..ends[1] as usize];
+            (pages, (pages.len() as i64 - 1).max(0) * self.page_size + i64::from(last))
+        })
     }
 
     /// The positions alone, for rotary embeddings on the host.

@@ -1,0 +1,279 @@
+//! What the tensors of a call must be: rows of the contract's language, by which the one engine checks them. What the rows cannot
+//! say, since it is the plan's, is compared behind them.
+
+use crate::contract::{
+    Alignment, Argument, Attributes, Checked, Contents, Convention, Dimension, Dtype, Extent, From, Kind, Operand, Pdl,
+    Reports, Role, Row, RunsOn, Size, Strides, Tensor, check, explain,
+};
+use crate::engine::{Entry, State};
+use crate::error::Result;
+use crate::indices::refuse;
+use crate::stream::Stream;
+use crate::tensor::DType;
+
+/// The name that errors of a call carry.
+pub(super) const RUN: &str = "Plan::run";
+
+const MOST: i64 = i32::MAX as i64;
+
+/// A specification says which; the row says what there is at all.
+const TYPES: &[DType] = &[DType::BF16, DType::F16, DType::F32, DType::F8E4M3];
+
+const fn tensor(name: &'static str, role: Role, dtype: Dtype, shape: &'static [Size], strides: Strides) -> Argument {
+    let tensor =
+        Tensor { role, optional: false, dtype, shape, strides, alignment: Alignment::Bytes(16), contents: Contents::Uniform(1.0) };
+    Argument { name, kind: Kind::Tensor(tensor) }
+}
+
+/// An optional tensor of F32.
+const fn numbers(name: &'static str, role: Role, shape: &'static [Size]) -> Argument {
+    let (dtype, strides) = (Dtype::Only(DType::F32), Strides::Contiguous);
+    let (alignment, contents) = (Alignment::Bytes(4), Contents::Uniform(1.0));
+    Argument { name, kind: Kind::Tensor(Tensor { role, optional: true, dtype, shape, strides, alignment, contents }) }
+}
+
+const fn dimension(name: &'static str, from: From, least: i64) -> Dimension {
+    Dimension { name, from, least, most: MOST, examples: &[] }
+}
+
+// The dimensions of the rows; those of a cache are what they are called there.
+pub(super) const ROWS: usize = 0;
+pub(super) const Q_HEADS: usize = 1;
+pub(super) const Q_DIM: usize = 2;
+/// Pages, or the tokens of keys that lie one after the other.
+pub(super) const PAGES: usize = 3;
+pub(super) const PAGE_SIZE: usize = 4;
+pub(super) const KV_HEADS: usize = 5;
+pub(super) const V_DIM: usize = 6;
+
+/// The arguments of every row start with these; of latent attention the keys and values are the two parts of its cache.
+pub(super) const Q: usize = 0;
+pub(super) const K: usize = 1;
+pub(super) const V: usize = 2;
+const O: usize = 3;
+
+const QUERIES: &[Size] = &[Size::Of(ROWS), Size::Of(Q_HEADS), Size::Of(Q_DIM)];
+const RESULTS: &[Size] = &[Size::Of(ROWS), Size::Of(Q_HEADS), Size::Of(V_DIM)];
+const LOGARITHMS: &[Size] = &[Size::Of(ROWS), Size::Of(Q_HEADS)];
+const NHD: &[Size] = &[Size::Of(PAGES), Size::Of(PAGE_SIZE), Size::Of(KV_HEADS), Size::Of(V_DIM)];
+const HND: &[Size] = &[Size::Of(PAGES), Size::Of(KV_HEADS), Size::Of(PAGE_SIZE), Size::Of(V_DIM)];
+
+const fn paged(shape: &'static [Size]) -> [Argument; 6] {
+    [
+        tensor("q", Role::In, Dtype::OneOf(TYPES), QUERIES, Strides::Rows),
+        tensor("paged_k_cache", Role::In, Dtype::OneOf(TYPES), shape, Strides::Rows),
+        tensor("paged_v_cache", Role::In, Dtype::As(K), shape, Strides::As(K)),
+        tensor("o", Role::Out, Dtype::As(Q), RESULTS, Strides::Contiguous),
+        numbers("lse", Role::Out, LOGARITHMS),
+        numbers("sink", Role::In, &[Size::Of(Q_HEADS)]),
+    ]
+}
+
+/// By the places of a page's tokens and heads in the cache's shape.
+const fn dimensions(tokens: usize, heads: usize) -> [Dimension; 7] {
+    [
+        dimension("rows", From::Shape(Q, 0), 0),
+        dimension("q_heads", From::Shape(Q, 1), 1),
+        dimension("head_dim", From::Shape(Q, 2), 1),
+        dimension("pages", From::Shape(K, 0), 1),
+        dimension("page_size", From::Shape(K, tokens), 1),
+        dimension("kv_heads", From::Shape(K, heads), 1),
+        dimension("head_dim of the cache", From::Shape(K, 3), 1),
+    ]
+}
+
+pub(super) static PAGED: Row = PAGED_ROW;
+
+const PAGED_ROW: Row = Row {
+    kernel: "attention over a paged cache",
+    function: RUN,
+    library: "",
+    feature: "attention",
+    summary: "Attention over a paged cache.",
+    source: "`csrc/batch_prefill.cu`, `csrc/batch_prefill_sm90.cu`, `csrc/batch_decode.cu`",
+    runs_on: RunsOn::AtLeast(7, 5),
+    arguments: &paged(NHD),
+    lead: Q,
+    dimensions: &dimensions(1, 2),
+    relations: &[],
+    // Offsets of pages are 64 bits wide, the strides in them 32; how far queries reach is compared behind the row.
+    extent: Extent { most: i64::MAX / 8, split: false, stride: u32::MAX as i64 },
+    pdl: Pdl::Waits,
+    attributes: Attributes::None,
+    reports: Reports::Status,
+    uses_current_device: false,
+    convention: Convention::Views,
+    hazards: &[],
+    tolerance: [0.0, 0.0],
+    tests: "`tests/attention.rs`, `tests/attention_gpu.rs`",
+};
+
+pub(super) static PAGED_HND: Row = Row { arguments: &paged(HND), dimensions: &dimensions(2, 1), ..PAGED_ROW };
+
+pub(super) static RAGGED: Row = Row {
+    kernel: "attention over keys one after the other",
+    summary: "Attention over keys and values that lie one after the other.",
+    arguments: &[
+        tensor("q", Role::In, Dtype::OneOf(TYPES), QUERIES, Strides::Rows),
+        tensor("k", Role::In, Dtype::OneOf(TYPES), &[Size::Of(PAGES), Size::Of(KV_HEADS), Size::Of(Q_DIM)], Strides::Rows),
+        tensor("v", Role::In, Dtype::As(K), &[Size::Of(PAGES), Size::Of(KV_HEADS), Size::Of(V_DIM)], Strides::Rows),
+        tensor("o", Role::Out, Dtype::As(Q), RESULTS, Strides::Contiguous),
+        numbers("lse", Role::Out, LOGARITHMS),
+        numbers("sink", Role::In, &[Size::Of(Q_HEADS)]),
+    ],
+    dimensions: &[
+        dimension("rows", From::Shape(Q, 0), 0),
+        dimension("q_heads", From::Shape(Q, 1), 1),
+        dimension("head_dim", From::Shape(Q, 2), 1),
+        dimension("keys", From::Shape(K, 0), 0),
+        dimension("one", From::Shape(K, 5), 1),
+        dimension("kv_heads", From::Shape(K, 1), 1),
+        dimension("head_dim of v", From::Shape(V, 2), 1),
+    ],
+    ..PAGED_ROW
+};
+
+pub(super) static MLA: Row = Row {
+    kernel: "latent attention",
+    summary: "Multi-head latent attention over a paged cache.",
+    arguments: &[
+        tensor("q_nope", Role::In, Dtype::OneOf(TYPES), QUERIES, Strides::Rows),
+        tensor(
+            "ckv_cache",
+            Role::In,
+            Dtype::As(Q),
+            &[Size::Of(PAGES), Size::Of(PAGE_SIZE), Size::Of(V_DIM)],
+            Strides::Rows,
+        ),
+        tensor("kpe_cache", Role::In, Dtype::As(Q), &[Size::Of(PAGES), Size::Of(PAGE_SIZE), Size::Of(ROTARY)], Strides::Rows),
+        tensor("o", Role::Out, Dtype::As(Q), RESULTS, Strides::Contiguous),
+        numbers("lse", Role::Out, LOGARITHMS),
+        tensor("q_pe", Role::In, Dtype::As(Q), &[Size::Of(ROWS), Size::Of(Q_HEADS), Size::Of(ROTARY)], Strides::Rows),
+    ],
+    dimensions: &[
+        dimension("rows", From::Shape(Q, 0), 0),
+        dimension("heads", From::Shape(Q, 1), 1),
+        dimension("ckv_dim of q_nope", From::Shape(Q, 2), 1),
+        dimension("pages", From::Shape(K, 0), 1),
+        dimension("page_size", From::Shape(K, 1), 1),
+        dimension("one", From::Shape(K, 5), 1),
+        dimension("ckv_dim", From::Shape(K, 2), 1),
+        dimension("kpe_dim", From::Shape(V, 2), 1),
+    ],
+    ..PAGED_ROW
+};
+
+pub(super) const ROTARY: usize = 7;
+
+/// A launcher that raises what its launch answers.
+static STATUS: State = State::new();
+pub(super) static TELLS: Row = Row { arguments: &[], dimensions: &[], ..PAGED_ROW };
+/// FA3's drops what its launch answers, and raises CUDA's last error.
+pub(super) static ASKS: Row = Row { arguments: &[], dimensions: &[], reports: Reports::LastError, pdl: Pdl::None, ..PAGED_ROW };
+
+/// How a launcher is called.
+pub(super) fn entry(asks_for_the_last_error: bool) -> Entry {
+    Entry { row: if asks_for_the_last_error { &ASKS } else { &TELLS }, state: &STATUS }
+}
+
+/// What a plan was made for, by the dimensions' names.
+pub(super) struct Expected {
+    pub(super) rows: i64,
+    pub(super) q_heads: i64,
+    pub(super) kv_heads: i64,
+    pub(super) q_dim: i64,
+    pub(super) v_dim: i64,
+    pub(super) page_size: i64,
+    /// As many or more; of keys that lie one after the other exactly so many.
+    pub(super) pages: i64,
+    pub(super) q: DType,
+    pub(super) kv: DType,
+}
+
+/// Checks the tensors of a call, against the row and then against the plan.
+#[inline(always)]
+pub(super) fn checked(
+    row: &'static Row,
+    operands: &[Operand<'_, '_>; 6],
+    stream: Stream<'_>,
+    expected: &Expected,
+    more_pages: bool,
+) -> Result<Checked> {
+    let checked = match check(row, operands, stream) {
+        Ok(checked) => checked,
+        Err(fault) => return Err(explain(row, operands, stream, fault)),
+    };
+    let sizes = &checked.dimensions;
+    let fits = sizes[ROWS] == expected.rows
+        && sizes[Q_HEADS] == expected.q_heads
+        && sizes[Q_DIM] == expected.q_dim
+        && sizes[V_DIM] == expected.v_dim
+        && sizes[PAGE_SIZE] == expected.page_size
+        && sizes[KV_HEADS] == expected.kv_heads
+        && (sizes[PAGES] == expected.pages || (more_pages && sizes[PAGES] > expected.pages))
+        && operands[Q].layout().is_some_and(|q| q.is_of(expected.q))
+        && operands[K].layout().is_some_and(|k| k.is_of(expected.kv));
+    if fits { Ok(checked) } else { differs(row, operands, sizes, expected, more_pages) }
+}
+
+#[cold]
+fn differs(
+    row: &'static Row,
+    operands: &[Operand<'_, '_>; 6],
+    sizes: &crate::contract::Dimensions,
+    expected: &Expected,
+    more_pages: bool,
+) -> Result<Checked> {
+    for (at, dtype) in [(Q, expected.q), (K, expected.kv)] {
+        if let Some(layout) = operands[at].layout().filter(|layout| !layout.is_of(dtype)) {
+            let (found, expected) = (layout.dtype().to_string(), format!("{dtype}, as the specification says"));
+            return refuse(RUN, row.arguments[at].name, found, expected);
+        }
+    }
+    let sizes_expected = [
+        (ROWS, expected.rows, "as many as the batch has queries"),
+        (Q_HEADS, expected.q_heads, "as the specification says"),
+        (Q_DIM, expected.q_dim, "as the specification says"),
+        (V_DIM, expected.v_dim, "as the specification says"),
+        (PAGE_SIZE, expected.page_size, "as the specification says"),
+        (KV_HEADS, expected.kv_heads, "as the specification says"),
+    ];
+    for (at, wanted, why) in sizes_expected {
+        if sizes[at] != wanted {
+            return refuse(RUN, row.dimensions[at].name, sizes[at].to_string(), format!("{wanted}, {why}"));
+        }
+    }
+    let or_more = if more_pages { " or more" } else { "" };
+    let wanted = format!("{}{or_more}, for which the batch was made", expected.pages);
+    refuse(RUN, row.dimensions[PAGES].name, sizes[PAGES].to_string(), wanted)
+}
+
+/// That what kernels count in 32 bits stays within them, on a GPU: how far queries and keys reach that lie one after the other, and
+/// how far a page reaches.
+#[inline(always)]
+pub(super) fn check_reach(row: &'static Row, operands: &[Operand<'_, '_>; 6], pages: bool, most: i64) -> Result<()> {
+    const MOST: i64 = u32::MAX as i64;
+    for at in [Q, K, V] {
+        let Some(layout) = operands[at].layout() else { continue };
+        let reach = if at == Q || !pages { layout.reach() } else { within_a_page(layout) };
+        let whole = if at == Q || !pages || most == i64::MAX { Some(0) } else { layout.reach() };
+        if !(reach.is_some_and(|reach| reach <= MOST) && whole.is_some_and(|whole| whole <= most)) {
+            let found = format!("strided {:?} with shape {:?}", layout.strides(), layout.shape());
+            let expected = match whole {
+                Some(0) => "to reach at most 4294967295 elements, in a page where there are pages, which kernels count in 32 bits",
+                _ => "to reach at most 4294967295 elements in all, which this kernel counts in 32 bits",
+            };
+            return refuse(RUN, row.arguments[at].name, found, expected);
+        }
+    }
+    Ok(())
+}
+
+/// How many elements lie from a page's first to behind its last.
+fn within_a_page(layout: &crate::tensor::Layout) -> Option<i64> {
+    let inside = layout.shape().iter().zip(layout.strides()).skip(1);
+    inside.clone().try_fold(1i64, |reach, (&size, &stride)| reach.checked_add((size - 1).checked_mul(stride)?))
+}
+
+/// The place of the results among the arguments.
+pub(super) const RESULT: usize = O;

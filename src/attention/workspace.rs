@@ -1,0 +1,240 @@
+//! Scratch memory, and what is made of it for a batch.
+
+use std::marker::PhantomData;
+
+use crate::error::Result;
+use crate::kernels::page::{PagedKvCache, PagedMlaCache};
+use crate::stream::Stream;
+use crate::tensor::{TensorMut, TensorRef};
+
+use super::batch::Batch;
+use super::run::{AttentionOptions, LatentQueries, Place, Planned};
+use super::sizes::{Largest, check_batch};
+use super::spec::{AttentionSpec, Backend};
+
+/// The scratch memory of attention, for one specification and one stream: what upstream's planner writes, on the host and on the
+/// GPU, and what kernels write between them. Its size follows from the specification and the largest batch.
+#[derive(Debug)]
+pub struct Workspace {
+    spec: AttentionSpec,
+    largest: Largest,
+    memory: Memory,
+}
+
+#[derive(Debug)]
+enum Memory {
+    /// The batch that is planned.
+    Host(Batch),
+    #[cfg(feature = "cudarc")]
+    Gpu(Box<super::gpu::OnStream>),
+}
+
+impl Workspace {
+    /// For tensors on the host, which the [reference](mod@crate::reference) computes with, in f64; for batches of any size.
+    pub fn on_host(spec: AttentionSpec) -> Self {
+        let batch = Batch::ragged();
+        Self { spec, largest: Largest::new(i64::MAX, i64::MAX), memory: Memory::Host(batch) }
+    }
+
+    /// For kernels on `stream`, and batches up to the largest.
+    ///
+    /// # Errors
+    /// [`ArtifactMissing`](crate::FlashInferError::ArtifactMissing) with the name of the module that computes it, where it was not
+    /// vendored; [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a specification for the host alone (F32), for a
+    /// backend that the GPU has not, for a batch that 32 bits do not count, for the per-thread stream, and for a stream that
+    /// captures; [`Cuda`](crate::FlashInferError::Cuda) where there is no memory; or why there is no GPU.
+    #[cfg(feature = "cudarc")]
+    pub fn new(
+        spec: AttentionSpec,
+        largest: Largest,
+        stream: &std::sync::Arc<cudarc::driver::CudaStream>,
+    ) -> Result<Self> {
+        let memory = super::gpu::OnStream::new(&spec, largest, stream, false)?;
+        Ok(Self { spec, largest, memory: Memory::Gpu(Box::new(memory)) })
+    }
+
+    /// The specification that it is for.
+    pub fn spec(&self) -> &AttentionSpec {
+        &self.spec
+    }
+
+    /// What computes; `None` on the host.
+    pub fn backend(&self) -> Option<Backend> {
+        match &self.memory {
+            Memory::Host(_) => None,
+            #[cfg(feature = "cudarc")]
+            Memory::Gpu(memory) => Some(memory.backend()),
+        }
+    }
+
+    /// The name of the module that computes; `None` on the host.
+    pub fn module(&self) -> Option<String> {
+        self.backend().map(|backend| self.spec.module(backend))
+    }
+
+    /// The bytes of scratch memory on the GPU: of partial results, and of lists of work.
+    pub fn bytes(&self) -> (usize, usize) {
+        match &self.memory {
+            Memory::Host(_) => (0, 0),
+            #[cfg(feature = "cudarc")]
+            Memory::Gpu(memory) => memory.bytes(),
+        }
+    }
+
+    /// Plans a batch: divides its work among the GPU's multiprocessors and copies the lists of it, and the batch's tables, to the
+    /// GPU, asynchronously on the workspace's stream. The host waits only where the copy of the fourth plan before it has
+    /// not been made yet.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a batch that is not of the specification's kind or page size,
+    /// that is larger than the workspace is for, or that upstream would count wrong: fewer keys than queries with a causal mask, more
+    /// pieces of work than its lists hold; and on a stream that captures. [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what
+    /// the planner raised; [`Cuda`](crate::FlashInferError::Cuda).
+    pub fn plan(&mut self, batch: &Batch) -> Result<Plan<'_>> {
+        let planned = match &mut self.memory {
+            Memory::Host(kept) => {
+                check_batch(&self.spec, self.largest, batch, 0)?;
+                kept.clone_from(batch);
+                What::Host
+            }
+            #[cfg(feature = "cudarc")]
+            Memory::Gpu(memory) => {
+                check_batch(&self.spec, self.largest, batch, memory.multiprocessors())?;
+                match batch.rows() {
+                    // Upstream divides by the number of requests.
+                    0 => What::Nothing,
+                    _ => What::Gpu(Box::new(memory.plan(&self.spec, batch)?)),
+                }
+            }
+        };
+        let pages = batch.cache().map_or_else(|| batch.keys(), |(_, pages)| pages);
+        Ok(Plan { workspace: self, rows: batch.rows(), pages, planned, of_thread: PhantomData })
+    }
+}
+
+/// A batch that was planned, to be run for any number of layers. It borrows its workspace, so that none other is planned in the
+/// meantime. Runs follow one another on the workspace's stream.
+#[derive(Debug)]
+pub struct Plan<'w> {
+    workspace: &'w Workspace,
+    rows: i64,
+    pages: i64,
+    planned: What,
+    /// Streams are a thread's.
+    of_thread: PhantomData<*const ()>,
+}
+
+#[derive(Debug)]
+enum What {
+    /// A batch of no queries, on a GPU.
+    #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
+    Nothing,
+    Host,
+    #[cfg(feature = "cudarc")]
+    Gpu(Box<super::gpu::Lists>),
+}
+
+impl Plan<'_> {
+    /// What computes; `None` on the host.
+    pub fn backend(&self) -> Option<Backend> {
+        self.workspace.backend()
+    }
+
+    /// The number of queries: the rows of a call's tensors.
+    pub fn rows(&self) -> i64 {
+        self.rows
+    }
+
+    /// What upstream's planner answered: offsets into the workspace, sizes of launches and flags, whose meaning is each module's own.
+    /// Empty on the host.
+    pub fn integers(&self) -> Vec<i64> {
+        match &self.planned {
+            What::Nothing | What::Host => Vec::new(),
+            #[cfg(feature = "cudarc")]
+            What::Gpu(lists) => lists.integers(),
+        }
+    }
+
+    fn planned(&self) -> Option<Planned<'_>> {
+        let (spec, rows, pages) = (&self.workspace.spec, self.rows, self.pages);
+        let (stream, place) = match (&self.planned, &self.workspace.memory) {
+            (What::Host, Memory::Host(batch)) => (Stream::NULL, Place::Host(batch)),
+            #[cfg(feature = "cudarc")]
+            (What::Gpu(lists), Memory::Gpu(memory)) => (memory.stream(), Place::Gpu(memory.launch(lists))),
+            _ => return None,
+        };
+        Some(Planned { spec, rows, pages, stream, place })
+    }
+
+    /// Attention over a paged cache, for [`Kind::Paged`](super::Kind::Paged) and [`Kind::Decode`](super::Kind::Decode): asynchronous on
+    /// the workspace's stream, on the host at once.
+    ///
+    /// | tensor | shape | dtype | |
+    /// |---|---|---|---|
+    /// | `o` | `[rows, q_heads, head_dim]` | the specification's | written; contiguous |
+    /// | `lse` | `[rows, q_heads]` | F32 | written, optional; contiguous |
+    /// | `q` | `[rows, q_heads, head_dim]` | the specification's | read; rows anywhere |
+    /// | `cache` | the batch's number of pages or more | the specification's `kv_dtype` | read |
+    /// | `options.sink` | `[q_heads]` | F32 | read, with sinks alone |
+    ///
+    /// All but F32 tensors are aligned to 16 bytes.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for tensors that are not the plan's: of another shape, type,
+    /// layout, device or stream; [`TvmFfiCall`](crate::FlashInferError::TvmFfiCall) with what the launcher raised;
+    /// [`ContextLost`](crate::FlashInferError::ContextLost).
+    pub fn run(
+        &self,
+        o: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        q: &TensorRef<'_>,
+        cache: &PagedKvCache<'_>,
+        options: &AttentionOptions<'_>,
+    ) -> Result<()> {
+        self.planned().map_or(Ok(()), |planned| planned.paged(o, lse, q, cache, options))
+    }
+
+    /// Attention over keys and values that lie one after the other, for [`Kind::Ragged`](super::Kind::Ragged).
+    ///
+    /// | tensor | shape | dtype | |
+    /// |---|---|---|---|
+    /// | `o` | `[rows, q_heads, head_dim of v]` | the specification's | written; contiguous |
+    /// | `lse` | `[rows, q_heads]` | F32 | written, optional; contiguous |
+    /// | `q` | `[rows, q_heads, head_dim]` | the specification's | read; rows anywhere |
+    /// | `k` | `[keys, kv_heads, head_dim]` | the specification's `kv_dtype` | read; rows anywhere |
+    /// | `v` | `[keys, kv_heads, head_dim of v]` | as `k` | read; rows anywhere |
+    ///
+    /// # Errors
+    /// As for [`run`](Self::run).
+    pub fn run_ragged(
+        &self,
+        o: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        q: &TensorRef<'_>,
+        (k, v): (&TensorRef<'_>, &TensorRef<'_>),
+        options: &AttentionOptions<'_>,
+    ) -> Result<()> {
+        self.planned().map_or(Ok(()), |planned| planned.ragged(o, lse, q, (k, v), options))
+    }
+
+    /// Latent attention, for [`Kind::Mla`](super::Kind::Mla).
+    ///
+    /// | tensor | shape | dtype | |
+    /// |---|---|---|---|
+    /// | `o` | `[rows, heads, 512]` | the specification's | written; contiguous |
+    /// | `lse` | `[rows, heads]` | F32 | written, optional; contiguous |
+    /// | `q_nope`, `q_pe` | `[rows, heads, 512]`, `[rows, heads, 64]` | the specification's | read; rows anywhere |
+    /// | `cache` | the batch's number of pages or more | the specification's | read |
+    ///
+    /// # Errors
+    /// As for [`run`](Self::run).
+    pub fn run_mla(
+        &self,
+        o: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        queries: &LatentQueries<'_, '_>,
+        cache: &PagedMlaCache<'_>,
+    ) -> Result<()> {
+        self.planned().map_or(Ok(()), |planned| planned.mla(o, lse, queries, cache))
+    }
+}
