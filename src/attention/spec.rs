@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::indices::refuse;
 use crate::kernels::page::KvLayout;
 use crate::tensor::DType;
+use crate::uri::{self, Element, Shape, Types, Uri};
 
 /// The name that errors of a specification carry.
 const SPEC: &str = "AttentionSpec";
@@ -232,40 +233,30 @@ impl AttentionSpec {
     }
 
     /// The name of the module that computes it by that backend: the name of its library without the ending `.so`. Upstream makes
-    /// names of this form for every combination, also for those that nobody has compiled.
+    /// names of this form for every combination, also for those that nobody has compiled. Of a specification for the host alone
+    /// (F32) it is BF16's.
     pub fn module(&self, backend: Backend) -> String {
         let AttentionBuilder { kind, q, kv, head_dims: (qk, vo), window, soft_cap, sinks, .. } = self.facts;
-        let swa = if window.is_some() { "True" } else { "False" };
-        let cap = if soft_cap.is_some() { "True" } else { "False" };
-        let types = format!("dtype_q_{}_dtype_kv_{}_dtype_o_{}_dtype_idx_i32", short(q), short(kv), short(q));
-        let ending = if backend.is_for_hopper_alone() { "_sm90" } else { "" };
-        match (kind, backend) {
-            (Kind::Mla, _) => {
-                format!("batch_mla_attention_{types}_head_dim_ckv_512_head_dim_kpe_64_profiler_False{ending}")
-            }
-            (_, Backend::CudaCores) => format!(
-                "batch_decode_with_kv_cache_{types}_head_dim_qk_{qk}_head_dim_vo_{vo}_posenc_0_use_swa_{swa}_use_logits_cap_{cap}"
-            ),
-            _ if sinks => format!(
-                "batch_prefill_with_attention_sink_kv_cache_{types}_head_dim_qk_{qk}_head_dim_vo_{vo}_use_swa_{swa}_{ending}"
-            ),
-            _ => format!(
-                "batch_prefill_with_kv_cache_{types}_head_dim_qk_{qk}_head_dim_vo_{vo}_posenc_0_use_swa_{swa}_\
-                 use_logits_cap_{cap}_f16qk_False{ending}"
-            ),
-        }
+        let types = Types { q: element(q), kv: element(kv), o: element(q) };
+        let (window, cap) = (window.is_some(), soft_cap.is_some());
+        let shape = Shape { types, head_dim_qk: qk as u32, head_dim_vo: vo as u32, window, cap };
+        let which = if backend.is_for_hopper_alone() { uri::Backend::Fa3 } else { uri::Backend::Fa2 };
+        let name = match (kind, backend) {
+            (Kind::Mla, _) => Uri::Mla { types, backend: which },
+            (_, Backend::CudaCores) => Uri::BatchDecode(shape),
+            _ if sinks => Uri::Sinks { types, window, backend: which },
+            _ => Uri::BatchPrefill(shape, which),
+        };
+        name.to_string()
     }
 }
 
-/// Upstream's short name of an element type.
-fn short(dtype: DType) -> &'static str {
+/// An element type as names spell it.
+fn element(dtype: DType) -> Element {
     match dtype {
-        DType::F16 => "f16",
-        DType::BF16 => "bf16",
-        DType::F8E4M3 => "e4m3",
-        DType::F8E5M2 => "e5m2",
-        // For tensors on the host; nothing is compiled for it.
-        _ => "f32",
+        DType::F16 => Element::F16,
+        DType::F8E4M3 => Element::E4M3,
+        _ => Element::BF16,
     }
 }
 
