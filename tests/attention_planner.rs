@@ -1,0 +1,402 @@
+//! Upstream's planners and launchers, from the real libraries, over stand-ins for CUDA's driver and runtime: what the planners answer
+//! is what their rules say, batch after batch, also the largest that a workspace was made for; and every launcher takes what it
+//! is given. A module that was not vendored is reported as ignored, by its name. `FLASHINFER_RS_LIB_DIR` names another folder of
+//! modules.
+
+#[path = "support/native.rs"]
+mod native;
+#[path = "support/planner.rs"]
+mod planner;
+
+use std::ffi::c_void;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream};
+use flashinfer_rs::attention::{
+    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, Kind, Largest, LatentQueries, Plan, Workspace,
+};
+use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
+use flashinfer_rs::{DType, FlashInferError, FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
+use half::bf16;
+use libloading::os::unix::Library;
+use libtest_mimic::{Arguments, Trial};
+use planner::{Heads, Lengths, Planned};
+
+/// Where the modules are.
+const MODULES: &str = "ATTENTION_TEST_MODULES";
+
+fn modules() -> PathBuf {
+    let named = std::env::var_os(MODULES).or_else(|| std::env::var_os("FLASHINFER_RS_LIB_DIR"));
+    named.map_or_else(native::vendored_libraries, PathBuf::from)
+}
+
+type Case = (&'static str, fn() -> (AttentionBuilder, Backend), fn(&Machine, AttentionSpec));
+
+const HEADS: Heads = Heads { q: 8, kv: 2, size: 128 };
+
+fn main() -> ExitCode {
+    let cases: [Case; 9] = [
+        ("fa2_plans_by_its_rules", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2), fa2),
+        ("fa2_runs_paged", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2), run_paged),
+        ("fa2_runs_ragged", || (AttentionSpec::ragged(DType::BF16, (8, 2), (128, 128)).causal(true), Backend::Fa2), run_ragged),
+        ("fa2_decodes_groups_of_any_size", || (AttentionSpec::decode(DType::BF16, (14, 2), 128, 16), Backend::Fa2), run_decode),
+        ("fa3_plans_by_its_rules", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa3), fa3),
+        ("decode_plans_by_its_rules", || (AttentionSpec::decode(DType::BF16, (8, 2), 128, 16), Backend::CudaCores), decode),
+        ("latent_attention_plans_by_its_rules", || (AttentionSpec::mla(DType::BF16, 16, 16).sm_scale(0.07), Backend::Fa2), mla),
+        ("latent_attention_of_hopper_plans_by_its_rules", || (AttentionSpec::mla(DType::BF16, 16, 16).sm_scale(0.07), Backend::Fa3), mla),
+        (
+            "sinks_are_passed_as_objects",
+            || (AttentionSpec::paged(DType::BF16, (8, 2), 64, 16).causal(true).window(40).sinks(), Backend::Fa2),
+            run_sinks,
+        ),
+    ];
+    let arguments = Arguments::from_args();
+    let trials = cases.into_iter().map(|(name, facts, test)| {
+        let (facts, backend) = facts();
+        let spec = facts.backend(backend).build().unwrap();
+        let soname = format!("{}.so", spec.module(backend));
+        let there = modules().join(&soname).is_file();
+        let trial = Trial::test(name, move || {
+            with_machine(name, &soname, |machine| test(&machine, spec));
+            Ok(())
+        });
+        trial.with_ignored_flag(!there)
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+struct Machine {
+    stream: Arc<CudaStream>,
+    cudart: Library,
+    driver: Library,
+}
+
+/// Runs a test in a process of its own, over the stand-ins.
+fn with_machine(name: &str, module: &str, body: impl FnOnce(Machine)) {
+    const FOLDER: &str = "LD_LIBRARY_PATH";
+    let folder = tempfile::tempdir().unwrap();
+    let (stand_ins, modules) = (folder.path(), modules());
+    if !native::in_its_process(name) {
+        native::compile("cuda.c", "libcuda.so.1", &[], stand_ins);
+        native::compile("failing_cudart.c", "libcudart.so.13", &[], stand_ins);
+        std::os::unix::fs::symlink("libcuda.so.1", stand_ins.join("libcuda.so")).unwrap();
+        fs::copy(native::vendored_libraries().join("libtvm_ffi.so"), stand_ins.join("libtvm_ffi.so")).unwrap();
+        fs::copy(modules.join(module), stand_ins.join(module)).unwrap();
+    }
+    native::isolated_with(name, &[(FOLDER, stand_ins), (MODULES, &modules)], || {
+        let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
+        body(Machine::new(&folder));
+    });
+}
+
+impl Machine {
+    fn new(folder: &Path) -> Self {
+        native::load(&folder.join("libcudart.so.13"), true);
+        native::load(&folder.join("libcuda.so.1"), false);
+        // SAFETY: the test's own libraries, and the vendored ones.
+        let config = unsafe { RuntimeConfig::default().lib_dir(folder).without_verification() };
+        FlashInferRuntime::initialize(config).unwrap();
+        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        // SAFETY: loaded already.
+        let open = |name| unsafe { Library::new(folder.join(name)) }.unwrap();
+        let machine = Self { stream, cudart: open("libcudart.so.13"), driver: open("libcuda.so.1") };
+        machine.set("launch_fails_with", 0);
+        machine
+    }
+
+    fn get(&self, name: &str) -> i32 {
+        let library = if matches!(name, "pinned" | "synchronized") { &self.driver } else { &self.cudart };
+        // SAFETY: the fixtures' variables are of this type.
+        unsafe { **library.get::<*const i32>(name.as_bytes()).unwrap() }
+    }
+
+    fn set(&self, name: &str, value: i32) {
+        // SAFETY: as above.
+        unsafe { **self.cudart.get::<*mut i32>(name.as_bytes()).unwrap() = value };
+    }
+
+    /// The lists that were copied last.
+    fn copied(&self) -> Vec<u8> {
+        let bytes = self.get("last_copied_bytes") as usize;
+        // SAFETY: the fixture's variable: memory of so many bytes.
+        unsafe {
+            let data = **self.cudart.get::<*const *const c_void>(b"last_copied").unwrap();
+            std::slice::from_raw_parts(data.cast::<u8>(), bytes).to_vec()
+        }
+    }
+
+    /// That the planner answered what its rules say, and copied those lists.
+    fn expect(&self, plan: &Plan<'_>, expected: &Planned, bytes: (usize, usize), what: &str) {
+        assert_eq!(plan.integers(), expected.integers, "{what}");
+        assert!(expected.float <= bytes.0 as i64 && expected.int <= bytes.1 as i64, "{what}: {bytes:?}");
+        let copied = self.copied();
+        assert_eq!(copied.len() as i64, expected.int, "{what}");
+        for (at, list) in &expected.lists {
+            let words = copied[*at as usize..].chunks_exact(4).take(list.len());
+            let found: Vec<i32> = words.map(|word| i32::from_ne_bytes(word.try_into().unwrap())).collect();
+            assert_eq!(&found, list, "{what}, the list at {at}");
+        }
+    }
+}
+
+fn random(seed: u64) -> impl FnMut(i64) -> i64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    move |below| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        ((state >> 17) % below as u64) as i64
+    }
+}
+
+/// Random batches of all sizes, and at the end the largest.
+fn batches(largest: Largest, one_query: bool, page_size: i64) -> Vec<(Batch, Lengths)> {
+    let all = (0..120).map(|seed| {
+        let mut random = random(seed + 1);
+        let full = seed >= 110;
+        let requests = if full { largest.requests } else { 1 + random(largest.requests.min(1 << (seed % 9))) };
+        let mut left = largest.rows;
+        let (mut batch, mut lengths) = (Batch::paged(page_size, 1 << 16).unwrap(), Lengths { queries: vec![], pages: vec![] });
+        for request in 0..requests {
+            let most = left - (requests - request - 1);
+            let (short, long) = (1 << random(12), 1 << random(14));
+            let queries = match () {
+                () if one_query => 1,
+                () if full && request + 1 == requests => most,
+                () => 1 + random(most.min(short)),
+            };
+            left -= queries;
+            let keys = queries + random(long);
+            let pages = (keys + page_size - 1) / page_size;
+            batch.push(queries, &vec![(request % 100) as i32; pages as usize], keys).unwrap();
+            lengths.queries.push(queries);
+            lengths.pages.push(pages);
+        }
+        (batch, lengths)
+    });
+    all.collect()
+}
+
+fn fa2(machine: &Machine, spec: AttentionSpec) {
+    for largest in [Largest::new(300, 4096), Largest::new(7, 5000), Largest::new(1, 1)] {
+        let mut workspace = Workspace::new(spec, largest, &machine.stream).unwrap();
+        let bytes = workspace.bytes();
+        for (i, (batch, lengths)) in batches(largest, false, 16).iter().enumerate() {
+            let plan = workspace.plan(batch).unwrap();
+            let expected = planner::fa2(lengths, &HEADS, 16, 132, None);
+            machine.expect(&plan, &expected, bytes, &format!("batch {i} of {largest:?}"));
+        }
+    }
+    // What is queued is waited for before its memory is written again, and is given back at the end.
+    assert_eq!((machine.get("pinned"), machine.get("synchronized") > 300), (0, true));
+}
+
+fn fa3(machine: &Machine, spec: AttentionSpec) {
+    for largest in [Largest::new(300, 4096), Largest::new(7, 5000), Largest::new(3, 1 << 20)] {
+        let mut workspace = Workspace::new(spec, largest, &machine.stream).unwrap();
+        let bytes = workspace.bytes();
+        for (i, (batch, lengths)) in batches(largest, false, 16).iter().enumerate() {
+            let plan = workspace.plan(batch).unwrap();
+            let expected = planner::fa3(&lengths.queries, &HEADS, 132, None);
+            machine.expect(&plan, &expected, bytes, &format!("batch {i} of {largest:?}"));
+        }
+    }
+    run_paged(machine, spec);
+}
+
+fn decode(machine: &Machine, spec: AttentionSpec) {
+    for occupancy in [1, 5, 16] {
+        machine.set("occupancy", occupancy);
+        for requests in [1, 64, 300, 5000] {
+            let largest = Largest::decode(requests);
+            let mut workspace = Workspace::new(spec, largest, &machine.stream).unwrap();
+            let bytes = workspace.bytes();
+            for (i, (batch, lengths)) in batches(largest, true, 16).iter().enumerate() {
+                let plan = workspace.plan(batch).unwrap();
+                let expected = planner::decode(&lengths.pages, &HEADS, 16, 132 * i64::from(occupancy), false);
+                machine.expect(&plan, &expected, bytes, &format!("batch {i} of {largest:?} with {occupancy} blocks"));
+            }
+        }
+    }
+    run_decode(machine, spec);
+}
+
+fn mla(machine: &Machine, spec: AttentionSpec) {
+    let largest = Largest::new(300, 4096);
+    let mut workspace = Workspace::new(spec, largest, &machine.stream).unwrap();
+    let bytes = workspace.bytes();
+    for (i, (batch, lengths)) in batches(largest, false, 16).iter().enumerate() {
+        let plan = workspace.plan(batch).unwrap();
+        machine.expect(&plan, &planner::mla(&lengths.queries, 16, 132), bytes, &format!("batch {i}"));
+    }
+    // As many tiles as the lists hold, and one more.
+    let mut batch = Batch::paged(16, 4).unwrap();
+    (0..16_384 - 132).for_each(|_| batch.push(1, &[0], 1).unwrap());
+    let largest = Largest::new(16_384, 16_384);
+    let mut workspace = Workspace::new(spec, largest, &machine.stream).unwrap();
+    workspace.plan(&batch).unwrap();
+    batch.push(1, &[0], 1).unwrap();
+    let error = workspace.plan(&batch).unwrap_err().to_string();
+    assert!(error.contains("16252 tiles, which the planner's lists hold"), "{error}");
+
+    let mut batch = Batch::paged(16, 4).unwrap();
+    batch.push(1, &[3, 1], 20).unwrap();
+    batch.push(2, &[0], 2).unwrap();
+    let plan = workspace.plan(&batch).unwrap();
+    let stream = &machine.stream;
+    let zeros = |count| stream.alloc_zeros::<bf16>(count).unwrap();
+    let (nope, pe) = (zeros(3 * 16 * 512), zeros(3 * 16 * 64));
+    let (mut o, mut ckv, mut kpe) = (zeros(3 * 16 * 512), zeros(4 * 16 * 512), zeros(4 * 16 * 64));
+    let mut lse = stream.alloc_zeros::<f32>(3 * 16).unwrap();
+    let cache = PagedMlaCache::new(
+        TensorMut::from_cudarc(stream, &mut ckv, &[4, 16, 512]).unwrap(),
+        TensorMut::from_cudarc(stream, &mut kpe, &[4, 16, 64]).unwrap(),
+    )
+    .unwrap();
+    let (q_nope, q_pe) = (
+        TensorRef::from_cudarc(stream, &nope, &[3, 16, 512]).unwrap(),
+        TensorRef::from_cudarc(stream, &pe, &[3, 16, 64]).unwrap(),
+    );
+    let before = machine.get("launches");
+    plan.run_mla(
+        &mut TensorMut::from_cudarc(stream, &mut o, &[3, 16, 512]).unwrap(),
+        Some(&mut TensorMut::from_cudarc(stream, &mut lse, &[3, 16]).unwrap()),
+        &LatentQueries { q_nope: &q_nope, q_pe: &q_pe },
+        &cache,
+    )
+    .unwrap();
+    assert_eq!(machine.get("launches"), before + 1);
+}
+
+/// Runs a batch of two requests, in both layouts, with and without logarithms.
+fn run(machine: &Machine, spec: AttentionSpec, queries: i64, sinks: bool) {
+    let stream = &machine.stream;
+    let ((q_heads, kv_heads), size) = (spec.heads(), spec.head_dims().0);
+    let mut batch = Batch::paged(16, 400).unwrap();
+    batch.push(queries, &(0..300).collect::<Vec<_>>(), 300 * 16).unwrap();
+    batch.push(1, &[5], 7).unwrap();
+    let rows = batch.rows();
+    for layout in [KvLayout::Nhd, KvLayout::Hnd] {
+        let facts = match spec.kind() {
+            Kind::Decode => AttentionSpec::decode(DType::BF16, (q_heads, kv_heads), size, 16),
+            _ => AttentionSpec::paged(DType::BF16, (q_heads, kv_heads), size, 16).causal(true),
+        };
+        let facts = spec.window().map_or(facts, |window| facts.window(window));
+        let facts = if sinks { facts.sinks() } else { facts };
+        let backend = spec.backend((9, 0));
+        let spec = facts.layout(layout).backend(backend).build().unwrap();
+        let mut workspace = Workspace::new(spec, Largest::new(2, rows), stream).unwrap();
+        assert_eq!(workspace.backend(), Some(backend));
+        let plan = workspace.plan(&batch).unwrap();
+        let zeros = |count: i64| stream.alloc_zeros::<bf16>(count as usize).unwrap();
+        let (q, mut o) = (zeros(rows * q_heads * size), zeros(rows * q_heads * size));
+        let count = 400 * 16 * kv_heads * size;
+        let (mut k, mut v) = (zeros(count), zeros(count));
+        let mut lse = stream.alloc_zeros::<f32>((rows * q_heads) as usize).unwrap();
+        let numbers = stream.alloc_zeros::<f32>(q_heads as usize).unwrap();
+        let shape = match layout {
+            KvLayout::Nhd => [400, 16, kv_heads, size],
+            KvLayout::Hnd => [400, kv_heads, 16, size],
+        };
+        let cache = PagedKvCache::new(
+            TensorMut::from_cudarc(stream, &mut k, &shape).unwrap(),
+            TensorMut::from_cudarc(stream, &mut v, &shape).unwrap(),
+            layout,
+        )
+        .unwrap();
+        let q = TensorRef::from_cudarc(stream, &q, &[rows, q_heads, size]).unwrap();
+        let mut o = TensorMut::from_cudarc(stream, &mut o, &[rows, q_heads, size]).unwrap();
+        let mut lse = TensorMut::from_cudarc(stream, &mut lse, &[rows, q_heads]).unwrap();
+        let options = match sinks {
+            true => AttentionOptions::default().with_sink(TensorRef::from_cudarc(stream, &numbers, &[q_heads]).unwrap()),
+            false => AttentionOptions::default(),
+        };
+        let before = machine.get("launches");
+        plan.run(&mut o, None, &q, &cache, &options).unwrap();
+        // FA3 divides no context; the others launch a kernel that merges the parts.
+        let each = if backend == Backend::Fa3 { 1 } else { 2 };
+        assert_eq!(machine.get("launches"), before + each);
+        plan.run(&mut o, Some(&mut lse), &q, &cache, &options).unwrap();
+        assert_eq!(machine.get("last_pdl"), i32::from(backend != Backend::Fa3));
+
+        machine.set("launch_fails_with", 209);
+        let error = plan.run(&mut o, None, &q, &cache, &options).unwrap_err();
+        assert!(matches!(error, FlashInferError::TvmFfiCall { .. }), "{error}");
+        machine.set("launch_fails_with", 0);
+        plan.run(&mut o, None, &q, &cache, &options).unwrap();
+
+        // Tensors of another stream are none of the workspace's.
+        let other = stream.context().new_stream().unwrap();
+        let elsewhere = other.alloc_zeros::<bf16>((rows * q_heads * size) as usize).unwrap();
+        let q = TensorRef::from_cudarc(&other, &elsewhere, &[rows, q_heads, size]).unwrap();
+        let error = plan.run(&mut o, None, &q, &cache, &options).unwrap_err().to_string();
+        assert!(error.contains("the call's stream"), "{error}");
+        let host = vec![bf16::ZERO; (rows * q_heads * size) as usize];
+        let q = TensorRef::from_slice(&host, &[rows, q_heads, size]).unwrap();
+        let error = plan.run(&mut o, None, &q, &cache, &options).unwrap_err().to_string();
+        assert!(error.contains("memory of cpu"), "{error}");
+    }
+    // A copy that fails is an error, and the next plan is as good as any.
+    let mut workspace = Workspace::new(spec, Largest::new(2, rows), stream).unwrap();
+    machine.set("copy_fails_with", 1);
+    let error = workspace.plan(&batch).unwrap_err();
+    assert!(matches!(error, FlashInferError::TvmFfiCall { .. }), "{error}");
+    machine.set("copy_fails_with", 0);
+    workspace.plan(&batch).unwrap();
+}
+
+fn run_paged(machine: &Machine, spec: AttentionSpec) {
+    run(machine, spec, 40, false);
+}
+
+fn run_decode(machine: &Machine, spec: AttentionSpec) {
+    run(machine, spec, 1, false);
+}
+
+fn run_sinks(machine: &Machine, spec: AttentionSpec) {
+    // The window leaves too little to be divided, so each call is one launch: that the objects are taken is what counts.
+    let stream = &machine.stream;
+    let mut batch = Batch::paged(16, 4).unwrap();
+    batch.push(3, &[1, 2], 20).unwrap();
+    let mut workspace = Workspace::new(spec, Largest::new(1, 3), stream).unwrap();
+    let plan = workspace.plan(&batch).unwrap();
+    let zeros = |count| stream.alloc_zeros::<bf16>(count).unwrap();
+    let (q, mut o, mut k, mut v) = (zeros(3 * 8 * 64), zeros(3 * 8 * 64), zeros(4 * 16 * 128), zeros(4 * 16 * 128));
+    let numbers = stream.alloc_zeros::<f32>(8).unwrap();
+    let cache = PagedKvCache::new(
+        TensorMut::from_cudarc(stream, &mut k, &[4, 16, 2, 64]).unwrap(),
+        TensorMut::from_cudarc(stream, &mut v, &[4, 16, 2, 64]).unwrap(),
+        KvLayout::Nhd,
+    )
+    .unwrap();
+    let q = TensorRef::from_cudarc(stream, &q, &[3, 8, 64]).unwrap();
+    let mut o = TensorMut::from_cudarc(stream, &mut o, &[3, 8, 64]).unwrap();
+    let sink = TensorRef::from_cudarc(stream, &numbers, &[8]).unwrap();
+    let before = machine.get("launches");
+    plan.run(&mut o, None, &q, &cache, &AttentionOptions::default().with_sink(sink)).unwrap();
+    assert_eq!(machine.get("launches"), before + 1);
+}
+
+fn run_ragged(machine: &Machine, spec: AttentionSpec) {
+    let stream = &machine.stream;
+    let mut batch = Batch::ragged();
+    batch.push_ragged(40, 900).unwrap();
+    batch.push_ragged(1, 7).unwrap();
+    let mut workspace = Workspace::new(spec, Largest::new(2, 41), stream).unwrap();
+    let plan = workspace.plan(&batch).unwrap();
+    let zeros = |count| stream.alloc_zeros::<bf16>(count).unwrap();
+    let (q, mut o) = (zeros(41 * 8 * 128), zeros(41 * 8 * 128));
+    let (k, v) = (zeros(907 * 2 * 128), zeros(907 * 2 * 128));
+    let q = TensorRef::from_cudarc(stream, &q, &[41, 8, 128]).unwrap();
+    let mut o = TensorMut::from_cudarc(stream, &mut o, &[41, 8, 128]).unwrap();
+    let keys = |buffer| TensorRef::from_cudarc(stream, buffer, &[907, 2, 128]).unwrap();
+    let before = machine.get("launches");
+    plan.run_ragged(&mut o, None, &q, (&keys(&k), &keys(&v)), &AttentionOptions::default()).unwrap();
+    assert!(machine.get("launches") > before);
+    let short = TensorRef::from_cudarc(stream, &k, &[906, 2, 128]).unwrap();
+    let error = plan.run_ragged(&mut o, None, &q, (&short, &short), &AttentionOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("907, for which the batch was made"), "{error}");
+}
