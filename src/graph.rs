@@ -42,10 +42,17 @@ pub struct Launched<'a> {
     last: Option<&'a CudaEvent>,
 }
 
+impl Launched<'_> {
+    /// The stream that the graph is launched on.
+    pub(crate) fn stream(&self) -> &CudaStream {
+        self.stream
+    }
+}
+
 /// What a [`LaunchGraph`] owns: `CudaSlice<T>`, `Arc<CudaSlice<T>>` for what is only read and shared (weights),
 /// [`GdnPrefillContext`](crate::kernels::gdn::GdnPrefillContext),
 /// [`SamplingContext`](crate::kernels::sampling::SamplingContext), [`Philox`], which each launch draws from anew,
-/// [`DeviceCuSeqlens`](crate::DeviceCuSeqlens), [`OnDevice`](crate::OnDevice) and, shared, `Arc<OnDevice<D>>`, tuples, arrays
+/// [`GraphPlan`](crate::attention::GraphPlan), [`DeviceCuSeqlens`](crate::DeviceCuSeqlens), [`OnDevice`](crate::OnDevice) and, shared, `Arc<OnDevice<D>>`, tuples, arrays
 /// and vectors of these, and structs that [`graph_buffers!`](crate::graph_buffers) declares.
 pub trait GraphBuffers: Sized + 'static {
     /// What the graph keeps: buffers, and tuples, arrays and vectors of them.

@@ -195,6 +195,17 @@ impl Batch {
         Ok(())
     }
 
+    /// Adds a request that is there to fill a graph's batch up: of so many queries, over keys in one page, repeated.
+    #[cfg(feature = "cudarc")]
+    pub(super) fn fill_up(&mut self, queries: i64, page: i32) {
+        let Some((page_size, _)) = self.pages else { return };
+        let keys = queries.max(1);
+        let all = self.kv_indices.len() + ((keys + page_size - 1) / page_size) as usize;
+        self.kv_indices.resize(all, page);
+        self.last_page_len.push(((keys - 1) % page_size + 1) as i32);
+        self.add(queries, keys, all as i64);
+    }
+
     /// `end` is where the request's pages end, or its keys.
     fn add(&mut self, queries: i64, keys: i64, end: i64) {
         let request = self.requests();

@@ -148,6 +148,11 @@ pub(super) struct Addresses {
     kv_indices: Layout,
 }
 
+// SAFETY: they are addresses of the GPU's, which every thread may hand to kernels.
+unsafe impl Send for Addresses {}
+// SAFETY: as above.
+unsafe impl Sync for Addresses {}
+
 /// What a plan came to: what upstream answered, and where the tables are.
 #[derive(Debug)]
 pub(super) struct Lists {
@@ -162,12 +167,12 @@ impl Lists {
     }
 }
 
-fn integers(array: &Array) -> Vec<i64> {
+pub(super) fn integers(array: &Array) -> Vec<i64> {
     array.iter().map(|any| any.to::<i64>().unwrap_or(i64::MIN)).collect()
 }
 
 /// How long the tables of a batch are, in numbers: each starts at a multiple of four, so that kernels may read several at once.
-pub(super) fn tables_len(requests: usize, indices: usize) -> usize {
+fn tables_len(requests: usize, indices: usize) -> usize {
     2 * (requests + 1).next_multiple_of(4) + requests.next_multiple_of(4) + indices.max(1).next_multiple_of(4)
 }
 
@@ -228,7 +233,13 @@ fn write_tables(batch: &Batch, to: &mut [i32]) {
 }
 
 impl OnStream {
-    pub(super) fn new(spec: &AttentionSpec, largest: Largest, stream: &Arc<CudaStream>, graph: bool) -> Result<Self> {
+    /// `room` is how many pages the tables of a graph have, which then stay where they are.
+    pub(super) fn new(
+        spec: &AttentionSpec,
+        largest: Largest,
+        stream: &Arc<CudaStream>,
+        room: Option<usize>,
+    ) -> Result<Self> {
         refuse_per_thread(WORKSPACE, stream)?;
         check_context(WORKSPACE, "stream", stream.context(), stream.context())?;
         refuse_capture(WORKSPACE, stream)?;
@@ -254,12 +265,18 @@ impl OnStream {
             (Kind::Ragged, _) => "ragged_run",
             _ => "paged_run",
         })?;
+        let graph = room.is_some();
         let needed = sizes(spec, backend, largest, gpu, graph);
         let _current = CurrentContext::bind(stream.context())?;
         let allocated = driver("allocating the workspace");
         let mut float = stream.alloc_zeros(needed.float as usize).map_err(&allocated)?;
         let mut int = stream.alloc_zeros(needed.int as usize).map_err(&allocated)?;
-        let tables = stream.alloc_zeros(tables_len(largest.requests.min(1 << 16) as usize, 0)).map_err(&allocated)?;
+        let len = match room {
+            Some(pages) => tables_len(largest.requests as usize, pages),
+            // What does not fit is made room for when there is a batch.
+            None => tables_len(largest.requests.min(1 << 12) as usize, 1 << 10),
+        };
+        let tables = stream.alloc_zeros(len).map_err(&allocated)?;
         let context = stream.context();
         let slot = |_| -> Result<Slot> {
             Ok(Slot {
@@ -312,7 +329,11 @@ impl OnStream {
         &self.stream
     }
 
-    pub(super) fn buffers(&mut self) -> (&mut CudaSlice<u8>, &mut CudaSlice<u8>, &mut CudaSlice<i32>) {
+    pub(super) fn buffers(&self) -> (&CudaSlice<u8>, &CudaSlice<u8>, &CudaSlice<i32>) {
+        (&self.float, &self.int, &self.tables)
+    }
+
+    pub(super) fn buffers_mut(&mut self) -> (&mut CudaSlice<u8>, &mut CudaSlice<u8>, &mut CudaSlice<i32>) {
         (&mut self.float, &mut self.int, &mut self.tables)
     }
 
@@ -426,20 +447,17 @@ impl OnStream {
         unsafe { self.plan.call_any(&args) }?.to()
     }
 
-    /// Copies the lists of a plan to the GPU again: of the slot before the last, whose plan a graph was to be left with.
+    /// Copies the lists and tables of an earlier plan to the GPU again, whose slot was not used since.
     pub(super) fn restore(&mut self, slot: usize) -> Result<()> {
         let _current = CurrentContext::bind(self.stream.context())?;
-        for (to, from) in [
-            (buffer_address(&mut self.int), self.slots[slot].lists.words().as_ptr().cast::<u8>()),
-            (buffer_address(&mut self.tables), self.slots[slot].tables.words().as_ptr().cast::<u8>()),
-        ] {
-            let bytes = if to == buffer_address(&mut self.int) { self.int.len() } else { 4 * self.tables.len() };
-            // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
-            let copied = unsafe {
-                cuda::memcpy_htod_async(to as u64, slice::from_raw_parts(from, bytes), self.stream.cu_stream())
-            };
-            copied.map_err(driver_in(self.stream.context(), "copying a plan's lists"))?;
-        }
+        self.copy_tables(slot, self.tables.len())?;
+        let (to, bytes) = (buffer_address(&mut self.int), self.int.len());
+        let from = self.slots[slot].lists.data.as_ptr();
+        // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
+        let copied = unsafe {
+            cuda::memcpy_htod_async(to as u64, slice::from_raw_parts(from, bytes), self.stream.cu_stream())
+        };
+        copied.map_err(driver_in(self.stream.context(), "copying a plan's lists"))?;
         self.slots[slot].on_its_way = true;
         record(&self.slots[slot].copied, &self.stream)
             .map_err(driver_in(self.stream.context(), "recording a plan's copies"))

@@ -1,1 +1,339 @@
-//! x
+//! Plans that a graph is captured with, and that are made anew between its launches.
+//!
+//! A graph keeps addresses and the sizes of launches; the lists and tables that kernels find their way by are read at each launch. So
+//! a plan for a graph has its tables at fixed places, with room for the largest batch; requests that are missing are filled up; and
+//! what upstream's planner answers for a new batch is compared with what was captured. The planner's copy is never captured.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
+
+use crate::error::{Result, driver, driver_in};
+use crate::graph::{Launched, Leaf, Site};
+use crate::indices::refuse;
+use crate::kernels::page::{PagedKvCache, PagedMlaCache};
+use crate::object::{Array, Object};
+use crate::owner::{CurrentContext, record, wait};
+use crate::stream::Stream;
+use crate::tensor::{TensorMut, TensorRef};
+
+use super::batch::Batch;
+use super::gpu::OnStream;
+use super::run::{AttentionOptions, LatentQueries, Place, Planned};
+use super::sizes::{Largest, check_batch};
+use super::spec::{AttentionSpec, Backend, Kind};
+
+/// The name that errors carry.
+const GRAPH_PLAN: &str = "GraphPlan";
+
+/// What a graph's plan has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GraphRoom {
+    /// The requests that it is captured with. Others that are missing in a batch are filled up.
+    pub requests: i64,
+    /// The rows of the captured tensors. For [`Kind::Decode`] as many as requests; for [`Kind::Mla`] a multiple of them, since each
+    /// request has as many queries as every other.
+    pub rows: i64,
+    /// The most pages of all requests together.
+    pub pages: usize,
+    /// A page of the cache that no request has: what a request that is filled up reads, and answers nothing of.
+    pub reserved_page: i32,
+}
+
+/// A plan that a [`LaunchGraph`](crate::LaunchGraph) owns among its buffers: captured calls run it, and between launches it is
+/// planned for other batches.
+///
+/// ```no_run
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use flashinfer_rs::attention::{AttentionOptions, AttentionSpec, Batch, GraphPlan, GraphRoom};
+/// # use flashinfer_rs::cudarc::driver::CudaContext;
+/// # use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache};
+/// # use flashinfer_rs::{DType, FlashInferRuntime, LaunchGraph, RuntimeConfig};
+/// # use half::bf16;
+/// # FlashInferRuntime::initialize(RuntimeConfig::default())?;
+/// let stream = CudaContext::new(0)?.new_stream()?;
+/// let spec = AttentionSpec::decode(DType::BF16, (8, 2), 128, 16).build()?;
+/// // Up to 4 requests over 99 pages; page 99 is the reserved one.
+/// let room = GraphRoom { requests: 4, rows: 4, pages: 99, reserved_page: 99 };
+/// let mut batch = Batch::paged(16, 100)?;
+/// batch.push(1, &[7, 3], 20)?;
+/// let plan = GraphPlan::new(spec, room, &batch, &stream)?;
+/// let zeros = |count| stream.alloc_zeros::<bf16>(count);
+/// let buffers = (plan, zeros(4 * 8 * 128)?, zeros(4 * 8 * 128)?, zeros(100 * 16 * 256)?, zeros(100 * 16 * 256)?);
+/// let mut graph = LaunchGraph::new(&stream, buffers)?;
+/// graph.capture(|s, (plan, q, mut o, mut k, mut v)| {
+///     let shape = [100, 16, 2, 128];
+///     let cache = PagedKvCache::new(k.write(&shape)?, v.write(&shape)?, KvLayout::Nhd)?;
+///     plan.run(&mut o.write(&[4, 8, 128])?, None, &q.read(&[4, 8, 128])?, &cache, &AttentionOptions::default(), s)
+/// })?;
+/// graph.launch()?;
+/// // The next step: the request has a key more, and there is another one.
+/// batch.clear();
+/// batch.push(1, &[7, 3], 21)?;
+/// batch.push(1, &[12], 1)?;
+/// graph.buffers()?.0.replan(&batch)?;
+/// graph.launch()?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct GraphPlan {
+    spec: AttentionSpec,
+    room: GraphRoom,
+    /// The tokens of a page and the pages of the cache.
+    cache: (i64, i64),
+    memory: OnStream,
+    /// What the planner answered when it was made.
+    integers: Vec<i64>,
+    /// Where the plan was copied from that is on the GPU.
+    slot: usize,
+    /// Behind the last plan's copies.
+    planned: CudaEvent,
+    /// Behind the graph's last launch, where there was one.
+    launched: CudaEvent,
+    was_launched: bool,
+}
+
+impl GraphPlan {
+    /// For graphs with such room, planned for a first batch. Its plans are copied on `stream`; whichever stream the graph is
+    /// launched on, launches and plans follow one another.
+    ///
+    /// # Errors
+    /// As for [`Workspace::new`](super::Workspace::new) and [`Workspace::plan`](super::Workspace::plan), and for keys that lie one after
+    /// the other, whose number changes with each step.
+    pub fn new(spec: AttentionSpec, room: GraphRoom, batch: &Batch, stream: &Arc<CudaStream>) -> Result<Self> {
+        let GraphRoom { requests, rows, pages, reserved_page } = room;
+        let (Kind::Paged | Kind::Decode | Kind::Mla, Some(cache)) = (spec.kind(), batch.cache()) else {
+            let found = format!("{:?}", spec.kind());
+            return refuse(GRAPH_PLAN, "spec", found, "one over a paged cache, with a batch of pages: a graph keeps its tensors' shapes");
+        };
+        if !(0..cache.1).contains(&i64::from(reserved_page)) {
+            let expected = format!("0 to {}, as the cache has {} pages", cache.1 - 1, cache.1);
+            return refuse(GRAPH_PLAN, "reserved_page", reserved_page.to_string(), expected);
+        }
+        if spec.kind() == Kind::Mla && requests > 0 && rows % requests != 0 {
+            let expected = format!("a multiple of the {requests} requests, which have as many queries each");
+            return refuse(GRAPH_PLAN, "rows", rows.to_string(), expected);
+        }
+        if (pages as i64).saturating_mul(cache.0) > i64::from(i32::MAX) {
+            let expected = format!("at most {}, whose tokens kernels can count", i64::from(i32::MAX) / cache.0);
+            return refuse(GRAPH_PLAN, "pages", pages.to_string(), expected);
+        }
+        let largest = Largest::new(requests, rows);
+        let memory = OnStream::new(&spec, largest, stream, Some(filled_pages(&spec, room, cache.0)))?;
+        let _current = CurrentContext::bind(stream.context())?;
+        let event = || stream.context().new_event(None).map_err(driver("cuEventCreate"));
+        let (planned, launched) = (event()?, event()?);
+        let (integers, slot, was_launched) = (Vec::new(), 0, false);
+        let mut plan = Self { spec, room, cache, memory, integers, slot, planned, launched, was_launched };
+        plan.integers = plan.plan(batch)?;
+        plan.slot = plan.memory.last_slot();
+        Ok(plan)
+    }
+
+    /// What computes.
+    pub fn backend(&self) -> Backend {
+        self.memory.backend()
+    }
+
+    /// What upstream's planner answered, which is the same for every batch that it takes.
+    pub fn integers(&self) -> &[i64] {
+        &self.integers
+    }
+
+    /// Copies a batch's lists and tables to the GPU; what the planner answered.
+    fn plan(&mut self, batch: &Batch) -> Result<Vec<i64>> {
+        let filled = self.filled(batch)?;
+        let stream = Arc::clone(self.memory.owned_stream());
+        let context = stream.context();
+        let _current = CurrentContext::bind(context)?;
+        if self.was_launched {
+            wait(&stream, &self.launched).map_err(driver_in(context, "ordering a plan behind a graph's launch"))?;
+        }
+        let integers = self.memory.planned(&self.spec, &filled, self.room.rows).map(|array| super::gpu::integers(&array));
+        // Also of what failed: copies may be on their way.
+        record(&self.planned, &stream).map_err(driver_in(context, "recording a plan's copies"))?;
+        integers
+    }
+
+    /// A batch with as many requests as the graph has, and as many pages.
+    fn filled(&self, batch: &Batch) -> Result<Batch> {
+        let GraphRoom { requests, rows, pages, reserved_page } = self.room;
+        check_batch(&self.spec, Largest::new(requests, rows), batch, self.memory.multiprocessors())?;
+        if batch.cache() != Some(self.cache) {
+            let (found, expected) = (format!("{:?}", batch.cache()), format!("{:?}", self.cache));
+            let expected = format!("{expected}, the tokens of a page and the pages of the cache that it was made for");
+            return refuse("GraphPlan::replan", "batch", found, expected);
+        }
+        if batch.page_count() > pages {
+            let found = format!("{} of all requests together", batch.page_count());
+            return refuse("GraphPlan::replan", "pages", found, format!("at most {pages}, for which there is room"));
+        }
+        let each = rows / requests.max(1);
+        if self.spec.kind() == Kind::Mla
+            && let Some(request) = (0..batch.requests()).find(|request| batch.lengths(*request).0 != each)
+        {
+            let found = format!("{} of request {request}", batch.lengths(request).0);
+            return refuse("GraphPlan::replan", "queries", found, format!("{each} of each request, as there is room for"));
+        }
+        let mut filled = batch.clone();
+        let queries = if self.spec.kind() == Kind::Paged { 0 } else { each };
+        for _ in batch.requests()..requests as usize {
+            filled.fill_up(queries, reserved_page);
+        }
+        filled.kv_indices.resize(filled_pages(&self.spec, self.room, self.cache.0), reserved_page);
+        // What is filled up counts too.
+        check_batch(&self.spec, Largest::new(requests, rows), &filled, self.memory.multiprocessors())?;
+        Ok(filled)
+    }
+
+    fn planned(&self, info: &Object, stream: Stream<'_>, run: impl FnOnce(&Planned<'_>) -> Result<()>) -> Result<()> {
+        let (spec, rows, pages) = (&self.spec, self.room.rows, self.cache.1);
+        let place = Place::Gpu(self.memory.launch_of(info, self.memory.addresses()));
+        run(&Planned { spec, rows, pages, stream, place })
+    }
+}
+
+/// How many pages the tables have, with those of requests that are filled up.
+fn filled_pages(spec: &AttentionSpec, room: GraphRoom, page_size: i64) -> usize {
+    let each = if spec.kind() == Kind::Mla { room.rows / room.requests.max(1) } else { 1 };
+    let more = room.requests.max(0).saturating_mul((each + page_size - 1) / page_size);
+    room.pages + more.min(1 << 30) as usize
+}
+
+/// A [`GraphPlan`] in a capture.
+#[derive(Debug)]
+pub struct CapturedPlan<'a> {
+    plan: &'a GraphPlan,
+}
+
+impl CapturedPlan<'_> {
+    fn captured(&self, stream: Stream<'_>, run: impl FnOnce(&Planned<'_>) -> Result<()>) -> Result<()> {
+        let info: Object = Array::from_items(self.plan.integers.iter().copied())?.into();
+        self.plan.planned(&info, stream, run)
+    }
+
+    /// [`Plan::run`](super::Plan::run), captured on the stream of the capture. The tensors have the rows that there is room for. Rows
+    /// without a query, and those of requests that are filled up, hold nothing that means anything.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run(
+        &self,
+        o: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        q: &TensorRef<'_>,
+        cache: &PagedKvCache<'_>,
+        options: &AttentionOptions<'_>,
+        stream: Stream<'_>,
+    ) -> Result<()> {
+        self.captured(stream, |planned| planned.paged(o, lse, q, cache, options))
+    }
+
+    /// [`Plan::run_mla`](super::Plan::run_mla), captured likewise.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run_mla(
+        &self,
+        o: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        queries: &LatentQueries<'_, '_>,
+        cache: &PagedMlaCache<'_>,
+        stream: Stream<'_>,
+    ) -> Result<()> {
+        self.captured(stream, |planned| planned.mla(o, lse, queries, cache))
+    }
+}
+
+/// A [`GraphPlan`] between a graph's launches.
+#[derive(Debug)]
+pub struct GraphPlanMut<'a> {
+    plan: &'a mut GraphPlan,
+}
+
+impl GraphPlanMut<'_> {
+    /// Plans another batch for the launches to come: copied asynchronously, behind the launches that were made and ahead of those to
+    /// come. The host waits only where the copy of the fourth plan before it has not been made yet. After an error the graph has
+    /// the plan that it had.
+    ///
+    /// # Errors
+    /// As for [`Workspace::plan`](super::Workspace::plan); [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a batch that
+    /// there is no room for, or that upstream's planner answers otherwise than the one that was captured, so that the captured launches
+    /// would not do for it.
+    pub fn replan(&mut self, batch: &Batch) -> Result<()> {
+        let plan = &mut *self.plan;
+        // Its copy may be needed again.
+        plan.memory.skip(plan.slot);
+        let before = plan.memory.last_slot();
+        let result = plan.plan(batch).and_then(|found| match found == plan.integers {
+            true => Ok(()),
+            false => refuse(
+                "GraphPlan::replan",
+                "batch",
+                format!("one that is planned as {found:?}"),
+                format!("one that is planned as {:?}, as was captured", plan.integers),
+            ),
+        });
+        match result {
+            Ok(()) => {
+                plan.slot = plan.memory.last_slot();
+                Ok(())
+            }
+            // Nothing was copied.
+            Err(error) if plan.memory.last_slot() == before => Err(error),
+            Err(error) => {
+                let stream = Arc::clone(plan.memory.owned_stream());
+                plan.memory.restore(plan.slot)?;
+                record(&plan.planned, &stream).map_err(driver_in(stream.context(), "recording a plan's copies"))?;
+                Err(error)
+            }
+        }
+    }
+
+    /// What upstream's planner answered.
+    pub fn integers(&self) -> &[i64] {
+        self.plan.integers()
+    }
+}
+
+impl Leaf for GraphPlan {
+    type Captured<'a> = CapturedPlan<'a>;
+    type Views<'a> = GraphPlanMut<'a>;
+
+    fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
+        let (float, int, tables) = self.memory.buffers();
+        float.check(context)?;
+        int.check(context)?;
+        tables.check(context)
+    }
+
+    fn captured<'a>(&'a mut self, _site: Site) -> CapturedPlan<'a> {
+        CapturedPlan { plan: self }
+    }
+
+    fn views(&mut self) -> GraphPlanMut<'_> {
+        GraphPlanMut { plan: self }
+    }
+
+    fn take_over(&mut self, stream: &CudaStream) {
+        let (float, int, tables) = self.memory.buffers_mut();
+        float.take_over(stream);
+        int.take_over(stream);
+        tables.take_over(stream);
+        // An error is kept, and found before the launch.
+        stream.context().record_err(wait(stream, &self.planned));
+    }
+
+    fn hand_back(&mut self, launched: &Launched<'_>) -> Result<()> {
+        let stream = launched.stream();
+        record(&self.launched, stream).map_err(driver_in(stream.context(), "recording a graph's launch"))?;
+        self.was_launched = true;
+        let (float, int, tables) = self.memory.buffers_mut();
+        float.hand_back(launched)?;
+        int.hand_back(launched)?;
+        tables.hand_back(launched)
+    }
+}
+
+crate::graph::graph_leaf!(GraphPlan);

@@ -59,6 +59,8 @@
 mod batch;
 #[cfg(feature = "cudarc")]
 mod gpu;
+#[cfg(feature = "cudarc")]
+mod graph;
 mod rows;
 mod run;
 mod sizes;
@@ -66,6 +68,8 @@ mod spec;
 mod workspace;
 
 pub use batch::Batch;
+#[cfg(feature = "cudarc")]
+pub use graph::{CapturedPlan, GraphPlan, GraphPlanMut, GraphRoom};
 pub use run::{AttentionOptions, LatentQueries};
 pub use sizes::Largest;
 pub use spec::{AttentionBuilder, AttentionSpec, Backend, Kind};

@@ -49,7 +49,7 @@ impl Workspace {
         largest: Largest,
         stream: &std::sync::Arc<cudarc::driver::CudaStream>,
     ) -> Result<Self> {
-        let memory = super::gpu::OnStream::new(&spec, largest, stream, false)?;
+        let memory = super::gpu::OnStream::new(&spec, largest, stream, None)?;
         Ok(Self { spec, largest, memory: Memory::Gpu(Box::new(memory)) })
     }
 

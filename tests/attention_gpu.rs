@@ -1,0 +1,801 @@
+//! Attention on a GPU, against the reference in f64. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --release --features
+//! cudarc,attention,attention-mla,attention-sinks,attention-fp8-kv --test attention_gpu` runs it, within 60 seconds. A test is for
+//! one module, whose name is part of its own; where that was not vendored, it is reported as ignored.
+
+#[path = "support/data.rs"]
+mod data;
+#[path = "support/gpu.rs"]
+mod gpu;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use data::{Number, Random, assert_close, widened};
+use flashinfer_rs::attention::{
+    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, Kind, Largest, LatentQueries, Workspace,
+};
+use flashinfer_rs::kernels::cascade::merge_state;
+use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
+use flashinfer_rs::{
+    DType, Device, FlashInferError, FlashInferRuntime, RuntimeConfig, Stream, TensorMut, TensorRef,
+};
+use gpu::Gpu;
+use half::{bf16, f16};
+use libtest_mimic::{Arguments, Trial};
+
+/// The types, heads' sizes and so on of a test's specification, and the test.
+#[derive(Clone, Copy)]
+struct Case {
+    name: &'static str,
+    facts: AttentionBuilder,
+    backend: Backend,
+    test: fn(&Gpu, AttentionBuilder),
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut add = |name, facts, backend, test| cases.push(Case { name, facts, backend, test });
+    for (dtype, of_type) in [(DType::BF16, 0), (DType::F16, 1)] {
+        let by_type = |tests: [fn(&Gpu, AttentionBuilder); 2]| tests[of_type];
+        for size in [64, 128, 256] {
+            let paged = AttentionSpec::paged(dtype, (8, 2), size, 16).causal(true);
+            let ragged = AttentionSpec::ragged(dtype, (8, 2), (size, size)).causal(true);
+            let decode = AttentionSpec::decode(dtype, (8, 2), size, 16);
+            for backend in [Backend::Fa2, Backend::Fa3] {
+                add("prefill_over_pages", paged, backend, by_type([prefill::<bf16>, prefill::<f16>]));
+                add("prefill_one_after_the_other", ragged, backend, by_type([ragged_prefill::<bf16>, ragged_prefill::<f16>]));
+            }
+            add("decode_by_tensor_cores", decode, Backend::Fa2, by_type([decoding::<bf16>, decoding::<f16>]));
+            add("decode_by_cuda_cores", decode, Backend::CudaCores, by_type([decoding::<bf16>, decoding::<f16>]));
+        }
+        let deepseek = AttentionSpec::ragged(dtype, (4, 4), (192, 128)).causal(true);
+        add("prefill_of_192_and_128", deepseek, Backend::Fa3, by_type([ragged_prefill::<bf16>, ragged_prefill::<f16>]));
+        let paged = AttentionSpec::paged(dtype, (8, 2), 128, 16).causal(true);
+        for backend in [Backend::Fa2, Backend::Fa3] {
+            let windowed = paged.window(100);
+            add("a_window", windowed, backend, by_type([windows::<bf16>, windows::<f16>]));
+            add("a_soft_cap", paged.soft_cap(5.0), backend, by_type([prefill::<bf16>, prefill::<f16>]));
+            add("a_window_and_a_soft_cap", windowed.soft_cap(5.0), backend, by_type([windows::<bf16>, windows::<f16>]));
+            let mla = AttentionSpec::mla(dtype, 16, 16).sm_scale(0.07).causal(true);
+            add("latent_attention", mla, backend, by_type([latent::<bf16>, latent::<f16>]));
+            let sinks = AttentionSpec::paged(dtype, (8, 2), 64, 16).causal(true).sinks();
+            add("sinks", sinks, backend, by_type([with_sinks::<bf16>, with_sinks::<f16>]));
+            add("sinks_and_a_window", sinks.window(100), backend, by_type([with_sinks::<bf16>, with_sinks::<f16>]));
+        }
+        let eight = AttentionSpec::paged(dtype, (8, 2), 128, 16).causal(true).kv_dtype(DType::F8E4M3);
+        add("keys_of_8_bits", eight, Backend::Fa2, by_type([eight_bits::<bf16>, eight_bits::<f16>]));
+        let eight = AttentionSpec::decode(dtype, (8, 2), 128, 16).kv_dtype(DType::F8E4M3);
+        add("keys_of_8_bits_decoded", eight, Backend::CudaCores, by_type([eight_bits::<bf16>, eight_bits::<f16>]));
+    }
+    let decode = AttentionSpec::decode(DType::BF16, (8, 2), 128, 16);
+    let paged = AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true);
+    add("ten_thousand_plans_do_not_disturb_each_other", decode, Backend::CudaCores, many_plans);
+    add("ten_thousand_plans_do_not_disturb_each_other", decode, Backend::Fa2, many_plans);
+    for (facts, backend) in [(decode, Backend::CudaCores), (paged, Backend::Fa2), (paged, Backend::Fa3)] {
+        add("two_streams_have_a_workspace_each", facts, backend, two_streams);
+        add("a_second_gpu_answers_the_same_bits", facts, backend, second_gpu);
+        add("plans_and_runs_do_not_wait", facts, backend, asynchronous);
+        add("what_is_not_the_plans_is_refused", facts, backend, refused);
+    }
+    add("parts_of_a_context_merge_into_the_whole", paged.causal(false), Backend::Fa2, merged);
+    cases
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let asked = std::env::var_os(gpu::RUN).is_some_and(|value| value == "1");
+    let trials = cases().into_iter().map(|case| {
+        let facts = case.facts.backend(case.backend);
+        let module = facts.build().expect("a specification").module(case.backend);
+        let there = asked && is_there(&module, case.name);
+        let body = move || {
+            (case.test)(&Gpu::open(), facts);
+            Ok(())
+        };
+        Trial::test(format!("{}: {module}", case.name), body).with_ignored_flag(!there)
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// Whether the module was vendored, and whether there are as many GPUs as the test needs.
+fn is_there(module: &str, test: &str) -> bool {
+    let runtime = FlashInferRuntime::initialize(RuntimeConfig::default()).expect("the runtime");
+    let there = !matches!(runtime.module(&format!("{module}.so")), Err(FlashInferError::ArtifactMissing { .. }));
+    there && !(test.starts_with("a_second_gpu") && runtime.device_count().is_ok_and(|count| count < 2))
+}
+
+/// Requests of queries and keys.
+type Requests = &'static [(i64, i64)];
+
+/// What is to be right whatever the lengths: one key, pages that are full and one more or less, as many queries as keys and fewer,
+/// and one long context among short ones, which is divided.
+const LENGTHS: [Requests; 6] = [
+    &[(1, 1)],
+    &[(1, 16), (3, 17), (15, 15), (16, 16), (2, 31), (5, 32), (7, 33)],
+    &[(1, 3000), (1, 5), (1, 40), (1, 1)],
+    &[(9, 2500), (2, 2), (1, 7)],
+    &[(70, 70), (40, 200)],
+    &[(1, 90), (130, 130), (1, 64)],
+];
+
+fn tolerance(dtype: DType) -> f64 {
+    if dtype == DType::BF16 { 1e-2 } else { 1.5e-3 }
+}
+
+/// A cache on the host, scattered pages of which hold each request's keys.
+struct Input<T> {
+    batch: Batch,
+    pages: i64,
+    q: Vec<T>,
+    k: Vec<T>,
+    v: Vec<T>,
+}
+
+fn below(random: &mut Random, end: i64) -> i64 {
+    ((random.uniform() * end as f64) as i64).min(end - 1)
+}
+
+/// Queries, and a cache where pages that no request has are full of NaN. The second request shares the first one's pages, as far
+/// as both go.
+fn input<T: Number>(seed: u64, spec: &AttentionSpec, requests: &[(i64, i64)]) -> Input<T> {
+    let mut random = Random(seed);
+    let page_size = spec.page_size();
+    let used: i64 = requests.iter().map(|(_, keys)| (keys + page_size - 1) / page_size).sum();
+    let pages = used + 3;
+    let mut free: Vec<i32> = (0..pages as i32).collect();
+    for i in 0..free.len() {
+        let other = i + below(&mut random, (free.len() - i) as i64) as usize;
+        free.swap(i, other);
+    }
+    let mut batch = Batch::paged(page_size, pages).unwrap();
+    let mut first: Vec<i32> = Vec::new();
+    let mut taken = vec![false; pages as usize];
+    for (request, &(queries, keys)) in requests.iter().enumerate() {
+        let mut own: Vec<i32> = free.drain(..((keys + page_size - 1) / page_size) as usize).collect();
+        if request == 1 {
+            let shared = first.len().min(own.len());
+            own[..shared].copy_from_slice(&first[..shared]);
+        }
+        own.iter().for_each(|page| taken[*page as usize] = true);
+        batch.push(queries, &own, keys).unwrap();
+        first = own;
+    }
+    let (q_heads, kv_heads) = spec.heads();
+    let (size, per_page) = (spec.head_dims().0, (page_size * kv_heads * spec.head_dims().0) as usize);
+    let mut fill = || {
+        let mut values: Vec<T> = random.normal(pages as usize * per_page);
+        for (page, own) in values.chunks_exact_mut(per_page).zip(&taken) {
+            if !own {
+                page.fill(T::POISON);
+            }
+        }
+        values
+    };
+    let (k, v) = (fill(), fill());
+    let q = random.normal((batch.rows() * q_heads * size) as usize);
+    Input { batch, pages, q, k, v }
+}
+
+fn shape(spec: &AttentionSpec, pages: i64) -> [i64; 4] {
+    let (kv_heads, size, page_size) = (spec.heads().1, spec.head_dims().0, spec.page_size());
+    match spec.layout() {
+        KvLayout::Nhd => [pages, page_size, kv_heads, size],
+        KvLayout::Hnd => [pages, kv_heads, page_size, size],
+    }
+}
+
+/// Results and logarithms of the reference.
+fn on_host<T: Number>(spec: AttentionSpec, input: &Input<T>, options: &AttentionOptions<'_>) -> (Vec<f32>, Vec<f32>) {
+    let (rows, heads, size) = (input.batch.rows(), spec.heads().0, spec.head_dims().0);
+    let mut workspace = Workspace::on_host(spec);
+    let plan = workspace.plan(&input.batch).unwrap();
+    let mut o = vec![T::default(); (rows * heads * size) as usize];
+    let mut lse = vec![0f32; (rows * heads) as usize];
+    let (mut k, mut v) = (input.k.clone(), input.v.clone());
+    let shape = shape(&spec, input.pages);
+    let cache = PagedKvCache::new(
+        TensorMut::from_slice(&mut k, &shape).unwrap(),
+        TensorMut::from_slice(&mut v, &shape).unwrap(),
+        spec.layout(),
+    )
+    .unwrap();
+    plan.run(
+        &mut TensorMut::from_slice(&mut o, &[rows, heads, size]).unwrap(),
+        Some(&mut TensorMut::from_slice(&mut lse, &[rows, heads]).unwrap()),
+        &TensorRef::from_slice(&input.q, &[rows, heads, size]).unwrap(),
+        &cache,
+        options,
+    )
+    .unwrap();
+    (widened(&o), lse)
+}
+
+/// An input on the GPU.
+struct OnGpu<T> {
+    q: CudaSlice<T>,
+    k: CudaSlice<T>,
+    v: CudaSlice<T>,
+    o: CudaSlice<T>,
+    lse: CudaSlice<f32>,
+}
+
+impl<T: Number> OnGpu<T> {
+    fn new(stream: &Arc<CudaStream>, spec: &AttentionSpec, input: &Input<T>) -> Self {
+        let rows = input.batch.rows() as usize;
+        let heads = spec.heads().0 as usize;
+        let up = |values: &[T]| stream.clone_htod(values).unwrap();
+        Self {
+            q: up(&input.q),
+            k: up(&input.k),
+            v: up(&input.v),
+            o: up(&vec![T::POISON; rows * heads * spec.head_dims().0 as usize]),
+            lse: stream.clone_htod(&vec![f32::NAN; rows * heads]).unwrap(),
+        }
+    }
+
+    fn run(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        plan: &flashinfer_rs::attention::Plan<'_>,
+        spec: &AttentionSpec,
+        pages: i64,
+        options: &AttentionOptions<'_>,
+    ) {
+        let (rows, heads, size) = (plan.rows(), spec.heads().0, spec.head_dims().0);
+        let shape = shape(spec, pages);
+        let cache = PagedKvCache::new(
+            TensorMut::from_cudarc(stream, &mut self.k, &shape).unwrap(),
+            TensorMut::from_cudarc(stream, &mut self.v, &shape).unwrap(),
+            spec.layout(),
+        )
+        .unwrap();
+        plan.run(
+            &mut TensorMut::from_cudarc(stream, &mut self.o, &[rows, heads, size]).unwrap(),
+            Some(&mut TensorMut::from_cudarc(stream, &mut self.lse, &[rows, heads]).unwrap()),
+            &TensorRef::from_cudarc(stream, &self.q, &[rows, heads, size]).unwrap(),
+            &cache,
+            options,
+        )
+        .unwrap();
+    }
+}
+
+/// Plans and runs on the GPU: results and logarithms.
+fn on_gpu<T: Number>(
+    stream: &Arc<CudaStream>,
+    spec: AttentionSpec,
+    input: &Input<T>,
+    options: &AttentionOptions<'_>,
+) -> (Vec<f32>, Vec<f32>) {
+    let largest = Largest::new(input.batch.requests() as i64, input.batch.rows());
+    let mut workspace = Workspace::new(spec, largest, stream).unwrap();
+    let mut gpu = OnGpu::new(stream, &spec, input);
+    let plan = workspace.plan(&input.batch).unwrap();
+    gpu.run(stream, &plan, &spec, input.pages, options);
+    (widened(&stream.clone_dtoh(&gpu.o).unwrap()), stream.clone_dtoh(&gpu.lse).unwrap())
+}
+
+fn assert_logarithms(what: &str, found: &[f32], expected: &[f32], within: f32) {
+    for (i, (a, b)) in found.iter().zip(expected).enumerate() {
+        assert!((a - b).abs() <= within, "{what}: logarithm {i} is {a}, expected {b}");
+    }
+}
+
+fn compare<T: Number>(gpu: &Gpu, spec: AttentionSpec, requests: &[(i64, i64)], seed: u64) {
+    let options = AttentionOptions::default();
+    let input = input::<T>(seed, &spec, requests);
+    let (found, logarithms) = on_gpu(&gpu.stream, spec, &input, &options);
+    let (expected, exact) = on_host(spec, &input, &options);
+    let what = format!("{spec:?} of {requests:?}");
+    assert_close(&what, &found, &expected, tolerance(T::DTYPE));
+    // The hyperbolic tangent of the GPU is an approximate one.
+    assert_logarithms(&what, &logarithms, &exact, if spec.soft_cap().is_some() { 2e-2 } else { 4e-3 });
+}
+
+/// As the facts, with other heads and another page size.
+fn with(facts: AttentionBuilder, heads: (i64, i64), page_size: i64) -> AttentionBuilder {
+    let spec = facts.build().unwrap();
+    let (size, dtype) = (spec.head_dims().0, spec.dtype());
+    let mut other = match spec.kind() {
+        Kind::Decode => AttentionSpec::decode(dtype, heads, size, page_size),
+        _ => AttentionSpec::paged(dtype, heads, size, page_size).causal(spec.is_causal()),
+    };
+    other = other.backend(spec.backend((9, 0))).kv_dtype(spec.kv_dtype());
+    other = spec.window().map_or(other, |window| other.window(window));
+    other = spec.soft_cap().map_or(other, |cap| other.soft_cap(cap));
+    if spec.has_sinks() { other.sinks() } else { other }
+}
+
+fn prefill<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let spec = facts.build().unwrap();
+    for (seed, requests) in LENGTHS.into_iter().enumerate() {
+        compare::<T>(gpu, spec, requests, seed as u64);
+    }
+    for (seed, (heads, page_size)) in
+        [((1, 1), 1), ((3, 1), 5), ((7, 1), 16), ((16, 2), 16), ((16, 1), 64), ((4, 4), 128)].into_iter().enumerate()
+    {
+        let spec = with(facts, heads, page_size).build().unwrap();
+        compare::<T>(gpu, spec, &[(6, 6), (3, 190), (1, 33)], 50 + seed as u64);
+    }
+    without_a_mask::<T>(gpu, facts);
+    layouts_agree::<T>(gpu, facts);
+    random_batches::<T>(gpu, facts, 12);
+}
+
+/// More queries than keys, as where queries attend to another sequence.
+fn without_a_mask<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    if facts.build().unwrap().window().is_none() {
+        let spec = facts.causal(false).build().unwrap();
+        compare::<T>(gpu, spec, &[(9, 3), (20, 300), (1, 1)], 70);
+    }
+}
+
+/// The same keys with the heads of a token together and with the tokens of a head together answer the same bits.
+fn layouts_agree<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let nhd = facts.build().unwrap();
+    let hnd = facts.layout(KvLayout::Hnd).build().unwrap();
+    let requests: &[(i64, i64)] =
+        if nhd.kind() == Kind::Decode { &[(1, 70), (1, 900)] } else { &[(5, 70), (17, 900)] };
+    let input = input::<T>(80, &nhd, requests);
+    let options = AttentionOptions::default();
+    let turned = |values: &[T]| {
+        let [pages, tokens, heads, size] = shape(&nhd, input.pages).map(|n| n as usize);
+        let mut turned = vec![T::default(); values.len()];
+        for (at, row) in values.chunks_exact(size).enumerate() {
+            let (page, token, head) = (at / (tokens * heads), at / heads % tokens, at % heads);
+            let to = ((page * heads + head) * tokens + token) * size;
+            turned[to..to + size].copy_from_slice(row);
+        }
+        assert_eq!(turned.len(), pages * tokens * heads * size);
+        turned
+    };
+    let of_heads = Input {
+        batch: input.batch.clone(),
+        pages: input.pages,
+        q: input.q.clone(),
+        k: turned(&input.k),
+        v: turned(&input.v),
+    };
+    let found = on_gpu(&gpu.stream, nhd, &input, &options);
+    assert!(on_gpu(&gpu.stream, hnd, &of_heads, &options) == found, "HND and NHD of {nhd:?}");
+}
+
+fn random_batches<T: Number>(gpu: &Gpu, facts: AttentionBuilder, count: u64) {
+    for seed in 0..count {
+        let mut random = Random(1000 + seed);
+        let heads = [(4, 2), (8, 1), (2, 2), (6, 2)][below(&mut random, 4) as usize];
+        let page_size = [1, 7, 16, 64][below(&mut random, 4) as usize];
+        let spec = with(facts, heads, page_size).build().unwrap();
+        let one = spec.kind() == Kind::Decode;
+        let requests: Vec<(i64, i64)> = (0..1 + below(&mut random, 6))
+            .map(|_| {
+                let keys = 1 + below(&mut random, [20, 150, 700][seed as usize % 3]);
+                (if one { 1 } else { 1 + below(&mut random, keys.min(24)) }, keys)
+            })
+            .collect();
+        compare::<T>(gpu, spec, &requests, seed);
+    }
+}
+
+fn decoding<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let spec = facts.build().unwrap();
+    for (seed, keys) in [&[1][..], &[15, 16, 17, 31, 32, 33], &[6000, 3, 70, 1], &[400; 40]].into_iter().enumerate() {
+        let requests: Vec<(i64, i64)> = keys.iter().map(|keys| (1, *keys)).collect();
+        compare::<T>(gpu, spec, &requests, seed as u64);
+    }
+    let tensor_cores = spec.backend((9, 0)) == Backend::Fa2;
+    for group in (1..=16).filter(|group| tensor_cores || [1, 2, 3, 4, 8].contains(group)) {
+        let spec = with(facts, (group, 1), 16).build().unwrap();
+        compare::<T>(gpu, spec, &[(1, 300), (1, 18)], 60 + group as u64);
+    }
+    layouts_agree::<T>(gpu, facts);
+    random_batches::<T>(gpu, facts, 12);
+}
+
+fn windows<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    // None but the own key, within a tile, across tiles, and beyond all keys.
+    for (seed, window) in [0, 5, 100, 130, 5000].into_iter().enumerate() {
+        let spec = facts.window(window).build().unwrap();
+        for requests in [&[(1, 1), (40, 40), (20, 700), (1, 300)][..], &[(1, 3000), (1, 5)]] {
+            compare::<T>(gpu, spec, requests, seed as u64);
+        }
+    }
+}
+
+fn ragged_prefill<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let spec = facts.build().unwrap();
+    let stream = &gpu.stream;
+    let ((q_heads, kv_heads), (qk, vo)) = (spec.heads(), spec.head_dims());
+    for (seed, requests) in LENGTHS.into_iter().enumerate() {
+        let mut random = Random(seed as u64);
+        let mut batch = Batch::ragged();
+        requests.iter().for_each(|&(queries, keys)| batch.push_ragged(queries, keys).unwrap());
+        let (rows, keys) = (batch.rows(), batch.keys());
+        let q: Vec<T> = random.normal((rows * q_heads * qk) as usize);
+        let (k, v): (Vec<T>, Vec<T>) =
+            (random.normal((keys * kv_heads * qk) as usize), random.normal((keys * kv_heads * vo) as usize));
+        let shapes = ([rows, q_heads, qk], [keys, kv_heads, qk], [keys, kv_heads, vo], [rows, q_heads, vo]);
+        let options = AttentionOptions::default();
+        let mut expected = vec![T::default(); (rows * q_heads * vo) as usize];
+        let mut exact = vec![0f32; (rows * q_heads) as usize];
+        let mut host = Workspace::on_host(spec);
+        let read = |values, shape: &[i64]| TensorRef::from_slice::<T>(values, shape).unwrap();
+        host.plan(&batch)
+            .unwrap()
+            .run_ragged(
+                &mut TensorMut::from_slice(&mut expected, &shapes.3).unwrap(),
+                Some(&mut TensorMut::from_slice(&mut exact, &[rows, q_heads]).unwrap()),
+                &read(&q, &shapes.0),
+                (&read(&k, &shapes.1), &read(&v, &shapes.2)),
+                &options,
+            )
+            .unwrap();
+        let up = |values: &[T]| stream.clone_htod(values).unwrap();
+        let (q, k, v) = (up(&q), up(&k), up(&v));
+        let mut o = up(&vec![T::POISON; expected.len()]);
+        let mut lse = stream.clone_htod(&vec![f32::NAN; exact.len()]).unwrap();
+        let mut workspace = Workspace::new(spec, Largest::new(requests.len() as i64, rows), stream).unwrap();
+        let read = |buffer, shape: &[i64]| TensorRef::from_cudarc::<T>(stream, buffer, shape).unwrap();
+        workspace
+            .plan(&batch)
+            .unwrap()
+            .run_ragged(
+                &mut TensorMut::from_cudarc(stream, &mut o, &shapes.3).unwrap(),
+                Some(&mut TensorMut::from_cudarc(stream, &mut lse, &[rows, q_heads]).unwrap()),
+                &read(&q, &shapes.0),
+                (&read(&k, &shapes.1), &read(&v, &shapes.2)),
+                &options,
+            )
+            .unwrap();
+        let what = format!("{spec:?} of {requests:?}");
+        let found = widened(&stream.clone_dtoh(&o).unwrap());
+        assert_close(&what, &found, &widened(&expected), tolerance(T::DTYPE));
+        assert_logarithms(&what, &stream.clone_dtoh(&lse).unwrap(), &exact, 4e-3);
+    }
+}
+
+fn with_sinks<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let spec = facts.build().unwrap();
+    let sinks: Vec<f32> = (0..8).map(|head| head as f32 * 0.5 - 2.0).collect();
+    let on_device = gpu.stream.clone_htod(&sinks).unwrap();
+    for (seed, requests) in LENGTHS.into_iter().enumerate() {
+        let input = input::<T>(seed as u64, &spec, requests);
+        let host = AttentionOptions::default().with_sink(TensorRef::from_slice(&sinks, &[8]).unwrap());
+        let (expected, _) = on_host(spec, &input, &host);
+        let device =
+            AttentionOptions::default().with_sink(TensorRef::from_cudarc(&gpu.stream, &on_device, &[8]).unwrap());
+        let (found, _) = on_gpu(&gpu.stream, spec, &input, &device);
+        assert_close(&format!("{spec:?} of {requests:?}"), &found, &expected, tolerance(T::DTYPE));
+    }
+}
+
+/// A byte of F8E4M3 that is a number.
+fn eight_bit(random: &mut Random) -> u8 {
+    // Exponents around 1, so that sums stay small.
+    let (sign, exponent, mantissa) = (below(random, 2), 4 + below(random, 4), below(random, 8));
+    (sign << 7 | exponent << 3 | mantissa) as u8
+}
+
+fn eight_bits<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
+    let ((q_heads, _), size) = (spec.heads(), spec.head_dims().0);
+    let lengths: &[&[(i64, i64)]] = match spec.kind() {
+        Kind::Decode => &[&[(1, 1), (1, 33)], &[(1, 3000), (1, 5)]],
+        _ => &[&[(1, 1), (3, 17), (40, 200)], &[(5, 2500), (1, 5)]],
+    };
+    for (seed, requests) in lengths.iter().enumerate() {
+        let input = input::<T>(seed as u64, &spec, requests);
+        let mut random = Random(seed as u64 + 5);
+        let mut bytes = || -> Vec<u8> { (0..input.k.len()).map(|_| eight_bit(&mut random)).collect() };
+        let (mut k, mut v) = (bytes(), bytes());
+        let rows = input.batch.rows();
+        let (o_shape, cache_shape) = ([rows, q_heads, size], shape(&spec, input.pages));
+        let options = AttentionOptions::default().with_k_scale(0.75);
+        let mut expected = vec![T::default(); (rows * q_heads * size) as usize];
+        {
+            // SAFETY: as many bytes as the shape says.
+            let [k, v] = [&mut k, &mut v].map(|bytes| unsafe {
+                TensorMut::from_raw(bytes.as_mut_ptr().cast(), Device::Cpu, DType::F8E4M3, &cache_shape, None).unwrap()
+            });
+            let cache = PagedKvCache::new(k, v, spec.layout()).unwrap();
+            let mut results = TensorMut::from_slice(&mut expected, &o_shape).unwrap();
+            let q = TensorRef::from_slice(&input.q, &o_shape).unwrap();
+            let mut host = Workspace::on_host(spec);
+            host.plan(&input.batch).unwrap().run(&mut results, None, &q, &cache, &options).unwrap();
+        }
+        let (mut k, mut v) = (stream.clone_htod(&k).unwrap(), stream.clone_htod(&v).unwrap());
+        let q = stream.clone_htod(&input.q).unwrap();
+        let mut o = stream.clone_htod(&vec![T::POISON; expected.len()]).unwrap();
+        {
+            let [k, v] = [&mut k, &mut v]
+                .map(|bytes| TensorMut::from_cudarc_bytes(stream, bytes, DType::F8E4M3, &cache_shape).unwrap());
+            let cache = PagedKvCache::new(k, v, spec.layout()).unwrap();
+            let mut results = TensorMut::from_cudarc(stream, &mut o, &o_shape).unwrap();
+            let q = TensorRef::from_cudarc(stream, &q, &o_shape).unwrap();
+            let largest = Largest::new(requests.len() as i64, rows);
+            let mut workspace = Workspace::new(spec, largest, stream).unwrap();
+            workspace.plan(&input.batch).unwrap().run(&mut results, None, &q, &cache, &options).unwrap();
+        }
+        let found = widened(&stream.clone_dtoh(&o).unwrap());
+        assert_close(&format!("{spec:?} of {requests:?}"), &found, &widened(&expected), tolerance(T::DTYPE));
+    }
+}
+
+fn latent<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let stream = &gpu.stream;
+    let first = facts.build().unwrap();
+    let lengths: [Requests; 4] =
+        [&[(1, 1)], &[(1, 17), (1, 1500), (1, 32)], &[(3, 3), (2, 70), (5, 33)], &[(12, 400), (1, 5)]];
+    for (seed, (heads, page_size)) in [(16, 16), (128, 64), (8, 1)].into_iter().enumerate() {
+        let spec = AttentionSpec::mla(first.dtype(), heads, page_size)
+            .sm_scale(0.07)
+            .causal(true)
+            .backend(first.backend((9, 0)))
+            .build()
+            .unwrap();
+        for requests in lengths {
+            let mut random = Random(seed as u64);
+            let paged = AttentionSpec::paged(first.dtype(), (1, 1), 64, page_size).build().unwrap();
+            let Input { batch, pages, k: kpe, .. } = input::<T>(seed as u64, &paged, requests);
+            // Where the pages are unused, the compressed part is NaN as the rotary one is.
+            let tokens = (pages * page_size) as usize;
+            let mut ckv: Vec<T> = random.normal(tokens * 512);
+            for (token, rotary) in ckv.chunks_exact_mut(512).zip(kpe.chunks_exact(64)) {
+                if rotary[0].into().is_nan() {
+                    token.fill(T::POISON);
+                }
+            }
+            let rows = batch.rows();
+            let count = (rows * heads) as usize;
+            let (q_nope, q_pe): (Vec<T>, Vec<T>) = (random.normal(count * 512), random.normal(count * 64));
+            let shapes = ([rows, heads, 512], [rows, heads, 64], [pages, page_size, 512], [pages, page_size, 64]);
+            let (mut expected, mut exact) = (vec![T::default(); count * 512], vec![0f32; count]);
+            {
+                let (mut ckv, mut kpe) = (ckv.clone(), kpe.clone());
+                let cache = PagedMlaCache::new(
+                    TensorMut::from_slice(&mut ckv, &shapes.2).unwrap(),
+                    TensorMut::from_slice(&mut kpe, &shapes.3).unwrap(),
+                )
+                .unwrap();
+                let (q_nope, q_pe) =
+                    (TensorRef::from_slice(&q_nope, &shapes.0).unwrap(), TensorRef::from_slice(&q_pe, &shapes.1).unwrap());
+                let mut host = Workspace::on_host(spec);
+                host.plan(&batch)
+                    .unwrap()
+                    .run_mla(
+                        &mut TensorMut::from_slice(&mut expected, &shapes.0).unwrap(),
+                        Some(&mut TensorMut::from_slice(&mut exact, &[rows, heads]).unwrap()),
+                        &LatentQueries { q_nope: &q_nope, q_pe: &q_pe },
+                        &cache,
+                    )
+                    .unwrap();
+            }
+            let up = |values: &[T]| stream.clone_htod(values).unwrap();
+            let (q_nope, q_pe, mut ckv, mut kpe) = (up(&q_nope), up(&q_pe), up(&ckv), up(&kpe));
+            let mut o = up(&vec![T::POISON; expected.len()]);
+            let mut lse = stream.clone_htod(&vec![f32::NAN; count]).unwrap();
+            {
+                let cache = PagedMlaCache::new(
+                    TensorMut::from_cudarc(stream, &mut ckv, &shapes.2).unwrap(),
+                    TensorMut::from_cudarc(stream, &mut kpe, &shapes.3).unwrap(),
+                )
+                .unwrap();
+                let (q_nope, q_pe) = (
+                    TensorRef::from_cudarc(stream, &q_nope, &shapes.0).unwrap(),
+                    TensorRef::from_cudarc(stream, &q_pe, &shapes.1).unwrap(),
+                );
+                let mut workspace = Workspace::new(spec, Largest::new(requests.len() as i64, rows), stream).unwrap();
+                workspace
+                    .plan(&batch)
+                    .unwrap()
+                    .run_mla(
+                        &mut TensorMut::from_cudarc(stream, &mut o, &shapes.0).unwrap(),
+                        Some(&mut TensorMut::from_cudarc(stream, &mut lse, &[rows, heads]).unwrap()),
+                        &LatentQueries { q_nope: &q_nope, q_pe: &q_pe },
+                        &cache,
+                    )
+                    .unwrap();
+            }
+            let what = format!("{spec:?} of {requests:?}");
+            let found = widened(&stream.clone_dtoh(&o).unwrap());
+            assert_close(&what, &found, &widened(&expected), tolerance(T::DTYPE));
+            assert_logarithms(&what, &stream.clone_dtoh(&lse).unwrap(), &exact, 4e-3);
+        }
+    }
+}
+
+/// Two inputs that no list of the other's does for, of the kind of the specification.
+fn two_inputs(spec: &AttentionSpec) -> [Input<bf16>; 2] {
+    match spec.kind() {
+        Kind::Decode => [input(1, spec, &[(1, 900), (1, 3)]), input(2, spec, &[(1, 20), (1, 2000)])],
+        _ => [input(1, spec, &[(9, 900), (3, 3)]), input(2, spec, &[(2, 20), (10, 2000)])],
+    }
+}
+
+/// The lists of a plan that is not copied yet are not written over by the next plans.
+fn many_plans(gpu: &Gpu, facts: AttentionBuilder) {
+    const PLANS: usize = 10_000;
+    let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
+    let inputs = two_inputs(&spec);
+    let options = AttentionOptions::default();
+    let expected = inputs.each_ref().map(|input| on_gpu(stream, spec, input, &options).0);
+    let mut workspace = Workspace::new(spec, Largest::new(2, 2), stream).unwrap();
+    let mut on = inputs.each_ref().map(|input| OnGpu::new(stream, &spec, input));
+    let len = on[0].o.len();
+    let mut all = stream.alloc_zeros::<bf16>(PLANS * len).unwrap();
+    // The first plans come while the stream is busy, so that their copies wait.
+    let busy = gpu.occupy(stream);
+    for i in 0..PLANS {
+        let input = &inputs[i % 2];
+        let plan = workspace.plan(&input.batch).unwrap();
+        on[i % 2].run(stream, &plan, &spec, input.pages, &options);
+        stream.memcpy_dtod(&on[i % 2].o, &mut all.slice_mut(i * len..(i + 1) * len)).unwrap();
+    }
+    let all = stream.clone_dtoh(&all).unwrap();
+    drop(busy);
+    for (i, found) in all.chunks_exact(len).enumerate() {
+        assert!(widened(found) == expected[i % 2], "plan {i}");
+    }
+}
+
+fn two_streams(gpu: &Gpu, facts: AttentionBuilder) {
+    let spec = facts.build().unwrap();
+    let inputs = two_inputs(&spec);
+    let options = AttentionOptions::default();
+    let expected = inputs.each_ref().map(|input| on_gpu(&gpu.stream, spec, input, &options));
+    let streams = [gpu.context.new_stream().unwrap(), gpu.context.new_stream().unwrap()];
+    let rows = inputs[0].batch.rows().max(inputs[1].batch.rows());
+    let mut workspaces = streams.each_ref().map(|stream| Workspace::new(spec, Largest::new(2, rows), stream).unwrap());
+    let mut on = [0, 1].map(|i| OnGpu::new(&streams[i], &spec, &inputs[i]));
+    for _ in 0..200 {
+        for i in 0..2 {
+            let plan = workspaces[i].plan(&inputs[i].batch).unwrap();
+            on[i].run(&streams[i], &plan, &spec, inputs[i].pages, &options);
+        }
+    }
+    for i in 0..2 {
+        let found = streams[i].clone_dtoh(&on[i].o).unwrap();
+        assert!(widened(&found) == expected[i].0, "stream {i}");
+    }
+    // A tensor of the one stream is none for the other's workspace.
+    let spare = streams[1].alloc_zeros::<bf16>(inputs[0].q.len()).unwrap();
+    let plan = workspaces[0].plan(&inputs[0].batch).unwrap();
+    let (o_shape, cache_shape) = ([plan.rows(), 8, 128], shape(&spec, inputs[0].pages));
+    let OnGpu { k, v, o, .. } = &mut on[0];
+    let cache = PagedKvCache::new(
+        TensorMut::from_cudarc(&streams[0], k, &cache_shape).unwrap(),
+        TensorMut::from_cudarc(&streams[0], v, &cache_shape).unwrap(),
+        spec.layout(),
+    )
+    .unwrap();
+    let mut o = TensorMut::from_cudarc(&streams[0], o, &o_shape).unwrap();
+    let q = TensorRef::from_cudarc(&streams[1], &spare, &o_shape).unwrap();
+    match plan.run(&mut o, None, &q, &cache, &options) {
+        Err(FlashInferError::InvalidArgument { argument: "q", .. }) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+fn second_gpu(gpu: &Gpu, facts: AttentionBuilder) {
+    let spec = facts.build().unwrap();
+    let other = CudaContext::new(1).unwrap().new_stream().unwrap();
+    for input in two_inputs(&spec) {
+        let options = AttentionOptions::default();
+        let first = on_gpu(&gpu.stream, spec, &input, &options);
+        assert!(on_gpu(&other, spec, &input, &options) == first);
+    }
+}
+
+fn asynchronous(gpu: &Gpu, facts: AttentionBuilder) {
+    let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
+    let [input, _] = two_inputs(&spec);
+    let mut workspace = Workspace::new(spec, Largest::new(2, input.batch.rows()), stream).unwrap();
+    let mut on = OnGpu::new(stream, &spec, &input);
+    let mut step = || {
+        let plan = workspace.plan(&input.batch).unwrap();
+        for _ in 0..3 {
+            on.run(stream, &plan, &spec, input.pages, &AttentionOptions::default());
+        }
+    };
+    step();
+    gpu.assert_asynchronous(stream, step);
+}
+
+fn refused(gpu: &Gpu, facts: AttentionBuilder) {
+    let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
+    let [input, _] = two_inputs(&spec);
+    let rows = input.batch.rows();
+    let mut workspace = Workspace::new(spec, Largest::new(2, rows), stream).unwrap();
+    let mut too_many = input.batch.clone();
+    too_many.push(1, &[0], 1).unwrap();
+    let error = workspace.plan(&too_many).unwrap_err().to_string();
+    assert!(error.contains("for which the workspace was made"), "{error}");
+    let plan = workspace.plan(&input.batch).unwrap();
+    assert_eq!(plan.backend(), Some(spec.backend((9, 0))));
+    let OnGpu { q, mut k, mut v, mut o, .. } = OnGpu::new(stream, &spec, &input);
+    let options = AttentionOptions::default();
+    let cache_shape = shape(&spec, input.pages);
+    let mut named = |q: &TensorRef<'_>, cache_shape: &[i64; 4]| {
+        let cache = PagedKvCache::new(
+            TensorMut::from_cudarc(stream, &mut k, cache_shape).unwrap(),
+            TensorMut::from_cudarc(stream, &mut v, cache_shape).unwrap(),
+            spec.layout(),
+        )
+        .unwrap();
+        let mut o = TensorMut::from_cudarc(stream, &mut o, &[rows, 8, 128]).unwrap();
+        match plan.run(&mut o, None, q, &cache, &options) {
+            Err(FlashInferError::InvalidArgument { argument, .. }) => argument,
+            other => panic!("{other:?}"),
+        }
+    };
+    let good = TensorRef::from_cudarc(stream, &q, &[rows, 8, 128]).unwrap();
+    // A cache of fewer pages than the table was checked against, and with other pages.
+    assert_eq!(named(&good, &[cache_shape[0] - 1, 16, 2, 128]), "pages");
+    assert_eq!(named(&good, &[cache_shape[0], 8, 2, 128]), "page_size");
+    assert_eq!(named(&good, &[cache_shape[0], 16, 1, 128]), "kv_heads");
+    // Fewer queries, queries on the host, at an odd address, of another type.
+    let fewer = q.slice(..((rows - 1) * 8 * 128) as usize);
+    let fewer = TensorRef::from_cudarc(stream, &fewer, &[rows - 1, 8, 128]).unwrap();
+    assert!(["rows", "o"].contains(&named(&fewer, &cache_shape)));
+    let host = TensorRef::from_slice(&input.q, &[rows, 8, 128]).unwrap();
+    assert!(["q", "paged_k_cache"].contains(&named(&host, &cache_shape)));
+    let odd = stream.alloc_zeros::<bf16>(q.len() + 8).unwrap();
+    let odd = odd.slice(1..);
+    assert_eq!(named(&TensorRef::from_cudarc(stream, &odd, &[rows, 8, 128]).unwrap(), &cache_shape), "q");
+    let other = stream.alloc_zeros::<f16>(q.len()).unwrap();
+    let other = TensorRef::from_cudarc(stream, &other, &[rows, 8, 128]).unwrap();
+    assert!(["q", "o"].contains(&named(&other, &cache_shape)));
+}
+
+/// Attention over two parts of a context, merged, is attention over the whole.
+fn merged(gpu: &Gpu, facts: AttentionBuilder) {
+    let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
+    if FlashInferRuntime::global().unwrap().module("cascade.so").is_err() {
+        panic!("this test needs cascade.so, which the feature attention vendors too");
+    }
+    let whole = input::<bf16>(3, &spec, &[(20, 640)]);
+    let options = AttentionOptions::default();
+    let (expected, exact) = on_host(spec, &whole, &options);
+    // The same pages, in two batches.
+    let pages: Vec<i32> = pages_of(&whole);
+    let part = |pages: &[i32], keys| {
+        let mut batch = Batch::paged(16, whole.pages).unwrap();
+        batch.push(20, pages, keys).unwrap();
+        Input { batch, pages: whole.pages, q: whole.q.clone(), k: whole.k.clone(), v: whole.v.clone() }
+    };
+    let parts = [part(&pages[..10], 160), part(&pages[10..], 480)];
+    let mut workspace = Workspace::new(spec, Largest::new(1, 20), stream).unwrap();
+    let mut on = parts.each_ref().map(|input| OnGpu::new(stream, &spec, input));
+    for (input, on) in parts.iter().zip(&mut on) {
+        let plan = workspace.plan(&input.batch).unwrap();
+        on.run(stream, &plan, &spec, input.pages, &options);
+    }
+    let mut o = stream.alloc_zeros::<bf16>(expected.len()).unwrap();
+    let mut lse = stream.alloc_zeros::<f32>(exact.len()).unwrap();
+    let tensor = |buffer| TensorRef::from_cudarc(stream, buffer, &[20, 8, 128]).unwrap();
+    let numbers = |buffer| TensorRef::from_cudarc(stream, buffer, &[20, 8]).unwrap();
+    merge_state(
+        &mut TensorMut::from_cudarc(stream, &mut o, &[20, 8, 128]).unwrap(),
+        &mut TensorMut::from_cudarc(stream, &mut lse, &[20, 8]).unwrap(),
+        (&tensor(&on[0].o), &numbers(&on[0].lse)),
+        (&tensor(&on[1].o), &numbers(&on[1].lse)),
+        Stream::cudarc(stream),
+    )
+    .unwrap();
+    assert_close("merged", &widened(&stream.clone_dtoh(&o).unwrap()), &expected, tolerance(DType::BF16));
+    assert_logarithms("merged", &stream.clone_dtoh(&lse).unwrap(), &exact, 4e-3);
+}
+
+/// The pages of a batch of one request, by where its keys are not NaN: in the order that the generator drew them.
+fn pages_of(input: &Input<bf16>) -> Vec<i32> {
+    let mut random = Random(3);
+    let mut free: Vec<i32> = (0..input.pages as i32).collect();
+    for i in 0..free.len() {
+        let other = i + below(&mut random, (free.len() - i) as i64) as usize;
+        free.swap(i, other);
+    }
+    free.truncate(40);
+    free
+}
