@@ -13,12 +13,13 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use data::{Number, Random, assert_close, widened};
 use flashinfer_rs::attention::{
-    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, Kind, Largest, LatentQueries, Workspace,
+    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, GraphPlan, GraphRoom, Kind, Largest, LatentQueries,
+    Workspace,
 };
 use flashinfer_rs::kernels::cascade::merge_state;
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
 use flashinfer_rs::{
-    DType, Device, FlashInferError, FlashInferRuntime, RuntimeConfig, Stream, TensorMut, TensorRef,
+    DType, Device, FlashInferError, FlashInferRuntime, LaunchGraph, RuntimeConfig, Stream, TensorMut, TensorRef,
 };
 use gpu::Gpu;
 use half::{bf16, f16};
@@ -77,6 +78,15 @@ fn cases() -> Vec<Case> {
         add("a_second_gpu_answers_the_same_bits", facts, backend, second_gpu);
         add("plans_and_runs_do_not_wait", facts, backend, asynchronous);
         add("what_is_not_the_plans_is_refused", facts, backend, refused);
+    }
+    for (facts, backend) in
+        [(decode, Backend::CudaCores), (decode, Backend::Fa2), (paged, Backend::Fa2), (paged, Backend::Fa3)]
+    {
+        add("a_graph_planned_anew_answers_the_bits_of_plain_runs", facts, backend, replanned);
+    }
+    let mla = AttentionSpec::mla(DType::BF16, 16, 16).sm_scale(0.07).causal(true);
+    for backend in [Backend::Fa2, Backend::Fa3] {
+        add("a_graph_of_latent_attention_is_planned_anew", mla, backend, replanned_latent);
     }
     add("parts_of_a_context_merge_into_the_whole", paged.causal(false), Backend::Fa2, merged);
     cases
@@ -747,6 +757,135 @@ fn refused(gpu: &Gpu, facts: AttentionBuilder) {
     let other = stream.alloc_zeros::<f16>(q.len()).unwrap();
     let other = TensorRef::from_cudarc(stream, &other, &[rows, 8, 128]).unwrap();
     assert!(["q", "o"].contains(&named(&other, &cache_shape)));
+}
+
+/// A graph that was captured once answers for random batches what runs without one do that are planned for the same number of
+/// requests and rows, to the bit: a graph divides contexts always, so it is compared with another graph of that batch alone.
+fn replanned(gpu: &Gpu, facts: AttentionBuilder) {
+    const PAGES: i64 = 400;
+    let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
+    let one = spec.kind() == Kind::Decode;
+    let (requests, rows) = if one { (6i64, 6i64) } else { (6, 90) };
+    let room = GraphRoom { requests, rows, pages: 390, reserved_page: PAGES as i32 - 1 };
+    let mut random = Random(9);
+    let count = (PAGES * 16 * 2 * 128) as usize;
+    let (k, v): (Vec<bf16>, Vec<bf16>) = (random.normal(count), random.normal(count));
+    let q: Vec<bf16> = random.normal((rows * 8 * 128) as usize);
+    let up = |values: &[bf16]| stream.clone_htod(values).unwrap();
+    let mut draw = || {
+        let mut batch = Batch::paged(16, PAGES).unwrap();
+        let mut left = rows;
+        for request in 0..1 + below(&mut random, requests) {
+            let queries = if one { 1 } else { 1 + below(&mut random, (left - (requests - request)).clamp(1, 30)) };
+            left -= queries;
+            let keys = queries + below(&mut random, [10, 1000][below(&mut random, 2) as usize]);
+            let pages: Vec<i32> =
+                (0..(keys + 15) / 16).map(|_| below(&mut random, PAGES - 1) as i32).collect();
+            if batch.page_count() + pages.len() <= 390 {
+                batch.push(queries, &pages, keys).unwrap();
+            }
+        }
+        if batch.requests() == 0 {
+            batch.push(1, &[0], 1).unwrap();
+        }
+        batch
+    };
+    let captured = |batch: &Batch| {
+        let plan = GraphPlan::new(spec, room, batch, stream).unwrap();
+        let o = up(&vec![bf16::POISON; q.len()]);
+        let mut graph = LaunchGraph::new(stream, (plan, up(&q), o, up(&k), up(&v))).unwrap();
+        graph
+            .capture(|s, (plan, q, mut o, mut k, mut v)| {
+                let cache_shape = shape(&spec, PAGES);
+                let cache = PagedKvCache::new(k.write(&cache_shape)?, v.write(&cache_shape)?, spec.layout())?;
+                let (q, mut o) = (q.read(&[rows, 8, 128])?, o.write(&[rows, 8, 128])?);
+                // Twice, as two layers would.
+                plan.run(&mut o, None, &q, &cache, &AttentionOptions::default(), s)?;
+                plan.run(&mut o, None, &q, &cache, &AttentionOptions::default(), s)
+            })
+            .unwrap();
+        graph
+    };
+    let first = draw();
+    let mut graph = captured(&first);
+    graph.launch().unwrap();
+    for round in 0..40 {
+        let batch = draw();
+        // Without a wait between the launch before and the plan.
+        graph.buffers().unwrap().0.replan(&batch).unwrap();
+        graph.launch().unwrap();
+        if round % 8 != 0 {
+            continue;
+        }
+        let used = (batch.rows() * 8 * 128) as usize;
+        let found = stream.clone_dtoh(&graph.buffers().unwrap().2.slice(..used)).unwrap();
+        let mut other = captured(&batch);
+        other.launch().unwrap();
+        let expected = stream.clone_dtoh(&other.buffers().unwrap().2.slice(..used)).unwrap();
+        assert!(found == expected, "round {round}, {batch:?}");
+        // And without a graph it is the same but for how contexts are divided.
+        let input = Input { pages: PAGES, q: q[..used].to_vec(), k: k.clone(), v: v.clone(), batch };
+        let (plain, _) = on_gpu(stream, spec, &input, &AttentionOptions::default());
+        assert_close(&format!("round {round}"), &widened(&found), &plain, 1e-2);
+    }
+    // What there is no room for is refused, and the graph has the plan that it had.
+    let before = stream.clone_dtoh(&graph.buffers().unwrap().2).unwrap();
+    let mut large = Batch::paged(16, PAGES).unwrap();
+    large.push(1, &vec![0; 391], 391 * 16).unwrap();
+    let error = graph.buffers().unwrap().0.replan(&large).unwrap_err().to_string();
+    assert!(error.contains("at most 390"), "{error}");
+    graph.launch().unwrap();
+    assert!(stream.clone_dtoh(&graph.buffers().unwrap().2).unwrap() == before);
+}
+
+fn replanned_latent(gpu: &Gpu, facts: AttentionBuilder) {
+    const PAGES: i64 = 200;
+    let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
+    let room = GraphRoom { requests: 5, rows: 5, pages: 190, reserved_page: 199 };
+    let mut random = Random(9);
+    let tokens = (PAGES * 16) as usize;
+    let (ckv, kpe): (Vec<bf16>, Vec<bf16>) = (random.normal(tokens * 512), random.normal(tokens * 64));
+    let (nope, pe): (Vec<bf16>, Vec<bf16>) = (random.normal(5 * 16 * 512), random.normal(5 * 16 * 64));
+    let up = |values: &[bf16]| stream.clone_htod(values).unwrap();
+    let mut draw = || {
+        let mut batch = Batch::paged(16, PAGES).unwrap();
+        for _ in 0..1 + below(&mut random, 5) {
+            let keys = 1 + below(&mut random, 500);
+            let pages: Vec<i32> = (0..(keys + 15) / 16).map(|_| below(&mut random, PAGES - 1) as i32).collect();
+            batch.push(1, &pages, keys).unwrap();
+        }
+        batch
+    };
+    let captured = |batch: &Batch| {
+        let plan = GraphPlan::new(spec, room, batch, stream).unwrap();
+        let o = up(&vec![bf16::POISON; 5 * 16 * 512]);
+        let buffers = (plan, up(&nope), up(&pe), o, up(&ckv), up(&kpe));
+        let mut graph = LaunchGraph::new(stream, buffers).unwrap();
+        graph
+            .capture(|s, (plan, nope, pe, mut o, mut ckv, mut kpe)| {
+                let cache = PagedMlaCache::new(ckv.write(&[PAGES, 16, 512])?, kpe.write(&[PAGES, 16, 64])?)?;
+                let (nope, pe) = (nope.read(&[5, 16, 512])?, pe.read(&[5, 16, 64])?);
+                let queries = LatentQueries { q_nope: &nope, q_pe: &pe };
+                plan.run_mla(&mut o.write(&[5, 16, 512])?, None, &queries, &cache, s)
+            })
+            .unwrap();
+        graph
+    };
+    let first = draw();
+    let mut graph = captured(&first);
+    for round in 0..12 {
+        let batch = draw();
+        graph.buffers().unwrap().0.replan(&batch).unwrap();
+        graph.launch().unwrap();
+        if round % 4 == 0 {
+            let used = (batch.rows() * 16 * 512) as usize;
+            let found = stream.clone_dtoh(&graph.buffers().unwrap().3.slice(..used)).unwrap();
+            let mut other = captured(&batch);
+            other.launch().unwrap();
+            let expected = stream.clone_dtoh(&other.buffers().unwrap().3.slice(..used)).unwrap();
+            assert!(found == expected, "round {round}, {batch:?}");
+        }
+    }
 }
 
 /// Attention over two parts of a context, merged, is attention over the whole.

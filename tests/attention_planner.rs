@@ -16,10 +16,11 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::attention::{
-    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, Kind, Largest, LatentQueries, Plan, Workspace,
+    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, GraphPlan, GraphRoom, Kind, Largest, LatentQueries,
+    Plan, Workspace,
 };
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
-use flashinfer_rs::{DType, FlashInferError, FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
+use flashinfer_rs::{DType, FlashInferError, FlashInferRuntime, LaunchGraph, RuntimeConfig, TensorMut, TensorRef};
 use half::bf16;
 use libloading::os::unix::Library;
 use libtest_mimic::{Arguments, Trial};
@@ -38,7 +39,11 @@ type Case = (&'static str, fn() -> (AttentionBuilder, Backend), fn(&Machine, Att
 const HEADS: Heads = Heads { q: 8, kv: 2, size: 128 };
 
 fn main() -> ExitCode {
-    let cases: [Case; 9] = [
+    let cases: [Case; 13] = [
+        ("fa2_is_planned_for_a_graph", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2), graph),
+        ("fa3_is_planned_for_a_graph", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa3), graph),
+        ("decode_is_planned_for_a_graph", || (AttentionSpec::decode(DType::BF16, (8, 2), 128, 16), Backend::CudaCores), graph),
+        ("latent_attention_is_planned_for_a_graph", || (AttentionSpec::mla(DType::BF16, 128, 16).sm_scale(0.07), Backend::Fa2), graph),
         ("fa2_plans_by_its_rules", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2), fa2),
         ("fa2_runs_paged", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2), run_paged),
         ("fa2_runs_ragged", || (AttentionSpec::ragged(DType::BF16, (8, 2), (128, 128)).causal(true), Backend::Fa2), run_ragged),
@@ -269,6 +274,63 @@ fn mla(machine: &Machine, spec: AttentionSpec) {
     )
     .unwrap();
     assert_eq!(machine.get("launches"), before + 1);
+}
+
+/// Batches up to what a graph has room for are all planned alike; one that upstream plans otherwise is refused, and the lists of
+/// the one before are copied again.
+fn graph(machine: &Machine, spec: AttentionSpec) {
+    let stream = &machine.stream;
+    let one = spec.kind() != Kind::Paged;
+    for (requests, rows) in [(1, 1), (7, 7), (40, if one { 40 } else { 700 }), (300, 300)] {
+        let room = GraphRoom { requests, rows, pages: 60_000, reserved_page: 65_535 };
+        let largest = Largest::new(requests, rows);
+        let all = batches(largest, one, 16);
+        let fitting: Vec<_> = all.iter().filter(|(batch, _)| batch.page_count() <= room.pages).collect();
+        assert!(fitting.len() > 60, "{} of {}", fitting.len(), all.len());
+        let plan = GraphPlan::new(spec, room, &fitting[0].0, stream).unwrap();
+        let integers = plan.integers().to_vec();
+        let mut graph = LaunchGraph::new(stream, plan).unwrap();
+        for (batch, lengths) in fitting {
+            graph.buffers().unwrap().replan(batch).unwrap_or_else(|error| panic!("{requests} requests: {error}"));
+            let missing = requests as usize - lengths.queries.len();
+            // As it is filled up: requests of one page, without queries where there may be any number.
+            let queries = [&lengths.queries[..], &vec![i64::from(one); missing]].concat();
+            let pages = [&lengths.pages[..], &vec![1; missing]].concat();
+            let filled = Lengths { queries, pages };
+            let expected = match (spec.kind(), spec.backend((9, 0))) {
+                (Kind::Mla, _) => planner::mla(&filled.queries, 128, 132),
+                (_, Backend::CudaCores) => planner::decode(&filled.pages, &HEADS, 16, 132, true),
+                (_, Backend::Fa3) => planner::fa3(&filled.queries, &HEADS, 132, Some(rows)),
+                (_, Backend::Fa2) => planner::fa2(&filled, &HEADS, 16, 132, Some(rows)),
+            };
+            assert_eq!(integers, expected.integers);
+            let copied = machine.copied();
+            assert_eq!(copied.len() as i64, expected.int);
+            for (at, list) in &expected.lists {
+                let words = copied[*at as usize..].chunks_exact(4).take(list.len());
+                let found: Vec<i32> = words.map(|word| i32::from_ne_bytes(word.try_into().unwrap())).collect();
+                assert_eq!(&found, list, "the list at {at}");
+            }
+        }
+        // A GPU of another size plans few requests otherwise: what was captured does not do for that.
+        let mut batch = Batch::paged(16, 1 << 16).unwrap();
+        batch.push(1, &[3], 5).unwrap();
+        if requests < 10 {
+            machine.set("multiprocessors", 66);
+            let error = graph.buffers().unwrap().replan(&batch).unwrap_err().to_string();
+            assert!(error.contains("as was captured"), "{error}");
+            machine.set("multiprocessors", 132);
+        }
+        graph.buffers().unwrap().replan(&batch).unwrap();
+        machine.set("copy_fails_with", 1);
+        let error = graph.buffers().unwrap().replan(&batch).unwrap_err();
+        assert!(matches!(error, FlashInferError::TvmFfiCall { .. }), "{error}");
+        machine.set("copy_fails_with", 0);
+        for (batch, says) in [(Batch::paged(16, 9).unwrap(), "pages of the cache"), (Batch::ragged(), "Batch::paged")] {
+            let error = graph.buffers().unwrap().replan(&batch).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
 }
 
 /// Runs a batch of two requests, in both layouts, with and without logarithms.
