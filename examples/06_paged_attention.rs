@@ -8,8 +8,8 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
 use flashinfer_rs::attention::{AttentionOptions, AttentionSpec, Batch, Largest, Plan, Workspace};
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, append_paged_kv_cache};
 use flashinfer_rs::{
-    DType, Element, FlashInferRuntime, OnDevice, PageTable, Placed, Result, RuntimeConfig, Stream, TensorMut, TensorRef,
-    Tokens,
+    DType, Element, FlashInferRuntime, OnDevice, PageTable, Placed, Result, RuntimeConfig, Stream, TensorMut,
+    TensorRef, Tokens,
 };
 use half::bf16;
 

@@ -75,12 +75,8 @@ impl Cache {
 
     fn tensors(&mut self) -> PagedKvCache<'_> {
         let Self { k, v, shape, layout } = self;
-        PagedKvCache::new(
-            TensorMut::from_slice(k, shape).unwrap(),
-            TensorMut::from_slice(v, shape).unwrap(),
-            *layout,
-        )
-        .unwrap()
+        PagedKvCache::new(TensorMut::from_slice(k, shape).unwrap(), TensorMut::from_slice(v, shape).unwrap(), *layout)
+            .unwrap()
     }
 
     /// Where a token's numbers start, in NHD.
@@ -220,7 +216,8 @@ fn every_layout_and_every_place_of_the_keys_answer_the_same_bits() {
                 v.extend_from_slice(&cache.v[at..at + per_token]);
             }
         }
-        let spec = AttentionSpec::ragged(DType::F32, heads, (64, 64)).causal(true).window(7).soft_cap(3.0).build().unwrap();
+        let spec =
+            AttentionSpec::ragged(DType::F32, heads, (64, 64)).causal(true).window(7).soft_cap(3.0).build().unwrap();
         let mut workspace = Workspace::on_host(spec);
         let plan = workspace.plan(&ragged).unwrap();
         let (rows, keys) = (batch.rows(), batch.keys());
@@ -367,7 +364,8 @@ fn keys_in_8_bits_are_what_they_stand_for_times_their_scale() {
     let q: Vec<half::bf16> = noise(2 * 64, 3).into_iter().map(half::bf16::from_f32).collect();
     let wide: Vec<f32> = q.iter().map(|x| x.to_f32()).collect();
     let (expected, _) = run(paged((1, 1)).sm_scale(0.002 * 0.5).build().unwrap(), &batch, &wide, &mut cache);
-    let spec = AttentionSpec::paged(DType::BF16, (1, 1), 64, 4).kv_dtype(DType::F8E4M3).sm_scale(0.002).build().unwrap();
+    let spec =
+        AttentionSpec::paged(DType::BF16, (1, 1), 64, 4).kv_dtype(DType::F8E4M3).sm_scale(0.002).build().unwrap();
     let mut workspace = Workspace::on_host(spec);
     let plan = workspace.plan(&batch).unwrap();
     let mut o = vec![half::bf16::ZERO; 2 * 64];
@@ -418,7 +416,6 @@ fn latent_attention_is_attention_of_both_parts_over_the_compressed_one() {
         &cache,
     )
     .unwrap();
-    drop(cache);
     // By hand: the tokens of each request, by its pages.
     let places = [vec![8, 9, 10, 11, 0, 1, 2], vec![4, 5, 6, 7]];
     for (row, (request, sees)) in [(0, 6), (0, 7), (1, 4)].into_iter().enumerate() {
@@ -538,7 +535,11 @@ fn a_specification_refuses_what_no_module_computes_and_what_release_0_6_3_comput
     names(AttentionSpec::ragged(DType::BF16, (8, 8), (192, 64)).build(), "head_dim", "192 for queries");
     assert!(AttentionSpec::ragged(DType::BF16, (8, 8), (192, 128)).causal(true).build().is_ok());
     names(AttentionSpec::ragged(DType::BF16, (8, 8), (192, 128)).backend(Backend::Fa2).build(), "backend", "FA3");
-    names(AttentionSpec::ragged(DType::BF16, (8, 8), (64, 64)).layout(KvLayout::Hnd).build(), "layout", "heads for tokens");
+    names(
+        AttentionSpec::ragged(DType::BF16, (8, 8), (64, 64)).layout(KvLayout::Hnd).build(),
+        "layout",
+        "heads for tokens",
+    );
     names(AttentionSpec::mla(DType::BF16, 8, 16).layout(KvLayout::Hnd).sm_scale(0.1).build(), "layout", "NHD");
     names(AttentionSpec::mla(DType::BF16, 8, 16).build(), "sm_scale", "absorbed");
     names(AttentionSpec::mla(DType::BF16, 8, 16).sm_scale(0.1).causal(true).window(3).build(), "window", "none");
@@ -569,7 +570,9 @@ fn the_backend_is_upstreams_choice_where_that_is_right() {
     // Upstream takes FA3 here, for which there is no module of two types.
     assert_eq!(of(paged.kv_dtype(DType::F8E4M3)).backend((9, 0)), Backend::Fa2);
     assert_eq!(of(paged.backend(Backend::Fa2)).backend((9, 0)), Backend::Fa2);
-    for (heads, expected) in [(1, true), (2, true), (3, true), (4, true), (5, false), (6, false), (7, false), (8, true), (16, false)] {
+    for (heads, expected) in
+        [(1, true), (2, true), (3, true), (4, true), (5, false), (6, false), (7, false), (8, true), (16, false)]
+    {
         let spec = of(AttentionSpec::decode(DType::F16, (heads, 1), 64, 16));
         let backend = if expected { Backend::CudaCores } else { Backend::Fa2 };
         assert_eq!(spec.backend((9, 0)), backend, "{heads} heads");
@@ -675,7 +678,8 @@ fn a_call_refuses_tensors_that_are_not_its_plans() {
     let options = AttentionOptions::default();
     names(plan.run(&mut o, None, &half_q, &cache.tensors(), &options), "q", "F32, as the specification says");
     let (mut wide_o, k) = (vec![0f32; 512], vec![0f32; 3 * 2 * 64]);
-    let (mut o, q) = (TensorMut::from_slice(&mut wide_o, &shape).unwrap(), TensorRef::from_slice(&q[..512], &shape).unwrap());
+    let (mut o, q) =
+        (TensorMut::from_slice(&mut wide_o, &shape).unwrap(), TensorRef::from_slice(&q[..512], &shape).unwrap());
     let k = TensorRef::from_slice(&k, &[3, 2, 64]).unwrap();
     names(plan.run_ragged(&mut o, None, &q, (&k, &k), &options), "method", "run, for keys in a paged cache");
     let sinks = [0f32; 4];

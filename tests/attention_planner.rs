@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::attention::{
-    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, GraphPlan, GraphRoom, Kind, Largest, LatentQueries,
-    Plan, Workspace,
+    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, GraphPlan, GraphRoom, Kind, Largest,
+    LatentQueries, Plan, Workspace,
 };
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
 use flashinfer_rs::{DType, FlashInferError, FlashInferRuntime, LaunchGraph, RuntimeConfig, TensorMut, TensorRef};
@@ -40,18 +40,66 @@ const HEADS: Heads = Heads { q: 8, kv: 2, size: 128 };
 
 fn main() -> ExitCode {
     let cases: [Case; 13] = [
-        ("fa2_is_planned_for_a_graph", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2), graph),
-        ("fa3_is_planned_for_a_graph", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa3), graph),
-        ("decode_is_planned_for_a_graph", || (AttentionSpec::decode(DType::BF16, (8, 2), 128, 16), Backend::CudaCores), graph),
-        ("latent_attention_is_planned_for_a_graph", || (AttentionSpec::mla(DType::BF16, 128, 16).sm_scale(0.07), Backend::Fa2), graph),
-        ("fa2_plans_by_its_rules", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2), fa2),
-        ("fa2_runs_paged", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2), run_paged),
-        ("fa2_runs_ragged", || (AttentionSpec::ragged(DType::BF16, (8, 2), (128, 128)).causal(true), Backend::Fa2), run_ragged),
-        ("fa2_decodes_groups_of_any_size", || (AttentionSpec::decode(DType::BF16, (14, 2), 128, 16), Backend::Fa2), run_decode),
-        ("fa3_plans_by_its_rules", || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa3), fa3),
-        ("decode_plans_by_its_rules", || (AttentionSpec::decode(DType::BF16, (8, 2), 128, 16), Backend::CudaCores), decode),
-        ("latent_attention_plans_by_its_rules", || (AttentionSpec::mla(DType::BF16, 16, 16).sm_scale(0.07), Backend::Fa2), mla),
-        ("latent_attention_of_hopper_plans_by_its_rules", || (AttentionSpec::mla(DType::BF16, 16, 16).sm_scale(0.07), Backend::Fa3), mla),
+        (
+            "fa2_is_planned_for_a_graph",
+            || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2),
+            graph,
+        ),
+        (
+            "fa3_is_planned_for_a_graph",
+            || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa3),
+            graph,
+        ),
+        (
+            "decode_is_planned_for_a_graph",
+            || (AttentionSpec::decode(DType::BF16, (8, 2), 128, 16), Backend::CudaCores),
+            graph,
+        ),
+        (
+            "latent_attention_is_planned_for_a_graph",
+            || (AttentionSpec::mla(DType::BF16, 128, 16).sm_scale(0.07), Backend::Fa2),
+            graph,
+        ),
+        (
+            "fa2_plans_by_its_rules",
+            || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2),
+            fa2,
+        ),
+        (
+            "fa2_runs_paged",
+            || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2),
+            run_paged,
+        ),
+        (
+            "fa2_runs_ragged",
+            || (AttentionSpec::ragged(DType::BF16, (8, 2), (128, 128)).causal(true), Backend::Fa2),
+            run_ragged,
+        ),
+        (
+            "fa2_decodes_groups_of_any_size",
+            || (AttentionSpec::decode(DType::BF16, (14, 2), 128, 16), Backend::Fa2),
+            run_decode,
+        ),
+        (
+            "fa3_plans_by_its_rules",
+            || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa3),
+            fa3,
+        ),
+        (
+            "decode_plans_by_its_rules",
+            || (AttentionSpec::decode(DType::BF16, (8, 2), 128, 16), Backend::CudaCores),
+            decode,
+        ),
+        (
+            "latent_attention_plans_by_its_rules",
+            || (AttentionSpec::mla(DType::BF16, 16, 16).sm_scale(0.07), Backend::Fa2),
+            mla,
+        ),
+        (
+            "latent_attention_of_hopper_plans_by_its_rules",
+            || (AttentionSpec::mla(DType::BF16, 16, 16).sm_scale(0.07), Backend::Fa3),
+            mla,
+        ),
         (
             "sinks_are_passed_as_objects",
             || (AttentionSpec::paged(DType::BF16, (8, 2), 64, 16).causal(true).window(40).sinks(), Backend::Fa2),
@@ -164,7 +212,8 @@ fn batches(largest: Largest, one_query: bool, page_size: i64) -> Vec<(Batch, Len
         let full = seed >= 110;
         let requests = if full { largest.requests } else { 1 + random(largest.requests.min(1 << (seed % 9))) };
         let mut left = largest.rows;
-        let (mut batch, mut lengths) = (Batch::paged(page_size, 1 << 16).unwrap(), Lengths { queries: vec![], pages: vec![] });
+        let (mut batch, mut lengths) =
+            (Batch::paged(page_size, 1 << 16).unwrap(), Lengths { queries: vec![], pages: vec![] });
         for request in 0..requests {
             let most = left - (requests - request - 1);
             let (short, long) = (1 << random(12), 1 << random(14));
@@ -373,7 +422,9 @@ fn run(machine: &Machine, spec: AttentionSpec, queries: i64, sinks: bool) {
         let mut o = TensorMut::from_cudarc(stream, &mut o, &[rows, q_heads, size]).unwrap();
         let mut lse = TensorMut::from_cudarc(stream, &mut lse, &[rows, q_heads]).unwrap();
         let options = match sinks {
-            true => AttentionOptions::default().with_sink(TensorRef::from_cudarc(stream, &numbers, &[q_heads]).unwrap()),
+            true => {
+                AttentionOptions::default().with_sink(TensorRef::from_cudarc(stream, &numbers, &[q_heads]).unwrap())
+            }
             false => AttentionOptions::default(),
         };
         let before = machine.get("launches");

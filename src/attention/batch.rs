@@ -134,7 +134,12 @@ impl Batch {
     /// pages. Nothing is changed then.
     pub fn push(&mut self, queries: i64, pages: &[i32], keys: i64) -> Result<()> {
         let Some((page_size, count)) = self.pages else {
-            return refuse(BATCH, "pages", "given".to_owned(), "none, in a batch without pages: push_ragged adds its requests");
+            return refuse(
+                BATCH,
+                "pages",
+                "given".to_owned(),
+                "none, in a batch without pages: push_ragged adds its requests",
+            );
         };
         let request = self.requests();
         self.check_counts(queries, keys)?;
@@ -167,7 +172,12 @@ impl Batch {
     /// As for [`push`](Self::push).
     pub fn push_ragged(&mut self, queries: i64, keys: i64) -> Result<()> {
         if self.pages.is_some() {
-            return refuse(BATCH, "pages", "none".to_owned(), "those of the request, in a batch of pages: push takes them");
+            return refuse(
+                BATCH,
+                "pages",
+                "none".to_owned(),
+                "those of the request, in a batch of pages: push takes them",
+            );
         }
         self.check_counts(queries, keys)?;
         let all = self.keys() + keys;

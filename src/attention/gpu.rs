@@ -54,7 +54,8 @@ impl Pinned {
     fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
         let bytes = bytes.max(64);
         // SAFETY: no flags; the memory is written before anything reads it.
-        let data = unsafe { cuda::malloc_host(bytes, 0) }.map_err(driver_in(context, "allocating page-locked memory"))?;
+        let data =
+            unsafe { cuda::malloc_host(bytes, 0) }.map_err(driver_in(context, "allocating page-locked memory"))?;
         let Some(data) = NonNull::new(data.cast::<u8>()) else {
             return Err(FlashInferError::Cuda { call: "cuMemHostAlloc", code: 2, message: "no memory".to_owned() });
         };
@@ -206,8 +207,7 @@ impl Addresses {
         let device = self.float.device();
         let mut at = 0usize;
         let mut next = |len: usize| {
-            let layout =
-                Layout::build(tables.wrapping_byte_add(4 * at), device, DType::I32, &[len as i64], None, None);
+            let layout = Layout::build(tables.wrapping_byte_add(4 * at), device, DType::I32, &[len as i64], None, None);
             at += len.next_multiple_of(4);
             layout
         };
@@ -248,7 +248,12 @@ impl OnStream {
         let on = device(stream.context());
         let id = runtime.checked_device(on)?;
         if spec.dtype() == DType::F32 {
-            return refuse(WORKSPACE, "dtype", "F32".to_owned(), "F16 or BF16 on a GPU; F32 is computed on the host alone");
+            return refuse(
+                WORKSPACE,
+                "dtype",
+                "F32".to_owned(),
+                "F16 or BF16 on a GPU; F32 is computed on the host alone",
+            );
         }
         let capability = runtime.compute_capability(id)?;
         let Device::Cuda(number) = on else { unreachable!("a stream is of a GPU") };
@@ -454,9 +459,8 @@ impl OnStream {
         let (to, bytes) = (buffer_address(&mut self.int), self.int.len());
         let from = self.slots[slot].lists.data.as_ptr();
         // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
-        let copied = unsafe {
-            cuda::memcpy_htod_async(to as u64, slice::from_raw_parts(from, bytes), self.stream.cu_stream())
-        };
+        let copied =
+            unsafe { cuda::memcpy_htod_async(to as u64, slice::from_raw_parts(from, bytes), self.stream.cu_stream()) };
         copied.map_err(driver_in(self.stream.context(), "copying a plan's lists"))?;
         self.slots[slot].on_its_way = true;
         record(&self.slots[slot].copied, &self.stream)
@@ -476,14 +480,14 @@ impl OnStream {
     }
 
     pub(super) fn launch<'a>(&'a self, lists: &'a Lists) -> Launch<'a> {
-        self.launch_of(&lists.info, lists.addresses)
+        self.launch_of(&lists.info, &lists.addresses)
     }
 
-    pub(super) fn addresses(&self) -> Addresses {
-        self.addresses
+    pub(super) fn addresses(&self) -> &Addresses {
+        &self.addresses
     }
 
-    pub(super) fn launch_of<'a>(&'a self, info: &'a Object, addresses: Addresses) -> Launch<'a> {
+    pub(super) fn launch_of<'a>(&'a self, info: &'a Object, addresses: &'a Addresses) -> Launch<'a> {
         let hopper = self.gpu.capability >= (9, 0);
         Launch { info, addresses, run: &self.run, backend: self.backend, device: self.device, pdl: self.pdl, hopper }
     }
@@ -515,7 +519,7 @@ fn check_backend(spec: &AttentionSpec, backend: Backend, capability: (i32, i32))
 /// What launches a plan's kernels.
 pub(super) struct Launch<'a> {
     info: &'a Object,
-    addresses: Addresses,
+    addresses: &'a Addresses,
     run: &'a Function,
     backend: Backend,
     device: Device,
@@ -544,7 +548,7 @@ impl Launch<'_> {
         numbers: &Numbers,
         stream: Stream<'_>,
     ) -> Result<()> {
-        let Addresses { float, int, qo_indptr, kv_indptr, last_page_len, kv_indices } = &self.addresses;
+        let Addresses { float, int, qo_indptr, kv_indptr, last_page_len, kv_indices } = self.addresses;
         let tables = [float, int, qo_indptr, kv_indptr, kv_indices, last_page_len].map(Layout::pack);
         let table = |at: usize| Arg::dl_tensor(&tables[at]);
         let packed = Packed::new(operands);
@@ -554,7 +558,20 @@ impl Launch<'_> {
         if self.backend == Backend::CudaCores {
             let mut args = [Arg::NONE; 19];
             args[..14].copy_from_slice(&[
-                table(0), table(1), info, q, k, v, table(3), table(4), table(5), o, lse, layout, window, pdl,
+                table(0),
+                table(1),
+                info,
+                q,
+                k,
+                v,
+                table(3),
+                table(4),
+                table(5),
+                o,
+                lse,
+                layout,
+                window,
+                pdl,
             ]);
             // Behind the slopes, which are none.
             args[15..].copy_from_slice(&rope(numbers));
@@ -589,7 +606,7 @@ impl Launch<'_> {
         numbers: &Numbers,
         stream: Stream<'_>,
     ) -> Result<()> {
-        let Addresses { float, int, qo_indptr, kv_indptr, .. } = &self.addresses;
+        let Addresses { float, int, qo_indptr, kv_indptr, .. } = self.addresses;
         let tables = [float, int, qo_indptr, kv_indptr].map(Layout::pack);
         let table = |at: usize| Arg::dl_tensor(&tables[at]);
         let packed = Packed::new(operands);
@@ -635,12 +652,7 @@ impl Launch<'_> {
         let count = match self.backend {
             Backend::Fa3 => {
                 // Behind prefix lengths, positions, lengths of items and the values' scales, which are none.
-                let more = [
-                    Arg::float(numbers.soft_cap),
-                    Arg::float(numbers.sm_scale),
-                    Arg::float(1.0),
-                    Arg::int(0),
-                ];
+                let more = [Arg::float(numbers.soft_cap), Arg::float(numbers.sm_scale), Arg::float(1.0), Arg::int(0)];
                 args[at + 4..at + 8].copy_from_slice(&more);
                 at + 8
             }
@@ -661,7 +673,7 @@ impl Launch<'_> {
         numbers: &Numbers,
         stream: Stream<'_>,
     ) -> Result<()> {
-        let Addresses { float, int, kv_indices, .. } = &self.addresses;
+        let Addresses { float, int, kv_indices, .. } = self.addresses;
         let tables = [float, int, kv_indices].map(Layout::pack);
         let table = |at: usize| Arg::dl_tensor(&tables[at]);
         let packed = Packed::new(operands);

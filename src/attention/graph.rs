@@ -105,7 +105,12 @@ impl GraphPlan {
         let GraphRoom { requests, rows, pages, reserved_page } = room;
         let (Kind::Paged | Kind::Decode | Kind::Mla, Some(cache)) = (spec.kind(), batch.cache()) else {
             let found = format!("{:?}", spec.kind());
-            return refuse(GRAPH_PLAN, "spec", found, "one over a paged cache, with a batch of pages: a graph keeps its tensors' shapes");
+            return refuse(
+                GRAPH_PLAN,
+                "spec",
+                found,
+                "one over a paged cache, with a batch of pages: a graph keeps its tensors' shapes",
+            );
         };
         if !(0..cache.1).contains(&i64::from(reserved_page)) {
             let expected = format!("0 to {}, as the cache has {} pages", cache.1 - 1, cache.1);
@@ -150,7 +155,8 @@ impl GraphPlan {
         if self.was_launched {
             wait(&stream, &self.launched).map_err(driver_in(context, "ordering a plan behind a graph's launch"))?;
         }
-        let integers = self.memory.planned(&self.spec, &filled, self.room.rows).map(|array| super::gpu::integers(&array));
+        let integers =
+            self.memory.planned(&self.spec, &filled, self.room.rows).map(|array| super::gpu::integers(&array));
         // Also of what failed: copies may be on their way.
         record(&self.planned, &stream).map_err(driver_in(context, "recording a plan's copies"))?;
         integers
@@ -174,7 +180,12 @@ impl GraphPlan {
             && let Some(request) = (0..batch.requests()).find(|request| batch.lengths(*request).0 != each)
         {
             let found = format!("{} of request {request}", batch.lengths(request).0);
-            return refuse("GraphPlan::replan", "queries", found, format!("{each} of each request, as there is room for"));
+            return refuse(
+                "GraphPlan::replan",
+                "queries",
+                found,
+                format!("{each} of each request, as there is room for"),
+            );
         }
         let mut filled = batch.clone();
         let queries = if self.spec.kind() == Kind::Paged { 0 } else { each };

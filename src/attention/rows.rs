@@ -20,8 +20,15 @@ const MOST: i64 = i32::MAX as i64;
 const TYPES: &[DType] = &[DType::BF16, DType::F16, DType::F32, DType::F8E4M3];
 
 const fn tensor(name: &'static str, role: Role, dtype: Dtype, shape: &'static [Size], strides: Strides) -> Argument {
-    let tensor =
-        Tensor { role, optional: false, dtype, shape, strides, alignment: Alignment::Bytes(16), contents: Contents::Uniform(1.0) };
+    let tensor = Tensor {
+        role,
+        optional: false,
+        dtype,
+        shape,
+        strides,
+        alignment: Alignment::Bytes(16),
+        contents: Contents::Uniform(1.0),
+    };
     Argument { name, kind: Kind::Tensor(tensor) }
 }
 
@@ -115,7 +122,13 @@ pub(super) static RAGGED: Row = Row {
     summary: "Attention over keys and values that lie one after the other.",
     arguments: &[
         tensor("q", Role::In, Dtype::OneOf(TYPES), QUERIES, Strides::Rows),
-        tensor("k", Role::In, Dtype::OneOf(TYPES), &[Size::Of(PAGES), Size::Of(KV_HEADS), Size::Of(Q_DIM)], Strides::Rows),
+        tensor(
+            "k",
+            Role::In,
+            Dtype::OneOf(TYPES),
+            &[Size::Of(PAGES), Size::Of(KV_HEADS), Size::Of(Q_DIM)],
+            Strides::Rows,
+        ),
         tensor("v", Role::In, Dtype::As(K), &[Size::Of(PAGES), Size::Of(KV_HEADS), Size::Of(V_DIM)], Strides::Rows),
         tensor("o", Role::Out, Dtype::As(Q), RESULTS, Strides::Contiguous),
         numbers("lse", Role::Out, LOGARITHMS),
@@ -145,7 +158,13 @@ pub(super) static MLA: Row = Row {
             &[Size::Of(PAGES), Size::Of(PAGE_SIZE), Size::Of(V_DIM)],
             Strides::Rows,
         ),
-        tensor("kpe_cache", Role::In, Dtype::As(Q), &[Size::Of(PAGES), Size::Of(PAGE_SIZE), Size::Of(ROTARY)], Strides::Rows),
+        tensor(
+            "kpe_cache",
+            Role::In,
+            Dtype::As(Q),
+            &[Size::Of(PAGES), Size::Of(PAGE_SIZE), Size::Of(ROTARY)],
+            Strides::Rows,
+        ),
         tensor("o", Role::Out, Dtype::As(Q), RESULTS, Strides::Contiguous),
         numbers("lse", Role::Out, LOGARITHMS),
         tensor("q_pe", Role::In, Dtype::As(Q), &[Size::Of(ROWS), Size::Of(Q_HEADS), Size::Of(ROTARY)], Strides::Rows),
@@ -169,7 +188,8 @@ pub(super) const ROTARY: usize = 7;
 static STATUS: State = State::new();
 pub(super) static TELLS: Row = Row { arguments: &[], dimensions: &[], ..PAGED_ROW };
 /// FA3's drops what its launch answers, and raises CUDA's last error.
-pub(super) static ASKS: Row = Row { arguments: &[], dimensions: &[], reports: Reports::LastError, pdl: Pdl::None, ..PAGED_ROW };
+pub(super) static ASKS: Row =
+    Row { arguments: &[], dimensions: &[], reports: Reports::LastError, pdl: Pdl::None, ..PAGED_ROW };
 
 /// How a launcher is called.
 pub(super) fn entry(asks_for_the_last_error: bool) -> Entry {
@@ -260,7 +280,9 @@ pub(super) fn check_reach(row: &'static Row, operands: &[Operand<'_, '_>; 6], pa
         if !(reach.is_some_and(|reach| reach <= MOST) && whole.is_some_and(|whole| whole <= most)) {
             let found = format!("strided {:?} with shape {:?}", layout.strides(), layout.shape());
             let expected = match whole {
-                Some(0) => "to reach at most 4294967295 elements, in a page where there are pages, which kernels count in 32 bits",
+                Some(0) => {
+                    "to reach at most 4294967295 elements, in a page where there are pages, which kernels count in 32 bits"
+                }
                 _ => "to reach at most 4294967295 elements in all, which this kernel counts in 32 bits",
             };
             return refuse(RUN, row.arguments[at].name, found, expected);

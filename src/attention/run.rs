@@ -111,7 +111,9 @@ impl Planned<'_> {
 
     fn check_sinks(&self, sink: bool) -> Result<()> {
         match (self.spec.has_sinks(), sink) {
-            (true, false) => refuse(RUN, "sink", "none".to_owned(), "a tensor of the heads' sinks, as the specification has them"),
+            (true, false) => {
+                refuse(RUN, "sink", "none".to_owned(), "a tensor of the heads' sinks, as the specification has them")
+            }
             (false, true) => refuse(RUN, "sink", "a tensor".to_owned(), "none: the specification has no sinks"),
             _ => Ok(()),
         }
@@ -196,9 +198,7 @@ impl Planned<'_> {
         }
         let numbers = self.numbers(options.k_scale)?;
         match &self.place {
-            Place::Host(batch) => {
-                on_host("attention_ragged", &operands, batch, |args| push(args, self.spec, &numbers))
-            }
+            Place::Host(batch) => on_host("attention_ragged", &operands, batch, |args| push(args, self.spec, &numbers)),
             #[cfg(feature = "cudarc")]
             Place::Gpu(launch) => launch.ragged(&rows::RAGGED, &operands, &numbers, self.stream),
         }

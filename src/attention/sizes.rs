@@ -134,7 +134,12 @@ pub(super) fn check_largest(spec: &AttentionSpec, largest: Largest) -> Result<()
     let widest = spec.heads().0 * spec.head_dims().0.max(spec.out_dim());
     if rows.saturating_mul(widest) > MOST_ELEMENTS {
         let found = format!("{rows} of {widest} elements");
-        return refuse(WORKSPACE, "rows", found, format!("at most {MOST_ELEMENTS} elements, which kernels count in 32 bits"));
+        return refuse(
+            WORKSPACE,
+            "rows",
+            found,
+            format!("at most {MOST_ELEMENTS} elements, which kernels count in 32 bits"),
+        );
     }
     Ok(())
 }
@@ -146,7 +151,11 @@ pub(super) fn check_batch(spec: &AttentionSpec, largest: Largest, batch: &Batch,
     match (spec.kind(), batch.cache()) {
         (Kind::Ragged, None) => {}
         (Kind::Ragged, Some(_)) => {
-            return refused("batch", "one of pages".to_owned(), "one whose keys lie one after the other: Batch::ragged".to_owned());
+            return refused(
+                "batch",
+                "one of pages".to_owned(),
+                "one whose keys lie one after the other: Batch::ragged".to_owned(),
+            );
         }
         (_, None) => return refused("batch", "one without pages".to_owned(), "one of pages: Batch::paged".to_owned()),
         (_, Some((page_size, _))) if page_size != spec.page_size() => {
@@ -158,7 +167,10 @@ pub(super) fn check_batch(spec: &AttentionSpec, largest: Largest, batch: &Batch,
     let (requests, rows) = (batch.requests() as i64, batch.rows());
     if requests > largest.requests || rows > largest.rows {
         let found = format!("of {requests} requests and {rows} queries");
-        let expected = format!("at most {} requests and {} queries, for which the workspace was made", largest.requests, largest.rows);
+        let expected = format!(
+            "at most {} requests and {} queries, for which the workspace was made",
+            largest.requests, largest.rows
+        );
         return refused("batch", found, expected);
     }
     if let (Kind::Decode, Some(request)) = (spec.kind(), batch.not_one_query()) {
@@ -168,7 +180,8 @@ pub(super) fn check_batch(spec: &AttentionSpec, largest: Largest, batch: &Batch,
     if let (true, Some(request)) = (spec.is_causal(), batch.short_of_keys()) {
         let (queries, keys) = batch.lengths(request);
         let found = format!("{keys} for {queries} queries of request {request}");
-        let expected = "a key for each query or more, with a causal mask: release 0.6.3 lets queries without one see the future";
+        let expected =
+            "a key for each query or more, with a causal mask: release 0.6.3 lets queries without one see the future";
         return refused("keys", found, expected.to_owned());
     }
     if spec.kind() == Kind::Mla {
@@ -177,7 +190,11 @@ pub(super) fn check_batch(spec: &AttentionSpec, largest: Largest, batch: &Batch,
         if tiles + multiprocessors > MLA_WORKS {
             let found = format!("{rows} of {heads} heads, {tiles} tiles of 64");
             let most = MLA_WORKS - multiprocessors;
-            return refused("queries", found, format!("at most {most} tiles, which the planner's lists hold: divide the batch"));
+            return refused(
+                "queries",
+                found,
+                format!("at most {most} tiles, which the planner's lists hold: divide the batch"),
+            );
         }
     }
     Ok(())

@@ -88,7 +88,13 @@ pub struct AttentionBuilder {
 }
 
 impl AttentionSpec {
-    const fn of(kind: Kind, dtype: DType, heads: (i64, i64), head_dims: (i64, i64), page_size: i64) -> AttentionBuilder {
+    const fn of(
+        kind: Kind,
+        dtype: DType,
+        heads: (i64, i64),
+        head_dims: (i64, i64),
+        page_size: i64,
+    ) -> AttentionBuilder {
         AttentionBuilder {
             kind,
             q: dtype,
@@ -392,7 +398,12 @@ impl AttentionBuilder {
             return refuse(SPEC, "head_dim", format!("{qk} and {vo}"), expected);
         }
         if self.sinks && self.kind != Kind::Mla && qk != 64 {
-            return refuse(SPEC, "head_dim", format!("{qk} with sinks"), "64, for which the kernels with sinks are compiled");
+            return refuse(
+                SPEC,
+                "head_dim",
+                format!("{qk} with sinks"),
+                "64, for which the kernels with sinks are compiled",
+            );
         }
         Ok(())
     }
@@ -445,7 +456,9 @@ impl AttentionBuilder {
         }
         if self.layout == KvLayout::Hnd && matches!(self.kind, Kind::Ragged | Kind::Mla) {
             let expected = match self.kind {
-                Kind::Ragged => "NHD: of keys that lie one after the other, with their heads apart, FA3 takes the heads for tokens",
+                Kind::Ragged => {
+                    "NHD: of keys that lie one after the other, with their heads apart, FA3 takes the heads for tokens"
+                }
                 _ => "NHD, since the keys have no heads",
             };
             return refuse(SPEC, "layout", "HND".to_owned(), expected);
@@ -465,9 +478,10 @@ impl AttentionBuilder {
                 Some(_) => asked("FA2 with heads of 192 and 128", "FA3, which alone is compiled for them"),
                 None => Ok(()),
             },
-            Some(Backend::CudaCores) if kind != Kind::Decode => {
-                asked("CUDA cores for any number of queries", "FA2 or FA3; CUDA cores decode, one query for each request")
-            }
+            Some(Backend::CudaCores) if kind != Kind::Decode => asked(
+                "CUDA cores for any number of queries",
+                "FA2 or FA3; CUDA cores decode, one query for each request",
+            ),
             Some(Backend::CudaCores) if !CUDA_CORE_GROUPS.contains(&group) => refuse(
                 SPEC,
                 "backend",
@@ -475,12 +489,16 @@ impl AttentionBuilder {
                 "1, 2, 3, 4 or 8 of them, or FA2, which takes any",
             ),
             Some(Backend::CudaCores) if sinks => asked("CUDA cores with sinks", "FA2, which has them"),
-            Some(Backend::Fa3) if kv != q => {
-                refuse(SPEC, "backend", format!("FA3 with {q} queries and {kv} keys"), "FA2: FA3 has no module of two types")
-            }
-            Some(Backend::Fa3) if kind == Kind::Decode => {
-                asked("FA3 for one query to a request", "FA2 or CUDA cores, which divide contexts; FA3 does not (paged has it)")
-            }
+            Some(Backend::Fa3) if kv != q => refuse(
+                SPEC,
+                "backend",
+                format!("FA3 with {q} queries and {kv} keys"),
+                "FA2: FA3 has no module of two types",
+            ),
+            Some(Backend::Fa3) if kind == Kind::Decode => asked(
+                "FA3 for one query to a request",
+                "FA2 or CUDA cores, which divide contexts; FA3 does not (paged has it)",
+            ),
             _ => Ok(()),
         }
     }

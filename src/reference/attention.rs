@@ -119,23 +119,8 @@ impl Results<'_> {
 }
 
 function!(attention_paged, |args| {
-    let [
-        q,
-        k,
-        v,
-        o,
-        lse,
-        sink,
-        qo_indptr,
-        kv_indptr,
-        indices,
-        last,
-        of_heads,
-        causal,
-        window,
-        cap,
-        scale,
-    ] = args.exactly()?;
+    let [q, k, v, o, lse, sink, qo_indptr, kv_indptr, indices, last, of_heads, causal, window, cap, scale] =
+        args.exactly()?;
     let (q, k, v) = (args.tensor(q)?, args.tensor(k)?, args.tensor(v)?);
     let results = Results { o: args.tensor(o)?, lse: args.optional(lse)? };
     let sink = args.optional(sink)?;
@@ -158,10 +143,19 @@ function!(attention_paged, |args| {
             }
             Ok(())
         };
-        heads(&facts, &q, rows, (kv_heads, places.len()), (k.size(3)?, v.size(3)?), sink.as_ref(), &results, |head, keys, values| {
-            gather(&k, head, keys)?;
-            gather(&v, head, values)
-        })?;
+        heads(
+            &facts,
+            &q,
+            rows,
+            (kv_heads, places.len()),
+            (k.size(3)?, v.size(3)?),
+            sink.as_ref(),
+            &results,
+            |head, keys, values| {
+                gather(&k, head, keys)?;
+                gather(&v, head, values)
+            },
+        )?;
     }
     Ok(())
 });
@@ -230,7 +224,8 @@ fn heads(
 }
 
 function!(attention_mla, |args| {
-    let [q_nope, q_pe, ckv, kpe, o, lse, qo_indptr, kv_indptr, indices, last, causal, scale, natural] = args.exactly()?;
+    let [q_nope, q_pe, ckv, kpe, o, lse, qo_indptr, kv_indptr, indices, last, causal, scale, natural] =
+        args.exactly()?;
     let (q_nope, q_pe) = (args.tensor(q_nope)?, args.tensor(q_pe)?);
     let (ckv, kpe) = (args.tensor(ckv)?, args.tensor(kpe)?);
     let results = Results { o: args.tensor(o)?, lse: args.optional(lse)? };

@@ -67,7 +67,8 @@ pub fn fa2(lengths: &Lengths, heads: &Heads, page_size: i64, multiprocessors: i6
     let longest = lengths.pages.iter().copied().max().unwrap_or(0).max(1);
     // The shortest chunk with which the tiles fit the GPU.
     let fits = |chunk: i64| {
-        let tiles = packed.iter().zip(&lengths.pages).map(|(packed, pages)| ceil(*packed, tile) * ceil((*pages).max(1), chunk));
+        let tiles =
+            packed.iter().zip(&lengths.pages).map(|(packed, pages)| ceil(*packed, tile) * ceil((*pages).max(1), chunk));
         tiles.sum::<i64>() <= most
     };
     let least = (128 / page_size).max(1);
@@ -169,18 +170,8 @@ pub fn decode(pages: &[i64], heads: &Heads, page_size: i64, blocks: i64, graph: 
     }
     let lists =
         vec![(request_at, request), (tile_at, kv_tile), (o_at, o), (chunk_at, vec![(chunk * page_size) as i32])];
-    let integers = vec![
-        padded,
-        v_at,
-        s_at,
-        request_at,
-        tile_at,
-        o_at,
-        valid_at,
-        chunk_at,
-        i64::from(graph),
-        i64::from(split),
-    ];
+    let integers =
+        vec![padded, v_at, s_at, request_at, tile_at, o_at, valid_at, chunk_at, i64::from(graph), i64::from(split)];
     Planned { integers, lists, float: float.end(), int: int.end() }
 }
 
