@@ -38,6 +38,8 @@
 //!   [`topk`](kernels::topk) and [`quantization`](kernels::quantization). Where a safe function could not be sound there is an
 //!   `unsafe` one that says why, and mostly a safe form beside it. Tensors on the host are computed by the
 //!   [reference](mod@reference), in f64.
+//! - [`attention`]: prefill, decode and latent attention over paged caches and over keys one after the other, planned once for a
+//!   batch and run for every layer.
 //! - Indices that steer kernels, made of host data that is checked: [`PageTable`] and its [`Tokens`], [`Positions`], and with the
 //!   feature `cudarc` `OnDevice`, such data with its copy on a GPU. [`CosSinCache`]: the angles of rotary embeddings.
 //! - The flat functions, [`gemma_rmsnorm`] and [`gdn_prefill_sm90`], on raw device pointers; with the feature `cudarc`

@@ -2,6 +2,7 @@
 //! test --features cudarc --test compile_fail` writes them anew.
 #![cfg(feature = "cudarc")]
 
+use flashinfer_rs::attention::{GraphPlan, Workspace};
 use flashinfer_rs::kernels::gdn::GdnPrefillContext;
 use flashinfer_rs::object::{Func, Shape, Tensor};
 use flashinfer_rs::{DeviceCuSeqlens, FlashInferError, FlashInferRuntime, Function, Module, Preflight, RuntimeConfig};
@@ -25,5 +26,7 @@ fn what_is_shared_between_threads_can_be() {
     shared::<Shape>();
     shared::<Preflight>();
     sent::<GdnPrefillContext>();
+    sent::<Workspace>();
+    sent::<GraphPlan>();
     sent::<DeviceCuSeqlens>();
 }

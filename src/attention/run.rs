@@ -11,7 +11,7 @@ use crate::tensor::{Device, TensorMut, TensorRef};
 
 use super::batch::Batch;
 use super::rows::{self, Expected, RUN};
-use super::spec::{AttentionSpec, Kind, MLA_DIMS};
+use super::spec::{AttentionSpec, Kind, MLA_DIMS, SCALES, SCALES_EXPECTED};
 
 /// What a call may add to its tensors.
 #[derive(Debug, Clone, Default)]
@@ -95,10 +95,13 @@ impl Planned<'_> {
 
     fn numbers(&self, k_scale: Option<f64>) -> Result<Numbers> {
         let spec = self.spec;
-        let sm_scale = match k_scale {
+        let sm_scale = match k_scale.map(|scale| (scale, spec.sm_scale() * scale)) {
             None => spec.sm_scale(),
-            Some(scale) if (1e-6..=1e6).contains(&scale) => spec.sm_scale() * scale,
-            Some(scale) => return refuse(RUN, "k_scale", scale.to_string(), "a number from 0.000001 to 1000000"),
+            Some((_, product)) if SCALES.contains(&product) => product,
+            Some((scale, product)) => {
+                let found = format!("{scale}, {product} with the specification's scale");
+                return refuse(RUN, "k_scale", found, SCALES_EXPECTED);
+            }
         };
         Ok(Numbers {
             mask_mode: spec.mask_mode(),

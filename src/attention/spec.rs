@@ -13,6 +13,10 @@ const SPEC: &str = "AttentionSpec";
 const HEAD_DIMS: [i64; 3] = [64, 128, 256];
 /// The groups of query heads to a key head that the decode kernel on CUDA cores is compiled for.
 const CUDA_CORE_GROUPS: [i64; 5] = [1, 2, 3, 4, 8];
+/// What products may be multiplied by. Masked logits are not infinite in upstream's kernels but -50,000 before they are scaled,
+/// which these make -50.
+pub(super) const SCALES: std::ops::RangeInclusive<f64> = 1e-3..=1e6;
+pub(super) const SCALES_EXPECTED: &str = "a number from 0.001 to 1000000: with a smaller one release 0.6.3 sees keys that are masked; scale the queries instead";
 /// The compressed size and the rotary size of multi-head latent attention.
 pub(super) const MLA_DIMS: (i64, i64) = (512, 64);
 
@@ -436,10 +440,7 @@ impl AttentionBuilder {
             }
         }
         match self.sm_scale {
-            // Masked logits are not infinite in upstream's kernels but -5e4, before they are scaled.
-            Some(scale) if !(1e-6..=1e6).contains(&scale) => {
-                refuse(SPEC, "sm_scale", scale.to_string(), "a number from 0.000001 to 1000000")
-            }
+            Some(scale) if !SCALES.contains(&scale) => refuse(SPEC, "sm_scale", scale.to_string(), SCALES_EXPECTED),
             None if self.kind == Kind::Mla => refuse(
                 SPEC,
                 "sm_scale",
