@@ -122,7 +122,9 @@ fn pages() -> bool {
     let all: Vec<i32> = (0..64 * 512).collect();
     let mut batch = Batch::paged(16, 64 * 512).expect("a batch");
     let mut table = PageTable::new(16, 64 * 512, 1 << 20).expect("a table");
-    all.chunks(512).for_each(|pages| drop(table.push(pages, 8191).expect("pages")));
+    for pages in all.chunks(512) {
+        table.push(pages, 8191).expect("pages");
+    }
     let push = || {
         batch.clear();
         for pages in all.chunks(512) {
@@ -206,21 +208,6 @@ fn decode(stream: &Arc<CudaStream>, backend: Backend, requests: i64, keys: i64, 
     };
     let pdl = Arg::bool(true);
     let rope = [0.0, spec.sm_scale(), 1.0, 1e-4].map(Arg::float);
-    let run_args = |info| {
-        let mut args = Vec::new();
-        if cores {
-            args.extend([t(&float), t(&int), info, t(&p_q), t(&p_k), t(&p_v), t(&t_indptr), t(&t_indices), t(&t_last)]);
-            args.extend([t(&p_o), Arg::NONE, Arg::int(0), Arg::int(-1), pdl, Arg::NONE]);
-            args.extend(rope);
-        } else {
-            args.extend([t(&float), t(&int), info, t(&p_q), t(&p_k), t(&p_v), t(&t_qo), t(&t_indptr), t(&t_indices)]);
-            args.extend([t(&t_last), t(&p_o), Arg::NONE, Arg::int(0), Arg::int(0), Arg::int(-1), pdl]);
-            args.extend([Arg::NONE; 6]);
-            args.extend(rope);
-            args.push(Arg::int(0));
-        }
-        args
-    };
     let plan_function = module.function("plan")?;
     let run_function = module.function(if cores { "run" } else { "paged_run" })?;
 
@@ -236,7 +223,41 @@ fn decode(stream: &Arc<CudaStream>, backend: Backend, requests: i64, keys: i64, 
             &wait,
         );
         let info = bare_plan();
-        let args = run_args(info.as_arg());
+        let args = {
+            let mut args = Vec::new();
+            if cores {
+                args.extend([
+                    t(&float),
+                    t(&int),
+                    info.as_arg(),
+                    t(&p_q),
+                    t(&p_k),
+                    t(&p_v),
+                    t(&t_indptr),
+                    t(&t_indices),
+                    t(&t_last),
+                ]);
+                args.extend([t(&p_o), Arg::NONE, Arg::int(0), Arg::int(-1), pdl, Arg::NONE]);
+                args.extend(rope);
+            } else {
+                args.extend([
+                    t(&float),
+                    t(&int),
+                    info.as_arg(),
+                    t(&p_q),
+                    t(&p_k),
+                    t(&p_v),
+                    t(&t_qo),
+                    t(&t_indptr),
+                    t(&t_indices),
+                ]);
+                args.extend([t(&t_last), t(&p_o), Arg::NONE, Arg::int(0), Arg::int(0), Arg::int(-1), pdl]);
+                args.extend([Arg::NONE; 6]);
+                args.extend(rope);
+                args.push(Arg::int(0));
+            }
+            args
+        };
         let options = AttentionOptions::default();
         let plan = workspace.plan(&batch)?;
         let (our_run, bare_run) = least(
