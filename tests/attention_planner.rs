@@ -36,10 +36,16 @@ fn modules() -> PathBuf {
 
 type Case = (&'static str, fn() -> (AttentionBuilder, Backend), fn(&Machine, AttentionSpec));
 
+const PAGED: AttentionBuilder = AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true);
+const DECODE: AttentionBuilder = AttentionSpec::decode(DType::BF16, (8, 2), 128, 16);
+
 const HEADS: Heads = Heads { q: 8, kv: 2, size: 128 };
 
 fn main() -> ExitCode {
-    let cases: [Case; 13] = [
+    let cases: [Case; 16] = [
+        ("fa2_is_captured_and_planned_in_order", || (PAGED, Backend::Fa2), captured),
+        ("fa3_is_captured_and_planned_in_order", || (PAGED, Backend::Fa3), captured),
+        ("decode_is_captured_and_planned_in_order", || (DECODE, Backend::CudaCores), captured),
         (
             "fa2_is_planned_for_a_graph",
             || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2),
@@ -161,7 +167,8 @@ impl Machine {
     }
 
     fn get(&self, name: &str) -> i32 {
-        let library = if matches!(name, "pinned" | "synchronized") { &self.driver } else { &self.cudart };
+        let of_the_driver = matches!(name, "pinned" | "synchronized" | "waits" | "records");
+        let library = if of_the_driver { &self.driver } else { &self.cudart };
         // SAFETY: the fixtures' variables are of this type.
         unsafe { **library.get::<*const i32>(name.as_bytes()).unwrap() }
     }
@@ -378,6 +385,54 @@ fn graph(machine: &Machine, spec: AttentionSpec) {
         for (batch, says) in [(Batch::paged(16, 9).unwrap(), "pages of the cache"), (Batch::ragged(), "Batch::paged")] {
             let error = graph.buffers().unwrap().replan(&batch).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
+        }
+    }
+}
+
+/// A plan comes behind the launch before it and ahead of the one behind it, whichever stream the graph is launched on; and captured
+/// kernels may start early only where the graph says so and they wait by themselves.
+fn captured(machine: &Machine, spec: AttentionSpec) {
+    let (own, other) = (&machine.stream, machine.stream.context().new_stream().unwrap());
+    let rows = if spec.kind() == Kind::Decode { 4 } else { 60 };
+    let room = GraphRoom { requests: 4, rows, pages: 90, reserved_page: 99 };
+    let mut batch = Batch::paged(16, 100).unwrap();
+    batch.push(1, &[7, 3], 20).unwrap();
+    for pdl in [true, false] {
+        let plan = GraphPlan::new(spec, room, &batch, own).unwrap();
+        let zeros = |count: i64| own.alloc_zeros::<bf16>(count as usize).unwrap();
+        let buffers = (plan, zeros(rows * 1024), zeros(rows * 1024), zeros(100 * 16 * 256), zeros(100 * 16 * 256));
+        let mut graph = LaunchGraph::new(&other, buffers).unwrap().with_pdl(pdl);
+        let before = machine.get("launches");
+        graph
+            .capture(|s, (plan, q, mut o, mut k, mut v)| {
+                let shape = [100, 16, 2, 128];
+                let cache = PagedKvCache::new(k.write(&shape)?, v.write(&shape)?, KvLayout::Nhd)?;
+                let (q, mut o) = (q.read(&[rows, 8, 128])?, o.write(&[rows, 8, 128])?);
+                plan.run(&mut o, None, &q, &cache, &AttentionOptions::default(), s)?;
+                // The plan's own stream is none that is captured.
+                let fewer = TensorRef::from_cudarc(own, &own.alloc_zeros::<bf16>(16).unwrap(), &[1, 1, 16])
+                    .map(|tensor| plan.run(&mut o, None, &tensor, &cache, &AttentionOptions::default(), s));
+                assert!(fewer.is_err() || fewer.is_ok_and(|result| result.is_err()));
+                Ok(())
+            })
+            .unwrap();
+        let hopper_alone = spec.backend((9, 0)) == Backend::Fa3;
+        // A kernel that merges the parts of contexts, which a graph divides always; FA3 divides none.
+        assert_eq!(machine.get("launches"), before + if hopper_alone { 1 } else { 2 });
+        assert_eq!(machine.get("last_pdl"), i32::from(pdl && !hopper_alone));
+        graph.launch().unwrap();
+        let counted = || (machine.get("waits"), machine.get("records"));
+        for pages in [[7, 3], [8, 2]] {
+            batch.clear();
+            batch.push(1, &pages, 21).unwrap();
+            let mut views = graph.buffers().unwrap();
+            let (waits, records) = counted();
+            views.0.replan(&batch).unwrap();
+            // For the launch; behind the copies, for the slot and for the next launch.
+            assert_eq!(counted(), (waits + 1, records + 2));
+            let (waits, _) = counted();
+            graph.launch().unwrap();
+            assert!(counted().0 > waits, "a launch waits for the plan");
         }
     }
 }

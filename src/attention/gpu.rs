@@ -133,6 +133,8 @@ pub(super) struct OnStream {
     tables: CudaSlice<i32>,
     slots: Vec<Slot>,
     next: usize,
+    /// Where those are.
+    tables_at: u64,
     /// What kernels are given of it.
     addresses: Addresses,
     graph: bool,
@@ -281,7 +283,8 @@ impl OnStream {
             // What does not fit is made room for when there is a batch.
             None => tables_len(largest.requests.min(1 << 12) as usize, 1 << 10),
         };
-        let tables = stream.alloc_zeros(len).map_err(&allocated)?;
+        let mut tables = stream.alloc_zeros(len).map_err(&allocated)?;
+        let tables_at = buffer_address(&mut tables) as u64;
         let context = stream.context();
         let slot = |_| -> Result<Slot> {
             Ok(Slot {
@@ -309,6 +312,7 @@ impl OnStream {
             tables,
             slots,
             next,
+            tables_at,
             addresses,
             graph,
         })
@@ -362,6 +366,7 @@ impl OnStream {
             }
             let more = len.next_power_of_two();
             self.tables = self.stream.alloc_zeros(more).map_err(driver("allocating a batch's tables"))?;
+            self.tables_at = buffer_address(&mut self.tables) as u64;
         }
         let at = self.next;
         self.next = (at + 1) % SLOTS;
@@ -370,7 +375,7 @@ impl OnStream {
             self.slots[at].tables = Pinned::new(self.stream.context(), 4 * len.next_power_of_two())?;
         }
         write_tables(batch, self.slots[at].tables.words());
-        let tables = buffer_address(&mut self.tables);
+        let tables = self.tables_at as *mut c_void;
         self.addresses = self.addresses.with_tables(tables, batch.requests(), batch.kv_indices.len());
         let result = self.copy_tables(at, len).and_then(|()| {
             // SAFETY: the slot's memory is as long as the lists, and nothing copies from it.
@@ -389,10 +394,9 @@ impl OnStream {
     }
 
     fn copy_tables(&mut self, at: usize, len: usize) -> Result<()> {
-        let to = buffer_address(&mut self.tables);
         let from = &self.slots[at].tables.words()[..len];
         // SAFETY: both hold so many numbers; the slot's memory is not written before the event behind the copy.
-        let copied = unsafe { cuda::memcpy_htod_async(to as u64, from, self.stream.cu_stream()) };
+        let copied = unsafe { cuda::memcpy_htod_async(self.tables_at, from, self.stream.cu_stream()) };
         copied.map_err(driver_in(self.stream.context(), "copying a batch's tables"))
     }
 
@@ -456,11 +460,11 @@ impl OnStream {
     pub(super) fn restore(&mut self, slot: usize) -> Result<()> {
         let _current = CurrentContext::bind(self.stream.context())?;
         self.copy_tables(slot, self.tables.len())?;
-        let (to, bytes) = (buffer_address(&mut self.int), self.int.len());
+        let (to, bytes) = (self.addresses.int.data() as u64, self.int.len());
         let from = self.slots[slot].lists.data.as_ptr();
         // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
         let copied =
-            unsafe { cuda::memcpy_htod_async(to as u64, slice::from_raw_parts(from, bytes), self.stream.cu_stream()) };
+            unsafe { cuda::memcpy_htod_async(to, slice::from_raw_parts(from, bytes), self.stream.cu_stream()) };
         copied.map_err(driver_in(self.stream.context(), "copying a plan's lists"))?;
         self.slots[slot].on_its_way = true;
         record(&self.slots[slot].copied, &self.stream)

@@ -295,6 +295,7 @@ impl GraphPlanMut<'_> {
             Err(error) if plan.memory.last_slot() == before => Err(error),
             Err(error) => {
                 let stream = Arc::clone(plan.memory.owned_stream());
+                let _current = CurrentContext::bind(stream.context())?;
                 plan.memory.restore(plan.slot)?;
                 record(&plan.planned, &stream).map_err(driver_in(stream.context(), "recording a plan's copies"))?;
                 Err(error)
