@@ -89,7 +89,8 @@ const fn dimensions(tokens: usize, heads: usize) -> [Dimension; 7] {
     ]
 }
 
-pub(super) static PAGED: Row = PAGED_ROW;
+// Constants, of which each check is compiled into straight code.
+pub(super) const PAGED: &Row = &PAGED_ROW;
 
 const PAGED_ROW: Row = Row {
     kernel: "attention over a paged cache",
@@ -115,9 +116,9 @@ const PAGED_ROW: Row = Row {
     tests: "`tests/attention.rs`, `tests/attention_gpu.rs`",
 };
 
-pub(super) static PAGED_HND: Row = Row { arguments: &paged(HND), dimensions: &dimensions(2, 1), ..PAGED_ROW };
+pub(super) const PAGED_HND: &Row = &Row { arguments: &paged(HND), dimensions: &dimensions(2, 1), ..PAGED_ROW };
 
-pub(super) static RAGGED: Row = Row {
+pub(super) const RAGGED: &Row = &Row {
     kernel: "attention over keys one after the other",
     summary: "Attention over keys and values that lie one after the other.",
     arguments: &[
@@ -146,7 +147,7 @@ pub(super) static RAGGED: Row = Row {
     ..PAGED_ROW
 };
 
-pub(super) static MLA: Row = Row {
+pub(super) const MLA: &Row = &Row {
     kernel: "latent attention",
     summary: "Multi-head latent attention over a paged cache.",
     arguments: &[
@@ -272,20 +273,33 @@ fn differs(
 /// how far a page reaches.
 #[inline(always)]
 pub(super) fn check_reach(row: &'static Row, operands: &[Operand<'_, '_>; 6], pages: bool, most: i64) -> Result<()> {
-    const MOST: i64 = u32::MAX as i64;
+    // Most tensors are dense and no larger than that as a whole.
+    let mut small = true;
+    for at in [Q, K, V] {
+        small &= operands[at].layout().is_some_and(|layout| layout.is_contiguous() & (layout.numel() <= REACH));
+    }
+    if small { Ok(()) } else { check_far_reach(row, operands, pages, most) }
+}
+
+/// As far as 32 bits count.
+const REACH: i64 = u32::MAX as i64;
+
+#[cold]
+fn check_far_reach(row: &'static Row, operands: &[Operand<'_, '_>; 6], pages: bool, most: i64) -> Result<()> {
     for at in [Q, K, V] {
         let Some(layout) = operands[at].layout() else { continue };
-        let reach = if at == Q || !pages { layout.reach() } else { within_a_page(layout) };
-        let whole = if at == Q || !pages || most == i64::MAX { Some(0) } else { layout.reach() };
-        if !(reach.is_some_and(|reach| reach <= MOST) && whole.is_some_and(|whole| whole <= most)) {
-            let found = format!("strided {:?} with shape {:?}", layout.strides(), layout.shape());
-            let expected = match whole {
-                Some(0) => {
-                    "to reach at most 4294967295 elements, in a page where there are pages, which kernels count in 32 bits"
-                }
-                _ => "to reach at most 4294967295 elements in all, which this kernel counts in 32 bits",
-            };
-            return refuse(RUN, row.arguments[at].name, found, expected);
+        let paged = pages && at != Q;
+        let part = if paged { within_a_page(layout) } else { layout.reach() };
+        let (fits, whole) = (|reach: Option<i64>, most| reach.is_some_and(|reach| reach <= most), layout.reach());
+        let found = || format!("strided {:?} with shape {:?}", layout.strides(), layout.shape());
+        if !fits(part, REACH) {
+            let what = if paged { "each page" } else { "the tensor" };
+            let expected = format!("{what} to reach at most {REACH} elements, which kernels count in 32 bits");
+            return refuse(RUN, row.arguments[at].name, found(), expected);
+        }
+        if paged && !fits(whole, most) {
+            let expected = format!("the cache to reach at most {most} elements, which this kernel counts in 32 bits");
+            return refuse(RUN, row.arguments[at].name, found(), expected);
         }
     }
     Ok(())

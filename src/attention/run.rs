@@ -168,8 +168,11 @@ impl Planned<'_> {
         let lse = lse.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let sink = options.sink.as_ref().map_or(Operand::Absent, TensorRef::operand);
         let operands = [q.operand(), k, v, o.operand(), lse, sink];
-        let row = if cache.layout() == KvLayout::Hnd { &rows::PAGED_HND } else { &rows::PAGED };
-        if self.checked(row, &operands)?.empty {
+        let (row, checked) = match cache.layout() {
+            KvLayout::Nhd => (rows::PAGED, self.checked(rows::PAGED, &operands)?),
+            KvLayout::Hnd => (rows::PAGED_HND, self.checked(rows::PAGED_HND, &operands)?),
+        };
+        if checked.empty {
             return Ok(());
         }
         let numbers = self.numbers(options.k_scale)?;
@@ -196,14 +199,14 @@ impl Planned<'_> {
         let lse = lse.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let sink = options.sink.as_ref().map_or(Operand::Absent, TensorRef::operand);
         let operands = [q.operand(), k.operand(), v.operand(), o.operand(), lse, sink];
-        if self.checked(&rows::RAGGED, &operands)?.empty {
+        if self.checked(rows::RAGGED, &operands)?.empty {
             return Ok(());
         }
         let numbers = self.numbers(options.k_scale)?;
         match &self.place {
             Place::Host(batch) => on_host("attention_ragged", &operands, batch, |args| push(args, self.spec, &numbers)),
             #[cfg(feature = "cudarc")]
-            Place::Gpu(launch) => launch.ragged(&rows::RAGGED, &operands, &numbers, self.stream),
+            Place::Gpu(launch) => launch.ragged(rows::RAGGED, &operands, &numbers, self.stream),
         }
     }
 
@@ -218,7 +221,7 @@ impl Planned<'_> {
         let (ckv, kpe) = cache.operands();
         let lse = lse.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let operands = [queries.q_nope.operand(), ckv, kpe, o.operand(), lse, queries.q_pe.operand()];
-        let checked = self.checked(&rows::MLA, &operands)?;
+        let checked = self.checked(rows::MLA, &operands)?;
         let rotary = checked.dimensions[rows::ROTARY];
         if rotary != MLA_DIMS.1 {
             return refuse(RUN, "kpe_dim", rotary.to_string(), "64");
@@ -230,7 +233,7 @@ impl Planned<'_> {
         match &self.place {
             Place::Host(batch) => mla_on_host(&operands, batch, self.spec, &numbers),
             #[cfg(feature = "cudarc")]
-            Place::Gpu(launch) => launch.mla(&rows::MLA, &operands, &numbers, self.stream),
+            Place::Gpu(launch) => launch.mla(rows::MLA, &operands, &numbers, self.stream),
         }
     }
 }
