@@ -288,8 +288,8 @@ fn returned(gpu: &Gpu) {
 fn raised(gpu: &Gpu) {
     let (definition, workload) = same();
     let kernel = closure(true, |args| {
-        let x = args[0].as_tensor()?;
-        assert_eq!((x.device(), args.len()), (Device::Cuda(0), 3));
+        let x: Tensor = args[0].to()?;
+        assert_eq!((x.device(), args.len()), (Some(Device::Cuda(0)), 3));
         Err(flashinfer_rs::object::Error::new("ValueError", "as the test asked")?.into())
     });
     let bound = kernel.bind(&definition).unwrap();

@@ -67,11 +67,14 @@ impl Kernel {
 }
 
 fn prefill(args: &[Arg<'_>]) -> Result<()> {
-    fn optional<'a>(arg: &Arg<'a>) -> Result<Option<TensorRef<'a>>> {
-        if arg.is_none() { Ok(None) } else { arg.as_tensor().map(Some) }
+    fn tensor<'a>(arg: &Arg<'a>) -> Result<TensorRef<'a>> {
+        // SAFETY: what reads it is queued below, on the stream of the call.
+        unsafe { arg.as_tensor_unordered() }
     }
-    let (q, k, v, cu_seqlens) =
-        (args[0].as_tensor()?, args[1].as_tensor()?, args[2].as_tensor()?, args[3].as_tensor()?);
+    fn optional<'a>(arg: &Arg<'a>) -> Result<Option<TensorRef<'a>>> {
+        if arg.is_none() { Ok(None) } else { tensor(arg).map(Some) }
+    }
+    let (q, k, v, cu_seqlens) = (tensor(&args[0])?, tensor(&args[1])?, tensor(&args[2])?, tensor(&args[3])?);
     let mut options = GdnOptions::default();
     (options.input_state, options.alpha, options.beta) =
         (optional(&args[4])?, optional(&args[5])?, optional(&args[6])?);
