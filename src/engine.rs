@@ -147,6 +147,7 @@ impl Entry {
     ///
     /// # Safety
     /// As for [`Function::call`], on a device that exists.
+    #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
     #[inline(never)]
     pub(crate) unsafe fn call_function(
         self,

@@ -61,9 +61,13 @@ mod batch;
 mod gpu;
 #[cfg(feature = "cudarc")]
 mod graph;
+#[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
 mod rows;
+#[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
 mod run;
+#[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
 mod sizes;
+#[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
 mod spec;
 mod workspace;
 

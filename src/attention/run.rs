@@ -168,6 +168,7 @@ impl Planned<'_> {
         let lse = lse.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let sink = options.sink.as_ref().map_or(Operand::Absent, TensorRef::operand);
         let operands = [q.operand(), k, v, o.operand(), lse, sink];
+        #[cfg_attr(not(feature = "cudarc"), allow(unused_variables, reason = "GPU memory comes from cudarc"))]
         let (row, checked) = match cache.layout() {
             KvLayout::Nhd => (rows::PAGED, self.checked(rows::PAGED, &operands)?),
             KvLayout::Hnd => (rows::PAGED_HND, self.checked(rows::PAGED_HND, &operands)?),
