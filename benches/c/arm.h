@@ -1,5 +1,5 @@
-/* What C programs that measure calls of the kernels have in common: `caller.c` and `families.c`. Needs no CUDA headers: what
- * is used of CUDA is declared here. Each program includes it once.
+/* What C programs that measure calls of the kernels have in common: `caller.c`, `families.c` and `attention.c`. Needs no CUDA
+ * headers: what is used of CUDA is declared here. Each program includes it once.
  *
  *     FLASHINFER_RS_LIB_DIR=… ./a.out ARM
  *
@@ -177,7 +177,7 @@ struct packed {
     const char *name;
     int32_t count;
     struct dltensor views[17];
-    struct any args[23];
+    struct any args[27];
 };
 
 static void call(const struct packed *it) {

@@ -5,12 +5,9 @@
  *     gpu CASE N… SETS ROUNDS     ns of GPU time per call, of a graph that calls so many sets of tensors so often each
  *
  * The arm `limits` has copies on the device, and a kernel that reads and does nothing else. */
-#include "arm.h"
+#include "calls.h"
 
 enum { Q_HEADS = 32, KV_HEADS = 8, HEAD = 128, POSITIONS = 8192, PAGE_SIZE = 16, REQUESTS = 32, WORKSPACE = 1 << 20 };
-
-static const struct dtype BF16 = {CODE_BFLOAT, 16, 1}, F32 = {CODE_FLOAT, 32, 1}, I32 = {CODE_INT, 32, 1},
-                          U8 = {CODE_UINT, 8, 1}, E4M3 = {CODE_FLOAT8_E4M3FN, 8, 1};
 
 /* ---- memory ---- */
 
@@ -18,12 +15,6 @@ static struct pool inputs = {.content = RANDOM_BF16, .low = 0.15f};
 static struct pool numbers_of = {.content = NORMAL_F32};
 static struct pool bits = {.content = RANDOM_BITS};
 static struct pool outputs = {.content = EMPTY};
-
-static size_t bytes_of(struct dtype dtype, int32_t ndim, const int64_t *shape) {
-    size_t bytes = dtype.bits / 8;
-    for (int32_t i = 0; i < ndim; i++) bytes *= (size_t)shape[i];
-    return bytes;
-}
 
 /* Host data on the device, until the next request. */
 static void *uploaded(const void *data, size_t bytes) {
@@ -35,42 +26,6 @@ static void *uploaded(const void *data, size_t bytes) {
     CUDA(cuda.memcpy(*place, data, bytes, COPY_TO_DEVICE));
     return *place;
 }
-
-/* ---- calls ---- */
-
-/* Packed once. It points into itself, so it must stay where it is. */
-struct call {
-    struct packed packed;
-    struct tensor tensors[17];
-    size_t count;
-};
-
-static void add(struct call *call, struct any argument) {
-    call->packed.args[call->packed.count++] = argument;
-}
-
-static void add_tensor(struct call *call, struct tensor tensor) {
-    size_t i = call->count++;
-    call->tensors[i] = tensor;
-    call->packed.views[i] = view(&call->tensors[i]);
-    add(call, pointer_to(&call->packed.views[i]));
-}
-
-#define SHAPE(...) (int32_t)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]){__VA_ARGS__}
-
-/* A tensor out of a pool. */
-static struct tensor from(struct pool *pool, struct dtype dtype, int32_t ndim, const int64_t *shape) {
-    return dense(carve(pool, bytes_of(dtype, ndim, shape)), dtype, ndim, shape);
-}
-
-/* So many bytes for each set, of tensors of these sizes. */
-#define RESERVE(pool, sets, ...)                                                                       \
-    do {                                                                                               \
-        const size_t sizes[] = {__VA_ARGS__};                                                          \
-        size_t set = 0;                                                                                \
-        for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) set += aligned(sizes[i]);          \
-        reserve((pool), (sets) * set);                                                                 \
-    } while (0)
 
 /* Where the tokens of a step go, on the device, as PageTable and Positions make it: a page table of REQUESTS requests that
  * have no tokens yet, whose pages lie one after the other. */
@@ -340,19 +295,6 @@ static const char READ[] =
     SUM_UNIT(0) SUM_UNIT(256) SUM_UNIT(512) SUM_UNIT(768) SUM_UNIT(1024) SUM_UNIT(1280) SUM_UNIT(1536) SUM_UNIT(1792)
     "setp.eq.f32 %never, %sum, 0f7e967699;\n"
     "@%never st.global.f32 [%to], %sum;\nret;\n}\n";
-
-/* Memory of one size, from one pool to another or read. */
-struct memory {
-    size_t sets, bytes;
-    char **from, **to;
-    void *kernel;
-};
-
-static void launch_copy(const void *context, size_t i) {
-    const struct memory *memory = context;
-    size_t set = i % memory->sets;
-    CUDA(cuda.memcpy_async(memory->to[set], memory->from[set], memory->bytes, COPY_ON_DEVICE, stream));
-}
 
 static void launch_read(const void *context, size_t i) {
     const struct memory *memory = context;

@@ -139,7 +139,7 @@ impl Timing {
 /// Makes so many launches. Called once per timing, so that what it costs to call it does not show.
 pub type Launches<'a> = dyn FnMut(usize) -> flashinfer_rs::Result<()> + 'a;
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }

@@ -63,6 +63,8 @@ const SECONDS: u32 = 300;
 pub static LAUNCH: Program = program("bench", "launch", "cudarc", "launch", 0);
 /// What it measures with `--families`.
 pub static FAMILIES: Program = program("bench", "families", "cudarc", "families", 0);
+/// What it measures with `--attention`.
+pub static ATTENTION: Program = program("bench", "attention_arm", "cudarc", "attention_arm", 0);
 /// What `cargo xtask bench --check` counts; it stays here.
 pub const INSTRUCTIONS: Program = program("bench", "instructions", "cudarc", "instructions", 0);
 

@@ -167,14 +167,14 @@ fn unguarded() -> Option<&'static Case> {
 }
 
 /// A large copy on the device.
-const COPY_BYTES: u64 = 512 << 20;
+pub const COPY_BYTES: u64 = 512 << 20;
 
-fn copy_case() -> String {
+pub fn copy_case() -> String {
     format!("gpu copy {COPY_BYTES} 1 {LEAST_CALLS}")
 }
 
 /// GB/s of the copy; what is read counts, and what is written.
-fn copy_rate(samples: &Samples) -> Option<f64> {
+pub fn copy_rate(samples: &Samples) -> Option<f64> {
     Some(2.0 * COPY_BYTES as f64 / plan::median(samples, "limits", &copy_case())?)
 }
 
@@ -349,7 +349,7 @@ fn guard(machine: &Machine, samples: &Samples) -> String {
 }
 
 /// A median, or why there is none.
-fn cell(machine: &Machine, samples: &Samples, arm: &str, case: &str, shown: impl Fn(f64) -> String) -> String {
+pub fn cell(machine: &Machine, samples: &Samples, arm: &str, case: &str, shown: impl Fn(f64) -> String) -> String {
     if let Some(ns) = plan::median(samples, arm, case) {
         return shown(ns);
     }
@@ -371,7 +371,7 @@ fn ratio(samples: &Samples, case: &str) -> String {
 /// Characters of it in the report.
 const MOST_OF_A_REASON: usize = 400;
 
-fn failures(machine: &Machine) -> String {
+pub fn failures(machine: &Machine) -> String {
     if machine.failures.is_empty() {
         return String::new();
     }

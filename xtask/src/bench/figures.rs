@@ -15,8 +15,8 @@ const TEXT: RGBColor = RGBColor(0x24, 0x29, 0x2f);
 const RULE: RGBColor = RGBColor(0xd0, 0xd7, 0xde);
 pub const BOUND: RGBColor = RGBColor(0xc6, 0x28, 0x28);
 pub const RUST: RGBColor = RGBColor(0xc4, 0x5a, 0x1c);
-const C: RGBColor = RGBColor(0x6e, 0x77, 0x81);
-const PYTHON: RGBColor = RGBColor(0x2f, 0x6f, 0xb0);
+pub const C: RGBColor = RGBColor(0x6e, 0x77, 0x81);
+pub const PYTHON: RGBColor = RGBColor(0x2f, 0x6f, 0xb0);
 
 /// Names and contents.
 pub type Files = Vec<(&'static str, String)>;

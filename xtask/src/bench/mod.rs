@@ -1,10 +1,11 @@
-//! `cargo xtask bench`: what calls cost, from Rust, C and Python, on a GPU: launches of one kernel in every way there is, or one
-//! call of each family beside its peers.
+//! `cargo xtask bench`: what calls cost, from Rust, C and Python, on a GPU: launches of one kernel in every way there is, one call of
+//! each family beside its peers, or attention beside its peers.
 //!
 //! One process per arm, all alive at once and on one core, where one at a time works. In each block every arm is asked each
 //! of its cases, in turn, so that a machine whose speed drifts drifts for all, and what is compared is compared within a
 //! block. From time to time processes are started anew.
 
+mod attention;
 mod check;
 mod families;
 mod figures;
@@ -20,6 +21,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use fastrand::Rng;
@@ -44,17 +46,23 @@ pub struct Options {
     #[command(subcommand)]
     part: Option<Part>,
     /// Count instructions per call instead, without a GPU; needs valgrind and a C compiler
-    #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict", "families", "no_python"])]
+    #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict", "families", "attention", "no_python", "seconds"])]
     check: bool,
     /// One call of each family beside its peers, in place of launches of one kernel in every way there is
     #[arg(long)]
     families: bool,
+    /// Attention's plans and runs beside their peers, likewise
+    #[arg(long, conflicts_with = "families")]
+    attention: bool,
     /// Leave the arms of Python out
     #[arg(long)]
     no_python: bool,
-    /// How often each arm is asked each of its cases; default: 60, with --families 5
+    /// How often each arm is asked each of its cases; default: 60, with --families 5, with --attention 3
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
     blocks: Option<u16>,
+    /// Ask nothing more after so many seconds, and write up what was answered by then
+    #[arg(long)]
+    seconds: Option<u64>,
     /// Where the report, the figures and every single value go; default: docs/performance of the checkout
     #[arg(long)]
     out: Option<PathBuf>,
@@ -104,7 +112,7 @@ pub struct Suite {
 }
 
 /// All of them.
-pub const SUITES: [&Suite; 2] = [&LAUNCHES, &families::SUITE];
+pub const SUITES: [&Suite; 3] = [&LAUNCHES, &families::SUITE, &attention::SUITE];
 
 static LAUNCHES: Suite = Suite {
     name: "launches",
@@ -145,6 +153,7 @@ pub fn command(options: Options) -> Result<()> {
         Some(Part::Render { folder }) => render_all(&folder),
         None if options.check => check::command(),
         None if options.families => measure(&families::SUITE, &options),
+        None if options.attention => measure(&attention::SUITE, &options),
         None => measure(&LAUNCHES, &options),
     }
 }
@@ -162,6 +171,7 @@ struct Place {
 }
 
 fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
+    let started = Instant::now();
     let (usual, least) = suite.blocks;
     let blocks = options.blocks.unwrap_or(usual);
     if blocks < least {
@@ -200,21 +210,26 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
     let mut writer = Writer::create(&partial)?;
     pin()?;
     let bar = ProgressBar::new(blocks as u64);
-    let mut arms = Arms { suite, place: &place, c: &c, running: BTreeMap::new(), missing, failures: Vec::new() };
+    let until = options.seconds.map(|seconds| started + Duration::from_secs(seconds));
+    let (running, failures) = (BTreeMap::new(), Vec::new());
+    let mut arms = Arms { suite, place: &place, c: &c, running, missing, failures, until };
+    let machine = Machine::look(&place.libraries, blocks, place.command.clone())?;
+    // Also now: with it the values of a run that was ended from outside can be written up.
+    arms.describe(&machine, &out)?;
     for block in 0..blocks {
+        if arms.is_late() {
+            say(format!("{block} of {blocks} blocks were asked; the time is over"));
+            break;
+        }
         arms.renew(block, blocks)?;
         arms.ask(block, blocks, &mut writer)?;
         bar.inc(1);
     }
-    arms.running.into_values().for_each(|(_, arm)| arm.finish());
     bar.finish_and_clear();
+    arms.describe(&machine, &out)?;
+    arms.running.into_values().for_each(|(_, arm)| arm.finish());
     let values = suite.values(&out);
     fs::rename(&partial, &values).map_err(|e| Error::io("renaming", &partial, &e))?;
-    let (missing, failures) = (arms.missing, arms.failures);
-    let machine = Machine { missing, failures, ..Machine::look(&place.libraries, blocks, place.command.clone())? };
-    let mut text = serde_json::to_string_pretty(&machine).unwrap_or_default();
-    text.push('\n');
-    publish_bytes(&suite.machine(&out), text.as_bytes())?;
     let broken = render(suite, &out)?;
     if options.strict && !broken.is_empty() {
         refuse!("bounds that were not kept: {}", broken.join("; "));
@@ -301,9 +316,24 @@ struct Arms<'a> {
     running: BTreeMap<&'static str, (usize, Arm)>,
     missing: Vec<Missing>,
     failures: Vec<Failure>,
+    /// Nothing is asked from then on.
+    until: Option<Instant>,
 }
 
 impl Arms<'_> {
+    fn is_late(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() >= until)
+    }
+
+    /// Writes down the machine, and what came to nothing so far.
+    fn describe(&self, machine: &Machine, out: &Path) -> Result<()> {
+        let (missing, failures) = (self.missing.clone(), self.failures.clone());
+        let machine = Machine { missing, failures, ..machine.clone() };
+        let mut text = serde_json::to_string_pretty(&machine).unwrap_or_default();
+        text.push('\n');
+        publish_bytes(&self.suite.machine(out), text.as_bytes())
+    }
+
     /// Starts every arm that is not missing, and has no process or one that is not for this block; waits until all are ready.
     fn renew(&mut self, block: usize, blocks: usize) -> Result<()> {
         let first = self.running.is_empty();
@@ -345,10 +375,13 @@ impl Arms<'_> {
         self.missing.push(Missing { arm: arm.to_owned(), reason });
     }
 
-    /// Asks everything of a block, and writes each answer as it comes: a run that fails leaves what it had, under another
-    /// name.
+    /// Asks everything of a block that there is time for, and writes each answer as it comes: a run that fails leaves what it had,
+    /// under another name.
     fn ask(&mut self, block: usize, blocks: usize, writer: &mut Writer) -> Result<()> {
         for question in (self.suite.questions)().iter().filter(|question| question.blocks.includes(block, blocks)) {
+            if self.is_late() {
+                break;
+            }
             let mut answers = vec![Vec::new(); question.arms.len()];
             for round in 0..question.rounds {
                 // In any order, the same in every run, so that none always follows the same one.
@@ -362,13 +395,19 @@ impl Arms<'_> {
                     answers[turn].extend(answer?);
                 }
             }
+            let mut shown = String::new();
             for (name, answers) in question.arms.iter().zip(&answers) {
                 if let Some(summary) = stats::summary(answers) {
                     writer.add(&Sample::new(block, name, &question.case, summary.median))?;
+                    shown += &format!(", {name} {:.1}", summary.median);
                 }
             }
+            writer.flush()?;
+            if self.until.is_some() {
+                say(format!("block {} of {blocks}, {}{shown}", block + 1, question.case));
+            }
         }
-        writer.flush()
+        Ok(())
     }
 
     /// Nothing where an arm is missing or has not the case, or, in a suite that goes on then, failed it.

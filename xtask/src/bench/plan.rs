@@ -211,6 +211,12 @@ pub enum Formula<'a> {
     /// The first less all of the others.
     Difference(Cell<'a>, &'a [Cell<'a>]),
     Ratio(Cell<'a>, Cell<'a>),
+    /// So many times the value.
+    Times(f64, Cell<'a>),
+    /// So much by the value.
+    Per(f64, Cell<'a>),
+    /// So many times the first by the second.
+    TimesRatio(f64, Cell<'a>, Cell<'a>),
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -297,7 +303,11 @@ pub enum Verdict {
 impl Comparison {
     pub fn case(&self) -> &'static str {
         match self.formula {
-            Formula::Difference((_, case), _) | Formula::Ratio((_, case), _) => case,
+            Formula::Difference((_, case), _)
+            | Formula::Ratio((_, case), _)
+            | Formula::Times(_, (_, case))
+            | Formula::Per(_, (_, case))
+            | Formula::TimesRatio(_, _, (_, case)) => case,
         }
     }
 
@@ -327,7 +337,8 @@ impl Comparison {
 pub fn estimate(formula: Formula<'_>, samples: &Samples) -> Option<Estimate> {
     let (first, others) = match &formula {
         Formula::Difference(first, others) => (*first, *others),
-        Formula::Ratio(first, other) => (*first, std::slice::from_ref(other)),
+        Formula::Ratio(first, other) | Formula::TimesRatio(_, first, other) => (*first, std::slice::from_ref(other)),
+        Formula::Times(_, cell) | Formula::Per(_, cell) => (*cell, &[][..]),
     };
     let mut values = Vec::new();
     'blocks: for (block, &value) in samples.blocks(first.0, first.1)? {
@@ -336,10 +347,14 @@ pub fn estimate(formula: Formula<'_>, samples: &Samples) -> Option<Estimate> {
             let Some(&other) = samples.blocks(arm, case)?.get(block) else { continue 'blocks };
             match formula {
                 Formula::Difference(..) => value -= other,
-                Formula::Ratio(..) => value /= other,
+                _ => value /= other,
             }
         }
-        values.push(value);
+        values.push(match formula {
+            Formula::Difference(..) | Formula::Ratio(..) => value,
+            Formula::Times(factor, _) | Formula::TimesRatio(factor, ..) => factor * value,
+            Formula::Per(factor, _) => factor / value,
+        });
     }
     stats::estimate(&values)
 }

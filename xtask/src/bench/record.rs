@@ -87,7 +87,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Machine {
     /// As nvidia-smi says; none where it is not there.
     pub gpu: Option<String>,
@@ -106,21 +106,21 @@ pub struct Machine {
     pub failures: Vec<Failure>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Library {
     pub file: String,
     pub sha256: String,
 }
 
 /// An arm that could not be measured here.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Missing {
     pub arm: String,
     pub reason: String,
 }
 
 /// A case that an arm failed.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Failure {
     pub arm: String,
     pub case: String,
