@@ -31,7 +31,7 @@ const PAGE_SIZE: i64 = 16;
 /// What is copied ahead of runs, so that all of them are queued before the first starts, in bytes.
 const AHEAD: usize = 512 << 20;
 /// Caches from here on are given back after each request, since every arm has its own; in elements.
-const LARGE: usize = 2 << 30;
+const LARGE: usize = 9 << 29;
 const TIMINGS: usize = 5;
 
 fn main() -> ExitCode {
@@ -201,16 +201,14 @@ impl Bench {
             self.stream.synchronize()?;
             *kept = Some(self.setup(case)?);
         }
-        let setup = kept.take().ok_or("there is no case")?;
+        let mut setup = kept.take().ok_or("there is no case")?;
         if what == "graph" {
             return self.graph(setup, count).map(Some);
         }
-        let mut setup = setup;
         let value = self.measure(what, &mut setup, count)?;
         let elements = setup.caches.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>();
-        if elements <= LARGE {
-            *kept = Some(setup);
-        }
+        *kept = (elements <= LARGE).then_some(setup);
+        // Gives the memory of what was dropped back.
         self.stream.synchronize()?;
         Ok(value)
     }

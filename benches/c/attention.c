@@ -22,7 +22,7 @@ static const size_t FLOAT_BYTES = (size_t)768 << 20, INT_BYTES = (size_t)16 << 2
 /* What is copied ahead of runs, so that all of them are queued before the first starts. */
 static const size_t AHEAD_BYTES = (size_t)512 << 20;
 /* Caches from here on are given back after each request, since every arm has its own. */
-static const size_t LARGE = (size_t)4 << 30;
+static const size_t LARGE = (size_t)9 << 30;
 
 static struct pool inputs = {.content = RANDOM_BF16, .low = 1.7f}, outputs = {.content = EMPTY};
 static struct pool scratch = {.content = EMPTY}, copied = {.content = EMPTY};

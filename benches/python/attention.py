@@ -23,7 +23,7 @@ TIMINGS = 5
 # Host times are of so many batches, or what there is time for.
 BATCHES, SECONDS = 20, 0.15
 AHEAD_BYTES = 512 << 20
-LARGE_BYTES = 4 << 30
+LARGE_BYTES = 9 << 30
 # Below this relative error, as a root mean square, and for caches up to this size.
 TOLERANCE, CHECKED_BYTES = 0.02, 1 << 30
 NAME = (
