@@ -524,12 +524,7 @@ mod tests {
             assert!(question.arms.iter().all(|name| ARMS.iter().any(|arm| arm.name == *name)), "{}", question.case);
         }
         for comparison in COMPARISONS.iter() {
-            let cells = match comparison.formula {
-                Formula::Ratio(a, b) | Formula::TimesRatio(_, a, b) => vec![a, b],
-                Formula::Times(_, a) | Formula::Per(_, a) => vec![a],
-                Formula::Difference(..) => panic!("{}", comparison.what),
-            };
-            assert!(cells.into_iter().all(asked), "{}", comparison.what);
+            assert!(comparison.formula.cells().into_iter().all(asked), "{}", comparison.what);
         }
         assert!(ARMS.iter().all(|arm| questions.iter().any(|question| question.arms.contains(&arm.name))));
     }

@@ -219,6 +219,18 @@ pub enum Formula<'a> {
     TimesRatio(f64, Cell<'a>, Cell<'a>),
 }
 
+#[cfg(test)]
+impl<'a> Formula<'a> {
+    /// What it is computed of.
+    pub fn cells(&self) -> Vec<Cell<'a>> {
+        match *self {
+            Self::Difference(first, others) => std::iter::once(first).chain(others.iter().copied()).collect(),
+            Self::Ratio(first, other) | Self::TimesRatio(_, first, other) => vec![first, other],
+            Self::Times(_, cell) | Self::Per(_, cell) => vec![cell],
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Limit {
     AtMost(f64),
@@ -394,10 +406,7 @@ mod tests {
         }
         let asked = |(arm, case): Cell<'_>| questions.iter().any(|q| q.case == case && q.arms.contains(&arm));
         for comparison in &COMPARISONS {
-            match comparison.formula {
-                Formula::Difference(a, b) => assert!(asked(a) && b.iter().all(|b| asked(*b)), "{}", comparison.what),
-                Formula::Ratio(a, b) => assert!(asked(a) && asked(b), "{}", comparison.what),
-            }
+            assert!(comparison.formula.cells().into_iter().all(asked), "{}", comparison.what);
         }
         for arm in &ARMS {
             assert!(questions.iter().any(|question| question.arms.contains(&arm.name)), "{} is never asked", arm.name);
