@@ -51,7 +51,7 @@ fn a_module_tells_what_it_exports_and_what_is_said_of_it() {
     let module = open(&native::compile("objects.c", "objects.so", &[], folder.path())).unwrap();
     assert_eq!((module.name(), module.path()), ("objects.so", Some(folder.path().join("objects.so").as_path())));
     let functions = module.functions();
-    assert!(functions.is_sorted() && functions.len() == 13, "{functions:?}");
+    assert!(functions.is_sorted() && functions.len() == 15, "{functions:?}");
     assert!(functions.contains(&"twice".to_owned()) && !functions.iter().any(|name| name.starts_with('_')));
     assert_eq!(module.metadata("twice").unwrap().as_deref(), Some("{\"type_schema\":\"{}\"}"));
     assert_eq!(module.doc("twice").unwrap().as_deref(), Some("y = 2 x"));
