@@ -49,14 +49,19 @@ fn input(definition: &Definition, name: &str, axes: &Axes) -> Result<HostTensor,
     let shape = definition.shape_of(name, spec, axes)?.ok_or("a scalar is not stored")?;
     let mut tensor = HostTensor::zeros(spec.dtype.clone(), &shape)?;
     let (tokens, sequences) = (axes["total_seq_len"], axes["num_seqs"]);
-    // Numbers from -1 to 1 that look random enough.
-    let number = |i: usize| (i as f64 * 12.9898 + name.len() as f64).sin();
+    // Numbers from -1 to 1 that look random enough, others for each input.
+    let seed: f64 = name.bytes().map(f64::from).sum();
+    let number = |i: usize| {
+        let large = (i as f64 * 12.9898 + seed).sin() * 43758.5453;
+        2.0 * (large - large.floor()) - 1.0
+    };
     match name {
         // Sequences of about the same length.
         "cu_seqlens" => (0..=sequences).for_each(|i| tensor.set(i as usize, (tokens * i / sequences) as f64)),
         "alpha" => (0..tensor.slots()).for_each(|i| tensor.set(i, 0.9 + 0.1 * number(i).abs())),
         "beta" => (0..tensor.slots()).for_each(|i| tensor.set(i, 0.5 + 0.5 * number(i))),
-        "k" => {
+        // Of length 1, as models give them: longer keys make the state grow without end.
+        "q" | "k" => {
             for row in 0..tensor.slots() / 128 {
                 let values: Vec<f64> = (0..128).map(|i| number(row * 128 + i)).collect();
                 let length = values.iter().map(|value| value * value).sum::<f64>().sqrt();
