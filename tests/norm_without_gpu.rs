@@ -106,11 +106,14 @@ fn where_it_was_raised_comes_along() {
 }
 
 #[test]
-fn warming_up_loads_every_vendored_library() {
+fn warming_up_loads_every_vendored_library_but_those_of_attention() {
     gemma_rmsnorm();
     let runtime = FlashInferRuntime::global().unwrap();
     runtime.warm_up().unwrap();
     let artifacts = runtime.artifacts();
     assert!(artifacts.iter().any(|artifact| artifact.name == "norm.so"), "{artifacts:?}");
-    assert!(artifacts.iter().all(|artifact| artifact.loaded_from.is_some()), "{artifacts:?}");
+    // Of which there are many, and a model needs a few.
+    let attention = |name: &str| ["batch_", "single_", "xqa_"].iter().any(|kind| name.starts_with(kind));
+    let loaded = artifacts.iter().all(|artifact| artifact.loaded_from.is_some() != attention(&artifact.name));
+    assert!(loaded, "{artifacts:?}");
 }
