@@ -275,6 +275,11 @@ pub enum FlashInferError {
     #[error(transparent)]
     Data(Box<crate::data::DataError>),
 
+    /// A compute graph, its plan or a run of it is not what it should be.
+    #[cfg(feature = "compute")]
+    #[error(transparent)]
+    ComputeGraph(Box<crate::compute::GraphError>),
+
     /// A variable of the environment has a value that means nothing.
     #[error("{variable} is {found:?}, expected {expected}; correct it or unset it, and start the program again")]
     Setting {
@@ -309,6 +314,13 @@ pub enum FlashInferError {
     /// The runtime was not initialized.
     #[error("the runtime is not initialized; call FlashInferRuntime::initialize first")]
     NotInitialized,
+}
+
+#[cfg(feature = "compute")]
+impl From<crate::compute::GraphError> for FlashInferError {
+    fn from(error: crate::compute::GraphError) -> Self {
+        Self::ComputeGraph(Box::new(error))
+    }
 }
 
 /// Errors after which CUDA answers nothing else in this process: uncorrectable ECC error, illegal address, launch timeout, assertion, hardware

@@ -75,6 +75,7 @@
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
+//! | `compute` | no | compute graphs: a model's steps built, checked, fused and planned as data, and run on the host |
 //! | `tracing` | no | logs as events of `tracing` too |
 //! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces; kernels bound, run and timed; and what `FLASHINFER_RS_TRACE_DUMP` writes |
 //!
@@ -96,6 +97,8 @@ pub mod attention;
 pub mod bench;
 #[cfg(feature = "cudarc")]
 mod buffers;
+#[cfg(feature = "compute")]
+pub mod compute;
 pub mod contract;
 mod cuda;
 #[cfg_attr(not(feature = "bench"), allow(dead_code, reason = "what the files of FlashInfer-Bench need beside dumps"))]

@@ -1,0 +1,224 @@
+//! What can be wrong with a graph, its plan, or a run of it.
+
+/// What is wrong with a compute graph: each says what was found, what was expected and what to do.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GraphError {
+    /// An operand has another shape than its operation takes.
+    #[error("{op}: {argument} is of shape {found}, expected {expected}; correct the model's sizes")]
+    ShapeMismatch {
+        /// The node, with its operation.
+        op: String,
+        /// The operand's name.
+        argument: &'static str,
+        /// Its shape.
+        found: String,
+        /// The shape that it must have.
+        expected: String,
+    },
+
+    /// An operand has another element type than its operation takes.
+    #[error("{op}: {argument} holds {found}, expected {expected}; cast it by `copy`, or give the weight another type")]
+    DTypeMismatch {
+        /// The node, with its operation.
+        op: String,
+        /// The operand's name.
+        argument: &'static str,
+        /// Its element type.
+        found: String,
+        /// The element types that it may have.
+        expected: String,
+    },
+
+    /// A kernel's own contract refuses the call that a node is.
+    #[error("{op}, for a batch of {batch}: {reason}")]
+    Contract {
+        /// The node, with its operation.
+        op: String,
+        /// The rows of the batch.
+        batch: u64,
+        /// The kernel's words: what was found and what was expected.
+        reason: String,
+    },
+
+    /// A value, weight, state or input belongs to another graph.
+    #[error("{op}: {argument} is of another graph; use what this graph's builder gave")]
+    ForeignValue {
+        /// The operation.
+        op: String,
+        /// The operand's name.
+        argument: &'static str,
+    },
+
+    /// A parameter of an operation means nothing.
+    #[error("{op}: {parameter} is {found}, expected {expected}")]
+    Parameter {
+        /// The operation.
+        op: String,
+        /// The parameter's name.
+        parameter: &'static str,
+        /// Its value.
+        found: String,
+        /// The values that it may have.
+        expected: &'static str,
+    },
+
+    /// Two tensors of a graph have one name.
+    #[error("there are two tensors named {name:?}; names are how weights and outputs are found: give each its own")]
+    DuplicateName {
+        /// The name.
+        name: String,
+    },
+
+    /// There is no tensor of this name and kind.
+    #[error("there is no {kind} named {name:?}; there are {known}")]
+    UnknownName {
+        /// Weight, state, step input or output.
+        kind: &'static str,
+        /// The name that was asked for.
+        name: String,
+        /// The names that there are.
+        known: String,
+    },
+
+    /// A weight, state or step input was not given before a run.
+    #[error("{kind} {name:?} is missing; give it, {expected}, before the run")]
+    Missing {
+        /// Weight, state or step input.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// Its type and shape.
+        expected: String,
+    },
+
+    /// What was given for a weight, state or step input is of another size.
+    #[error("{kind} {name:?} has {found}, expected {expected}; give the model's own")]
+    Mismatch {
+        /// Weight, state or step input.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// What was given.
+        found: String,
+        /// What must be given.
+        expected: String,
+    },
+
+    /// No kernel of FlashInfer 0.6.3 serves a node.
+    #[error("{op} has no kernel: {reason}; {remedy}")]
+    UnsupportedKernel {
+        /// The node, with its operation.
+        op: String,
+        /// Why.
+        reason: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+
+    /// A batch has more rows than the largest bucket, or than the graph was built for.
+    #[error("a batch of {rows} rows is more than the largest, {largest}; divide it, or build for a larger one")]
+    BucketTooSmall {
+        /// The rows of the batch.
+        rows: u64,
+        /// The largest bucket.
+        largest: u64,
+    },
+
+    /// A sequence is longer than its pages, or than the table of angles.
+    #[error("row {row} would be {length} tokens long, and there is room for {capacity}; end it, or plan more pages")]
+    ContextTooLong {
+        /// The row.
+        row: u64,
+        /// Its length after the step.
+        length: u64,
+        /// The tokens that there is room for.
+        capacity: u64,
+    },
+
+    /// There is no free page.
+    #[error("the cache's {pages} pages are all in use; end a sequence, or make a larger cache")]
+    PageTableFull {
+        /// How many pages there are.
+        pages: u64,
+    },
+
+    /// The memory that a plan takes is more than there is.
+    #[error("the plan takes {planned} bytes and {free} are free; nothing was allocated: plan smaller buckets or fewer pages")]
+    ArenaTooLarge {
+        /// The bytes that are planned.
+        planned: u64,
+        /// The bytes that are free.
+        free: u64,
+    },
+
+    /// A plan was found to be wrong by the verifier. This is a slip of the planner, or the plan was changed.
+    #[error("the plan of {graph} is wrong: {problem}; plan anew, and report this")]
+    WrongPlan {
+        /// The graph.
+        graph: String,
+        /// What is wrong.
+        problem: String,
+    },
+
+    /// A node computed what is no finite number.
+    #[error("{node} wrote {value} at element {first} of {tensor}; look at its operands, or for memory that was reused")]
+    NotFinite {
+        /// The node that wrote it.
+        node: String,
+        /// The tensor.
+        tensor: String,
+        /// The first such element.
+        first: u64,
+        /// What it is.
+        value: f64,
+    },
+
+    /// A graph's file is of another version, or is none.
+    #[error("a graph's JSON: {at} is {found}, expected {expected}; export it anew by this release")]
+    Json {
+        /// The place.
+        at: String,
+        /// What is there.
+        found: String,
+        /// What should be there.
+        expected: String,
+    },
+
+    /// A node failed when it was run.
+    #[error("{node} failed: {reason}")]
+    Run {
+        /// The node.
+        node: String,
+        /// The kernel's or the reference's words.
+        reason: String,
+    },
+}
+
+/// What is odd about a graph, though it runs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GraphWarning {
+    /// A value is computed, and neither read nor an output.
+    #[error("{node} computes {value}, which nothing reads and which is no output")]
+    UnusedValue {
+        /// The node that computes it.
+        node: String,
+        /// The value.
+        value: String,
+    },
+    /// A weight, state or step input is declared, and no node uses it.
+    #[error("{kind} {name:?} is declared, and no node uses it")]
+    Unused {
+        /// Weight, state or step input.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A state is read, and no node writes it.
+    #[error("state {name:?} is read, and no node writes it")]
+    UnwrittenState {
+        /// Its name.
+        name: String,
+    },
+}

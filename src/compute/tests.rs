@@ -1,0 +1,77 @@
+//! What only the inside can be tested for.
+
+use super::*;
+use crate::tensor::DType;
+
+/// A chain of three values, of which each is overwritten once.
+fn chain() -> Graph {
+    let mut g = GraphBuilder::for_target("chain", 4, Target::Host);
+    let x = g.input("x", DType::F32, [Dim::BATCH, Dim::fixed(64)], Pad::Value(0)).unwrap();
+    let a = g.copy(&x, DType::F32).unwrap();
+    let b = g.copy(&a, DType::F32).unwrap();
+    let c = g.add(b, &a).unwrap();
+    let d = g.copy(&c, DType::F32).unwrap();
+    g.output("d", d).unwrap();
+    g.finish().unwrap()
+}
+
+fn fault(plan: &Plan, graph: &Graph) -> String {
+    match plan.verify(graph) {
+        Err(crate::FlashInferError::ComputeGraph(error)) => match *error {
+            GraphError::WrongPlan { problem, .. } => problem,
+            other => panic!("{other}"),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_verifier_finds_every_planted_fault() {
+    let graph = chain();
+    let plan = Plan::new(&graph, 4).unwrap();
+    plan.verify(&graph).unwrap();
+    let values: Vec<usize> = (0..graph.tensors().len()).filter(|&i| plan.span(i).is_some()).collect();
+    let with = |change: &dyn Fn(&mut Plan)| {
+        let mut plan = plan.clone();
+        change(&mut plan);
+        fault(&plan, &graph)
+    };
+    let place = |plan: &mut Plan, value: usize, offset: u64| plan.spans[value].as_mut().unwrap().offset = offset;
+
+    // Two values that live at once.
+    let other = plan.span(values[1]).unwrap().offset;
+    assert!(with(&|plan| place(plan, values[0], other)).contains("share memory"));
+    assert!(with(&|plan| place(plan, values[0], 1)).contains("no multiple of 256"));
+    assert!(with(&|plan| place(plan, values[0], plan.sizes.planned)).contains("behind the arena"));
+    assert!(with(&|plan| plan.sizes.planned -= 1).contains("behind the arena"));
+    assert!(with(&|plan| plan.spans[values[0]].as_mut().unwrap().bytes = 4).contains("needs"));
+    assert!(with(&|plan| plan.spans[values[0]] = None).contains("no place"));
+    assert!(with(&|plan| plan.spans[0] = Some(Span { offset: 0, bytes: 256 })).contains("needs none"));
+    assert!(with(&|plan| plan.workspaces[0] = Some(Span { offset: 0, bytes: 256 })).contains("does not need"));
+    assert!(with(&|plan| _ = plan.edges.remove(1)).contains("does not wait for"));
+    assert!(with(&|plan| plan.order.swap(0, 1)).contains("against the order"));
+    assert!(with(&|plan| plan.order[0] = 1).contains("twice"));
+    assert!(with(&|plan| _ = plan.order.pop()).contains("another graph"));
+    // The output must stay.
+    let mut ended = graph.clone();
+    ended.outputs.push(values[0]);
+    assert!(fault(&plan, &ended).contains("share memory"));
+}
+
+#[test]
+fn a_kernel_that_does_not_wait_never_starts_early() {
+    let mut g = GraphBuilder::new("early", 4);
+    let x = g.input("x", DType::BF16, [Dim::BATCH, Dim::fixed(64)], Pad::Value(0)).unwrap();
+    let norm = g.weight("norm", DType::BF16, [Dim::fixed(64)]).unwrap();
+    let w = g.weight("w", DType::BF16, [Dim::fixed(64), Dim::fixed(64)]).unwrap();
+    let a = g.rmsnorm(&x, &norm, 1e-6).unwrap();
+    let b = g.rmsnorm(&a, &norm, 1e-6).unwrap();
+    let c = g.matmul(&b, &w).unwrap();
+    g.output("c", c).unwrap();
+    let graph = g.finish().unwrap();
+    let mut plan = Plan::new(&graph, 1).unwrap();
+    assert_eq!(plan.edges().iter().map(|edge| edge.link).collect::<Vec<_>>(), [Link::Programmatic, Link::Full]);
+    plan.verify(&graph).unwrap();
+    plan.edges[1].link = Link::Programmatic;
+    assert!(fault(&plan, &graph).contains("may start before"));
+}
