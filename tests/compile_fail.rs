@@ -12,6 +12,12 @@ fn misuse_does_not_compile() {
     trybuild::TestCases::new().compile_fail("tests/compile_fail/*.rs");
 }
 
+#[cfg(feature = "compute")]
+#[test]
+fn misuse_of_a_graph_does_not_compile() {
+    trybuild::TestCases::new().compile_fail("tests/compile_fail_compute/*.rs");
+}
+
 #[test]
 fn what_is_shared_between_threads_can_be() {
     fn shared<T: Send + Sync>() {}

@@ -192,7 +192,7 @@ impl Graph {
         let node = &self.nodes[node];
         let specs = self.given(node);
         let given = super::operation::Given { operation: &node.operation, specs: &specs, batch };
-        node.operation.facts().call.map_or("own", |call| call(&given).entry.row.kernel)
+        given.call().map_or("own", |call| call.entry.row.kernel)
     }
 
     /// The graph as JSON, which [`from_json`](Self::from_json) reads back.

@@ -214,12 +214,9 @@ impl<'g> HostRun<'g> {
             GraphError::Run { node: self.graph.node_name(index), reason: error.to_string() }.into()
         };
         let (graph, batch) = (self.graph, self.plan.batch);
-        match (facts.call, facts.host) {
-            (Some(call), _) => {
-                let specs = graph.given(node);
-                let call = call(&Given { operation: &node.operation, specs: &specs, batch });
-                run_row(&mut self.memory, graph, node, &call, batch).map_err(failed)?;
-            }
+        let specs = graph.given(node);
+        match (Given { operation: &node.operation, specs: &specs, batch }.call(), facts.host) {
+            (Some(call), _) => run_row(&mut self.memory, graph, node, &call, batch).map_err(failed)?,
             (None, Some(host)) => {
                 host(&mut HostCall { memory: &mut self.memory, graph, node, batch }).map_err(failed)?;
             }
@@ -602,6 +599,41 @@ pub(super) fn decode_attention(call: &mut HostCall<'_>) -> Result<()> {
     unsafe { module.function("attention_paged")?.launch_unseen(&args) }
 }
 
+/// The place of each row's token in a cache, in elements: by its position, at this operand, and the page table behind it, of the
+/// cache behind that.
+fn entries(call: &HostCall<'_>, positions: usize, most: usize) -> Result<(Vec<usize>, Vec<usize>)> {
+    let (table, cache) = (positions + 1, positions + 2);
+    let (pages, page_size, width) = (call.size(cache, 0), call.size(cache, 1), call.size(table, 1));
+    let token = call.size(cache, 2) * call.size(cache, 3);
+    let positions = call.indices(positions, most)?;
+    if let Some(row) = positions.iter().position(|position| position / page_size >= width) {
+        let length = positions[row] as u64 + 1;
+        return Err(GraphError::ContextTooLong { row: row as u64, length, capacity: (width * page_size) as u64 }.into());
+    }
+    let table = call.indices(table, pages)?;
+    let entry = |(row, position): (usize, &usize)| {
+        (table[row * width + position / page_size] * page_size + position % page_size) * token
+    };
+    let entries = positions.iter().enumerate().map(entry).collect();
+    Ok((positions, entries))
+}
+
+/// Writes each row's keys and values to its place in the caches, at this operand and behind it.
+fn put_tokens(call: &mut HostCall<'_>, entries: &[usize], cache: usize, [keys, values]: [&[f64]; 2]) {
+    let token = call.size(cache, 2) * call.size(cache, 3);
+    for ((entry, key), value) in entries.iter().zip(keys.chunks_exact(token)).zip(values.chunks_exact(token)) {
+        call.put_at(cache, *entry, key);
+        call.put_at(cache + 1, *entry, value);
+    }
+}
+
+pub(super) fn append(call: &mut HostCall<'_>) -> Result<()> {
+    let (_, entries) = entries(call, 2, i32::MAX as usize)?;
+    let (keys, values) = (call.numbers(0), call.numbers(1));
+    put_tokens(call, &entries, 4, [&keys, &values]);
+    Ok(())
+}
+
 pub(super) fn rope_append(call: &mut HostCall<'_>) -> Result<()> {
     turned_append(call, None, 3)
 }
@@ -612,15 +644,8 @@ pub(super) fn qk_norm_rope_append(call: &mut HostCall<'_>) -> Result<()> {
 }
 
 fn turned_append(call: &mut HostCall<'_>, weights: Option<[Vec<f64>; 2]>, next: usize) -> Result<()> {
-    let (size, kv_heads) = (call.size(0, 2), call.size(1, 1));
-    let (angles, rotary) = (call.numbers(next), call.size(next, 1));
-    let positions = call.indices(next + 1, call.size(next, 0))?;
-    let (pages, page_size, width) = (call.size(next + 3, 0), call.size(next + 3, 1), call.size(next + 2, 1));
-    let table = call.indices(next + 2, pages)?;
-    if let Some(row) = positions.iter().position(|position| position / page_size >= width) {
-        let length = positions[row] as u64 + 1;
-        return Err(GraphError::ContextTooLong { row: row as u64, length, capacity: (width * page_size) as u64 }.into());
-    }
+    let (size, angles, rotary) = (call.size(0, 2), call.numbers(next), call.size(next, 1));
+    let (positions, entries) = entries(call, next + 1, call.size(next, 0))?;
     let (eps, interleave) = (call.parameter("eps"), call.parameter("interleave") != 0.0);
     let mut turned = [call.numbers(0), call.numbers(1)];
     for (which, values) in turned.iter_mut().enumerate() {
@@ -641,11 +666,6 @@ fn turned_append(call: &mut HostCall<'_>, weights: Option<[Vec<f64>; 2]>, next: 
     }
     let values = call.numbers(2);
     call.put(0, &turned[0]);
-    for (row, position) in positions.iter().enumerate() {
-        let page = table[row * width + position / page_size];
-        let (from, to) = (row * kv_heads * size, (page * page_size + position % page_size) * kv_heads * size);
-        call.put_at(next + 3, to, &turned[1][from..from + kv_heads * size]);
-        call.put_at(next + 4, to, &values[from..from + kv_heads * size]);
-    }
+    put_tokens(call, &entries, next + 3, [&turned[1], &values]);
     Ok(())
 }

@@ -114,7 +114,7 @@ pub struct Facts {
     pub(super) rule: fn(&Check<'_>) -> Result<Vec<Spec>, GraphError>,
     /// The call of a kernel that has a row, where there is one.
     pub(super) call: Option<fn(&Given<'_>) -> RowCall>,
-    /// Computes it on the host, where there is no row to do so.
+    /// Computes it on the host, where there is no row to do so, or the row has not the type.
     pub(super) host: Option<fn(&mut HostCall<'_>) -> Result<()>>,
     /// Bytes of memory that it needs beside its operands, for its own time alone.
     pub(super) workspace: fn(&Given<'_>) -> u64,
@@ -282,6 +282,13 @@ impl Given<'_> {
 
     fn elements(&self, operand: usize) -> u64 {
         self.specs[operand].elements(self.batch)
+    }
+
+    /// The call of the kernel that has a row, where there is one for these types: none appends F32, which only the host knows.
+    pub(super) fn call(&self) -> Option<RowCall> {
+        let facts = self.operation.facts();
+        let without = facts.kind == OpKind::Append && self.specs[0].dtype == DType::F32;
+        facts.call.filter(|_| !without).map(|call| call(self))
     }
 
     pub(super) fn workspace(&self) -> u64 {
@@ -696,6 +703,7 @@ table! {
                 ramp(rows + 1, pages), ramp(rows, 0), Whole(0),
             ])
         }),
+        host: Some(host::append),
         touched: appended,
     }
     /// Attention of one query for each row over a paged cache.
@@ -967,7 +975,8 @@ mod tests {
         for (i, facts) in TABLE.iter().enumerate() {
             assert_eq!(facts.kind as usize, i, "{}", facts.name);
             assert!(names.insert(facts.name) && !facts.name.is_empty() && !facts.summary.is_empty());
-            assert!(facts.call.is_some() ^ facts.host.is_some(), "{} has one reference", facts.name);
+            let one = facts.call.is_some() ^ facts.host.is_some() || facts.kind == OpKind::Append;
+            assert!(one, "{} has one reference", facts.name);
             let made = facts.operands.iter().position(|operand| operand.role == Role::Write);
             let last = made.is_none_or(|first| facts.operands[first..].iter().all(|other| other.role == Role::Write));
             assert!(last, "{}: what is made stands last", facts.name);
