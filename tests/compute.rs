@@ -380,6 +380,23 @@ fn decode(config: &Config, graph: &Graph, plan: &Plan, ids: &[f64], steps: usize
         .collect()
 }
 
+/// As [`decode`], of tokens that are given at each step, so that what is compared does not depend on a choice between two that
+/// are nearly alike.
+fn forced(config: &Config, graph: &Graph, plan: &Plan, rows: usize, steps: usize) -> Vec<f64> {
+    let mut run = HostRun::new(graph, plan).unwrap();
+    config.give(&mut run, 11).unwrap();
+    config.begin(&mut run, &vec![0.0; rows], plan.batch()).unwrap();
+    let mut random = Random(23);
+    let mut logits = Vec::new();
+    for _ in 0..steps {
+        let ids: Vec<f64> = (0..plan.batch()).map(|_| random.below(config.vocab as usize) as f64).collect();
+        run.input("ids", &ids).unwrap();
+        run.run().unwrap();
+        logits.extend(run.read("logits").unwrap());
+    }
+    logits
+}
+
 #[test]
 fn a_decoder_computes_what_plain_loops_do_step_by_step() {
     runtime();
@@ -422,12 +439,11 @@ fn a_planned_run_has_the_bits_of_one_without_sharing() {
 #[test]
 fn each_fusion_computes_what_the_graph_before_it_does() {
     runtime();
-    let ids = [5.0, 6.0, 7.0];
-    for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 2e-2)] {
+    for (dtype, bound) in [(DType::F32, 2e-6), (DType::BF16, 4e-2)] {
         for qk_norm in [true, false] {
             let config = Config { dtype, qk_norm, ..TINY };
             let plain = config.graph(4).unwrap();
-            let expected = decode(&config, &plain, &Plan::new(&plain, 3).unwrap(), &ids, 1);
+            let expected = forced(&config, &plain, &Plan::new(&plain, 3).unwrap(), 3, 9);
             let alone: Vec<Vec<Rule>> = Rule::ALL.iter().map(|rule| vec![*rule]).collect();
             let packed = vec![Rule::PackProducts, Rule::GatedActivation];
             let turned = vec![Rule::PackProducts, Rule::QkNormRopeAppend];
@@ -435,14 +451,13 @@ fn each_fusion_computes_what_the_graph_before_it_does() {
                 let (graph, applied) = fuse(&plain, &rules).unwrap();
                 let plan = Plan::new(&graph, 3).unwrap();
                 plan.verify(&graph).unwrap();
-                let found = decode(&config, &graph, &plan, &ids, 1);
-                let error = distance(&found[0], &expected[0]);
+                let found = forced(&config, &graph, &plan, 3, 9);
+                let error = distance(&found, &expected);
                 println!("{dtype} {rules:?}: {} applied, {} nodes, error {error:e}", applied.len(), graph.nodes().len());
                 assert!(error < bound, "{rules:?}: {error:e}");
-                let exact = applied.iter().all(|applied| applied.rule.numerics() == Numerics::BitExact);
-                assert!(!exact || error == 0.0);
-                // Sums in the same order are the same on the host.
-                assert!(rules != [Rule::PackProducts] || error == 0.0);
+                // Sums in the same order are the same on the host; what is rounded less often is not.
+                let fewer = applied.iter().any(|applied| applied.numerics == Numerics::FewerRoundings);
+                assert_eq!(error > 0.0, fewer, "{rules:?}: {error:e}");
             }
         }
     }
@@ -617,7 +632,7 @@ fn other_operations_compute_what_they_say() {
 #[test]
 fn the_gated_delta_rule_keeps_its_state_from_step_to_step() {
     runtime();
-    let (heads, size) = (2u64, 8u64);
+    let (heads, size) = (2u64, 128u64);
     let mut g = GraphBuilder::for_target("delta", 2, Target::Host);
     let width = heads * size;
     let qkv = g.input("qkv", DType::F32, [Dim::BATCH, fixed(3 * width)], Pad::Value(0)).unwrap();
@@ -625,34 +640,32 @@ fn the_gated_delta_rule_keeps_its_state_from_step_to_step() {
     let mut state = g.state("state", DType::F32, [Dim::BATCH, fixed(heads), fixed(size), fixed(size)]).unwrap();
     let packed = g.copy(&qkv, DType::F32).unwrap();
     let (alpha, beta) = (g.copy(&rates, DType::F32).unwrap(), g.copy(&rates, DType::F32).unwrap());
-    let part = |i: u64| Columns::new(i * width..(i + 1) * width).heads(heads);
-    let parts = [0, 1, 2].map(|i| packed.columns(part(i)));
-    let out = g.gated_delta_rule(parts, (&alpha, &beta), &mut state, 1.0);
-    // Heads that the kernel does not have are fine on the host only where its row says so.
-    let Ok(out) = out else {
-        assert!(matches!(refused(out), GraphError::Contract { .. }));
-        return;
-    };
+    let parts = [0, 1, 2].map(|i| {
+        let part = packed.columns(Columns::new(i * width..(i + 1) * width));
+        g.copy(part, DType::F32).unwrap()
+    });
+    let heads = [0, 1, 2].map(|i: usize| parts[i].columns(Columns::new(0..width).heads(heads)));
+    let out = g.gated_delta_rule(heads, (&alpha, &beta), &mut state, 0.5).unwrap();
     g.output("out", out).unwrap();
     let graph = g.finish().unwrap();
     let plan = Plan::new(&graph, 1).unwrap();
     let mut run = HostRun::new(&graph, &plan).unwrap();
     let mut random = Random(5);
-    let mut expected = vec![vec![0.0; 64]; 2];
+    let mut expected = vec![vec![0.0; 128 * 128]; 2];
     for _ in 0..3 {
-        let values: Vec<f64> = random.numbers(48, 0.0, 0.5).iter().map(|x| f64::from(*x as f32)).collect();
+        let values: Vec<f64> = random.numbers(6 * 128, 0.0, 0.15).iter().map(|x| f64::from(*x as f32)).collect();
         run.input("qkv", &values).unwrap();
         run.input("rates", &[0.5, 0.75]).unwrap();
         run.run().unwrap();
         let mut wanted = Vec::new();
         for (head, (state, rate)) in expected.iter_mut().zip([0.5, 0.75]).enumerate() {
-            let row = |which: usize| &values[which * 16 + head * 8..][..8];
+            let row = |which: usize| &values[(which * 2 + head) * 128..][..128];
             let (q, k, v) = (row(0), row(1), row(2));
-            for (i, line) in state.chunks_exact_mut(8).enumerate() {
+            for (i, line) in state.chunks_exact_mut(128).enumerate() {
                 line.iter_mut().for_each(|s| *s *= rate);
                 let dot: f64 = line.iter().zip(k).map(|(s, k)| s * k).sum();
                 line.iter_mut().zip(k).for_each(|(s, k)| *s += rate * (v[i] - dot) * k);
-                wanted.push(line.iter().zip(q).map(|(s, q): (&f64, &f64)| s * q).sum::<f64>());
+                wanted.push(line.iter().zip(q).map(|(s, q): (&f64, &f64)| 0.5 * s * q).sum::<f64>());
             }
         }
         assert!(distance(&run.read("out").unwrap(), &wanted) < 1e-5);

@@ -358,7 +358,10 @@ pub(super) fn keeps_row(graph: &Graph, node: &Node, op: &str, batch: u64) -> Res
         .arguments
         .iter()
         .map(|argument| match *argument {
-            RowArgument::Operand(i) => Some(graph.layout(&node.accesses[i], batch, data, device)),
+            RowArgument::Operand(_) | RowArgument::Heads(..) => {
+                let access = argument.access(&node.accesses, &specs);
+                access.map(|access| graph.layout(&access, batch, data, device))
+            }
             RowArgument::Flat(i) => Some(vector(specs[i].dtype, specs[i].elements(batch))),
             RowArgument::Ramp { dtype, count, .. } => Some(vector(dtype, count)),
             RowArgument::Scratch(bytes) => Some(vector(DType::U8, bytes)),
@@ -736,7 +739,7 @@ impl GraphBuilder {
         self.add_node(OpKind::Advance, &[], &[value(token), input(ids), input(positions), input(lengths)]).map(|_| ())
     }
 
-    /// One token of the gated delta rule for each row: heads of 128, `alpha` and `beta` F32 `[B, heads]`, the state F32
+    /// One token of the gated delta rule for each row: heads of 128 that lie one after the other, each of `q`, `k` and `v` a value, `alpha` and `beta` F32 `[B, heads]`, the state F32
     /// `[B, heads, size, size]`, value dimension before key dimension. A scale of 0.0 is `1/√size`.
     ///
     /// # Errors

@@ -53,7 +53,7 @@ impl Rule {
         }
     }
 
-    /// What it does to the numbers.
+    /// What it does to the numbers at the most; what an application did is [`Applied::numerics`].
     pub const fn numerics(self) -> Numerics {
         match self {
             Self::PackProducts => Numerics::Reordered,
@@ -70,8 +70,10 @@ impl Rule {
 pub struct Applied {
     /// The rule.
     pub rule: Rule,
-    /// The nodes that it took, by their names in the graph that it saw.
+    /// The nodes that it took, by their names in the graph that was to be fused.
     pub nodes: Vec<String>,
+    /// What it did to the numbers.
+    pub numerics: Numerics,
 }
 
 /// Rewrites a graph by these rules, one after the other, and says what was applied where. A graph that no rule fits comes back as
@@ -95,8 +97,11 @@ pub fn fuse(graph: &Graph, rules: &[Rule]) -> Result<(Graph, Vec<Applied>)> {
                 Rule::ResidualProduct => work.residual_product(node),
             };
             if let Some(taken) = taken {
+                // Turned keys were rounded when they were appended, as they are now.
+                let exact = taken.iter().any(|&node| work.is(node, OpKind::RopeAppend));
+                let numerics = if exact { Numerics::BitExact } else { rule.numerics() };
                 let nodes = taken.into_iter().map(|node| graph.node_name(node)).collect();
-                applied.push(Applied { rule, nodes });
+                applied.push(Applied { rule, nodes, numerics });
             }
         }
     }

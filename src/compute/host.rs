@@ -297,6 +297,7 @@ fn gather(memory: &Memory, graph: &Graph, access: &Access, batch: u64) -> Vec<f6
 
 /// Calls a kernel's reference by its row, as the kernel itself is called.
 fn run_row(memory: &mut Memory, graph: &Graph, node: &Node, call: &RowCall, batch: u64) -> Result<()> {
+    let specs = graph.given(node);
     let mut ramps: Vec<Vec<u8>> = Vec::new();
     for argument in &call.arguments {
         match *argument {
@@ -316,13 +317,12 @@ fn run_row(memory: &mut Memory, graph: &Graph, node: &Node, call: &RowCall, batc
             None => memory.own[access.tensor].as_mut_ptr(),
         };
         layouts.push(match *argument {
-            RowArgument::Operand(i) => {
-                let access = &node.accesses[i];
-                Some(graph.layout(access, batch, data(access), Device::Cpu))
+            RowArgument::Operand(_) | RowArgument::Heads(..) => {
+                let access = argument.access(&node.accesses, &specs);
+                access.map(|access| graph.layout(&access, batch, data(&access), Device::Cpu))
             }
             RowArgument::Flat(i) => {
-                let spec = graph.seen(&node.accesses[i]);
-                Some(vector(data(&node.accesses[i]), spec.dtype, spec.elements(batch)))
+                Some(vector(data(&node.accesses[i]), specs[i].dtype, specs[i].elements(batch)))
             }
             RowArgument::Ramp { dtype, count, .. } => {
                 next.next().map(|ramp| vector(ramp.as_mut_ptr(), dtype, count))

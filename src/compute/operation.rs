@@ -2,9 +2,9 @@
 //! it costs, which kernel serves it and how the host computes it.
 
 use super::error::GraphError;
-use super::graph::Target;
+use super::graph::{Access, Target};
 use super::host::{self, HostCall};
-use super::shape::{Dim, Spec, sizes};
+use super::shape::{Columns, Dim, Spec, sizes};
 use crate::engine::Entry;
 use crate::error::Result;
 use crate::kernels::{activation, gdn, norm, page, rope};
@@ -313,6 +313,21 @@ impl Given<'_> {
     }
 }
 
+impl RowArgument {
+    /// The part of a tensor that an argument is, of a node's accesses.
+    pub(super) fn access(self, accesses: &[Access], specs: &[Spec]) -> Option<Access> {
+        match self {
+            Self::Operand(i) => Some(accesses[i]),
+            Self::Heads(i, heads) => {
+                let width = specs[i].shape.last().and_then(|dim| dim.constant()).unwrap_or(0);
+                let start = accesses[i].columns.map_or(0, |columns| columns.start);
+                Some(Access { columns: Some(Columns { start, width, heads }), ..accesses[i] })
+            }
+            _ => None,
+        }
+    }
+}
+
 /// A call of a kernel that has a row.
 pub(super) struct RowCall {
     pub(super) entry: Entry,
@@ -326,6 +341,8 @@ pub(super) enum RowArgument {
     Operand(usize),
     /// An operand that lies in a row, as one dimension.
     Flat(usize),
+    /// An operand of rows, as so many heads.
+    Heads(usize, u64),
     /// So many whole numbers: 0, then each larger than the one ahead of it by a step. They never change, so a device has them once.
     Ramp { dtype: DType, count: u64, step: u64 },
     /// Scratch memory of so many bytes.
@@ -340,7 +357,7 @@ pub(super) enum RowArgument {
     Pdl,
 }
 
-use RowArgument::{Flag, Flat, Number, Operand, Pdl, Ramp, Scratch, Whole};
+use RowArgument::{Flag, Flat, Heads, Number, Operand, Pdl, Ramp, Scratch, Whole};
 
 fn row<K: crate::engine::Kernel>(arguments: &[RowArgument]) -> RowCall {
     RowCall { entry: Entry::of::<K>(), arguments: arguments.to_vec() }
@@ -353,8 +370,19 @@ fn either<A: crate::engine::Kernel, B: crate::engine::Kernel>(first: bool, argum
 
 /// The bytes that `gdn_prefill` keeps its descriptors in.
 const GDN_WORKSPACE: u64 = 128 << 10;
-/// Into how many parts attention may divide a row's tokens, whose results it keeps in single precision before it merges them.
-const ATTENTION_PARTS: u64 = 8;
+/// The multiprocessors of the largest Hopper GPU: XQA divides rows so that its blocks fill them (`csrc/xqa/mha.cu`,
+/// `nbSubSeqPerSeq`).
+const MULTIPROCESSORS: u64 = 132;
+
+/// What XQA keeps between the blocks that share a row: of each the maxima and the sums of its heads, in up to 32 single precision
+/// numbers, and a result of up to 8 heads; rounded up, since upstream does not say how many bytes its scratch must have.
+fn attention_workspace(given: &Given<'_>) -> u64 {
+    let (rows, heads, size, kv_heads) = (given.size(0, 0), given.size(0, 1), given.size(0, 2), given.size(1, 2));
+    let pairs = (rows * kv_heads).max(1);
+    let parts = (MULTIPROCESSORS / pairs).max(1);
+    let of_part = 2 * 32 * 4 + (heads / kv_heads.max(1)).max(8) * size * 4;
+    parts * pairs * of_part + 512
+}
 
 fn none(_: &Given<'_>) -> u64 {
     0
@@ -718,11 +746,7 @@ table! {
         after: PdlAfter::BeforeItsOwnWait,
         rule: rule_attention,
         host: Some(host::decode_attention),
-        workspace: |given| {
-            // Partial results in single precision, with a maximum and a sum for each head.
-            let (rows, heads, size) = (given.size(0, 0), given.size(0, 1), given.size(0, 2));
-            ATTENTION_PARTS * rows * heads * (size + 2) * 4
-        },
+        workspace: attention_workspace,
         flops: |given| 4 * given.elements(0) * given.size(3, 1) * given.size(1, 1) / 2,
         touched: attended,
     }
@@ -915,15 +939,16 @@ table! {
         name: "gated_delta_rule",
         summary: "state ← alpha · state, corrected by beta · (v − state k) kᵀ; out = scale · state q",
         operands: &[
-            part("q"), part("k"), part("v"), read("alpha"), read("beta"), over_whole("state"), made("out"),
+            read("q"), read("k"), read("v"), read("alpha"), read("beta"), over_whole("state"), made("out"),
         ],
         parameters: &["scale"],
         before: PdlBefore::Full,
         after: PdlAfter::AtEnd,
         rule: rule_delta,
         call: Some(|given| {
+            let heads = given.size(5, 1);
             row::<gdn::GdnPrefill>(&[
-                Operand(6), Operand(5), Operand(0), Operand(1), Operand(2),
+                Heads(6, heads), Operand(5), Operand(0), Operand(1), Operand(2),
                 // A token for each sequence.
                 Ramp { dtype: DType::I64, count: given.size(0, 0) + 1, step: 1 },
                 Operand(5), Operand(3), Operand(4), Number(given.operation.parameter("scale")), Scratch(GDN_WORKSPACE),

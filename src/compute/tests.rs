@@ -58,6 +58,60 @@ fn the_verifier_finds_every_planted_fault() {
     assert!(fault(&plan, &ended).contains("share memory"));
 }
 
+/// The host's run of a plan, or what stopped it.
+fn run(graph: &Graph, plan: &Plan) -> crate::Result<Vec<f64>> {
+    let mut run = HostRun::new(graph, plan)?;
+    let values: Vec<f64> = (0..256).map(|i| f64::from(i) * 0.25).collect();
+    run.input("x", &values)?;
+    run.run()?;
+    run.read("d")
+}
+
+#[test]
+fn a_run_on_the_host_finds_memory_that_is_shared_too_early() {
+    let graph = chain();
+    let plan = Plan::new(&graph, 4).unwrap();
+    let expected = run(&graph, &plan).unwrap();
+    assert_eq!(expected[..3], [0.0, 0.5, 1.0]);
+    let values: Vec<usize> = (0..graph.tensors().len()).filter(|&i| plan.span(i).is_some()).collect();
+    let mut found = 0;
+    for &moved in &values {
+        for &onto in &values {
+            let mut plan = plan.clone();
+            plan.spans[moved] = plan.spans[onto];
+            let proven = plan.verify(&graph).is_ok();
+            match run(&graph, &plan) {
+                Ok(values) if values == expected => assert!(proven, "{moved} onto {onto} did no harm, and was refused"),
+                _ => {
+                    assert!(!proven, "{moved} onto {onto} did harm, and was proven");
+                    found += 1;
+                }
+            }
+        }
+    }
+    // Two pairs of the three values live at once, each told twice.
+    assert_eq!(found, 4);
+}
+
+#[test]
+fn a_run_names_the_node_that_reads_memory_which_was_taken_away() {
+    let graph = chain();
+    let mut plan = Plan::new(&graph, 4).unwrap();
+    let values: Vec<usize> = (0..graph.tensors().len()).filter(|&i| plan.span(i).is_some()).collect();
+    // The second copy is made in the first one's place, which the sum still needs.
+    plan.spans[values[1]] = plan.spans[values[0]];
+    match run(&graph, &plan) {
+        Err(crate::FlashInferError::ComputeGraph(error)) => match *error {
+            GraphError::NotFinite { node, value, .. } => {
+                assert_eq!(node, "node 1, copy");
+                assert!(value.is_nan());
+            }
+            other => panic!("{other}"),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn a_kernel_that_does_not_wait_never_starts_early() {
     let mut g = GraphBuilder::new("early", 4);
