@@ -157,10 +157,13 @@ fn unused_values_and_weights_are_warned_of() {
     let unread = g.copy(&read, DType::F32).unwrap();
     drop(unread);
     let warnings = g.finish().unwrap().warnings();
-    assert!(matches!(&warnings[..], [
+    assert!(
+        matches!(&warnings[..], [
         GraphWarning::UnusedValue { value, .. },
         GraphWarning::Unused { kind: "weight", name },
-    ] if value == "v1" && name == "never"), "{warnings:?}");
+    ] if value == "v1" && name == "never"),
+        "{warnings:?}"
+    );
     assert_eq!(TINY.graph(4).unwrap().warnings(), []);
 }
 
@@ -453,7 +456,11 @@ fn each_fusion_computes_what_the_graph_before_it_does() {
                 plan.verify(&graph).unwrap();
                 let found = forced(&config, &graph, &plan, 3, 9);
                 let error = distance(&found, &expected);
-                println!("{dtype} {rules:?}: {} applied, {} nodes, error {error:e}", applied.len(), graph.nodes().len());
+                println!(
+                    "{dtype} {rules:?}: {} applied, {} nodes, error {error:e}",
+                    applied.len(),
+                    graph.nodes().len()
+                );
                 assert!(error < bound, "{rules:?}: {error:e}");
                 // Sums in the same order are the same on the host; what is rounded less often is not.
                 let fewer = applied.iter().any(|applied| applied.numerics == Numerics::FewerRoundings);
@@ -624,7 +631,9 @@ fn other_operations_compute_what_they_say() {
     assert_eq!(run.read("all").unwrap(), [0.0, 3.0]);
     assert_eq!(run.read("two").unwrap(), [2.0, 1.0]);
     assert_eq!(run.read("likely").unwrap(), [3.0, 0.0]);
-    let tanh = |x: f64, y: f64| x / 2.0 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh()) * y;
+    let tanh = |x: f64, y: f64| {
+        x / 2.0 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh()) * y
+    };
     let gelu = [tanh(0.0, 2.0), tanh(1.0, 3.0), tanh(3.0, 1.0), tanh(2.0, 0.0)];
     assert!(distance(&run.read("gelu").unwrap(), &gelu) < 1e-6);
 }
@@ -780,9 +789,13 @@ fn a_file_that_is_none_or_was_changed_is_refused() {
     };
     assert!(matches!(refused(with("\"version\": 1", "\"version\": 2")), GraphError::Json { .. }));
     // A weight of another shape, a tensor that there is not, a value before it is computed, a weight that is overwritten.
-    assert!(matches!(refused(with("\"shape\": [\n        \"40\",", "\"shape\": [\n        \"41\",")), GraphError::ShapeMismatch { .. } | GraphError::Json { .. }));
+    assert!(matches!(
+        refused(with("\"shape\": [\n        \"40\",", "\"shape\": [\n        \"41\",")),
+        GraphError::ShapeMismatch { .. } | GraphError::Json { .. }
+    ));
     assert!(matches!(refused(with("\"ids\": 0,", "\"ids\": 4000,")), GraphError::Json { .. }));
-    for (from, to) in [("\"operation\": \"embedding\"", "\"operation\": \"emboding\""), ("\"B\"", "\"C\""), ("{", "[")] {
+    for (from, to) in [("\"operation\": \"embedding\"", "\"operation\": \"emboding\""), ("\"B\"", "\"C\""), ("{", "[")]
+    {
         assert!(matches!(with(from, to), Err(FlashInferError::Data(_))), "{from}");
     }
     let plan = Plan::new(&graph, 2).unwrap();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::GraphError;
-use super::graph::{Access, Graph, Node, Origin, Target, Tensor};
+use super::graph::{Access, Graph, MOST_BYTES, Node, Origin, Target, Tensor};
 use super::operation::{COPIES, Check, Given, OpKind, Operation, Role, RowArgument};
 use super::shape::{Columns, Dim, Spec};
 use super::step::Pad;
@@ -133,8 +133,8 @@ impl GraphBuilder {
         if spec.shape.iter().any(|dim| dim.parts().0 == 0) {
             return Err(wrong("sizes above 0").into());
         }
-        if spec.bytes(self.graph.largest) > i64::MAX as u64 {
-            return Err(wrong("less than 2^63 bytes").into());
+        if spec.bytes(self.graph.largest) > MOST_BYTES {
+            return Err(wrong("at most 2^48 bytes").into());
         }
         if origin == Origin::Weight && spec.shape.iter().any(|dim| dim.constant().is_none()) {
             return Err(wrong("constant sizes, since a weight is the same for every batch").into());
@@ -430,13 +430,7 @@ impl GraphBuilder {
     ///
     /// # Errors
     /// See this block.
-    pub fn fused_add_rmsnorm(
-        &mut self,
-        x: Value,
-        residual: Value,
-        norm: &Weight,
-        eps: f64,
-    ) -> Result<(Value, Value)> {
+    pub fn fused_add_rmsnorm(&mut self, x: Value, residual: Value, norm: &Weight, eps: f64) -> Result<(Value, Value)> {
         self.add_node(OpKind::FusedAddRmsNorm, &[eps, 0.0], &[value(&x), value(&residual), weight(norm)])?;
         Ok((x, residual))
     }

@@ -144,7 +144,9 @@ pub enum GraphError {
     },
 
     /// The memory that a plan takes is more than there is.
-    #[error("the plan takes {planned} bytes and {free} are free; nothing was allocated: plan smaller buckets or fewer pages")]
+    #[error(
+        "the plan takes {planned} bytes and {free} are free; nothing was allocated: plan smaller buckets or fewer pages"
+    )]
     ArenaTooLarge {
         /// The bytes that are planned.
         planned: u64,

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::error::GraphError;
-use super::graph::{Access, Graph, Node, Origin, Target, Tensor};
+use super::graph::{Access, Graph, MOST_BYTES, Node, Origin, Target, Tensor};
 use super::operation::{Operation, operations};
 use super::plan::{Edge, Link, Plan, Schedule, Sizes, Span};
 use super::shape::{Columns, Dim, Spec};
@@ -35,7 +35,8 @@ impl Graph {
         }
         let alike = |a: usize, b: usize| {
             let seen = |node: &Node| {
-                let seen = |access: &Access| (self.seen(access), access.columns, self.tensors[access.tensor].origin.name());
+                let seen =
+                    |access: &Access| (self.seen(access), access.columns, self.tensors[access.tensor].origin.name());
                 node.accesses.iter().map(seen).collect::<Vec<_>>()
             };
             let (a, b) = (&self.nodes[a], &self.nodes[b]);
@@ -154,7 +155,9 @@ impl Graph {
             sizes.states,
             sizes.inputs,
         );
-        out.push_str("| node | times | operation | kernel | result | bytes | flops | floor µs | measured µs | arena | edge |\n");
+        out.push_str(
+            "| node | times | operation | kernel | result | bytes | flops | floor µs | measured µs | arena | edge |\n",
+        );
         out.push_str("|---|---|---|---|---|---|---|---|---|---|---|\n");
         let mut total = 0.0;
         for fold in self.folds() {
@@ -205,11 +208,14 @@ impl Graph {
                 field("shape", Json::List(tensor.spec.shape.iter().map(|dim| text(&dim.to_string())).collect())),
             ];
             if let Origin::Input(pad) = tensor.origin {
-                fields.push(field("pad", match pad {
-                    Pad::RepeatRow0 => text("row 0"),
-                    Pad::Value(value) => Json::Object(vec![field("value", Json::Int(value.into()))]),
-                    Pad::Reserved(page) => Json::Object(vec![field("page", Json::Int(page.into()))]),
-                }));
+                fields.push(field(
+                    "pad",
+                    match pad {
+                        Pad::RepeatRow0 => text("row 0"),
+                        Pad::Value(value) => Json::Object(vec![field("value", Json::Int(value.into()))]),
+                        Pad::Reserved(page) => Json::Object(vec![field("page", Json::Int(page.into()))]),
+                    },
+                ));
             }
             if !tensor.packed.is_empty() {
                 let part = |(name, rows): &(String, u64)| {
@@ -287,7 +293,7 @@ impl Graph {
         let largest = root.need("largest_batch")?.size()?.max(1);
         let graph = Self { name: root.need("name")?.text()?, target, largest, tensors, nodes, outputs };
         for tensor in &graph.tensors {
-            let fits = (1..=4).contains(&tensor.spec.shape.len()) && tensor.spec.bytes(largest) <= i64::MAX as u64;
+            let fits = (1..=4).contains(&tensor.spec.shape.len()) && tensor.spec.bytes(largest) <= MOST_BYTES;
             let packed = tensor.packed.iter().fold(0u64, |sum, part| sum.saturating_add(part.1));
             let sums = tensor.packed.is_empty() || tensor.spec.shape[0].constant() == Some(packed);
             if !fits || !sums || tensor.spec.shape.iter().any(|dim| dim.parts().0 == 0) {
@@ -358,7 +364,9 @@ fn read_tensor(cursor: &Cursor<'_>) -> Result<Tensor> {
                 (None, None) => Pad::RepeatRow0,
             })
         }
-        other => return Err(origin.refuse(format!("{other:?}"), "weight, state, step input or value", "export it anew")),
+        other => {
+            return Err(origin.refuse(format!("{other:?}"), "weight, state, step input or value", "export it anew"));
+        }
     };
     let mut packed = Vec::new();
     if let Some(parts) = cursor.given("packed") {
@@ -415,7 +423,15 @@ impl Plan {
         });
         let schedule = if self.schedule == Schedule::Stream { "stream" } else { "branches" };
         let sizes = self.sizes;
-        let sizes = [sizes.naive, sizes.planned, sizes.lower_bound, sizes.workspaces, sizes.weights, sizes.states, sizes.inputs];
+        let sizes = [
+            sizes.naive,
+            sizes.planned,
+            sizes.lower_bound,
+            sizes.workspaces,
+            sizes.weights,
+            sizes.states,
+            sizes.inputs,
+        ];
         Json::Object(vec![
             field("version", Json::Int(VERSION)),
             field("graph", text(&self.graph)),

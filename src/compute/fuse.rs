@@ -140,7 +140,8 @@ impl Work {
     fn uses(&self, tensor: usize) -> Vec<Use> {
         let nodes = self.graph.nodes.iter().enumerate().filter(|(i, _)| !self.removed[*i]);
         let of = |(i, node): (usize, &Node)| {
-            let at: Vec<Use> = (0..node.accesses.len()).filter(|&o| node.accesses[o].tensor == tensor).map(|o| (i, o)).collect();
+            let at: Vec<Use> =
+                (0..node.accesses.len()).filter(|&o| node.accesses[o].tensor == tensor).map(|o| (i, o)).collect();
             at
         };
         nodes.flat_map(of).collect()
@@ -222,9 +223,8 @@ impl Work {
     fn is_packable(&self, node: usize) -> bool {
         let accesses = &self.node(node).accesses;
         let (weights, result) = (&accesses[1..accesses.len() - 1], accesses[accesses.len() - 1].tensor);
-        let strided = |&(user, operand): &Use| {
-            user == node || self.node(user).operation.facts().operands[operand].strided
-        };
+        let strided =
+            |&(user, operand): &Use| user == node || self.node(user).operation.facts().operands[operand].strided;
         self.is_plain_value(result)
             && self.uses(result).iter().all(strided)
             && weights.iter().all(|weight| {
@@ -274,8 +274,7 @@ impl Work {
         let out = self.add_tensor(name, Spec::new(dtype, [rows, Dim::fixed(columns.width)]), Vec::new());
         let whole = |tensor| Access { tensor, columns: None };
         let operation = Operation::new(OpKind::SiluAndMul, &[]);
-        let fused =
-            Node { operation, accesses: vec![whole(gate.tensor), whole(out)], layer: self.node(mul).layer };
+        let fused = Node { operation, accesses: vec![whole(gate.tensor), whole(out)], layer: self.node(mul).layer };
         if !self.takes(&fused) {
             self.graph.tensors.pop();
             return None;
@@ -302,9 +301,9 @@ impl Work {
             return None;
         }
         let later = self.uses(sum.tensor).into_iter().filter(|used| used.0 > add);
-        let norm = later.take_while(|&used| !self.role(used).writes()).find(|&used| {
-            self.is(used.0, OpKind::RmsNorm) && self.access(used).columns.is_none()
-        })?;
+        let norm = later
+            .take_while(|&used| !self.role(used).writes())
+            .find(|&used| self.is(used.0, OpKind::RmsNorm) && self.access(used).columns.is_none())?;
         let norm = norm.0;
         let (weight, out) = (self.access((norm, 1)), self.access((norm, 2)).tensor);
         if !self.is_plain_value(out) {
@@ -391,9 +390,9 @@ impl Work {
         let norm_of = |part: Access| {
             ahead.iter().copied().find(|&node| self.is(node, OpKind::HeadRmsNorm) && self.access((node, 0)) == part)
         };
-        let norms = norm_of(q).zip(norm_of(k)).filter(|(a, b)| {
-            self.node(*a).operation.parameters == self.node(*b).operation.parameters
-        });
+        let norms = norm_of(q)
+            .zip(norm_of(k))
+            .filter(|(a, b)| self.node(*a).operation.parameters == self.node(*b).operation.parameters);
         let first = norms.map_or(rope, |(a, b)| a.min(b));
         let [positions, table] = [2, 3].map(|operand| self.access((append, operand)));
         let [k_cache, v_cache] = [4, 5].map(|operand| self.access((append, operand)));

@@ -72,6 +72,9 @@ pub struct Node {
     pub layer: Option<u32>,
 }
 
+/// The most bytes that one tensor may have: more than any machine, and few enough that no sum or product of sizes overflows.
+pub(super) const MOST_BYTES: u64 = 1 << 48;
+
 /// Where graphs are to run, which decides what they are checked against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -220,15 +223,24 @@ impl Graph {
                     Role::Write => {
                         let fits = made.next() == Some(&tensor.spec) && access.columns.is_none();
                         if tensor.origin != Origin::Value || written[access.tensor] || !fits {
-                            return wrong(format!("{} {}", tensor.name, tensor.spec), "a value of the result's own type and shape");
+                            return wrong(
+                                format!("{} {}", tensor.name, tensor.spec),
+                                "a value of the result's own type and shape",
+                            );
                         }
                     }
                     Role::Overwrite if tensor.origin == Origin::Weight => {
-                        return wrong(format!("weight {} overwritten", tensor.name), "a value, a state or a step input");
+                        return wrong(
+                            format!("weight {} overwritten", tensor.name),
+                            "a value, a state or a step input",
+                        );
                     }
                     Role::Overwrite | Role::Read => {
                         if tensor.origin == Origin::Value && !written[access.tensor] {
-                            return wrong(format!("{} before anything wrote it", tensor.name), "a value that was computed");
+                            return wrong(
+                                format!("{} before anything wrote it", tensor.name),
+                                "a value that was computed",
+                            );
                         }
                     }
                 }

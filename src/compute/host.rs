@@ -68,6 +68,9 @@ impl<'g> HostRun<'g> {
         if plan.spans.len() != graph.tensors.len() || plan.order.len() != graph.nodes.len() {
             return Err(wrong("it is of another graph: other numbers of nodes or tensors").into());
         }
+        if plan.batch > graph.largest {
+            return Err(wrong("it is for a larger batch than the graph").into());
+        }
         let sizes = plan.sizes;
         let mut last = vec![None; graph.tensors.len()];
         for (at, &node) in plan.order.iter().enumerate() {
@@ -308,7 +311,8 @@ fn run_row(memory: &mut Memory, graph: &Graph, node: &Node, call: &RowCall, batc
     }
     let mut next = ramps.iter_mut();
     let mut layouts: Vec<Option<Layout>> = Vec::with_capacity(call.arguments.len());
-    let vector = |data: *mut u8, dtype, count: u64| Layout::build(data.cast(), Device::Cpu, dtype, &[count as i64], None, None);
+    let vector =
+        |data: *mut u8, dtype, count: u64| Layout::build(data.cast(), Device::Cpu, dtype, &[count as i64], None, None);
     // One pointer to the arena, from which those of all values come, so that none ends what another may do.
     let arena = memory.arena.as_mut_ptr();
     for argument in &call.arguments {
@@ -321,12 +325,8 @@ fn run_row(memory: &mut Memory, graph: &Graph, node: &Node, call: &RowCall, batc
                 let access = argument.access(&node.accesses, &specs);
                 access.map(|access| graph.layout(&access, batch, data(&access), Device::Cpu))
             }
-            RowArgument::Flat(i) => {
-                Some(vector(data(&node.accesses[i]), specs[i].dtype, specs[i].elements(batch)))
-            }
-            RowArgument::Ramp { dtype, count, .. } => {
-                next.next().map(|ramp| vector(ramp.as_mut_ptr(), dtype, count))
-            }
+            RowArgument::Flat(i) => Some(vector(data(&node.accesses[i]), specs[i].dtype, specs[i].elements(batch))),
+            RowArgument::Ramp { dtype, count, .. } => next.next().map(|ramp| vector(ramp.as_mut_ptr(), dtype, count)),
             RowArgument::Scratch(bytes) => next.next().map(|memory| vector(memory.as_mut_ptr(), DType::U8, bytes)),
             _ => None,
         });
@@ -591,8 +591,21 @@ pub(super) fn decode_attention(call: &mut HostCall<'_>) -> Result<()> {
     let [q, k, v, o, queries, starts, indices, last] = &packed[..] else { unreachable!("eight were packed") };
     let tensor = Arg::dl_tensor;
     let args = [
-        tensor(q), tensor(k), tensor(v), tensor(o), Arg::NONE, Arg::NONE, tensor(queries), tensor(starts), tensor(indices),
-        tensor(last), Arg::int(0), Arg::bool(false), Arg::int(-1), Arg::float(0.0), Arg::float(call.parameter("scale")),
+        tensor(q),
+        tensor(k),
+        tensor(v),
+        tensor(o),
+        Arg::NONE,
+        Arg::NONE,
+        tensor(queries),
+        tensor(starts),
+        tensor(indices),
+        tensor(last),
+        Arg::int(0),
+        Arg::bool(false),
+        Arg::int(-1),
+        Arg::float(0.0),
+        Arg::float(call.parameter("scale")),
     ];
     let module: &Module = reference::module()?;
     // SAFETY: as for `run_row`; the lists outlive the call.

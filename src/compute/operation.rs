@@ -410,7 +410,8 @@ fn appended(given: &Given<'_>, operand: usize) -> Option<u64> {
 /// Half of what a row's pages hold, of the caches at operands 1 and 2: that many tokens are read on the way to a full one.
 fn attended(given: &Given<'_>, operand: usize) -> Option<u64> {
     let token = given.size(1, 2) * given.size(1, 3) * given.specs[1].dtype.size() as u64;
-    matches!(operand, 1 | 2).then(|| token * given.size(0, 0) * given.size(3, 1) * given.size(1, 1) / 2)
+    let tokens = given.elements(3).saturating_mul(given.size(1, 1)) / 2;
+    matches!(operand, 1 | 2).then(|| token.saturating_mul(tokens))
 }
 
 fn rule_norm(c: &Check<'_>) -> Result<Vec<Spec>, GraphError> {
@@ -747,7 +748,10 @@ table! {
         rule: rule_attention,
         host: Some(host::decode_attention),
         workspace: attention_workspace,
-        flops: |given| 4 * given.elements(0) * given.size(3, 1) * given.size(1, 1) / 2,
+        flops: |given| {
+            let tokens = given.size(3, 1).saturating_mul(given.size(1, 1)) / 2;
+            given.elements(0).saturating_mul(4).saturating_mul(tokens)
+        },
         touched: attended,
     }
     /// A product with a weight.

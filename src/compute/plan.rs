@@ -171,7 +171,7 @@ impl Plan {
         let mut next = 0;
         for span in plan.spans.iter_mut().chain(&mut plan.workspaces).flatten() {
             span.offset = next;
-            next += span.bytes;
+            next = span.end();
         }
         plan.sizes.planned = next;
         Ok(plan)
@@ -282,7 +282,8 @@ fn edges(graph: &Graph, dependencies: &[Vec<usize>], schedule: Schedule) -> Vec<
             let mut edges = Vec::new();
             for (to, needs) in dependencies.iter().enumerate() {
                 // What another dependency waits for is waited for already.
-                let direct = |from: &&usize| !needs.iter().any(|other| other != *from && has(&ancestors[*other], **from));
+                let direct =
+                    |from: &&usize| !needs.iter().any(|other| other != *from && has(&ancestors[*other], **from));
                 edges.extend(needs.iter().filter(direct).map(|&from| Edge { from, to, link: Link::Full }));
             }
             edges
@@ -372,7 +373,8 @@ fn place_in(order: &[usize], items: &[Item], conflicts: &[Vec<usize>]) -> (Vec<u
     let (mut end, mut taken) = (0u64, Vec::new());
     for &i in order {
         taken.clear();
-        taken.extend(conflicts[i].iter().filter_map(|&other| offsets[other].map(|offset| (offset, items[other].bytes))));
+        taken
+            .extend(conflicts[i].iter().filter_map(|&other| offsets[other].map(|offset| (offset, items[other].bytes))));
         taken.sort_unstable();
         let mut offset = 0u64;
         for &(other, bytes) in &taken {
@@ -389,16 +391,16 @@ fn place_in(order: &[usize], items: &[Item], conflicts: &[Vec<usize>]) -> (Vec<u
 
 /// The most that is needed at one node of the order.
 fn lower_bound(items: &[Item], nodes: usize) -> u64 {
-    let mut change = vec![(0u64, 0u64); nodes + 1];
+    let mut change = vec![(0u128, 0u128); nodes + 1];
     for item in items {
-        change[item.uses[0]].0 += item.bytes;
+        change[item.uses[0]].0 += u128::from(item.bytes);
         let last = if item.kept { nodes } else { item.uses.last().map_or(nodes, |last| last + 1) };
-        change[last].1 += item.bytes;
+        change[last].1 += u128::from(item.bytes);
     }
-    let (mut live, mut most) = (0u64, 0);
+    let (mut live, mut most) = (0, 0);
     for (begins, ends) in change {
         live = live - ends + begins;
         most = most.max(live);
     }
-    most
+    u64::try_from(most).unwrap_or(u64::MAX)
 }

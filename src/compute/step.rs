@@ -78,7 +78,7 @@ impl StepBlock {
             if matches!(tensor.origin, Origin::Input(_)) {
                 let size = tensor.spec.bytes(bucket);
                 places.push((i, bytes, size));
-                bytes += size.next_multiple_of(ALIGNMENT);
+                bytes = bytes.saturating_add(size.next_multiple_of(ALIGNMENT));
             }
         }
         Self { places, bytes }

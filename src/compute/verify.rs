@@ -45,7 +45,9 @@ impl Plan {
             let waits = to.operation.facts().before == PdlBefore::Waits;
             if edge.link == Link::Programmatic && (!waits || from.operation.facts().after == PdlAfter::AtEnd) {
                 let (from, to) = (graph.node_name(edge.from), graph.node_name(edge.to));
-                return wrong(format!("{to} may start before {from} has ended, and one of the two does not allow that"));
+                return wrong(format!(
+                    "{to} may start before {from} has ended, and one of the two does not allow that"
+                ));
             }
             follows[edge.from].push(edge.to);
         }
@@ -70,7 +72,10 @@ impl Plan {
                 for &(later, writes_later) in &uses[i + 1..] {
                     if (writes || writes_later) && earlier != later && !before(earlier, later) {
                         let (name, later) = (&graph.tensors()[tensor].name, graph.node_name(later));
-                        return wrong(format!("{later} uses {name} and does not wait for {}", graph.node_name(earlier)));
+                        return wrong(format!(
+                            "{later} uses {name} and does not wait for {}",
+                            graph.node_name(earlier)
+                        ));
                     }
                 }
             }

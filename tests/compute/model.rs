@@ -81,10 +81,8 @@ impl Config {
     pub fn graph(&self, largest: u64) -> Result<Graph> {
         let (fixed, dtype) = (Dim::fixed, self.dtype);
         let (q_width, kv_width) = (self.q_heads * self.head, self.kv_heads * self.head);
-        let (q_columns, kv_columns) = (
-            Columns::new(0..q_width).heads(self.q_heads),
-            Columns::new(0..kv_width).heads(self.kv_heads),
-        );
+        let (q_columns, kv_columns) =
+            (Columns::new(0..q_width).heads(self.q_heads), Columns::new(0..kv_width).heads(self.kv_heads));
         let mut g = GraphBuilder::for_target("decoder", largest, self.target);
         let mut ids = g.input("ids", DType::I32, [Dim::BATCH], Pad::Value(0))?;
         let mut positions = g.input("positions", DType::I32, [Dim::BATCH], Pad::Value(0))?;
@@ -230,8 +228,7 @@ impl Config {
                 for i in 0..half {
                     let angle = position as f64 * 10_000f64.powf(-(i as f64) / half as f64);
                     let (a, b) = (head[i], head[i + half]);
-                    (head[i], head[i + half]) =
-                        (a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin());
+                    (head[i], head[i + half]) = (a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin());
                 }
             }
         };
@@ -262,7 +259,9 @@ impl Config {
                     let total: f64 = scores.iter().sum();
                     let mut out = vec![0.0; head];
                     for (score, v) in scores.iter().zip(&values) {
-                        out.iter_mut().zip(&v[own.clone()]).for_each(|(o, v): (&mut f64, &f64)| *o += score / total * v);
+                        out.iter_mut()
+                            .zip(&v[own.clone()])
+                            .for_each(|(o, v): (&mut f64, &f64)| *o += score / total * v);
                     }
                     attended.extend(out);
                 }
