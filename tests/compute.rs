@@ -7,8 +7,8 @@ mod model;
 use std::time::{Duration, Instant};
 
 use flashinfer_rs::compute::{
-    Buckets, Columns, Dim, Graph, GraphBuilder, GraphError, GraphWarning, HostRun, Link, Numerics, OpKind, Pad,
-    PageAllocator, Plan, Rule, Schedule, StepBlock, Target, fuse,
+    Backend, Buckets, Columns, Dim, Graph, GraphBuilder, GraphError, GraphWarning, HostRun, Link, Numerics, OpKind,
+    Pad, PageAllocator, Plan, Rule, Schedule, StepBlock, Target, fuse,
 };
 use flashinfer_rs::{DType, FlashInferError, FlashInferRuntime, RuntimeConfig};
 use model::{Config, EPS, LLAMA_32_1B, QWEN3_06B, Random, TINY};
@@ -188,6 +188,40 @@ fn arenas_of_real_models_are_no_larger_than_they_must_be() {
             assert_eq!(plan.kernels(&graph), kernels);
         }
     }
+}
+
+#[test]
+fn every_bucket_shares_the_arena_of_the_largest() {
+    let graph = fuse(&QWEN3_06B.graph(32).unwrap(), &Rule::ALL).unwrap().0;
+    let (plans, arena) = Plan::for_buckets(&graph, &Buckets::default()).unwrap();
+    assert_eq!(plans.iter().map(Plan::batch).collect::<Vec<_>>(), [1, 2, 4, 8, 16, 32]);
+    plans.iter().for_each(|plan| plan.verify(&graph).unwrap());
+    let apart: u64 = plans.iter().map(|plan| plan.sizes().planned).sum();
+    println!("{arena} bytes for all buckets, {apart} apart");
+    assert_eq!(arena, plans[5].sizes().planned);
+    assert!(matches!(
+        refused(Plan::for_buckets(&graph, &Buckets::new(&[1, 64]).unwrap())),
+        GraphError::BucketTooSmall { rows: 64, largest: 32 }
+    ));
+}
+
+#[test]
+fn a_backend_runs_node_by_node() {
+    let graph = random_graph(4, 12);
+    let plan = Plan::new(&graph, 2).unwrap();
+    let mut run = HostRun::new(&graph, &plan).unwrap();
+    assert!(matches!(refused(run.begin()), GraphError::Missing { .. }));
+    let mut random = Random(7);
+    for (name, count) in [("narrow", 64), ("wide", 1600), ("back", 1600)] {
+        run.weight(name, &random.numbers(count, 0.0, 0.3)).unwrap();
+    }
+    run.input("x", &random.numbers(16, 0.0, 1.0)).unwrap();
+    run.begin().unwrap();
+    (0..plan.order().len()).for_each(|at| run.node(at).unwrap());
+    assert!(matches!(refused(run.node(plan.order().len())), GraphError::Run { .. }));
+    let by_node = run.read("out0").unwrap();
+    run.step().unwrap();
+    assert_eq!(bits(&run.read("out0").unwrap()), bits(&by_node));
 }
 
 #[test]

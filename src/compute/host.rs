@@ -1,6 +1,7 @@
 //! Runs a plan on the host, inside the planned arena, in f64 between memory of the graph's own types. What is free holds NaN, so
 //! that a value which was given memory too early or taken from it shows.
 
+use super::backend::Backend;
 use super::builder::operands;
 use super::error::GraphError;
 use super::graph::{Access, Graph, Node, Origin};
@@ -184,19 +185,10 @@ impl<'g> HostRun<'g> {
     /// [`Missing`](GraphError::Missing) for what was not given, [`Run`](GraphError::Run) with what a reference raised, and
     /// [`NotFinite`](GraphError::NotFinite) with the node that wrote it.
     pub fn run(&mut self) -> Result<()> {
-        if let Some(missing) = self.given.iter().position(|given| !given) {
-            let tensor = &self.graph.tensors[missing];
-            let (kind, name, expected) = (tensor.origin.name(), tensor.name.clone(), tensor.spec.to_string());
-            return Err(GraphError::Missing { kind, name, expected }.into());
-        }
-        self.memory.arena.fill(POISON);
-        for (at, &node) in self.plan.order.iter().enumerate() {
-            self.step(at, node)?;
-        }
-        Ok(())
+        Backend::step(self)
     }
 
-    fn step(&mut self, at: usize, index: usize) -> Result<()> {
+    fn compute(&mut self, at: usize, index: usize) -> Result<()> {
         let node = &self.graph.nodes[index];
         let facts = node.operation.facts();
         let made = |operand: usize| facts.operands[operand].role == Role::Write;
@@ -256,6 +248,34 @@ impl<'g> HostRun<'g> {
             }
         }
         Ok(())
+    }
+}
+
+impl Backend for HostRun<'_> {
+    fn graph(&self) -> &Graph {
+        self.graph
+    }
+
+    fn plan(&self) -> &Plan {
+        self.plan
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        if let Some(missing) = self.given.iter().position(|given| !given) {
+            let tensor = &self.graph.tensors[missing];
+            let (kind, name, expected) = (tensor.origin.name(), tensor.name.clone(), tensor.spec.to_string());
+            return Err(GraphError::Missing { kind, name, expected }.into());
+        }
+        self.memory.arena.fill(POISON);
+        Ok(())
+    }
+
+    fn node(&mut self, at: usize) -> Result<()> {
+        let node = self.plan.order.get(at).copied().ok_or_else(|| GraphError::Run {
+            node: format!("place {at} of the plan"),
+            reason: format!("the plan has {} nodes", self.plan.order.len()),
+        })?;
+        self.compute(at, node)
     }
 }
 

@@ -30,13 +30,14 @@
 //! - [`fuse()`] rewrites the graph by named [rules](Rule), each with its precondition and with what it does to the numbers.
 //! - [`Plan`] orders the nodes and gives each value its place in one arena, whose exact size is known before anything is
 //!   allocated. [`Plan::verify`] proves the plan by an algorithm of its own.
-//! - [`HostRun`] runs a plan on the host, inside the planned arena, with memory that is free filled with NaN.
+//! - A [`Backend`] runs it. [`HostRun`] does so on the host, inside the planned arena, with memory that is free filled with NaN.
 //! - [`Graph::dot`], [`Graph::json`] and [`Graph::markdown`] export it.
 //! - [`StepBlock`] and [`Buckets`] say where a step's inputs lie, and what stands in rows that nobody asked for.
 //!
 //! # Errors
 //! [`ComputeGraph`](crate::FlashInferError::ComputeGraph) with a [`GraphError`], from every function.
 
+mod backend;
 mod builder;
 mod error;
 mod export;
@@ -52,6 +53,7 @@ mod verify;
 #[cfg(test)]
 mod tests;
 
+pub use backend::Backend;
 pub use builder::{GraphBuilder, Part, Readable, State, StepInput, Value, Weight};
 pub use error::{GraphError, GraphWarning};
 pub use fuse::{Applied, Numerics, Rule, fuse};

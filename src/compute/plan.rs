@@ -4,6 +4,7 @@ use super::builder::keeps_row;
 use super::error::GraphError;
 use super::graph::{Graph, Origin};
 use super::operation::{Given, PdlAfter, PdlBefore};
+use super::step::Buckets;
 use crate::error::Result;
 
 /// What every place in an arena is a multiple of, in bytes.
@@ -175,6 +176,17 @@ impl Plan {
         }
         plan.sizes.planned = next;
         Ok(plan)
+    }
+
+    /// A plan for each bucket, the smallest first, and the bytes of one arena that serves them all, one at a time: those of the
+    /// largest.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn for_buckets(graph: &Graph, buckets: &Buckets) -> Result<(Vec<Self>, u64)> {
+        let plans = buckets.sizes().iter().map(|&bucket| Self::new(graph, bucket)).collect::<Result<Vec<_>>>()?;
+        let arena = plans.iter().map(|plan| plan.sizes.planned).max().unwrap_or(0);
+        Ok((plans, arena))
     }
 
     /// The rows that it is for.
