@@ -356,7 +356,7 @@ fn run_random(graph: &Graph, plan: &Plan) -> Vec<Vec<u64>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn plans_of_random_graphs_are_proven_and_run_as_without_sharing(seed in any::<u64>(), operations in 1usize..60) {
@@ -373,6 +373,23 @@ proptest! {
             assert_eq!(Plan::from_json(&graph, &plan.json()).unwrap(), plan);
         }
         assert_eq!(Graph::from_json(&graph.json()).unwrap(), graph);
+    }
+
+    #[test]
+    fn a_file_with_other_numbers_is_refused_or_a_graph_that_can_be_planned(at in any::<usize>(), number in any::<u64>()) {
+        let graph = fuse(&TINY.graph(4).unwrap(), &Rule::ALL).unwrap().0;
+        let json = graph.json();
+        let digits: Vec<usize> = json.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(i, _)| i).collect();
+        let place = digits[at % digits.len()];
+        // Small numbers mostly, and some that are large.
+        let number = if number % 3 == 0 { number >> (number % 64) } else { number % 50 };
+        let changed = format!("{}{number}{}", &json[..place], &json[place + 1..]);
+        if let Ok(graph) = Graph::from_json(&changed) {
+            let plan = Plan::new(&graph, 1).unwrap();
+            plan.verify(&graph).unwrap();
+            let table = graph.markdown(&plan, 1e12, &[]);
+            assert!(table.contains("embedding") && graph.dot(Some(&plan)).contains("embedding"));
+        }
     }
 
     #[test]
