@@ -4,8 +4,8 @@ use super::graph::Graph;
 use super::plan::Plan;
 use crate::error::Result;
 
-/// What runs the nodes of a plan. One plan serves each of them: the [host](super::HostRun), which computes a node when it is
-/// asked to, and on a GPU those that launch it, or capture it into a CUDA graph.
+/// What runs the nodes of a plan. One plan serves each of them: the [host](super::HostRun), which computes a node when
+/// it is asked to, and on a GPU those that launch it, or capture it into a CUDA graph.
 pub trait Backend {
     /// The graph.
     fn graph(&self) -> &Graph;

@@ -154,11 +154,12 @@ impl GraphBuilder {
         Ok(Weight { graph: self.id, tensor })
     }
 
-    /// A weight that is others one after the other along their first dimension: `q`, `k` and `v` for one product. It is filled
-    /// from these names, of which each has so many of the first dimension.
+    /// A weight that is others one after the other along their first dimension: `q`, `k` and `v` for one product. It is
+    /// filled from these names, of which each has so many of the first dimension.
     ///
     /// # Errors
-    /// As for [`weight`](Self::weight), and [`ShapeMismatch`](GraphError::ShapeMismatch) for parts that are not as many together.
+    /// As for [`weight`](Self::weight), and [`ShapeMismatch`](GraphError::ShapeMismatch) for parts that are not as many
+    /// together.
     pub fn packed_weight(
         &mut self,
         name: &str,
@@ -710,8 +711,9 @@ impl GraphBuilder {
         self.made(OpKind::Argmax, &[], &[logits.of()])
     }
 
-    /// Draws a token of each row's F32 probabilities by a number from 0.0 to below 1.0, F32 `[B]`, which the step is given: so a
-    /// graph that is launched again draws anew. Of the `top_k` likeliest, and of the likeliest that sum to `top_p`; 0 is all.
+    /// Draws a token of each row's F32 probabilities by a number from 0.0 to below 1.0, F32 `[B]`, which the step is
+    /// given: so a graph that is launched again draws anew. Of the `top_k` likeliest, and of the likeliest that sum to
+    /// `top_p`; 0 is all.
     ///
     /// # Errors
     /// See this block.
@@ -733,8 +735,9 @@ impl GraphBuilder {
         self.add_node(OpKind::Advance, &[], &[value(token), input(ids), input(positions), input(lengths)]).map(|_| ())
     }
 
-    /// One token of the gated delta rule for each row: heads of 128 that lie one after the other, each of `q`, `k` and `v` a value, `alpha` and `beta` F32 `[B, heads]`, the state F32
-    /// `[B, heads, size, size]`, value dimension before key dimension. A scale of 0.0 is `1/√size`.
+    /// One token of the gated delta rule for each row: heads of 128 that lie one after the other, each of `q`, `k` and
+    /// `v` a value, `alpha` and `beta` F32 `[B, heads]`, the state F32 `[B, heads, size, size]`, value dimension before
+    /// key dimension. A scale of 0.0 is `1/√size`.
     ///
     /// # Errors
     /// See this block.

@@ -57,8 +57,8 @@ impl Graph {
         folds
     }
 
-    /// The graph in Graphviz's language: operations as boxes, what they are given as ellipses, values as edges. With a plan,
-    /// where each value lies.
+    /// The graph in Graphviz's language: operations as boxes, what they are given as ellipses, values as edges. With a
+    /// plan, where each value lies.
     pub fn dot(&self, plan: Option<&Plan>) -> String {
         let mut out = String::new();
         let _ = writeln!(out, "digraph {} {{\n  rankdir=TB;\n  node [shape=box];", quoted(&self.name));
@@ -135,8 +135,8 @@ impl Graph {
         out
     }
 
-    /// A table of the nodes, with what each moves and computes, the time that moving takes at least at so many bytes a second, and
-    /// where its result lies in the arena. `measured` has microseconds for nodes, where they were measured.
+    /// A table of the nodes, with what each moves and computes, the time that moving takes at least at so many bytes a
+    /// second, and where its result lies in the arena. `measured` has microseconds for nodes, where they were measured.
     pub fn markdown(&self, plan: &Plan, bandwidth: f64, measured: &[Option<f64>]) -> String {
         let mut out = String::new();
         let sizes = plan.sizes();
@@ -261,8 +261,9 @@ impl Graph {
     /// Reads a graph that [`json`](Self::json) wrote, and checks all of it as the builder does.
     ///
     /// # Errors
-    /// [`Data`](crate::FlashInferError::Data) with the place for what is not JSON, or not this; [`Json`](GraphError::Json) for
-    /// another version and for nodes that do not fit their tensors; and what the builder answers.
+    /// [`Data`](crate::FlashInferError::Data) with the place for what is not JSON, or not this;
+    /// [`Json`](GraphError::Json) for another version and for nodes that do not fit their tensors; and what the builder
+    /// answers.
     pub fn from_json(json: &str) -> Result<Self> {
         let document = Document::parse("a compute graph", json.as_bytes(), 1)?;
         let root = document.root();
@@ -449,8 +450,8 @@ impl Plan {
     /// Reads a plan for a graph, and [proves](Self::verify) it.
     ///
     /// # Errors
-    /// [`Data`](crate::FlashInferError::Data) for what is not JSON or not this, [`Json`](GraphError::Json) for another version,
-    /// and [`WrongPlan`](GraphError::WrongPlan).
+    /// [`Data`](crate::FlashInferError::Data) for what is not JSON or not this, [`Json`](GraphError::Json) for another
+    /// version, and [`WrongPlan`](GraphError::WrongPlan).
     pub fn from_json(graph: &Graph, json: &str) -> Result<Self> {
         let document = Document::parse("a plan", json.as_bytes(), 1)?;
         let root = document.root();

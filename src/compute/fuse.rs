@@ -23,15 +23,15 @@ pub enum Numerics {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Rule {
-    /// Products of the same rows with several weights become one, with the weights one after the other: `q|k|v`, `gate|up`. Where
-    /// every use of a result can be one of columns, and each weight has no other use.
+    /// Products of the same rows with several weights become one, with the weights one after the other: `q|k|v`,
+    /// `gate|up`. Where every use of a result can be one of columns, and each weight has no other use.
     PackProducts,
     /// `silu(gate)` and `· up`, of the two halves of one value, become `silu_and_mul`. Where nothing else uses the halves.
     GatedActivation,
     /// `add` and the `rmsnorm` of the sum become `fused_add_rmsnorm`. Where what was added has no other use behind it.
     AddNorm,
-    /// The norms of queries and keys, rotary embeddings and the append to the cache become one kernel; without norms the other
-    /// two do. Where keys are used by the cache alone.
+    /// The norms of queries and keys, rotary embeddings and the append to the cache become one kernel; without norms
+    /// the other two do. Where keys are used by the cache alone.
     QkNormRopeAppend,
     /// A product and its sum with a residual become one product onto the residual. Where the product has no other use.
     ResidualProduct,
@@ -76,8 +76,8 @@ pub struct Applied {
     pub numerics: Numerics,
 }
 
-/// Rewrites a graph by these rules, one after the other, and says what was applied where. A graph that no rule fits comes back as
-/// it was.
+/// Rewrites a graph by these rules, one after the other, and says what was applied where. A graph that no rule fits
+/// comes back as it was.
 ///
 /// # Errors
 /// None but for a slip of a rule, whose graph is checked anew.

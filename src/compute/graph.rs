@@ -72,7 +72,8 @@ pub struct Node {
     pub layer: Option<u32>,
 }
 
-/// The most bytes that one tensor may have: more than any machine, and few enough that no sum or product of sizes overflows.
+/// The most bytes that one tensor may have: more than any machine, and few enough that no sum or product of sizes
+/// overflows.
 pub(super) const MOST_BYTES: u64 = 1 << 48;
 
 /// Where graphs are to run, which decides what they are checked against.

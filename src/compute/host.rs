@@ -1,5 +1,5 @@
-//! Runs a plan on the host, inside the planned arena, in f64 between memory of the graph's own types. What is free holds NaN, so
-//! that a value which was given memory too early or taken from it shows.
+//! Runs a plan on the host, inside the planned arena, in f64 between memory of the graph's own types. What is free
+//! holds NaN, so that a value which was given memory too early or taken from it shows.
 
 use super::backend::Backend;
 use super::builder::operands;
@@ -21,8 +21,8 @@ const POISON: u8 = 0xFF;
 
 /// A plan with memory on the host.
 ///
-/// Operations that a kernel's row serves are computed by this crate's [references](mod@crate::reference), which raise errors
-/// through libtvm_ffi.so: [`FlashInferRuntime::initialize`](crate::FlashInferRuntime::initialize) comes first.
+/// Operations that a kernel's row serves are computed by this crate's [references](mod@crate::reference), which raise
+/// errors through libtvm_ffi.so: [`FlashInferRuntime::initialize`](crate::FlashInferRuntime::initialize) comes first.
 #[derive(Debug)]
 pub struct HostRun<'g> {
     graph: &'g Graph,
@@ -353,9 +353,9 @@ fn run_row(memory: &mut Memory, graph: &Graph, node: &Node, call: &RowCall, batc
     }
     let owner = Owner::NONE;
     let operands = operands(&call.arguments, &layouts, &owner, false);
-    // SAFETY: every layout lies in memory that this function borrows exclusively or made: a tensor's place has as many bytes as
-    // its type and sizes take, which `HostRun::new` saw to, and columns lie within it, which the builder saw to. The references
-    // check every index that they read.
+    // SAFETY: every layout lies in memory that this function borrows exclusively or made: a tensor's place has as many
+    // bytes as its type and sizes take, which `HostRun::new` saw to, and columns lie within it, which the builder saw
+    // to. The references check every index that they read.
     unsafe { call.entry.call(&operands, Stream::NULL) }
 }
 
@@ -632,8 +632,8 @@ pub(super) fn decode_attention(call: &mut HostCall<'_>) -> Result<()> {
     unsafe { module.function("attention_paged")?.launch_unseen(&args) }
 }
 
-/// The place of each row's token in a cache, in elements: by its position, at this operand, and the page table behind it, of the
-/// cache behind that.
+/// The place of each row's token in a cache, in elements: by its position, at this operand, and the page table behind
+/// it, of the cache behind that.
 fn entries(call: &HostCall<'_>, positions: usize, most: usize) -> Result<(Vec<usize>, Vec<usize>)> {
     let (table, cache) = (positions + 1, positions + 2);
     let (pages, page_size, width) = (call.size(cache, 0), call.size(cache, 1), call.size(table, 1));

@@ -1,8 +1,8 @@
 //! Compute graphs: the steps of a model as data, checked when they are built, planned and proven before a GPU is touched.
 //!
-//! A [`GraphBuilder`] is given the model: weights, states, what a step is given, and operations on them. Each operation checks
-//! its operands when it is added, by its shape rule and by the contract of the kernel that will serve it. What an operation
-//! overwrites it takes by value, so that reading it afterwards does not compile:
+//! A [`GraphBuilder`] is given the model: weights, states, what a step is given, and operations on them. Each operation
+//! checks its operands when it is added, by its shape rule and by the contract of the kernel that will serve it. What
+//! an operation overwrites it takes by value, so that reading it afterwards does not compile:
 //!
 //! ```
 //! use flashinfer_rs::DType;
@@ -25,12 +25,13 @@
 //! ```
 //!
 //! # The way of a model
-//! - [`GraphBuilder`] gives [`Value`], [`Weight`], [`State`] and [`StepInput`], four types that cannot stand in for each other. Sizes
-//!   are constant or so many for each row of the batch ([`Dim`]), so that one check serves every batch.
+//! - [`GraphBuilder`] gives [`Value`], [`Weight`], [`State`] and [`StepInput`], four types that cannot stand in for
+//!   each other. Sizes are constant or so many for each row of the batch ([`Dim`]), so that one check serves every batch.
 //! - [`fuse()`] rewrites the graph by named [rules](Rule), each with its precondition and with what it does to the numbers.
 //! - [`Plan`] orders the nodes and gives each value its place in one arena, whose exact size is known before anything is
 //!   allocated. [`Plan::verify`] proves the plan by an algorithm of its own.
-//! - A [`Backend`] runs it. [`HostRun`] does so on the host, inside the planned arena, with memory that is free filled with NaN.
+//! - A [`Backend`] runs it. [`HostRun`] does so on the host, inside the planned arena, with memory that is free
+//!   filled with NaN.
 //! - [`Graph::dot`], [`Graph::json`] and [`Graph::markdown`] export it.
 //! - [`StepBlock`] and [`Buckets`] say where a step's inputs lie, and what stands in rows that nobody asked for.
 //!

@@ -1,5 +1,5 @@
-//! The operations, as data: one row of [`TABLE`] for each, which says what it takes, what it overwrites, what it makes, what
-//! it costs, which kernel serves it and how the host computes it.
+//! The operations, as data: one row of [`TABLE`] for each, which says what it takes, what it overwrites, what it makes,
+//! what it costs, which kernel serves it and how the host computes it.
 
 use super::error::GraphError;
 use super::graph::{Access, Target};
@@ -68,8 +68,8 @@ const fn made(name: &'static str) -> OperandFacts {
     OperandFacts { name, role: Role::Write, strided: false }
 }
 
-/// What a kernel does before it waits for the kernels ahead of it, where it is launched so that it may start before they end
-/// (programmatic dependent launch).
+/// What a kernel does before it waits for the kernels ahead of it, where it is launched so that it may start before
+/// they end (programmatic dependent launch).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PdlBefore {
@@ -284,7 +284,8 @@ impl Given<'_> {
         self.specs[operand].elements(self.batch)
     }
 
-    /// The call of the kernel that has a row, where there is one for these types: none appends F32, which only the host knows.
+    /// The call of the kernel that has a row, where there is one for these types: none appends F32, which only the host
+    /// knows.
     pub(super) fn call(&self) -> Option<RowCall> {
         let facts = self.operation.facts();
         let without = facts.kind == OpKind::Append && self.specs[0].dtype == DType::F32;
@@ -343,7 +344,8 @@ pub(super) enum RowArgument {
     Flat(usize),
     /// An operand of rows, as so many heads.
     Heads(usize, u64),
-    /// So many whole numbers: 0, then each larger than the one ahead of it by a step. They never change, so a device has them once.
+    /// So many whole numbers: 0, then each larger than the one ahead of it by a step. They never change, so a device
+    /// has them once.
     Ramp { dtype: DType, count: u64, step: u64 },
     /// Scratch memory of so many bytes.
     Scratch(u64),
@@ -374,8 +376,9 @@ const GDN_WORKSPACE: u64 = 128 << 10;
 /// `nbSubSeqPerSeq`).
 const MULTIPROCESSORS: u64 = 132;
 
-/// What XQA keeps between the blocks that share a row: of each the maxima and the sums of its heads, in up to 32 single precision
-/// numbers, and a result of up to 8 heads; rounded up, since upstream does not say how many bytes its scratch must have.
+/// What XQA keeps between the blocks that share a row: of each the maxima and the sums of its heads, in up to 32 single
+/// precision numbers, and a result of up to 8 heads; rounded up, since upstream does not say how many bytes its scratch
+/// must have.
 fn attention_workspace(given: &Given<'_>) -> u64 {
     let (rows, heads, size, kv_heads) = (given.size(0, 0), given.size(0, 1), given.size(0, 2), given.size(1, 2));
     let pairs = (rows * kv_heads).max(1);

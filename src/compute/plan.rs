@@ -178,8 +178,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// A plan for each bucket, the smallest first, and the bytes of one arena that serves them all, one at a time: those of the
-    /// largest.
+    /// A plan for each bucket, the smallest first, and the bytes of one arena that serves them all, one at a time:
+    /// those of the largest.
     ///
     /// # Errors
     /// As for [`new`](Self::new).
@@ -359,8 +359,8 @@ fn by_happens_before(items: &[Item], dependencies: &[Vec<usize>]) -> Vec<Vec<usi
     conflicts
 }
 
-/// Places items, each at the lowest place where none that is needed at the same time lies: in several orders, of which the one
-/// that takes least is kept.
+/// Places items, each at the lowest place where none that is needed at the same time lies: in several orders, of which
+/// the one that takes least is kept.
 fn place(items: &[Item], conflicts: &[Vec<usize>]) -> (Vec<u64>, u64) {
     let life = |i: usize| items[i].uses.last().map_or(0, |last| last - items[i].uses[0]) as u64;
     let keys: [&dyn Fn(usize) -> (u64, u64); 3] = [

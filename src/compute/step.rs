@@ -105,8 +105,8 @@ impl StepBlock {
     /// Fills an input of a block: the rows that are given, and what its declaration says in the rows behind them.
     ///
     /// # Errors
-    /// [`UnknownName`](GraphError::UnknownName); [`Mismatch`](GraphError::Mismatch) for bytes that are no whole rows, more rows
-    /// than the bucket has, or a block of another length.
+    /// [`UnknownName`](GraphError::UnknownName); [`Mismatch`](GraphError::Mismatch) for bytes that are no whole rows,
+    /// more rows than the bucket has, or a block of another length.
     pub fn fill(&self, graph: &Graph, name: &str, block: &mut [u8], rows: &[u8]) -> Result<()> {
         let (first, size) = self.place(graph, name)?;
         let tensor = &graph.tensors[graph.find("step input", name)?];
@@ -139,8 +139,8 @@ fn store_all(bytes: &mut [u8], dtype: crate::tensor::DType, value: f64) {
     bytes.chunks_exact_mut(dtype.size()).for_each(|element| super::host::store(element, dtype, value));
 }
 
-/// Which pages of a cache are free, and which rows of a page table have which. Page 0 is never given to a sequence: rows that
-/// nobody asked for write there.
+/// Which pages of a cache are free, and which rows of a page table have which. Page 0 is never given to a sequence:
+/// rows that nobody asked for write there.
 #[derive(Debug, Clone)]
 pub struct PageAllocator {
     free: Vec<u32>,
@@ -202,7 +202,8 @@ impl PageAllocator {
         self.free.len()
     }
 
-    /// The dense page table `[rows, pages of a row]` of the first so many rows: what a row does not have yet is the reserved page.
+    /// The dense page table `[rows, pages of a row]` of the first so many rows: what a row does not have yet is the
+    /// reserved page.
     pub fn table(&self, rows: usize) -> Vec<i32> {
         let width = self.per_row as usize;
         let mut table = vec![Self::RESERVED as i32; rows * width];

@@ -1,4 +1,5 @@
-//! Proves plans. It shares no code with the planner: it looks at ranges, uses and edges alone, and works all of it out anew.
+//! Proves plans. It shares no code with the planner: it looks at ranges, uses and edges alone, and works all of it out
+//! anew.
 
 use super::error::GraphError;
 use super::graph::{Graph, Origin};
@@ -15,9 +16,9 @@ struct Used {
 }
 
 impl Plan {
-    /// Proves that the plan is right for a graph: that every node runs once, behind all that it needs; that each value has a
-    /// place of its size; that of any two whose places overlap every use of one has ended before the first use of the other
-    /// starts; and that kernels start early only where they wait by themselves.
+    /// Proves that the plan is right for a graph: that every node runs once, behind all that it needs; that each value
+    /// has a place of its size; that of any two whose places overlap every use of one has ended before the first use of
+    /// the other starts; and that kernels start early only where they wait by themselves.
     ///
     /// # Errors
     /// [`WrongPlan`](GraphError::WrongPlan) with the first thing that is wrong.
