@@ -369,7 +369,7 @@ impl Cudart {
     }
 
     /// Does what a capture forbids while one of another stream or thread goes on, which relaxed calls do not break.
-    fn without_breaking_captures<T>(&self, call: impl FnOnce() -> T) -> T {
+    pub(crate) fn without_breaking_captures<T>(&self, call: impl FnOnce() -> T) -> T {
         const RELAXED: c_int = 2;
         let mut mode = RELAXED;
         let exchange = |mode: &mut c_int| {

@@ -302,9 +302,11 @@ impl FlashInferRuntime {
         if let Some(module) = modules.get(&key) {
             return Ok(module);
         }
-        let _current = self.cudart()?.set_current(id)?;
-        // A copy always: whether somebody loaded the file itself, on whichever device, is not known.
-        let library = open_copy(soname, &self.config)?;
+        let cudart = self.cudart()?;
+        let _current = cudart.set_current(id)?;
+        // A copy always: whether somebody loaded the file itself, on whichever device, is not known. Its initializers ignore
+        // errors, so that one that a capture elsewhere forbids would leave kernels that never launch.
+        let library = cudart.without_breaking_captures(|| open_copy(soname, &self.config))?;
         let module: &'static Module = Box::leak(Box::new(Module::loaded(soname, library, &self.api)));
         modules.insert(key, module);
         Ok(module)

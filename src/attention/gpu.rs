@@ -179,7 +179,7 @@ fn tables_len(requests: usize, indices: usize) -> usize {
     2 * (requests + 1).next_multiple_of(4) + requests.next_multiple_of(4) + indices.max(1).next_multiple_of(4)
 }
 
-fn buffer_address<T>(buffer: &mut CudaSlice<T>) -> *mut c_void {
+pub(super) fn buffer_address<T>(buffer: &mut CudaSlice<T>) -> *mut c_void {
     let stream = Arc::clone(buffer.stream());
     let (address, guard) = buffer.device_ptr_mut(&stream);
     // Every use of it is on its own stream.

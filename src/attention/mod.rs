@@ -14,6 +14,7 @@
 //!   run any number of layers.
 //! - With the feature `cudarc` a `GraphPlan` is captured into a [`LaunchGraph`](crate::LaunchGraph) and planned anew between
 //!   launches.
+//! - [`XqaDecode`] decodes without a plan: lengths and pages are in a [`DecodeTable`] in the GPU's memory.
 //!
 //! ```
 //! use flashinfer_rs::attention::{AttentionOptions, AttentionSpec, Batch, Workspace};
@@ -70,6 +71,8 @@ mod sizes;
 #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
 mod spec;
 mod workspace;
+#[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
+mod xqa;
 
 pub use batch::Batch;
 #[cfg(feature = "cudarc")]
@@ -78,3 +81,6 @@ pub use run::{AttentionOptions, LatentQueries};
 pub use sizes::Largest;
 pub use spec::{AttentionBuilder, AttentionSpec, Backend, Kind};
 pub use workspace::{Plan, Workspace};
+#[cfg(feature = "cudarc")]
+pub use xqa::{CapturedXqa, GraphXqa};
+pub use xqa::{DecodeFacts, DecodeTable, XqaDecode};

@@ -8,6 +8,7 @@ use crate::contract::{
 use crate::engine::{Entry, State};
 use crate::error::Result;
 use crate::indices::refuse;
+use crate::kernels::page::KvLayout;
 use crate::stream::Stream;
 use crate::tensor::DType;
 
@@ -185,6 +186,70 @@ pub(super) const MLA: &Row = &Row {
 
 pub(super) const ROTARY: usize = 7;
 
+/// The name that errors of a call of XQA carry.
+pub(super) const XQA_RUN: &str = "XqaDecode::run";
+
+/// Behind queries, keys, values and results.
+pub(super) const XQA_PAGES: usize = 4;
+pub(super) const XQA_LENGTHS: usize = 5;
+
+/// The pages of a row of XQA's table.
+const PER_REQUEST: usize = 7;
+
+const fn words(name: &'static str, shape: &'static [Size]) -> Argument {
+    let (dtype, strides) = (Dtype::Only(DType::I32), Strides::Contiguous);
+    let (alignment, contents) = (Alignment::Bytes(4), Contents::Uniform(1.0));
+    let (role, optional) = (Role::In, false);
+    Argument { name, kind: Kind::Tensor(Tensor { role, optional, dtype, shape, strides, alignment, contents }) }
+}
+
+const fn xqa_arguments(shape: &'static [Size]) -> [Argument; 6] {
+    [
+        tensor("q", Role::In, Dtype::OneOf(TYPES), QUERIES, Strides::Contiguous),
+        tensor("paged_k_cache", Role::In, Dtype::OneOf(TYPES), shape, Strides::Rows),
+        tensor("paged_v_cache", Role::In, Dtype::As(K), shape, Strides::As(K)),
+        tensor("o", Role::Out, Dtype::As(Q), RESULTS, Strides::Contiguous),
+        words("page_table", &[Size::Of(ROWS), Size::Of(PER_REQUEST)]),
+        words("seq_lens", &[Size::Of(ROWS)]),
+    ]
+}
+
+const fn xqa_dimensions(tokens: usize, heads: usize) -> [Dimension; 8] {
+    let [rows, q_heads, q_dim, pages, page_size, kv_heads, v_dim] = dimensions(tokens, heads);
+    let per_request = dimension("pages_per_request", From::Shape(XQA_PAGES, 1), 1);
+    [rows, q_heads, q_dim, pages, page_size, kv_heads, v_dim, per_request]
+}
+
+const XQA_ROW: Row = Row {
+    kernel: "attention by XQA",
+    function: XQA_RUN,
+    feature: "attention-xqa",
+    summary: "Attention of one query for each request, by lengths and pages in the GPU's memory.",
+    source: "`csrc/xqa/xqa_wrapper.cu`, `csrc/xqa/mha.cu`",
+    runs_on: RunsOn::AtLeast(9, 0),
+    arguments: &xqa_arguments(NHD),
+    dimensions: &xqa_dimensions(1, 2),
+    // It waits before it reads anything, but lets the kernel behind it start before that.
+    pdl: Pdl::None,
+    // What its launch answers it drops.
+    reports: Reports::LastError,
+    uses_current_device: true,
+    tests: "`tests/xqa.rs`, `tests/xqa_gpu.rs`",
+    ..PAGED_ROW
+};
+static XQA: Row = XQA_ROW;
+static XQA_HND: Row = Row { arguments: &xqa_arguments(HND), dimensions: &xqa_dimensions(2, 1), ..XQA_ROW };
+
+/// What the tensors of a call of XQA must be.
+pub(super) fn xqa(layout: KvLayout) -> &'static Row {
+    if layout == KvLayout::Nhd { &XQA } else { &XQA_HND }
+}
+
+/// How XQA's launcher is called.
+pub(super) fn xqa_entry() -> Entry {
+    Entry { row: &XQA, state: &STATUS }
+}
+
 /// A launcher that raises what its launch answers.
 static STATUS: State = State::new();
 pub(super) static TELLS: Row = Row { arguments: &[], dimensions: &[], ..PAGED_ROW };
@@ -248,7 +313,7 @@ fn differs(
     for (at, dtype) in [(Q, expected.q), (K, expected.kv)] {
         if let Some(layout) = operands[at].layout().filter(|layout| !layout.is_of(dtype)) {
             let (found, expected) = (layout.dtype().to_string(), format!("{dtype}, as the specification says"));
-            return refuse(RUN, row.arguments[at].name, found, expected);
+            return refuse(row.function, row.arguments[at].name, found, expected);
         }
     }
     let sizes_expected = [
@@ -261,12 +326,12 @@ fn differs(
     ];
     for (at, wanted, why) in sizes_expected {
         if sizes[at] != wanted {
-            return refuse(RUN, row.dimensions[at].name, sizes[at].to_string(), format!("{wanted}, {why}"));
+            return refuse(row.function, row.dimensions[at].name, sizes[at].to_string(), format!("{wanted}, {why}"));
         }
     }
     let or_more = if more_pages { " or more" } else { "" };
     let wanted = format!("{}{or_more}, for which the batch was made", expected.pages);
-    refuse(RUN, row.dimensions[PAGES].name, sizes[PAGES].to_string(), wanted)
+    refuse(row.function, row.dimensions[PAGES].name, sizes[PAGES].to_string(), wanted)
 }
 
 /// That what kernels count in 32 bits stays within them, on a GPU: how far queries and keys reach that lie one after the other, and
@@ -295,11 +360,11 @@ fn check_far_reach(row: &'static Row, operands: &[Operand<'_, '_>; 6], pages: bo
         if !fits(part, REACH) {
             let what = if paged { "each page" } else { "the tensor" };
             let expected = format!("{what} to reach at most {REACH} elements, which kernels count in 32 bits");
-            return refuse(RUN, row.arguments[at].name, found(), expected);
+            return refuse(row.function, row.arguments[at].name, found(), expected);
         }
         if paged && !fits(whole, most) {
             let expected = format!("the cache to reach at most {most} elements, which this kernel counts in 32 bits");
-            return refuse(RUN, row.arguments[at].name, found(), expected);
+            return refuse(row.function, row.arguments[at].name, found(), expected);
         }
     }
     Ok(())

@@ -64,6 +64,9 @@ pub(super) enum Place<'a> {
     Host(&'a Batch),
     #[cfg(feature = "cudarc")]
     Gpu(super::gpu::Launch<'a>),
+    /// XQA's, which has its own call.
+    #[cfg(feature = "cudarc")]
+    Xqa(Device),
 }
 
 /// The numbers that a launcher is called with, beside what is the plan's.
@@ -76,15 +79,17 @@ pub(super) struct Numbers {
 }
 
 impl Planned<'_> {
-    fn device(&self) -> Device {
+    pub(super) fn device(&self) -> Device {
         match &self.place {
             Place::Host(_) => Device::Cpu,
             #[cfg(feature = "cudarc")]
             Place::Gpu(launch) => launch.device(),
+            #[cfg(feature = "cudarc")]
+            Place::Xqa(device) => *device,
         }
     }
 
-    fn expected(&self) -> Expected {
+    pub(super) fn expected(&self) -> Expected {
         let spec = self.spec;
         let ((q_heads, kv_heads), (q_dim, v_dim)) = (spec.heads(), spec.head_dims());
         // The rows of latent attention have the compressed size for both.
@@ -93,7 +98,7 @@ impl Planned<'_> {
         Expected { rows, q_heads, kv_heads, q_dim, v_dim, page_size, pages, q: spec.dtype(), kv: spec.kv_dtype() }
     }
 
-    fn numbers(&self, k_scale: Option<f64>) -> Result<Numbers> {
+    pub(super) fn numbers(&self, k_scale: Option<f64>) -> Result<Numbers> {
         let spec = self.spec;
         let sm_scale = match k_scale.map(|scale| (scale, spec.sm_scale() * scale)) {
             None => spec.sm_scale(),
@@ -184,6 +189,8 @@ impl Planned<'_> {
             }),
             #[cfg(feature = "cudarc")]
             Place::Gpu(launch) => launch.paged(row, &operands, &numbers, self.stream),
+            #[cfg(feature = "cudarc")]
+            Place::Xqa(_) => unreachable!("XQA's launcher is called where its table is"),
         }
     }
 
@@ -208,6 +215,8 @@ impl Planned<'_> {
             Place::Host(batch) => on_host("attention_ragged", &operands, batch, |args| push(args, self.spec, &numbers)),
             #[cfg(feature = "cudarc")]
             Place::Gpu(launch) => launch.ragged(rows::RAGGED, &operands, &numbers, self.stream),
+            #[cfg(feature = "cudarc")]
+            Place::Xqa(_) => unreachable!("XQA's launcher is called where its table is"),
         }
     }
 
@@ -235,6 +244,8 @@ impl Planned<'_> {
             Place::Host(batch) => mla_on_host(&operands, batch, self.spec, &numbers),
             #[cfg(feature = "cudarc")]
             Place::Gpu(launch) => launch.mla(rows::MLA, &operands, &numbers, self.stream),
+            #[cfg(feature = "cudarc")]
+            Place::Xqa(_) => unreachable!("XQA's launcher is called where its table is"),
         }
     }
 }

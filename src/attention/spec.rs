@@ -216,6 +216,11 @@ impl AttentionSpec {
         self.facts.pdl
     }
 
+    /// What was asked to compute it.
+    pub(super) fn asked_backend(&self) -> Option<Backend> {
+        self.facts.backend
+    }
+
     /// Upstream's number for the window.
     pub(super) fn window_left(&self) -> i64 {
         self.facts.window.unwrap_or(-1)
@@ -262,7 +267,7 @@ impl AttentionSpec {
 }
 
 /// An element type as names spell it.
-fn element(dtype: DType) -> Element {
+pub(super) fn element(dtype: DType) -> Element {
     match dtype {
         DType::F16 => Element::F16,
         DType::F8E4M3 => Element::E4M3,
