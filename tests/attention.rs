@@ -1,12 +1,14 @@
 //! Attention on the host: what the oracle computes, what specifications, batches and calls refuse, and the modules' names.
 
 use flashinfer_rs::attention::{
-    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, Kind, LatentQueries, Workspace,
+    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, DecodeTable, Kind, LatentQueries, Workspace,
+    XqaDecode,
 };
 use flashinfer_rs::kernels::cascade::merge_state;
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
 use flashinfer_rs::{
-    DType, Device, FlashInferError, FlashInferRuntime, PageTable, Result, RuntimeConfig, Stream, TensorMut, TensorRef,
+    DType, Device, FlashInferError, FlashInferRuntime, PageTable, Placed, Result, RuntimeConfig, Stream, TensorMut,
+    TensorRef,
 };
 
 fn start() {
@@ -688,4 +690,139 @@ fn a_call_refuses_tensors_that_are_not_its_plans() {
     assert_eq!((plan.backend(), plan.integers()), (None, Vec::new()));
     assert_eq!(plan.rows(), 2);
     assert_eq!(workspace.spec().kind(), Kind::Paged);
+}
+
+/// Decodes by XQA's call on the host.
+fn xqa(spec: AttentionSpec, table: &DecodeTable, q: &[f32], cache: &mut Cache) -> Result<Vec<f32>> {
+    let (rows, heads, size) = (table.requests() as i64, spec.heads().0, spec.head_dims().0);
+    let mut o = vec![0.0; (rows * heads * size) as usize];
+    let shape = [rows, heads, size];
+    XqaDecode::on_host(spec)?.run(
+        &mut TensorMut::from_slice(&mut o, &shape)?,
+        &TensorRef::from_slice(&q[..(rows * heads * size) as usize], &shape)?,
+        &cache.tensors(),
+        &Placed::on_host(table)?,
+        &AttentionOptions::default(),
+    )?;
+    Ok(o)
+}
+
+#[test]
+fn xqa_answers_what_a_plan_of_the_same_requests_does() {
+    start();
+    let mut random = random(5);
+    for (heads, window) in [((2, 2), None), ((4, 2), None), ((8, 2), Some(20)), ((8, 1), None)] {
+        let facts = AttentionSpec::decode(DType::F32, heads, 64, 16);
+        let spec = window.map_or(facts, |keys| facts.window(keys)).build().unwrap();
+        let mut cache = Cache::new(40, 16, heads.1, 64, 3);
+        let mut batch = Batch::paged(16, 40).unwrap();
+        for keys in [1, 15, 16, 17, 1 + random(70), 1 + random(70)] {
+            let pages: Vec<i32> = (0..(keys + 15) / 16).map(|_| random(40) as i32).collect();
+            batch.push(1, &pages, keys).unwrap();
+        }
+        let q = noise((8 * heads.0 * 64) as usize, 9);
+        let planned = run(spec, &batch, &q[..(6 * heads.0 * 64) as usize], &mut cache).0;
+        let table = DecodeTable::new(&batch, 5).unwrap();
+        assert!(xqa(spec, &table, &q, &mut cache).unwrap() == planned);
+        // Longer rows and requests that fill the table up change nothing of the others.
+        let filled = DecodeTable::new(&batch, 9).unwrap().with_room_for(8).unwrap();
+        let found = xqa(spec, &filled, &q, &mut cache).unwrap();
+        assert!(found[..planned.len()] == planned);
+        let mut of_heads = cache.of_heads();
+        let turned = window.map_or(facts, |keys| facts.window(keys)).layout(KvLayout::Hnd).build().unwrap();
+        assert!(xqa(turned, &table, &q, &mut of_heads).unwrap() == planned);
+    }
+}
+
+#[test]
+fn a_table_for_decode_refuses_what_a_kernel_would_follow() {
+    let mut batch = Batch::paged(16, 8).unwrap();
+    batch.push(1, &[7, 3], 20).unwrap();
+    batch.push(1, &[1], 16).unwrap();
+    let table = DecodeTable::new(&batch, 3).unwrap();
+    assert_eq!((table.requests(), table.longest(), table.lengths()), (2, 48, &[20, 16][..]));
+    // A request without keys and a page that the cache has not are refused where the batch is made.
+    names(batch.clone().push(1, &[], 0), "keys", "left out");
+    names(batch.clone().push(1, &[8], 1), "pages", "0 to 7");
+    names(DecodeTable::new(&batch, 1), "pages", "2 of request 0");
+    names(DecodeTable::new(&batch, 0), "pages_per_request", "1 to 134217727");
+    names(DecodeTable::new(&batch, 134_217_728), "pages_per_request", "1 to 134217727");
+    names(DecodeTable::new(&Batch::ragged(), 1), "batch", "Batch::paged");
+    names(table.clone().with_room_for(1), "requests", "2 or more");
+    names(table.clone().with_room_for(65_536), "requests", "65535");
+    names(DecodeTable::new(&batch, 40_000).unwrap().with_room_for(60_000), "pages_per_request", "at most 35791");
+    let mut two = batch.clone();
+    two.push(2, &[1], 2).unwrap();
+    names(DecodeTable::new(&two, 3), "queries", "2 of request 2");
+}
+
+#[test]
+fn xqa_refuses_what_it_has_no_kernel_for() {
+    start();
+    let decode = |heads, page_size| AttentionSpec::decode(DType::BF16, heads, 128, page_size);
+    let of = |builder: AttentionBuilder| XqaDecode::on_host(builder.build().unwrap()).map(|_| ());
+    for group in [1, 2, 4, 8] {
+        for page_size in [16, 32, 64, 128] {
+            of(decode((2 * group, 2), page_size)).unwrap();
+        }
+    }
+    for group in [3, 5, 7, 16] {
+        names(of(decode((group, 1), 16)), "q_heads", "1, 2, 4 or 8");
+    }
+    for page_size in [1, 8, 48, 256] {
+        names(of(decode((4, 1), page_size)), "page_size", "16, 32, 64 or 128");
+    }
+    names(of(decode((4, 1), 16).soft_cap(5.0)), "soft_cap", "no soft cap");
+    names(of(decode((4, 1), 16).kv_dtype(DType::F8E4M3)), "kv_dtype", "the queries' type");
+    names(of(decode((4, 1), 16).pdl(true)), "pdl", "before the one ahead has ended");
+    names(of(decode((4, 1), 16).backend(Backend::CudaCores)), "backend", "none asked for");
+    names(of(AttentionSpec::decode(DType::BF16, (4, 1), 64, 16).sinks()), "sinks", "a Workspace has them");
+    names(of(AttentionSpec::paged(DType::BF16, (4, 1), 64, 16)), "spec", "AttentionSpec::decode");
+    let name = XqaDecode::module_of(&decode((8, 2), 16).window(7).build().unwrap()).unwrap();
+    assert_eq!(
+        name,
+        "xqa_input_bf16_kv_cache_bf16_output_bf16_page_size_16_head_dim_128_head_group_ratio_4_use_sliding_window_True_\
+         use_spec_dec_False_spec_q_seq_len_1"
+    );
+}
+
+#[test]
+fn a_call_of_xqa_refuses_tensors_that_are_not_its_tables() {
+    start();
+    let spec = AttentionSpec::decode(DType::F32, (4, 2), 64, 16).build().unwrap();
+    let mut batch = Batch::paged(16, 8).unwrap();
+    batch.push(1, &[7, 3], 20).unwrap();
+    let table = DecodeTable::new(&batch, 2).unwrap();
+    let q = noise(4096, 1);
+    xqa(spec, &table, &q, &mut Cache::new(9, 16, 2, 64, 1)).unwrap();
+    names(xqa(spec, &table, &q, &mut Cache::new(7, 16, 2, 64, 1)), "pages", "8 or more");
+    names(xqa(spec, &table, &q, &mut Cache::new(8, 32, 2, 64, 1)), "page_size", "16");
+    names(xqa(spec, &table, &q, &mut Cache::new(8, 16, 1, 64, 1)), "kv_heads", "2");
+    names(xqa(spec, &table, &q, &mut Cache::new(8, 16, 2, 64, 1).of_heads()), "layout", "Nhd");
+    let mut other = Batch::paged(32, 8).unwrap();
+    other.push(1, &[7], 20).unwrap();
+    let other = DecodeTable::new(&other, 2).unwrap();
+    names(xqa(spec, &other, &q, &mut Cache::new(8, 16, 2, 64, 1)), "page_size of the table", "16");
+    let decode = XqaDecode::on_host(spec).unwrap();
+    let mut cache = Cache::new(8, 16, 2, 64, 1);
+    let mut call = |q_shape: [i64; 3], o_shape: [i64; 3], strides: Option<[i64; 3]>, options: &AttentionOptions<'_>| {
+        let mut o = vec![0f32; o_shape.iter().product::<i64>() as usize];
+        let q = match strides {
+            Some(strides) => TensorRef::from_slice_strided(&q, &q_shape, &strides)?,
+            None => TensorRef::from_slice(&q[..q_shape.iter().product::<i64>() as usize], &q_shape)?,
+        };
+        let mut o = TensorMut::from_slice(&mut o, &o_shape)?;
+        decode.run(&mut o, &q, &cache.tensors(), &Placed::on_host(&table)?, options)
+    };
+    let (shape, none) = ([1, 4, 64], AttentionOptions::default());
+    call(shape, shape, None, &none).unwrap();
+    names(call([2, 4, 64], [2, 4, 64], None, &none), "page_table", "[2, 2]");
+    names(call(shape, [2, 4, 64], None, &none), "o", "[1, 4, 64]");
+    names(call([1, 8, 64], [1, 8, 64], None, &none), "q_heads", "4, as the specification says");
+    names(call(shape, shape, Some([512, 128, 1]), &none), "q", "contiguous");
+    let sinks = [0f32; 4];
+    let options = AttentionOptions::default().with_sink(TensorRef::from_slice(&sinks, &[4]).unwrap());
+    names(call(shape, shape, None, &options), "sink", "no sinks");
+    names(call(shape, shape, None, &AttentionOptions::default().with_k_scale(1e-9)), "k_scale", "0.001");
+    assert_eq!(decode.spec(), &spec);
 }

@@ -16,11 +16,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::attention::{
-    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, GraphPlan, GraphRoom, Kind, Largest,
-    LatentQueries, Plan, Workspace,
+    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, DecodeTable, GraphPlan, GraphRoom, GraphXqa,
+    Kind, Largest, LatentQueries, Plan, Workspace, XqaDecode,
 };
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
-use flashinfer_rs::{DType, FlashInferError, FlashInferRuntime, LaunchGraph, RuntimeConfig, TensorMut, TensorRef};
+use flashinfer_rs::{
+    DType, FlashInferError, FlashInferRuntime, LaunchGraph, OnDevice, RuntimeConfig, TensorMut, TensorRef,
+};
 use half::bf16;
 use libloading::os::unix::Library;
 use libtest_mimic::{Arguments, Trial};
@@ -113,10 +115,18 @@ fn main() -> ExitCode {
         ),
     ];
     let arguments = Arguments::from_args();
-    let trials = cases.into_iter().map(|(name, facts, test)| {
+    let planned = cases.map(|(name, facts, test)| {
         let (facts, backend) = facts();
         let spec = facts.backend(backend).build().unwrap();
-        let soname = format!("{}.so", spec.module(backend));
+        (name, spec, spec.module(backend), test)
+    });
+    let spec = DECODE.build().unwrap();
+    let xqa: [(_, _, _, fn(&Machine, AttentionSpec)); 2] = [
+        ("xqa_runs", spec, XqaDecode::module_of(&spec).unwrap(), run_xqa),
+        ("xqa_is_captured_and_given_other_tables", spec, XqaDecode::module_of(&spec).unwrap(), captured_xqa),
+    ];
+    let trials = planned.into_iter().chain(xqa).map(|(name, spec, module, test)| {
+        let soname = format!("{module}.so");
         let there = modules().join(&soname).is_file();
         let trial = Trial::test(name, move || {
             with_machine(name, &soname, |machine| test(&machine, spec));
@@ -567,4 +577,124 @@ fn run_ragged(machine: &Machine, spec: AttentionSpec) {
     let short = TensorRef::from_cudarc(stream, &k, &[906, 2, 128]).unwrap();
     let error = plan.run_ragged(&mut o, None, &q, (&short, &short), &AttentionOptions::default()).unwrap_err();
     assert!(error.to_string().contains("907, for which the batch was made"), "{error}");
+}
+
+/// What XQA's kernel was given: the first eight bytes of each of its 15 arguments.
+fn kernel_arguments(machine: &Machine) -> [u64; 15] {
+    // SAFETY: the fixture's variable, an array of 16.
+    unsafe { **machine.cudart.get::<*const [u64; 15]>(b"last_args").unwrap() }
+}
+
+fn run_xqa(machine: &Machine, spec: AttentionSpec) {
+    let stream = &machine.stream;
+    machine.set("kept_args", 15);
+    let mut batch = Batch::paged(16, 400).unwrap();
+    batch.push(1, &[3, 9], 20).unwrap();
+    batch.push(1, &[5], 1).unwrap();
+    // As many parts as there is room for in the table's rows, and no more than there are multiprocessors for.
+    for (per_request, parts) in [(2usize, 1), (17, 2), (320, 20), (1000, 33)] {
+        for layout in [KvLayout::Nhd, KvLayout::Hnd] {
+            let facts = AttentionSpec::decode(spec.dtype(), spec.heads(), 128, 16).sm_scale(0.25).layout(layout);
+            let decode = XqaDecode::new(facts.build().unwrap(), stream).unwrap();
+            let table = OnDevice::new(DecodeTable::new(&batch, per_request).unwrap(), stream).unwrap();
+            let zeros = |count: usize| stream.alloc_zeros::<bf16>(count).unwrap();
+            let (q, mut o, mut k, mut v) =
+                (zeros(2 * 8 * 128), zeros(2 * 8 * 128), zeros(400 * 4096), zeros(400 * 4096));
+            let shape = if layout == KvLayout::Nhd { [400, 16, 2, 128] } else { [400, 2, 16, 128] };
+            let cache = PagedKvCache::new(
+                TensorMut::from_cudarc(stream, &mut k, &shape).unwrap(),
+                TensorMut::from_cudarc(stream, &mut v, &shape).unwrap(),
+                layout,
+            )
+            .unwrap();
+            let q = TensorRef::from_cudarc(stream, &q, &[2, 8, 128]).unwrap();
+            let mut o = TensorMut::from_cudarc(stream, &mut o, &[2, 8, 128]).unwrap();
+            let before = machine.get("launches");
+            let options = AttentionOptions::default().with_k_scale(2.0);
+            let mut run = |q: &TensorRef<'_>| decode.run(&mut o, q, &cache, &table.placed(stream).unwrap(), &options);
+            run(&q).unwrap();
+            assert_eq!((machine.get("launches"), machine.get("last_pdl")), (before + 1, 0));
+            assert_eq!(machine.get("last_grid"), parts, "rows of {per_request} pages");
+            let given = kernel_arguments(machine);
+            let word = |at: usize| given[at] as u32;
+            assert_eq!((word(0), word(7), f32::from_bits(word(8))), (2, 2, 1.0));
+            // 0.25 times 2, and what the kernel divides by, the root of 128.
+            let scale = f32::from_bits(word(1));
+            assert!((scale - 0.5 * 128f32.sqrt()).abs() < 1e-5, "{scale}");
+            assert_eq!([given[2], given[5], given[9]], [0; 3], "no scales and no sinks in memory");
+            assert!([3, 4, 6, 13, 14].iter().all(|at| given[*at] != 0), "{given:?}");
+            // Pages, tokens and heads, in heads.
+            let strides = if layout == KvLayout::Nhd { [32, 2, 1] } else { [32, 1, 16] };
+            assert_eq!([word(10), word(11), word(12)], strides);
+
+            machine.set("launch_fails_with", 209);
+            let error = run(&q).unwrap_err();
+            assert!(matches!(error, FlashInferError::TvmFfiCall { .. }), "{error}");
+            machine.set("launch_fails_with", 0);
+            run(&q).unwrap();
+
+            let other = stream.context().new_stream().unwrap();
+            let elsewhere = other.alloc_zeros::<bf16>(2 * 8 * 128).unwrap();
+            let error = run(&TensorRef::from_cudarc(&other, &elsewhere, &[2, 8, 128]).unwrap()).unwrap_err();
+            assert!(error.to_string().contains("the call's stream"), "{error}");
+            let host = vec![bf16::ZERO; 2 * 8 * 128];
+            run(&TensorRef::from_slice(&host, &[2, 8, 128]).unwrap()).unwrap_err();
+        }
+    }
+    // A table of no requests calls nobody: upstream would divide by their number.
+    let decode = XqaDecode::new(spec, stream).unwrap();
+    let none = DecodeTable::new(&Batch::paged(16, 400).unwrap(), 2).unwrap();
+    let table = OnDevice::new(none, stream).unwrap();
+    let (q, mut o) = (stream.alloc_zeros::<bf16>(16).unwrap(), stream.alloc_zeros::<bf16>(16).unwrap());
+    let (mut k, mut v) =
+        (stream.alloc_zeros::<bf16>(400 * 4096).unwrap(), stream.alloc_zeros::<bf16>(400 * 4096).unwrap());
+    let cache = PagedKvCache::new(
+        TensorMut::from_cudarc(stream, &mut k, &[400, 16, 2, 128]).unwrap(),
+        TensorMut::from_cudarc(stream, &mut v, &[400, 16, 2, 128]).unwrap(),
+        KvLayout::Nhd,
+    )
+    .unwrap();
+    let before = machine.get("launches");
+    let q = TensorRef::from_cudarc(stream, &q, &[0, 8, 128]).unwrap();
+    let mut o = TensorMut::from_cudarc(stream, &mut o, &[0, 8, 128]).unwrap();
+    decode.run(&mut o, &q, &cache, &table.placed(stream).unwrap(), &AttentionOptions::default()).unwrap();
+    assert_eq!(machine.get("launches"), before);
+}
+
+fn captured_xqa(machine: &Machine, spec: AttentionSpec) {
+    let (own, other) = (&machine.stream, machine.stream.context().new_stream().unwrap());
+    let mut batch = Batch::paged(16, 100).unwrap();
+    batch.push(1, &[7, 3], 20).unwrap();
+    let table = DecodeTable::new(&batch, 40).unwrap().with_room_for(4).unwrap();
+    let zeros = |count: usize| own.alloc_zeros::<bf16>(count).unwrap();
+    let xqa = GraphXqa::new(spec, own).unwrap();
+    assert_eq!(xqa.spec(), &spec);
+    let caches = (zeros(100 * 4096), zeros(100 * 4096));
+    let buffers = (xqa, OnDevice::new(table, own).unwrap(), (zeros(4096), zeros(4096)), caches);
+    let mut graph = LaunchGraph::new(&other, buffers).unwrap();
+    let before = machine.get("launches");
+    graph
+        .capture(|s, (xqa, table, (q, mut o), (mut k, mut v))| {
+            let shape = [100, 16, 2, 128];
+            let cache = PagedKvCache::new(k.write(&shape)?, v.write(&shape)?, KvLayout::Nhd)?;
+            let (q, mut o) = (q.read(&[4, 8, 128])?, o.write(&[4, 8, 128])?);
+            xqa.run(&mut o, &q, &cache, &table.placed()?, &AttentionOptions::default(), s)
+        })
+        .unwrap();
+    assert_eq!((machine.get("launches"), machine.get("last_pdl")), (before + 1, 0));
+    graph.launch().unwrap();
+    for keys in [21, 32, 33] {
+        batch.clear();
+        batch.push(1, &[7, 3, 8][..(keys as usize).div_ceil(16)], keys).unwrap();
+        graph.buffers().unwrap().1.replace(&DecodeTable::new(&batch, 40).unwrap(), &other).unwrap();
+        graph.launch().unwrap();
+    }
+    // Neither rows of another length nor more requests than were captured.
+    for wrong in
+        [DecodeTable::new(&batch, 41).unwrap(), DecodeTable::new(&batch, 40).unwrap().with_room_for(5).unwrap()]
+    {
+        let error = graph.buffers().unwrap().1.replace(&wrong, &other).unwrap_err().to_string();
+        assert!(error.contains("4 requests of up to 40 pages"), "{error}");
+    }
+    assert_eq!(machine.get("launches"), before + 1);
 }

@@ -234,7 +234,7 @@ const XQA_ROW: Row = Row {
     // What its launch answers it drops.
     reports: Reports::LastError,
     uses_current_device: true,
-    tests: "`tests/xqa.rs`, `tests/xqa_gpu.rs`",
+    tests: "`tests/attention.rs`, `tests/attention_planner.rs`, `tests/xqa_gpu.rs`",
     ..PAGED_ROW
 };
 static XQA: Row = XQA_ROW;

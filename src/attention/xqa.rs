@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::indices::{Placed, Steering, Words, refuse, sealed};
 use crate::kernels::page::PagedKvCache;
 use crate::stream::Stream;
-use crate::tensor::{DType, Device, TensorMut, TensorRef};
+use crate::tensor::{Device, TensorMut, TensorRef};
 use crate::uri::{Types, Uri, Xqa};
 
 use super::batch::Batch;
