@@ -825,4 +825,28 @@ fn a_call_of_xqa_refuses_tensors_that_are_not_its_tables() {
     names(call(shape, shape, None, &options), "sink", "no sinks");
     names(call(shape, shape, None, &AttentionOptions::default().with_k_scale(1e-9)), "k_scale", "0.001");
     assert_eq!(decode.spec(), &spec);
+    // A cache with gaps between its tokens: XQA counts strides in heads.
+    let numbers = noise(8 * 16 * 192, 3);
+    let (mut dense_k, mut dense_v) = (Vec::new(), Vec::new());
+    for token in numbers.chunks_exact(192) {
+        dense_k.extend_from_slice(&token[..128]);
+        dense_v.extend(token[..128].iter().map(|number| -number));
+    }
+    let run_over = |k: &mut [f32], v: &mut [f32], strides: [i64; 4]| {
+        let shape = [8, 16, 2, 64];
+        let mut o = vec![0f32; 256];
+        let cache = PagedKvCache::new(
+            TensorMut::from_slice_strided(k, &shape, &strides)?,
+            TensorMut::from_slice_strided(v, &shape, &strides)?,
+            KvLayout::Nhd,
+        )?;
+        let mut results = TensorMut::from_slice(&mut o, &[1, 4, 64])?;
+        let q = TensorRef::from_slice(&q[..256], &[1, 4, 64])?;
+        decode.run(&mut results, &q, &cache, &Placed::on_host(&table)?, &AttentionOptions::default())?;
+        Ok(o)
+    };
+    let (mut k, mut v) = (numbers.clone(), numbers.iter().map(|number| -number).collect::<Vec<_>>());
+    let dense = run_over(&mut dense_k, &mut dense_v, [16 * 128, 128, 64, 1]).unwrap();
+    assert_eq!(run_over(&mut k, &mut v, [16 * 192, 192, 64, 1]).unwrap(), dense);
+    names(run_over(&mut k, &mut v, [16 * 136, 136, 64, 1]), "paged_k_cache", "multiples of 64");
 }

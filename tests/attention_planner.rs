@@ -36,7 +36,8 @@ fn modules() -> PathBuf {
     named.map_or_else(native::vendored_libraries, PathBuf::from)
 }
 
-type Case = (&'static str, fn() -> (AttentionBuilder, Backend), fn(&Machine, AttentionSpec));
+type Test = fn(&Machine, AttentionSpec);
+type Case = (&'static str, fn() -> (AttentionBuilder, Backend), Test);
 
 const PAGED: AttentionBuilder = AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true);
 const DECODE: AttentionBuilder = AttentionSpec::decode(DType::BF16, (8, 2), 128, 16);
@@ -121,9 +122,9 @@ fn main() -> ExitCode {
         (name, spec, spec.module(backend), test)
     });
     let spec = DECODE.build().unwrap();
-    let xqa: [(_, _, _, fn(&Machine, AttentionSpec)); 2] = [
-        ("xqa_runs", spec, XqaDecode::module_of(&spec).unwrap(), run_xqa),
-        ("xqa_is_captured_and_given_other_tables", spec, XqaDecode::module_of(&spec).unwrap(), captured_xqa),
+    let xqa = [
+        ("xqa_runs", spec, XqaDecode::module_of(&spec).unwrap(), run_xqa as Test),
+        ("xqa_is_captured_and_given_other_tables", spec, XqaDecode::module_of(&spec).unwrap(), captured_xqa as Test),
     ];
     let trials = planned.into_iter().chain(xqa).map(|(name, spec, module, test)| {
         let soname = format!("{module}.so");
