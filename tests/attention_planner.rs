@@ -21,7 +21,7 @@ use flashinfer_rs::attention::{
 };
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
 use flashinfer_rs::{
-    DType, FlashInferError, FlashInferRuntime, LaunchGraph, OnDevice, RuntimeConfig, TensorMut, TensorRef,
+    DType, FlashInferError, FlashInferRuntime, LaunchGraph, OnDevice, Placed, RuntimeConfig, TensorMut, TensorRef,
 };
 use half::bf16;
 use libloading::os::unix::Library;
@@ -640,6 +640,14 @@ fn run_xqa(machine: &Machine, spec: AttentionSpec) {
             assert!(error.to_string().contains("the call's stream"), "{error}");
             let host = vec![bf16::ZERO; 2 * 8 * 128];
             run(&TensorRef::from_slice(&host, &[2, 8, 128]).unwrap()).unwrap_err();
+            // Tables for calls on another stream, and on the host.
+            let there = OnDevice::new(table.host().clone(), &other).unwrap();
+            for wrong in [there.placed(&other).unwrap(), Placed::on_host(table.host()).unwrap()] {
+                match decode.run(&mut o, &q, &cache, &wrong, &options) {
+                    Err(FlashInferError::InvalidArgument { argument: "page_table", .. }) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
         }
     }
     // A table of no requests calls nobody: upstream would divide by their number.

@@ -213,7 +213,7 @@ fn decodes<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
     let drawn: Vec<Vec<i64>> = (0..6)
         .map(|_| {
             let longest = [20, 600, 2000][below(&mut random, 3) as usize];
-            (0..1 + below(&mut random, 40)).map(|_| 1 + below(&mut random, longest)).collect()
+            (0..1 + below(&mut random, 16)).map(|_| 1 + below(&mut random, longest)).collect()
         })
         .collect();
     let all = LENGTHS.iter().map(|lengths| lengths.to_vec()).chain(drawn);
