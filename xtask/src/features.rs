@@ -13,8 +13,19 @@ use crate::vendoring::env::SKIP_VENDOR;
 use crate::vendoring::error::{Error, Result};
 use crate::vendoring::store::publish_bytes;
 
-/// What no feature makes a difference to: tests of the build script, of the wheels, and of what does not compile.
-const WHATEVER_FEATURES: [&str; 6] = ["cache", "compile_fail", "hermetic", "hostile_wheels", "network", "vendoring"];
+/// What no feature makes a difference to: tests of the build script, of the wheels, of what does not compile, and of TVM-FFI's
+/// objects, which take their time: a million of each.
+const WHATEVER_FEATURES: [&str; 9] = [
+    "cache",
+    "compile_fail",
+    "hermetic",
+    "hostile_wheels",
+    "interop",
+    "network",
+    "newer_tvm_ffi",
+    "objects",
+    "vendoring",
+];
 /// How tests are called that only a GPU can run.
 const GPU: &str = "_gpu";
 /// What an application may turn on beside us: cudarc's features are the union of everybody's.
