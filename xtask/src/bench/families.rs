@@ -490,15 +490,7 @@ mod tests {
 
     #[test]
     fn every_arm_that_is_asked_or_compared_is_in_the_table_of_arms() {
-        let questions = questions();
-        let asked = |(arm, case): plan::Cell<'_>| questions.iter().any(|q| q.case == case && q.arms.contains(&arm));
-        for question in &questions {
-            assert!(question.arms.iter().all(|name| ARMS.iter().any(|arm| arm.name == *name)), "{}", question.case);
-        }
-        for comparison in COMPARISONS.iter() {
-            assert!(comparison.formula.cells().into_iter().all(asked), "{}", comparison.what);
-        }
-        assert!(ARMS.iter().all(|arm| questions.iter().any(|question| question.arms.contains(&arm.name))));
+        plan::assert_asked(&ARMS, &questions(), &COMPARISONS);
     }
 
     #[test]

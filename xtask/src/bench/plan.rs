@@ -387,6 +387,19 @@ pub fn median(samples: &Samples, arm: &str, case: &str) -> Option<f64> {
     Some(stats::summary(&samples.values(arm, case))?.median)
 }
 
+/// Of a suite: that each arm is asked something, and that whatever is asked or compared is of an arm, and asked.
+#[cfg(test)]
+pub fn assert_asked(arms: &[Arm], questions: &[Question], comparisons: &[Comparison]) {
+    let asked = |(arm, case): Cell<'_>| questions.iter().any(|q| q.case == case && q.arms.contains(&arm));
+    for question in questions {
+        assert!(question.arms.iter().all(|name| arms.iter().any(|arm| arm.name == *name)), "{}", question.case);
+    }
+    for comparison in comparisons {
+        assert!(comparison.formula.cells().into_iter().all(asked), "{}", comparison.what);
+    }
+    assert!(arms.iter().all(|arm| questions.iter().any(|question| question.arms.contains(&arm.name))));
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::record::Sample;
