@@ -280,8 +280,6 @@ static struct family FAMILIES[] = {
     "add.f32 %sum, %sum, %a" #i "; add.f32 %sum, %sum, %b" #i ";\n"                                    \
     "add.f32 %sum, %sum, %c" #i "; add.f32 %sum, %sum, %d" #i ";\n"
 
-enum { THREADS = 256, UNITS_OF_BLOCK = 8 * THREADS };
-
 static const char READ[] =
     ".version 6.3\n.target sm_75\n.address_size 64\n"
     ".visible .entry read(.param .u64 of, .param .u32 count, .param .u64 to) {\n"
@@ -296,39 +294,21 @@ static const char READ[] =
     "setp.eq.f32 %never, %sum, 0f7e967699;\n"
     "@%never st.global.f32 [%to], %sum;\nret;\n}\n";
 
-static void launch_read(const void *context, size_t i) {
-    const struct memory *memory = context;
-    size_t set = i % memory->sets;
-    unsigned units = (unsigned)(memory->bytes / 16), blocks = (units + UNITS_OF_BLOCK - 1) / UNITS_OF_BLOCK;
-    void *arguments[] = {&memory->from[set], &units, &memory->to[set]};
-    int code = driver.launch(memory->kernel, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
-    if (code != 0) fail("cuLaunchKernel of the kernel that reads: CUDA error %d", code);
-}
-
-static void *reader(void) {
-    static void *kernel = NULL;
-    if (kernel == NULL) {
-        void *module = NULL;
-        int code = driver.load(&module, READ);
-        if (code == 0) code = driver.function(&kernel, module, "read");
-        if (code != 0) fail("loading the kernel that reads: CUDA error %d", code);
-    }
-    return kernel;
-}
-
 static double limits(bool copy, size_t bytes, size_t sets, size_t rounds) {
     size_t written = copy ? bytes : 4;
-    if (bytes % 16 != 0 || bytes / 16 > UINT32_MAX) fail("%zu bytes are not units of 16 bytes, 2^32 at most", bytes);
+    static void *reader = NULL;
+    if (bytes % 16 != 0 || bytes / 16 > UINT32_MAX - UNITS_OF_BLOCK) fail("%zu bytes are not units of 16 bytes, 2^32 at most", bytes);
+    if (!copy && reader == NULL) reader = unit_kernel(READ, "read");
     RESERVE(&numbers_of, sets, bytes);
     RESERVE(&outputs, sets, written);
-    struct memory memory = {.sets = sets, .bytes = bytes, .kernel = copy ? NULL : reader()};
+    struct memory memory = {.sets = sets, .bytes = bytes, .kernel = reader};
     memory.from = allocate(sets, sizeof *memory.from);
     memory.to = allocate(sets, sizeof *memory.to);
     for (size_t i = 0; i < sets; i++) {
         memory.from[i] = carve(&numbers_of, bytes);
         memory.to[i] = carve(&outputs, written);
     }
-    double ns = gpu_ns(copy ? launch_copy : launch_read, &memory, sets * rounds);
+    double ns = copy ? copy_ns(&memory, sets * rounds) : gpu_ns(launch_units, &memory, sets * rounds);
     free(memory.from);
     free(memory.to);
     return ns;

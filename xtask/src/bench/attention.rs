@@ -306,8 +306,8 @@ fn markdown(machine: &Machine, samples: &Samples) -> String {
          {BOUNDED_BATCH} or more are timed at once.\n\n\
          ## GPU time\n\nOf a run, µs, between two events: runs are queued behind a copy, so that the first starts when all of them are \
          queued, over caches that take turns (up to {MOST_LAYERS}, as a model's layers do). Graphs have as many runs, are planned for \
-         graphs, and have no programmatic dependent launch. A copy of {} MiB on the device: {copy}, counting what is read and what is \
-         written.\n\n",
+         graphs, and have no programmatic dependent launch. A copy of {} MiB on the device, CUDA's own or a kernel's, whichever is \
+         faster: {copy}, counting what is read and what is written.\n\n",
         report::bounds(&COMPARISONS, samples),
         COPY_BYTES >> 20,
     );

@@ -271,8 +271,8 @@ fn gpu_times(machine: &Machine, samples: &Samples) -> String {
         "\n## GPU time\n\nOf a call in a CUDA graph, µs: replays of one that has {LEAST_CALLS} calls or more, of tensors that take \
          turns, together larger than three times the L2 cache (up to {MOST_SETS} sets of them, so that the smallest stay in it). \
          No arm has programmatic dependent launch. Types are bf16 where nothing is said.\n\n\
-         Share: bytes that the call must read and write, by its GPU time, over the bandwidth of a copy of {} MiB on the device, \
-         {copy}, counting what is read and what is written.\n\n\
+         Share: bytes that the call must read and write, by its GPU time, over the bandwidth of a copy of {} MiB on the device \
+         (CUDA's own or a kernel's, whichever is faster), {copy}, counting what is read and what is written.\n\n\
          | case | `tensors` | `c` | ratio | `flashinfer` | `torch` | `torch-compile` | MB | share |\n\
          |---|---|---|---|---|---|---|---|---|\n",
         COPY_BYTES >> 20,
