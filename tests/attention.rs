@@ -572,13 +572,28 @@ fn the_backend_is_upstreams_choice_where_that_is_right() {
     // Upstream takes FA3 here, for which there is no module of two types.
     assert_eq!(of(paged.kv_dtype(DType::F8E4M3)).backend((9, 0)), Backend::Fa2);
     assert_eq!(of(paged.backend(Backend::Fa2)).backend((9, 0)), Backend::Fa2);
-    for (heads, expected) in
-        [(1, true), (2, true), (3, true), (4, true), (5, false), (6, false), (7, false), (8, true), (16, false)]
-    {
-        let spec = of(AttentionSpec::decode(DType::F16, (heads, 1), 64, 16));
-        let backend = if expected { Backend::CudaCores } else { Backend::Fa2 };
-        assert_eq!(spec.backend((9, 0)), backend, "{heads} heads");
+    // By the group alone: tensor cores from 4 on, and on older GPUs where CUDA cores have no kernel.
+    for (group, new, old) in [
+        (1, Backend::CudaCores, Backend::CudaCores),
+        (2, Backend::CudaCores, Backend::CudaCores),
+        (3, Backend::CudaCores, Backend::CudaCores),
+        (4, Backend::Fa2, Backend::CudaCores),
+        (5, Backend::Fa2, Backend::Fa2),
+        (6, Backend::Fa2, Backend::Fa2),
+        (7, Backend::Fa2, Backend::Fa2),
+        (8, Backend::Fa2, Backend::CudaCores),
+        (16, Backend::Fa2, Backend::Fa2),
+    ] {
+        let decode = AttentionSpec::decode(DType::F16, (2 * group, 2), 64, 16);
+        assert_eq!(of(decode).backend((9, 0)), new, "groups of {group}");
+        assert_eq!(of(decode).backend((8, 0)), new, "groups of {group}");
+        assert_eq!(of(decode).backend((7, 5)), old, "groups of {group}");
+        assert_eq!(of(decode.kv_dtype(DType::F8E4M3)).backend((9, 0)), new, "groups of {group}");
     }
+    let decode = AttentionSpec::decode(DType::F16, (8, 1), 64, 16);
+    assert_eq!(of(decode.backend(Backend::CudaCores)).backend((9, 0)), Backend::CudaCores, "what was asked for");
+    assert_eq!(of(decode.backend(Backend::Fa2)).backend((7, 5)), Backend::Fa2, "what was asked for");
+    assert_eq!(of(AttentionSpec::decode(DType::F16, (2, 1), 64, 16).sinks()).backend((7, 5)), Backend::Fa2);
     assert_eq!(of(AttentionSpec::mla(DType::BF16, 128, 64).sm_scale(0.07)).backend((9, 0)), Backend::Fa3);
 }
 
