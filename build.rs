@@ -43,14 +43,14 @@ fn build() -> Result<()> {
     let target = format!("{}-{}", cargo_text("CARGO_CFG_TARGET_ARCH"), cargo_text("CARGO_CFG_TARGET_OS"));
     let env = Env::process();
     let mut lock = Lock::read(&lock_file)?;
+    let musl = cargo_text("CARGO_CFG_TARGET_ENV") == "musl";
     let without = if env.flag(env::SKIP_VENDOR) {
         Some(format!("{} was set when the crate was built", env::SKIP_VENDOR))
     } else if env.flag("DOCS_RS") {
         Some("the crate was built by docs.rs, which has no network".to_owned())
-    } else if lock.for_target(&target).next().is_none() || cargo_text("CARGO_CFG_TARGET_ENV") == "musl" {
-        Some(format!(
-            "there are no wheels for {target} with this C library; supported are x86_64 and aarch64 Linux with glibc"
-        ))
+    } else if lock.for_target(&target).next().is_none() || musl {
+        let with = if musl { " with musl" } else { "" };
+        Some(format!("there are no wheels for {target}{with}; supported are x86_64 and aarch64 Linux with glibc"))
     } else {
         None
     };

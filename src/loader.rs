@@ -1,4 +1,5 @@
-//! Shared objects: opened, hashed and loaded through one descriptor, never unloaded.
+//! Shared objects: opened, hashed and loaded through one descriptor, never unloaded. This is Linux' part; elsewhere
+//! `loader_elsewhere.rs` takes its place, with the same functions.
 
 use std::ffi::{CStr, CString, c_int};
 use std::fs::File;
@@ -166,9 +167,9 @@ impl Library {
     }
 
     /// What every library of this process sees, under the name of the one that is meant.
-    pub(crate) fn global(name: &str, path: String) -> Self {
+    pub(crate) fn global(name: &str, path: String) -> Result<Self> {
         let handle = Box::leak(Box::new(Handle::this()));
-        Self { name: name.to_owned(), path: PathBuf::from(path), handle, loaded_by: None, exports: Arc::default() }
+        Ok(Self { name: name.to_owned(), path: PathBuf::from(path), handle, loaded_by: None, exports: Arc::default() })
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -180,7 +180,7 @@ impl FlashInferRuntime {
             Err(searched) => Err(searched),
         };
         let tvm_ffi = match foreign {
-            Some(address) => Library::global(TVM_FFI, loader::mapped_file(address)),
+            Some(address) => Library::global(TVM_FFI, loader::mapped_file(address))?,
             None => open(TVM_FFI, &config)?,
         };
         // SAFETY: the library was checked against the vendored TVM-FFI, or the caller vouched for it.

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::dtype::DataType;
@@ -60,7 +59,7 @@ impl Safetensors {
             return Err(refuse("the beginning", found, "a header inside of the file, and of at most 64 MiB"));
         }
         let mut header = vec![0; length as usize];
-        file.read_exact_at(&mut header, 8).map_err(io("reading", path))?;
+        read_exact_at(&file, &mut header, 8).map_err(io("reading", path))?;
         let data = size - 8 - length;
         let (entries, metadata) = entries(&name, &header, data)?;
         let entries = entries.into_iter().map(|(name, entry)| {
@@ -108,9 +107,32 @@ impl Safetensors {
             ));
         };
         let mut tensor = HostTensor::zeros(entry.dtype.clone(), &entry.shape)?;
-        self.file.read_exact_at(tensor.bytes_mut(), entry.begin).map_err(io("reading", &self.path))?;
+        read_exact_at(&self.file, tensor.bytes_mut(), entry.begin).map_err(io("reading", &self.path))?;
         Ok(tensor)
     }
+}
+
+/// Fills `bytes` from a place in the file, which other threads may read meanwhile.
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], begin: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, begin)
+}
+
+/// Fills `bytes` from a place in the file, which other threads may read meanwhile.
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut begin: u64) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, begin) {
+            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => {
+                bytes = &mut bytes[read..];
+                begin += read as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// A file's tensors, and its texts.

@@ -83,12 +83,19 @@ fn too_many_references() -> ! {
 pub(crate) const LONGEST_CHAIN: usize = 32;
 
 /// Where the library or program that holds this address was loaded.
+#[cfg(unix)]
 fn image_of(address: usize) -> Option<usize> {
     // SAFETY: plain data, for which zeros are valid.
     let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
     // SAFETY: any address may be asked for; what is written goes to valid memory of its type.
     let found = unsafe { libc::dladdr(ptr::without_provenance(address), &mut info) };
     (found != 0).then(|| info.dli_fbase.addr())
+}
+
+/// No library is ever loaded there.
+#[cfg(not(unix))]
+fn image_of(_: usize) -> Option<usize> {
+    None
 }
 
 /// A symbol whose address shows which libtvm_ffi.so other libraries bind to.

@@ -1,7 +1,6 @@
 //! What the environment asks for.
 
 use std::ffi::{CString, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use crate::error::{FlashInferError, Result};
@@ -113,14 +112,18 @@ fn level(given: &Given) -> Result<(Level, bool)> {
 }
 
 fn destination(given: &Given) -> Result<Destination> {
-    Ok(match given.value.as_bytes() {
+    Ok(match given.value.as_encoded_bytes() {
         b"stdout" => Destination::Stdout,
         b"stderr" => Destination::Stderr,
         #[cfg(feature = "tracing")]
         b"tracing" => Destination::Tracing,
         #[cfg(not(feature = "tracing"))]
         b"tracing" => return Err(refuse(&LOGDEST, given)),
-        path => Destination::File(PathBuf::from(OsString::from_vec(of_process(path)))),
+        path => {
+            // SAFETY: these are the value's own bytes, with ASCII digits in the place of ASCII characters.
+            let path = unsafe { OsString::from_encoded_bytes_unchecked(of_process(path)) };
+            Destination::File(PathBuf::from(path))
+        }
     })
 }
 
@@ -143,13 +146,14 @@ fn of_process(path: &[u8]) -> Vec<u8> {
 }
 
 fn patterns(given: &Given) -> Vec<CString> {
-    let parts = given.value.as_bytes().split(|&byte| byte == b',').map(<[u8]>::trim_ascii);
+    let parts = given.value.as_encoded_bytes().split(|&byte| byte == b',').map(<[u8]>::trim_ascii);
     // A variable has no zero byte.
     parts.filter(|part| !part.is_empty()).filter_map(|part| CString::new(part).ok()).collect()
 }
 
 impl Dumps {
     /// Whether a kernel of this name is dumped.
+    #[cfg(unix)]
     pub(super) fn wants(&self, kernel: &str) -> bool {
         let Ok(kernel) = CString::new(kernel) else { return false };
         let matches = |pattern: &CString| {
@@ -157,6 +161,12 @@ impl Dumps {
             (unsafe { libc::fnmatch(pattern.as_ptr(), kernel.as_ptr(), libc::FNM_NOESCAPE) }) == 0
         };
         (self.include.is_empty() || self.include.iter().any(matches)) && !self.exclude.iter().any(matches)
+    }
+
+    /// No kernel ever runs there.
+    #[cfg(not(unix))]
+    pub(super) fn wants(&self, _: &str) -> bool {
+        false
     }
 }
 
