@@ -43,6 +43,9 @@ pub(crate) struct Cudart {
     /// Only this crate's own kernels need it.
     #[cfg(feature = "cudarc")]
     kernels: Option<Kernels>,
+    /// Only what compares captured graphs with what was planned needs it.
+    #[cfg(feature = "cudarc")]
+    graphs: Option<Graphs>,
 }
 
 /// The last argument is a `cudaGraphExecUpdateResultInfo`.
@@ -108,6 +111,62 @@ struct Dim3 {
 /// A kernel of a library that was loaded from memory: a `cudaKernel_t`, which every device of the process may run.
 #[cfg(feature = "cudarc")]
 pub(crate) type Kernel = *mut c_void;
+
+/// What tells of captured graphs. By the runtime, whose functions of this release tell how edges wait; cudarc has the driver's
+/// only where it was built for CUDA 12.3 or newer.
+#[cfg(feature = "cudarc")]
+#[derive(Clone, Copy)]
+struct Graphs {
+    /// The graph, where its edges come from, where they go, what they are, and how many.
+    edges: unsafe extern "C" fn(*mut c_void, *mut usize, *mut usize, *mut EdgeData, *mut usize) -> c_int,
+    /// The stream, its status, the capture's number, the graph, the nodes that the next one waits for, the edges to them, and
+    /// how many.
+    capture_info: unsafe extern "C" fn(
+        *mut c_void,
+        *mut c_int,
+        *mut u64,
+        *mut *mut c_void,
+        *mut *const usize,
+        *mut *const EdgeData,
+        *mut usize,
+    ) -> c_int,
+}
+
+/// `cudaGraphEdgeData`.
+#[cfg(feature = "cudarc")]
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct EdgeData {
+    from_port: u8,
+    to_port: u8,
+    kind: u8,
+    reserved: [u8; 5],
+}
+
+#[cfg(feature = "cudarc")]
+impl Graphs {
+    /// # Safety
+    /// `library` must be libcudart.so.13.
+    unsafe fn resolve(library: &Library) -> Result<Self> {
+        // SAFETY: the caller's promise; the types are those of cuda_runtime_api.h.
+        unsafe {
+            Ok(Self {
+                edges: library.symbol(c"cudaGraphGetEdges")?,
+                capture_info: library.symbol(c"cudaStreamGetCaptureInfo")?,
+            })
+        }
+    }
+}
+
+/// That one node of a graph waits for another, by CUDA's handles.
+#[cfg(feature = "cudarc")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GraphEdge {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    /// Whether it may start before the other has ended.
+    pub(crate) programmatic: bool,
+}
 
 #[cfg(feature = "cudarc")]
 impl Kernels {
@@ -191,6 +250,8 @@ impl Cudart {
                 stream_synchronize: library.symbol(c"cudaStreamSynchronize").ok(),
                 #[cfg(feature = "cudarc")]
                 kernels: Kernels::resolve(library).ok(),
+                #[cfg(feature = "cudarc")]
+                graphs: Graphs::resolve(library).ok(),
             })
         }
     }
@@ -307,6 +368,49 @@ impl Cudart {
             }
             code => self.check("cudaGraphExecUpdate", code).map(|()| false),
         }
+    }
+
+    /// The edges of a graph, which must be live.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn graph_edges(&self, graph: *mut c_void) -> Result<Vec<GraphEdge>> {
+        let graphs = self.graphs()?;
+        let (none, mut count) = (ptr::null_mut(), 0);
+        // SAFETY: the graph is live, which its owner sees to, and the runtime's handles are the driver's; without places for the
+        // edges only their number is answered.
+        let code = unsafe { (graphs.edges)(graph, none, none, ptr::null_mut(), &mut count) };
+        self.check("cudaGraphGetEdges", code)?;
+        let (mut from, mut to, mut data) = (vec![0; count], vec![0; count], vec![EdgeData::default(); count]);
+        // SAFETY: as above, with a place for each.
+        let code = unsafe { (graphs.edges)(graph, from.as_mut_ptr(), to.as_mut_ptr(), data.as_mut_ptr(), &mut count) };
+        self.check("cudaGraphGetEdges", code)?;
+        let edges = from.into_iter().zip(to).zip(data);
+        Ok(edges.map(|((from, to), data)| GraphEdge { from, to, programmatic: data.kind != 0 }).collect())
+    }
+
+    /// What a stream that captures would let its next node wait for: the one node, or nothing where there is none or are
+    /// several.
+    #[cfg(feature = "cudarc")]
+    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs compare it with their plans"))]
+    pub(crate) fn last_captured(&self, stream: *mut c_void) -> Result<Option<usize>> {
+        let graphs = self.graphs()?;
+        let (mut status, mut id, mut graph, mut count) = (0, 0, ptr::null_mut(), 0);
+        let (mut nodes, mut edges) = (ptr::null(), ptr::null());
+        // SAFETY: the stream is live, which its owner sees to; all is written through pointers that are valid for the call.
+        let code = unsafe {
+            (graphs.capture_info)(stream, &mut status, &mut id, &mut graph, &mut nodes, &mut edges, &mut count)
+        };
+        self.check("cudaStreamGetCaptureInfo", code)?;
+        if status != 1 || count != 1 || nodes.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: as many nodes as were told, which stay until the stream captures the next.
+        Ok(Some(unsafe { *nodes }))
+    }
+
+    #[cfg(feature = "cudarc")]
+    fn graphs(&self) -> Result<Graphs> {
+        let searched = || vec!["the one in use has no cudaGraphGetEdges of CUDA 13".to_owned()];
+        self.graphs.ok_or_else(|| FlashInferError::CudartMissing { searched: searched() })
     }
 
     /// Kernels by their names, out of PTX that the driver translates for each device on its first launch there. They stay for as

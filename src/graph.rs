@@ -6,27 +6,26 @@
 //! before a launch, once the program may have used them, and hands them back before the program may use them again; between
 //! launches that follow one another nothing is waited for or recorded.
 
+mod capture;
+mod set;
+
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
-use std::mem;
-use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::result::{graph as driver_graph, stream as driver_stream};
-use cudarc::driver::sys::{self, CUgraph, CUgraphExec, CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode};
-use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError,
-};
+use cudarc::driver::sys::CUstream;
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut};
 
-use crate::buffers::{check_byte, check_context, check_len, device, refuse_per_thread};
-use crate::draws;
-use crate::error::{FlashInferError, Result, driver, driver_in};
-use crate::owner::{CurrentContext, Owner, event_of, no_error_is_kept, record, refuse_capture, wait};
+use crate::buffers::{check_byte, check_context, check_len};
+use crate::error::{FlashInferError, Result, driver_in};
+use crate::owner::{Owner, event_of, record, refuse_capture, wait};
 use crate::philox::{Drawing, Drawn, Philox};
-use crate::runtime::FlashInferRuntime;
-use crate::stream::{Capture, Stream};
+use crate::stream::Stream;
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
+
+pub(crate) use capture::{Chained, Graph as CapturedGraph};
+pub use set::GraphSet;
 
 /// Where a capture happens: what its tensors are made for.
 #[derive(Debug, Clone, Copy)]
@@ -745,24 +744,14 @@ pub enum Captured {
 /// Upstream reports that the prefill of release 0.6.3, which upstream did not mend (0.6.14 has another kernel in its place),
 /// was seen to hang when it was replayed from a CUDA graph (flashinfer#3329: 32 value heads, 49 sequences of which most had 6
 /// tokens). It was not seen here; `DIR/stress` of the GPU bundle looks for it under a watchdog.
-pub struct LaunchGraph<B: GraphBuffers> {
-    stream: Arc<CudaStream>,
-    pdl: bool,
-    /// Gone before the buffers, of which it has the addresses.
-    executable: Option<Executable>,
-    /// Nothing only while the graph is taken apart.
-    buffers: Option<B::Owned>,
-    /// Whether the program may have used the buffers since the last launch.
-    lent: bool,
-    /// Whether there was a launch.
-    launched: bool,
-    /// Whether there was one since the buffers were handed back.
-    unreported: bool,
-}
+pub struct LaunchGraph<B: GraphBuffers>(GraphSet<B>);
+
+/// The key of a graph's only capture.
+const ONLY: u64 = 0;
 
 impl<B: GraphBuffers> fmt::Debug for LaunchGraph<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LaunchGraph").field("nodes", &self.nodes()).field("pdl", &self.pdl).finish_non_exhaustive()
+        f.debug_struct("LaunchGraph").field("nodes", &self.nodes()).finish_non_exhaustive()
     }
 }
 
@@ -775,22 +764,15 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// is not the GPU's primary one, a buffer that was made on a stream that captures, or the per-thread stream, which is
     /// another in each thread.
     pub fn new(stream: &Arc<CudaStream>, buffers: B) -> Result<Self> {
-        refuse_per_thread("graph", stream)?;
-        check_context("graph", "stream", stream.context(), stream.context())?;
-        FlashInferRuntime::global()?.checked_device(device(stream.context()))?;
-        let buffers = buffers.into_owned();
-        buffers.check(stream.context())?;
-        let (stream, buffers) = (Arc::clone(stream), Some(buffers));
-        Ok(Self { stream, pdl: true, executable: None, buffers, lent: true, launched: false, unreported: false })
+        GraphSet::new(stream, buffers).map(Self)
     }
 
     /// With programmatic dependent launch on or off for every captured kernel whose row says that it waits before it reads; it
     /// is on by default. A call with the option on has it in any case. Such a kernel may start before the one ahead of it has
     /// ended and waits for that one's results by itself, so the results are the same.
     #[must_use]
-    pub fn with_pdl(mut self, pdl: bool) -> Self {
-        self.pdl = pdl;
-        self
+    pub fn with_pdl(self, pdl: bool) -> Self {
+        Self(self.0.with_pdl(pdl))
     }
 
     /// Captures the calls that `calls` makes on the stream it is given. They are queued when the graph is
@@ -808,47 +790,7 @@ impl<B: GraphBuffers> LaunchGraph<B> {
         &mut self,
         calls: impl for<'s, 'c> FnOnce(Stream<'s>, B::Captured<'c>) -> Result<()>,
     ) -> Result<Captured> {
-        let runtime = FlashInferRuntime::global()?;
-        let context = self.stream.context();
-        let device = device(context);
-        let _current = CurrentContext::bind(context)?;
-        let private = PrivateStream::new(context)?;
-        let site = Site { device, stream: private.stream };
-        let Some(buffers) = &mut self.buffers else { unreachable!("only a graph that is taken apart has none") };
-        buffers.check(context)?;
-        let mut drawing = Drawings::default();
-        buffers.each_source(&mut |philox| drawing.0.push(philox.begin_capture()));
-        let buffers = B::captured(buffers.captured(site));
-        // SAFETY: the stream lives until the end of this function, and of this device.
-        let stream = unsafe { Stream::from_raw(private.stream.cast()) }.capturing(Capture { pdl: self.pdl });
-        let capturing = private.begin()?;
-        let result = runtime.on((device, stream), |stream| calls(stream, buffers));
-        let graph = capturing.end();
-        let drawn = drawing.end();
-        if let Err(error) = result.and_then(|result| result) {
-            // Of a call that was refused because of the capture.
-            runtime.cudart()?.forget_stale_error();
-            return Err(error);
-        }
-        let graph = graph.map_err(|error| {
-            // The last error is CUDA's way to say the same to whoever asks next.
-            runtime.cudart().map(|cudart| cudart.forget_stale_error()).ok();
-            FlashInferError::Graph {
-                problem: format!("what was done in the capture cannot be part of it: {error}"),
-                remedy: "wait, allocate, and use the null stream before or after the capture",
-            }
-        })?;
-        let draws = draws::find(graph.handle, drawn)?;
-        if let Some(executable) = &mut self.executable
-            && draws.is_empty()
-            && executable.draws.is_empty()
-            && runtime.cudart()?.update_graph(executable.handle.cast(), graph.handle.cast())?
-        {
-            executable.nodes = graph.nodes()?;
-            return Ok(Captured::Updated);
-        }
-        self.executable = Some(Executable::new(graph, draws, context)?);
-        Ok(Captured::Instantiated)
+        self.0.capture(ONLY, calls)
     }
 
     /// Queues all captured calls on the graph's stream, asynchronously, with one launch.
@@ -858,44 +800,7 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) on a stream that captures, whose graph would not keep the buffers;
     /// [`ContextLost`](FlashInferError::ContextLost); [`Cuda`](FlashInferError::Cuda).
     pub fn launch(&mut self) -> Result<()> {
-        let Some(executable) = &mut self.executable else {
-            let (problem, remedy) = ("nothing was captured".to_owned(), "call LaunchGraph::capture first");
-            return Err(FlashInferError::Graph { problem, remedy });
-        };
-        let runtime = FlashInferRuntime::global()?;
-        let context = self.stream.context();
-        let id = runtime.checked_device(device(context))?;
-        let _current = CurrentContext::bind(context)?;
-        refuse_capture("graph", &self.stream)?;
-        if self.lent {
-            no_error_is_kept(context)?;
-            self.buffers.iter_mut().for_each(|buffers| buffers.take_over(&self.stream));
-            no_error_is_kept(context)?;
-            self.lent = false;
-        }
-        if let Some(buffers) = &mut self.buffers
-            && !executable.draws.is_empty()
-        {
-            let (mut source, mut set) = (0, Ok(()));
-            buffers.each_source(&mut |philox| {
-                for draw in executable.draws.iter_mut().filter(|draw| draw.source == source) {
-                    if set.is_ok() {
-                        // SAFETY: the executable keeps the graph that it was made of, where the draws were found.
-                        set = unsafe { draw.set(executable.handle, philox.seed(), philox.offset()) };
-                        philox.advance(draw.count);
-                    }
-                }
-                source += 1;
-            });
-            set?;
-        }
-        (self.launched, self.unreported) = (true, true);
-        // SAFETY: both are live; the graph's memory is what `buffers` keeps, ordered with its other uses.
-        let result = unsafe { driver_graph::launch(executable.handle, self.stream.cu_stream()) };
-        result.map_err(|error| {
-            let stream = Stream::cudarc(&self.stream);
-            runtime.diagnosed(driver("cuGraphLaunch")(error), id, error.0 as i32, stream)
-        })
+        self.0.launch(ONLY)
     }
 
     /// Views of the buffers, to be filled and read between launches. cudarc orders what is done through them with the
@@ -905,47 +810,7 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     /// [`InvalidArgument`](FlashInferError::InvalidArgument) while the graph's stream captures something else, so that nothing
     /// can be ordered behind the launches; [`ContextLost`](FlashInferError::ContextLost); [`Cuda`](FlashInferError::Cuda).
     pub fn buffers(&mut self) -> Result<B::Views<'_>> {
-        if self.unreported {
-            self.hand_back(false)?;
-            self.unreported = false;
-        }
-        self.lent = true;
-        let Some(buffers) = &mut self.buffers else { unreachable!("only a graph that is taken apart has none") };
-        Ok(B::views(buffers.views()))
-    }
-
-    /// Orders what uses the buffers elsewhere from now on behind what was launched, and their release too, if they leave the
-    /// graph. Where it cannot be ordered, it waits for what was launched.
-    fn hand_back(&mut self, leave: bool) -> Result<()> {
-        let context = self.stream.context();
-        let _current = CurrentContext::bind(context)?;
-        refuse_capture("graph", &self.stream)?;
-        let mut order = || {
-            let last = if leave { Some(last_launch(&self.stream)?) } else { None };
-            let launched = Launched { stream: &self.stream, last: last.as_ref() };
-            self.buffers.iter_mut().try_for_each(|buffers| buffers.hand_back(&launched))
-        };
-        order().or_else(|_| {
-            // SAFETY: the stream is live.
-            let waited = unsafe { driver_stream::synchronize(self.stream.cu_stream()) };
-            waited.map_err(driver_in(context, "waiting for a graph's launches"))
-        })
-    }
-
-    /// Lets go of the buffers: whatever becomes of them comes behind what was launched. Where that cannot be, they are leaked,
-    /// since a kernel may still use them.
-    fn let_go(&mut self) -> Result<Option<B::Owned>> {
-        let ordered = if mem::take(&mut self.launched) { self.hand_back(true) } else { Ok(()) };
-        self.executable = None;
-        let buffers = self.buffers.take();
-        match ordered {
-            // Nothing runs any more in a context that is lost.
-            Err(error) if !error.is_fatal() => {
-                mem::forget(buffers);
-                Err(error)
-            }
-            _ => Ok(buffers),
-        }
+        self.0.buffers()
     }
 
     /// The buffers themselves, without the graph. It does not wait: what uses the buffers next is ordered behind what was
@@ -953,148 +818,17 @@ impl<B: GraphBuffers> LaunchGraph<B> {
     ///
     /// # Errors
     /// As for [`buffers`](Self::buffers); the buffers are leaked then, since a launch may still use them.
-    pub fn into_buffers(mut self) -> Result<B> {
-        match self.let_go()? {
-            Some(buffers) => Ok(B::from_owned(buffers)),
-            None => unreachable!("only a graph that is taken apart has none"),
-        }
+    pub fn into_buffers(self) -> Result<B> {
+        self.0.into_buffers()
     }
 
     /// The stream that it is launched on.
     pub fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
+        self.0.stream()
     }
 
     /// The number of kernels, copies and fills that a launch queues.
     pub fn nodes(&self) -> usize {
-        self.executable.as_ref().map_or(0, |executable| executable.nodes)
-    }
-}
-
-impl<B: GraphBuffers> Drop for LaunchGraph<B> {
-    fn drop(&mut self) {
-        // Where nothing could be ordered they are leaked, and there is nobody to tell.
-        self.let_go().ok();
-    }
-}
-
-/// An event behind all that was launched on a stream.
-fn last_launch(stream: &CudaStream) -> Result<CudaEvent> {
-    let context = stream.context();
-    let event = context.new_event(None).map_err(|error| {
-        // Perhaps one that cudarc kept for whoever calls it next, which this was not meant to be.
-        context.record_err::<()>(Err(error));
-        driver_in(context, "cuEventCreate")(error)
-    })?;
-    record(&event, stream).map_err(driver_in(context, "recording a graph's last launch"))?;
-    Ok(event)
-}
-
-/// A stream that nobody else can queue anything on.
-struct PrivateStream {
-    stream: CUstream,
-    context: Arc<CudaContext>,
-}
-
-impl PrivateStream {
-    /// Without cudarc's knowledge: a stream that it knows would switch its event tracking on.
-    fn new(context: &Arc<CudaContext>) -> Result<Self> {
-        let stream = driver_stream::create(driver_stream::StreamKind::NonBlocking).map_err(driver("cuStreamCreate"))?;
-        Ok(Self { stream, context: Arc::clone(context) })
-    }
-
-    fn begin(&self) -> Result<Capturing<'_>> {
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is live.
-        unsafe { driver_stream::begin_capture(self.stream, mode) }.map_err(driver("cuStreamBeginCapture"))?;
-        Ok(Capturing(Some(self)))
-    }
-}
-
-impl Drop for PrivateStream {
-    fn drop(&mut self) {
-        let _current = CurrentContext::bind(&self.context);
-        // SAFETY: made by `new`, and given up here, once.
-        self.context.record_err(unsafe { driver_stream::destroy(self.stream) });
-    }
-}
-
-/// A capture, ended also when the calls panic.
-struct Capturing<'a>(Option<&'a PrivateStream>);
-
-impl Capturing<'_> {
-    fn end(mut self) -> Result<Graph, DriverError> {
-        self.finish()
-    }
-
-    fn finish(&mut self) -> Result<Graph, DriverError> {
-        let Some(private) = self.0.take() else { return Ok(Graph { handle: ptr::null_mut() }) };
-        let _current = CurrentContext::bind(&private.context);
-        // SAFETY: the stream is live.
-        unsafe { driver_stream::end_capture(private.stream) }.map(|handle| Graph { handle })
-    }
-}
-
-impl Drop for Capturing<'_> {
-    fn drop(&mut self) {
-        // What was captured is dropped; that it could not be is why the calls failed.
-        self.finish().ok();
-    }
-}
-
-/// What was captured.
-struct Graph {
-    handle: CUgraph,
-}
-
-impl Graph {
-    fn nodes(&self) -> Result<usize> {
-        let mut count = 0;
-        // SAFETY: the graph is live; without a place for the nodes only their number is answered.
-        let code = unsafe { sys::cuGraphGetNodes(self.handle, ptr::null_mut(), &mut count) };
-        code.result().map_err(driver("cuGraphGetNodes"))?;
-        Ok(count)
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        if !self.handle.is_null() {
-            // SAFETY: made by the capture, and given up here, once.
-            unsafe { driver_graph::destroy(self.handle) }.ok();
-        }
-    }
-}
-
-/// What can be launched.
-struct Executable {
-    handle: CUgraphExec,
-    nodes: usize,
-    context: Arc<CudaContext>,
-    /// The kernels whose random numbers each launch sets.
-    draws: Vec<draws::Draw>,
-    /// What it was made of, whose nodes name these kernels.
-    _graph: Option<Graph>,
-}
-
-// SAFETY: CUDA's handles of graphs may be used by any thread, by one at a time: every use is through `&mut` or ownership.
-unsafe impl Send for Executable {}
-
-impl Executable {
-    fn new(graph: Graph, draws: Vec<draws::Draw>, context: &Arc<CudaContext>) -> Result<Self> {
-        let nodes = graph.nodes()?;
-        // SAFETY: the graph is live.
-        let handle = unsafe { driver_graph::instantiate(graph.handle, CUgraphInstantiate_flags(0)) }
-            .map_err(driver("cuGraphInstantiate"))?;
-        let graph = if draws.is_empty() { None } else { Some(graph) };
-        Ok(Self { handle, nodes, context: Arc::clone(context), draws, _graph: graph })
-    }
-}
-
-impl Drop for Executable {
-    fn drop(&mut self) {
-        let _current = CurrentContext::bind(&self.context);
-        // SAFETY: made by `new`, and given up here, once; CUDA keeps it until what was launched has run.
-        self.context.record_err(unsafe { driver_graph::exec_destroy(self.handle) });
+        self.0.nodes(ONLY)
     }
 }

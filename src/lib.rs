@@ -171,7 +171,7 @@ pub use flat::{
 #[cfg(feature = "cudarc")]
 pub use flat_cudarc::{gdn_prefill_sm90_cudarc, gdn_prefill_sm90_cudarc_with_options, gemma_rmsnorm_cudarc};
 #[cfg(feature = "cudarc")]
-pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, LaunchGraph};
+pub use graph::{Captured, GraphBuffers, GraphMut, GraphRef, GraphSet, LaunchGraph};
 #[cfg(feature = "cudarc")]
 #[doc(hidden)]
 pub use graph::{GraphCaptured, GraphViews};

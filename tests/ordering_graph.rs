@@ -13,10 +13,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DriverError, result};
 use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors};
 use flashinfer_rs::kernels::norm::{NormOptions, rmsnorm};
-use flashinfer_rs::{DType, LaunchGraph, gemma_rmsnorm_cudarc};
+use flashinfer_rs::{Captured, DType, FlashInferError, GraphSet, LaunchGraph, Result, gemma_rmsnorm_cudarc};
 use half::bf16;
 use launches::{LENGTH, Prefill, SHAPE, TOKENS, capture, graph, graph_over, streams};
 use ordering::{with_driver, zeros};
@@ -245,5 +245,63 @@ fn a_graph_that_cannot_order_its_buffers_release_keeps_them_until_it_has_run() {
         g.begin_capture(RELAXED).unwrap();
         driver.refused("to take a graph apart whose stream captures", || graph.into_buffers());
         end(&g);
+    });
+}
+
+/// Captures of one set run in the order of their launches, over the same buffers, each in as much of them as it wants.
+#[test]
+fn captures_of_a_set_share_its_buffers() {
+    with_driver("captures_of_a_set_share_its_buffers", |driver| {
+        let [a, b, c] = streams();
+        fn rows(
+            set: &mut GraphSet<(CudaSlice<bf16>, CudaSlice<bf16>, CudaSlice<bf16>)>,
+            rows: i64,
+        ) -> Result<Captured> {
+            set.capture(rows as u64, |s, (mut out, mut input, weight)| {
+                let (shape, weight) = ([rows, 64], weight.read(&LENGTH)?);
+                rmsnorm(&mut out.write(&shape)?, &input.read(&shape)?, &weight, &NormOptions::default(), s)?;
+                rmsnorm(&mut input.write(&shape)?, &out.read(&shape)?, &weight, &NormOptions::default(), s)
+            })
+        }
+        let set = || GraphSet::new(&b, (zeros(&a, 128), zeros(&c, 128), zeros(&a, 64))).unwrap();
+        driver.ordered("captures that are launched in turn, and buffers that are used in between", || {
+            let mut set = set();
+            for (size, nodes) in [(2, 2), (1, 2)] {
+                assert_eq!(rows(&mut set, size).unwrap(), Captured::Instantiated);
+                assert_eq!(set.nodes(size as u64), nodes);
+            }
+            assert_eq!(rows(&mut set, 2).unwrap(), Captured::Updated);
+            assert_eq!(set.keys().collect::<Vec<_>>(), [2, 1]);
+            for stream in [&a, &c] {
+                for key in [2, 1, 1, 2] {
+                    set.launch(key).unwrap();
+                }
+                let (out, mut input, _) = set.buffers().unwrap();
+                stream.clone_dtoh(&out).unwrap();
+                stream.memset_zeros(&mut input).unwrap();
+            }
+            let (mut out, ..) = set.into_buffers().unwrap();
+            c.memset_zeros(&mut out).unwrap();
+        });
+        driver.ordered("a capture that fails leaves each as it was", || {
+            let mut set = set();
+            rows(&mut set, 2).unwrap();
+            let before = driver.live();
+            driver.fail_next();
+            assert!(rows(&mut set, 1).is_err());
+            driver.fail_next();
+            assert!(rows(&mut set, 2).is_err());
+            assert_eq!(driver.live(), before, "no stream, graph or executable is left of it");
+            assert_eq!((set.nodes(2), set.nodes(1)), (2, 0));
+            set.launch(2).unwrap();
+            let queued = driver.queued();
+            match set.launch(1) {
+                Err(FlashInferError::Graph { problem, .. }) => assert!(problem.contains("the key 1"), "{problem}"),
+                other => panic!("{other:?}"),
+            }
+            assert_eq!(driver.queued(), queued);
+        });
+        drop([a, b, c]);
+        assert_eq!(driver.live(), [0; 5], "nothing is left");
     });
 }
