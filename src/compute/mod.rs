@@ -64,3 +64,10 @@ pub use operation::{Facts, OpKind, OperandFacts, Operation, PdlAfter, PdlBefore,
 pub use plan::{Edge, Link, Plan, Schedule, Sizes, Span};
 pub use shape::{Columns, Dim, Spec};
 pub use step::{Buckets, Pad, PageAllocator, StepBlock};
+
+/// Tensors on the host and in files, which weights are read from.
+pub use crate::data::{
+    dtype::DataType,
+    safetensors::{Safetensors, write_safetensors},
+    tensor::HostTensor,
+};
