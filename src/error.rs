@@ -311,6 +311,28 @@ pub enum FlashInferError {
         remedy: String,
     },
 
+    /// There is no cuBLASLt, which multiplies matrices of more rows than this crate's own kernels do.
+    #[error(
+        "libcublasLt.so.13 was not found; looked at: {}; build with FLASHINFER_RS_MODULES=cublasLt, which vendors it (370 MB), or \
+         install CUDA 13's cuBLAS and name its folder by CUDA_HOME or LD_LIBRARY_PATH",
+        .searched.join(", ")
+    )]
+    CublasLtMissing {
+        /// The places that were searched, with the dynamic linker's reason.
+        searched: Vec<String>,
+    },
+
+    /// A call of cuBLASLt failed.
+    #[error("{call} failed with cuBLAS status {status}: {message}")]
+    CublasLt {
+        /// The function.
+        call: &'static str,
+        /// `cublasStatus_t`.
+        status: c_int,
+        /// cuBLAS's own words.
+        message: String,
+    },
+
     /// The runtime was not initialized.
     #[error("the runtime is not initialized; call FlashInferRuntime::initialize first")]
     NotInitialized,

@@ -24,7 +24,7 @@ use crate::philox::{Drawing, Drawn, Philox};
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
 
-pub(crate) use capture::{Chained, Graph as CapturedGraph};
+pub(crate) use capture::{Chained, Executable, Graph as CapturedGraph, PrivateStream};
 pub use set::GraphSet;
 
 /// Where a capture happens: what its tensors are made for.

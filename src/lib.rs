@@ -100,6 +100,8 @@ mod buffers;
 #[cfg(feature = "compute")]
 pub mod compute;
 pub mod contract;
+#[cfg(feature = "cudarc")]
+mod cublaslt;
 mod cuda;
 #[cfg_attr(not(feature = "bench"), allow(dead_code, reason = "what the files of FlashInfer-Bench need beside dumps"))]
 mod data;
@@ -128,6 +130,7 @@ mod loader;
 #[allow(dead_code, reason = "what other systems' builds use")]
 mod loader_elsewhere;
 pub mod log;
+pub mod matmul;
 mod module;
 pub mod object;
 mod open;

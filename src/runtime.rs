@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::artifact::{self, Artifact, Location, Stored};
+#[cfg(feature = "cudarc")]
+use crate::cublaslt::CublasLt;
 use crate::cuda::{Cudart, Limits};
 use crate::digest::Digest;
 use crate::error::{FlashInferError, Result};
@@ -23,6 +25,10 @@ use crate::uri::Uri;
 
 const TVM_FFI: &str = "libtvm_ffi.so";
 const CUDART: &str = "libcudart.so.13";
+/// What is no module, though it may have been vendored.
+const NO_MODULES: [&str; 3] = [TVM_FFI, CUDART, CUBLASLT];
+/// As `cublaslt.rs` describes it.
+const CUBLASLT: &str = "libcublasLt.so.13";
 
 /// Where CUDA's installer puts it.
 const USUAL_CUDA: &str = "/usr/local/cuda";
@@ -123,6 +129,9 @@ pub struct FlashInferRuntime {
     modules_on: Mutex<HashMap<(String, i32), &'static Module>>,
     /// Libraries other than modules, and where they were loaded from.
     loaded: Vec<(String, PathBuf)>,
+    /// cuBLASLt, and where it was loaded from, once it was.
+    #[cfg(feature = "cudarc")]
+    cublaslt: Mutex<Option<(&'static CublasLt, PathBuf)>>,
 }
 
 impl std::fmt::Debug for FlashInferRuntime {
@@ -171,7 +180,7 @@ impl FlashInferRuntime {
             return Err(FlashInferError::ForeignTvmFfi { other: loader::mapped_file(address) });
         }
         let mut loaded = Vec::new();
-        let cudart = match load_cudart(&config)? {
+        let cudart = match load_of_cuda(CUDART, &config)? {
             Ok(library) => {
                 loaded.push((CUDART.to_owned(), library.path().to_owned()));
                 // SAFETY: it is CUDA 13's runtime, by its digest or by its soname.
@@ -210,6 +219,8 @@ impl FlashInferRuntime {
             modules: Mutex::default(),
             modules_on: Mutex::default(),
             loaded,
+            #[cfg(feature = "cudarc")]
+            cublaslt: Mutex::default(),
         })
     }
 
@@ -244,7 +255,12 @@ impl FlashInferRuntime {
         let modules = modules.filter_map(|(name, module)| Some((name.clone(), module.path()?.to_owned())));
         // Once each, whatever number of devices it was loaded for.
         let modules: BTreeMap<_, _> = modules.collect();
-        let loaded: Vec<_> = self.loaded.iter().cloned().chain(modules).collect();
+        let loaded = self.loaded.iter().cloned().chain(modules);
+        #[cfg(feature = "cudarc")]
+        let cublaslt = self.cublaslt.lock().unwrap_or_else(PoisonError::into_inner);
+        #[cfg(feature = "cudarc")]
+        let loaded = loaded.chain(cublaslt.iter().map(|(_, path)| (CUBLASLT.to_owned(), path.clone())));
+        let loaded: Vec<_> = loaded.collect();
         artifact::list(&loaded)
     }
 
@@ -261,7 +277,7 @@ impl FlashInferRuntime {
         if let Some(module) = modules.get(soname) {
             return Ok(module);
         }
-        artifact::refuse_what_is_no_module(soname, &[TVM_FFI, CUDART])?;
+        artifact::refuse_what_is_no_module(soname, &NO_MODULES)?;
         if soname.strip_suffix(".so").is_some_and(|name| matches!(name.parse(), Ok(Uri::Xqa(_)))) {
             return Err(FlashInferError::InvalidArgument {
                 function: "FlashInferRuntime::module",
@@ -287,7 +303,7 @@ impl FlashInferRuntime {
     /// [`Cuda`](FlashInferError::Cuda) or why there is no GPU; [`Io`](FlashInferError::Io) or
     /// [`EmbeddingRefused`](FlashInferError::EmbeddingRefused).
     pub fn module_on(&'static self, soname: &str, device: Device) -> Result<&'static Module> {
-        artifact::refuse_what_is_no_module(soname, &[TVM_FFI, CUDART])?;
+        artifact::refuse_what_is_no_module(soname, &NO_MODULES)?;
         if device == Device::Cpu {
             return Err(FlashInferError::InvalidArgument {
                 function: "FlashInferRuntime::module_on",
@@ -485,6 +501,21 @@ impl FlashInferRuntime {
         self.cudart.as_ref().map_err(|searched| FlashInferError::CudartMissing { searched: searched.clone() })
     }
 
+    /// cuBLASLt, which is loaded when it is first asked for.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn cublaslt(&self) -> Result<&'static CublasLt> {
+        let mut loaded = self.cublaslt.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((library, _)) = *loaded {
+            return Ok(library);
+        }
+        let library =
+            load_of_cuda(CUBLASLT, &self.config)?.map_err(|searched| FlashInferError::CublasLtMissing { searched })?;
+        // SAFETY: it is cuBLASLt of CUDA 13, by its digest or by its soname.
+        let cublaslt: &'static CublasLt = Box::leak(Box::new(unsafe { CublasLt::resolve(&library) }?));
+        *loaded = Some((cublaslt, library.path().to_owned()));
+        Ok(cublaslt)
+    }
+
     /// A tensor as an object of TVM-FFI's.
     ///
     /// # Safety
@@ -563,29 +594,29 @@ fn open_by(
     unsafe { way(soname, &path, Some(&row.sha256)) }
 }
 
-/// One that is in the process already, else ours, else that of `CUDA_HOME`, else the one in CUDA's usual folder, else the
-/// dynamic linker's; else what was looked at.
-fn load_cudart(config: &RuntimeConfig) -> Result<std::result::Result<Library, Vec<String>>> {
+/// A library of CUDA's: one that is in the process already, else ours, else that of `CUDA_HOME`, else the one in CUDA's usual folder,
+/// else the dynamic linker's; else what was looked at.
+fn load_of_cuda(soname: &str, config: &RuntimeConfig) -> Result<std::result::Result<Library, Vec<String>>> {
     // SAFETY: nothing new is loaded.
-    if let Ok(library) = unsafe { Library::by_name(CUDART, true) } {
+    if let Ok(library) = unsafe { Library::by_name(soname, true) } {
         return Ok(Ok(library));
     }
-    let mut searched = match open(CUDART, config) {
+    let mut searched = match open(soname, config) {
         Ok(library) => return Ok(Ok(library)),
         Err(FlashInferError::ArtifactMissing { searched, .. }) => searched,
         Err(error) => return Err(error),
     };
     let toolkit = std::env::var_os("CUDA_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
     let usual = [toolkit, Some(PathBuf::from(USUAL_CUDA))].into_iter().flatten();
-    for path in usual.flat_map(|home| ["lib64", "lib"].map(|folder| home.join(folder).join(CUDART))) {
+    for path in usual.flat_map(|home| ["lib64", "lib"].map(|folder| home.join(folder).join(soname))) {
         if path.is_file() {
-            // SAFETY: CUDA's runtime where CUDA's installer puts it, as any CUDA program would load it.
-            return unsafe { Library::open(CUDART, &path, None) }.map(Ok);
+            // SAFETY: a library of CUDA's where CUDA's installer puts it, as any CUDA program would load it.
+            return unsafe { Library::open(soname, &path, None) }.map(Ok);
         }
         searched.push(path.display().to_string());
     }
-    // SAFETY: the system's own CUDA runtime, as any CUDA program would load it.
-    match unsafe { Library::by_name(CUDART, false) } {
+    // SAFETY: the system's own library of CUDA's, as any CUDA program would load it.
+    match unsafe { Library::by_name(soname, false) } {
         Ok(library) => Ok(Ok(library)),
         Err(reason) => {
             searched.push(format!("the dynamic linker's own places ({reason})"));

@@ -16,23 +16,23 @@ use crate::owner::CurrentContext;
 use crate::runtime::FlashInferRuntime;
 
 /// A stream that nobody else can queue anything on.
-pub(super) struct PrivateStream {
+pub(crate) struct PrivateStream {
     stream: CUstream,
     context: Arc<CudaContext>,
 }
 
 impl PrivateStream {
     /// Without cudarc's knowledge: a stream that it knows would switch its event tracking on.
-    pub(super) fn new(context: &Arc<CudaContext>) -> Result<Self> {
+    pub(crate) fn new(context: &Arc<CudaContext>) -> Result<Self> {
         let stream = driver_stream::create(driver_stream::StreamKind::NonBlocking).map_err(driver("cuStreamCreate"))?;
         Ok(Self { stream, context: Arc::clone(context) })
     }
 
-    pub(super) fn stream(&self) -> CUstream {
+    pub(crate) fn stream(&self) -> CUstream {
         self.stream
     }
 
-    pub(super) fn begin(&self) -> Result<Capturing<'_>> {
+    pub(crate) fn begin(&self) -> Result<Capturing<'_>> {
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is live.
         unsafe { driver_stream::begin_capture(self.stream, mode) }.map_err(driver("cuStreamBeginCapture"))?;
@@ -49,10 +49,10 @@ impl Drop for PrivateStream {
 }
 
 /// A capture, ended also when the calls panic.
-pub(super) struct Capturing<'a>(Option<&'a PrivateStream>);
+pub(crate) struct Capturing<'a>(Option<&'a PrivateStream>);
 
 impl Capturing<'_> {
-    pub(super) fn end(mut self) -> Result<Graph, DriverError> {
+    pub(crate) fn end(mut self) -> Result<Graph, DriverError> {
         self.finish()
     }
 
@@ -149,8 +149,8 @@ impl Drop for Graph {
 }
 
 /// What can be launched.
-pub(super) struct Executable {
-    pub(super) handle: CUgraphExec,
+pub(crate) struct Executable {
+    pub(crate) handle: CUgraphExec,
     pub(super) nodes: usize,
     context: Arc<CudaContext>,
     /// The kernels whose random numbers each launch sets.
@@ -173,7 +173,7 @@ impl Executable {
         Ok(true)
     }
 
-    pub(super) fn new(graph: Graph, draws: Vec<draws::Draw>, context: &Arc<CudaContext>) -> Result<Self> {
+    pub(crate) fn new(graph: Graph, draws: Vec<draws::Draw>, context: &Arc<CudaContext>) -> Result<Self> {
         let nodes = graph.nodes()?;
         // SAFETY: the graph is live.
         let handle = unsafe { driver_graph::instantiate(graph.handle, CUgraphInstantiate_flags(0)) }
