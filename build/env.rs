@@ -9,6 +9,7 @@ use std::path::PathBuf;
 pub const JIT_CACHE_WHEEL: &str = "FLASHINFER_RS_JIT_CACHE_WHEEL";
 pub const TVMFFI_WHEEL: &str = "FLASHINFER_RS_TVMFFI_WHEEL";
 pub const CUDART_WHEEL: &str = "FLASHINFER_RS_CUDART_WHEEL";
+pub const CUBLAS_WHEEL: &str = "FLASHINFER_RS_CUBLAS_WHEEL";
 pub const WHEEL_DIR: &str = "FLASHINFER_RS_WHEEL_DIR";
 pub const CACHE_DIR: &str = "FLASHINFER_RS_CACHE_DIR";
 pub const OFFLINE: &str = "FLASHINFER_RS_OFFLINE";
@@ -26,6 +27,7 @@ pub fn wheel_override(distribution: &str) -> Option<&'static str> {
         "flashinfer_jit_cache" => Some(JIT_CACHE_WHEEL),
         "apache_tvm_ffi" => Some(TVMFFI_WHEEL),
         "nvidia_cuda_runtime" => Some(CUDART_WHEEL),
+        "nvidia_cublas" => Some(CUBLAS_WHEEL),
         _ => None,
     }
 }

@@ -66,8 +66,10 @@ pub enum Source {
 pub struct Member {
     pub path: String,
     pub soname: String,
-    /// The Cargo feature that wants it; always wanted without one.
+    /// The Cargo feature that wants it; always wanted without one and without a name.
     pub feature: Option<String>,
+    /// What `FLASHINFER_RS_MODULES` calls it, which alone wants it: it is too large to come with a feature.
+    pub name: Option<String>,
     pub size: Option<u64>,
     #[serde(default, deserialize_with = "optional_digest")]
     pub sha256: Option<Digest>,
@@ -90,9 +92,9 @@ impl Member {
     pub fn at(path: impl Into<String>) -> Self {
         let path = path.into();
         let soname = path.rsplit('/').next().unwrap_or_default().to_owned();
-        let (feature, size, sha256, offset, length, compressed) = (None, None, None, None, None, None);
+        let (feature, name, size, sha256, offset, length, compressed) = (None, None, None, None, None, None, None);
         let (method, crc32, named) = (None, None, false);
-        Self { path, soname, feature, size, sha256, offset, length, compressed, method, crc32, named }
+        Self { path, soname, feature, name, size, sha256, offset, length, compressed, method, crc32, named }
     }
 
     /// Where it lies, if the lock says.
@@ -102,12 +104,15 @@ impl Member {
 
     /// The same, known by its path alone: what is locked is true of the pinned wheel only.
     pub fn unlocked(&self) -> Self {
-        let (soname, feature, named) = (self.soname.clone(), self.feature.clone(), self.named);
-        Self { soname, feature, named, ..Self::at(self.path.clone()) }
+        let Self { soname, feature, name, named, .. } = self.clone();
+        Self { soname, feature, name, named, ..Self::at(self.path.clone()) }
     }
 
     fn check(&self) -> std::result::Result<(), String> {
         plain_name(&self.soname)?;
+        if self.name.is_some() && self.feature.is_some() {
+            return Err(format!("{}: it has a name and a feature, of which one alone can want it", self.path));
+        }
         let place = [
             self.offset.is_some(),
             self.length.is_some(),
@@ -213,7 +218,10 @@ impl Lock {
 impl Wheel {
     /// Members that a set of features wants.
     pub fn wanted<'a>(&'a self, has_feature: &dyn Fn(&str) -> bool) -> Vec<&'a Member> {
-        let wanted = |member: &&Member| member.feature.as_deref().is_none_or(has_feature);
+        let wanted = |member: &&Member| match (&member.name, member.feature.as_deref()) {
+            (Some(_), _) => member.named,
+            (None, feature) => feature.is_none_or(has_feature),
+        };
         self.members.iter().filter(wanted).collect()
     }
 

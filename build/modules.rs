@@ -1,7 +1,7 @@
 //! `FLASHINFER_RS_MODULES`: further modules of the jit-cache wheel, by name. Features name the usual ones; the wheel has
-//! hundreds.
+//! hundreds. And what the lock itself has a name for, such as cuBLASLt, which is too large to come with a feature.
 //!
-//! Such a module has no digest in the lock. So it is never fetched by byte ranges, nor kept by itself: it comes out of a
+//! A module that the lock does not list has no digest there. So it is never fetched by byte ranges, nor kept by itself: it comes out of a
 //! wheel that was checked as a whole. Of a wheel that is not the pinned one it is checked against that wheel's RECORD,
 //! as every member is.
 
@@ -13,10 +13,18 @@ const JIT_CACHE: &str = "flashinfer_jit_cache";
 /// How many names a refusal proposes.
 const PROPOSED: usize = 3;
 
-/// Adds the modules that the environment names to the lock's jit-cache wheels.
+/// Adds the modules that the environment names to the lock's jit-cache wheels, where they are no names of the lock's own.
 pub fn add(lock: &mut Lock, env: &Env) -> Result<()> {
     let Some(text) = env.text(MODULES) else { return Ok(()) };
     for name in names(&text)? {
+        let members = lock.wheels.iter_mut().flat_map(|wheel| &mut wheel.members);
+        let mut listed = false;
+        for member in members.filter(|member| member.name.as_ref() == Some(&name)) {
+            (member.named, listed) = (true, true);
+        }
+        if listed {
+            continue;
+        }
         for wheel in lock.wheels.iter_mut().filter(|wheel| wheel.distribution == JIT_CACHE) {
             let path = path(&name);
             match wheel.members.iter_mut().find(|member| member.path == path) {

@@ -77,14 +77,18 @@ mod the_lock {
     }
 
     #[test]
-    fn that_is_shipped_pins_three_wheels_for_each_supported_target() {
+    fn that_is_shipped_pins_four_wheels_for_each_supported_target() {
         let lock = Lock::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("artifacts.lock")).expect("a good lock");
         for target in ["x86_64-linux", "aarch64-linux"] {
             let mut pinned: Vec<&str> = lock.for_target(target).map(|wheel| wheel.distribution.as_str()).collect();
             pinned.sort_unstable();
-            assert_eq!(pinned, ["apache_tvm_ffi", "flashinfer_jit_cache", "nvidia_cuda_runtime"], "{target}");
+            assert_eq!(
+                pinned,
+                ["apache_tvm_ffi", "flashinfer_jit_cache", "nvidia_cublas", "nvidia_cuda_runtime"],
+                "{target}"
+            );
         }
-        assert_eq!(lock.wheels.len(), 6);
+        assert_eq!(lock.wheels.len(), 8);
     }
 
     #[test]
@@ -140,6 +144,24 @@ mod the_lock {
             modules.sort_unstable();
             assert_eq!(modules, expected, "{target}");
         }
+    }
+
+    #[test]
+    fn that_is_shipped_lets_no_feature_fetch_hundreds_of_megabytes_by_ranges() {
+        let lock = Lock::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("artifacts.lock")).expect("a good lock");
+        for wheel in &lock.wheels {
+            let wanted = wheel.wanted(&|_| true);
+            let large = |member: &&&lock::Member| member.place().is_some_and(|place| place.length > 16 << 20);
+            assert!(!wanted.iter().any(|member| large(&member)), "{}", wheel.file);
+            assert_eq!(wanted.is_empty(), wheel.distribution == "nvidia_cublas", "{}", wheel.file);
+        }
+    }
+
+    #[test]
+    fn with_a_member_of_a_feature_and_a_name_is_refused() {
+        let pin = Wheel::jit_cache().pin().url("https://example.invalid/a.whl");
+        let text = wheels::lock_text([&pin]).replace("feature = \"norm\"", "feature = \"norm\"\nname = \"norm\"");
+        refused(&text, "a name and a feature");
     }
 
     #[derive(serde::Deserialize)]
@@ -1639,6 +1661,26 @@ mod extraction {
             let fault = machine.vendor(&lock, &[]).err().expect("no such module").to_string();
             assert_says(fault, &[&format!("`{wrong}`"), &format!("of the 5 modules that it has are {meant}, ")]);
         }
+    }
+
+    /// As cuBLASLt, which is too large to come with a feature.
+    #[test]
+    fn vendors_what_the_lock_has_a_name_for_where_it_is_named_and_otherwise_not() {
+        let (server, wheel) = (Server::start(), Wheel::cudart());
+        server.on(&release(&wheel), [Reply::ok(wheel.bytes())]);
+        let pin = wheel.pin_with_digests().url(server.url(&release(&wheel)));
+        let text = wheels::lock_text([&pin]).replace("feature = \"cudart\"", "name = \"large\"");
+        let lock = |names: &str| {
+            let mut lock = lock::Lock::parse(&text, "test.lock").expect("a good lock");
+            vendoring::modules::add(&mut lock, &env::Env::fixed([(env::MODULES, names)])).expect("names");
+            lock
+        };
+        let machine = Machine::new();
+        assert!(machine.vendor(&lock(""), ALL).expect("nothing to do").rows.is_empty());
+        assert!(server.requests().is_empty());
+        let lock = lock("large");
+        let rows = machine.vendor(&lock, &[]).expect("the library").rows;
+        assert_eq!(rows.iter().map(|row| row.soname).collect::<Vec<_>>(), ["libcudart.so.13"]);
     }
 
     #[test]
