@@ -41,7 +41,7 @@ pub(crate) struct Cudart {
     /// Only what reads tensors for logs and dumps needs it.
     stream_synchronize: Option<unsafe extern "C" fn(*mut c_void) -> c_int>,
     /// Only this crate's own kernels need it.
-    #[cfg(feature = "cudarc")]
+    #[cfg(any(feature = "cudarc", feature = "compute"))]
     kernels: Option<Kernels>,
     /// Only what compares captured graphs with what was planned needs it.
     #[cfg(feature = "cudarc")]
@@ -75,7 +75,7 @@ struct CaptureState {
 }
 
 /// What loads kernels from memory and launches them.
-#[cfg(feature = "cudarc")]
+#[cfg(any(feature = "cudarc", feature = "compute"))]
 #[derive(Clone, Copy)]
 struct Kernels {
     /// Library, code, options of the translation with their values and number, those of the library likewise.
@@ -92,14 +92,55 @@ struct Kernels {
     get: unsafe extern "C" fn(*mut Kernel, *mut c_void, *const c_char) -> c_int,
     attributes: unsafe extern "C" fn(*mut [u64; ATTRIBUTES], Kernel) -> c_int,
     launch: unsafe extern "C" fn(Kernel, Dim3, Dim3, *mut *mut c_void, usize, *mut c_void) -> c_int,
+    /// Only programmatic dependent launch needs it.
+    launch_with: Option<unsafe extern "C" fn(*const LaunchConfig, Kernel, *mut *mut c_void) -> c_int>,
+}
+
+/// `cudaLaunchConfig_t`.
+#[cfg(any(feature = "cudarc", feature = "compute"))]
+#[repr(C)]
+struct LaunchConfig {
+    grid: Dim3,
+    block: Dim3,
+    shared_memory: usize,
+    stream: *mut c_void,
+    attributes: *const LaunchAttribute,
+    count: u32,
+}
+
+/// `cudaLaunchAttribute`.
+#[cfg(any(feature = "cudarc", feature = "compute"))]
+#[repr(C)]
+struct LaunchAttribute {
+    id: c_int,
+    /// To where the value starts.
+    pad: c_int,
+    /// One number of a union of 64 bytes.
+    value: c_int,
+    rest: [c_int; 15],
+}
+
+#[cfg(any(feature = "cudarc", feature = "compute"))]
+const _: () = {
+    assert!(size_of::<LaunchConfig>() == 56 && size_of::<LaunchAttribute>() == 72);
+    assert!(std::mem::offset_of!(LaunchConfig, stream) == 32 && std::mem::offset_of!(LaunchConfig, attributes) == 40);
+    assert!(std::mem::offset_of!(LaunchAttribute, value) == 8);
+};
+
+/// How many blocks, along two dimensions, of how many threads.
+#[cfg(any(feature = "cudarc", feature = "compute"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Blocks {
+    pub(crate) blocks: [u32; 2],
+    pub(crate) threads: u32,
 }
 
 /// Room for a `cudaFuncAttributes`, and for what a later release may add to it, in words.
-#[cfg(feature = "cudarc")]
+#[cfg(any(feature = "cudarc", feature = "compute"))]
 const ATTRIBUTES: usize = 128;
 
 /// `dim3`.
-#[cfg(feature = "cudarc")]
+#[cfg(any(feature = "cudarc", feature = "compute"))]
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Dim3 {
@@ -109,7 +150,7 @@ struct Dim3 {
 }
 
 /// A kernel of a library that was loaded from memory: a `cudaKernel_t`, which every device of the process may run.
-#[cfg(feature = "cudarc")]
+#[cfg(any(feature = "cudarc", feature = "compute"))]
 pub(crate) type Kernel = *mut c_void;
 
 /// What tells of captured graphs. By the runtime, whose functions of this release tell how edges wait; cudarc has the driver's
@@ -168,7 +209,7 @@ pub(crate) struct GraphEdge {
     pub(crate) programmatic: bool,
 }
 
-#[cfg(feature = "cudarc")]
+#[cfg(any(feature = "cudarc", feature = "compute"))]
 impl Kernels {
     /// # Safety
     /// `library` must be libcudart.so.13.
@@ -180,6 +221,7 @@ impl Kernels {
                 get: library.symbol(c"cudaLibraryGetKernel")?,
                 attributes: library.symbol(c"cudaFuncGetAttributes")?,
                 launch: library.symbol(c"cudaLaunchKernel")?,
+                launch_with: library.symbol(c"cudaLaunchKernelExC").ok(),
             })
         }
     }
@@ -248,7 +290,7 @@ impl Cudart {
                 last_error: LastError::resolve(library).ok(),
                 capture_state: CaptureState::resolve(library).ok(),
                 stream_synchronize: library.symbol(c"cudaStreamSynchronize").ok(),
-                #[cfg(feature = "cudarc")]
+                #[cfg(any(feature = "cudarc", feature = "compute"))]
                 kernels: Kernels::resolve(library).ok(),
                 #[cfg(feature = "cudarc")]
                 graphs: Graphs::resolve(library).ok(),
@@ -415,7 +457,7 @@ impl Cudart {
 
     /// Kernels by their names, out of PTX that the driver translates for each device on its first launch there. They stay for as
     /// long as the process does.
-    #[cfg(feature = "cudarc")]
+    #[cfg(any(feature = "cudarc", feature = "compute"))]
     pub(crate) fn load_kernels<const N: usize>(&self, ptx: &'static CStr, names: [&CStr; N]) -> Result<[Kernel; N]> {
         let kernels = self.kernels()?;
         let mut library = ptr::null_mut();
@@ -436,7 +478,7 @@ impl Cudart {
     }
 
     /// Translates and loads a kernel for the current device, which its first launch would do otherwise.
-    #[cfg(feature = "cudarc")]
+    #[cfg(any(feature = "cudarc", feature = "compute"))]
     pub(crate) fn prepare(&self, kernel: Kernel) -> Result<()> {
         let kernels = self.kernels()?;
         let mut attributes = [0; ATTRIBUTES];
@@ -446,27 +488,41 @@ impl Cudart {
         self.check("cudaFuncGetAttributes", code)
     }
 
-    /// Launches a kernel on the current device with so many blocks of so many threads; CUDA's answer.
+    /// Launches a kernel on the current device; CUDA's answer. With programmatic dependent launch it may start before the one
+    /// ahead of it has ended.
     ///
     /// # Safety
     /// The kernel must be one of [`load_kernels`](Self::load_kernels), `arguments` pointers to what it takes, each of its type,
-    /// which must hold for it, and `stream` a live stream of that device.
-    #[cfg(feature = "cudarc")]
+    /// which must hold for it, and `stream` a live stream of that device. A kernel that does not wait for the one ahead of it
+    /// by itself must not be launched with programmatic dependent launch.
+    #[cfg(any(feature = "cudarc", feature = "compute"))]
     pub(crate) unsafe fn launch(
         &self,
         kernel: Kernel,
-        (blocks, threads): (u32, u32),
+        Blocks { blocks: [x, y], threads }: Blocks,
         arguments: &mut [*mut c_void],
         stream: *mut c_void,
+        pdl: bool,
     ) -> Result<c_int> {
-        let along = |x| Dim3 { x, y: 1, z: 1 };
-        // SAFETY: the caller's promise; CUDA copies the arguments before it returns.
-        Ok(unsafe {
-            (self.kernels()?.launch)(kernel, along(blocks), along(threads), arguments.as_mut_ptr(), 0, stream)
-        })
+        /// `cudaLaunchAttributeProgrammaticStreamSerialization`.
+        const MAY_START_EARLY: c_int = 6;
+        let (grid, block) = (Dim3 { x, y, z: 1 }, Dim3 { x: threads, y: 1, z: 1 });
+        let kernels = self.kernels()?;
+        match kernels.launch_with.filter(|_| pdl) {
+            None => {
+                // SAFETY: the caller's promise; CUDA copies the arguments before it returns.
+                Ok(unsafe { (kernels.launch)(kernel, grid, block, arguments.as_mut_ptr(), 0, stream) })
+            }
+            Some(launch_with) => {
+                let attributes = &LaunchAttribute { id: MAY_START_EARLY, pad: 0, value: 1, rest: [0; 15] };
+                let config = LaunchConfig { grid, block, shared_memory: 0, stream, attributes, count: 1 };
+                // SAFETY: as above; so does it with the configuration.
+                Ok(unsafe { launch_with(&config, kernel, arguments.as_mut_ptr()) })
+            }
+        }
     }
 
-    #[cfg(feature = "cudarc")]
+    #[cfg(any(feature = "cudarc", feature = "compute"))]
     fn kernels(&self) -> Result<Kernels> {
         let searched = || vec!["the one in use has no cudaLibraryLoadData".to_owned()];
         self.kernels.ok_or_else(|| FlashInferError::CudartMissing { searched: searched() })

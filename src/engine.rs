@@ -5,6 +5,7 @@ use std::slice;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 
+use crate::artifact;
 use crate::contract::{
     Attributes, Checked, Convention, Fault, From, Kind, MAX_ARGUMENTS, Operand, Pdl, Reports, Row, aligned, check,
     explain, stream_fits, unrolled,
@@ -13,8 +14,9 @@ use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::Any;
 use crate::ffi::dlpack::DLTensor;
 use crate::first_call::{self, Ran};
+use crate::kernels::decode;
 use crate::log::{self, Way};
-use crate::module::Function;
+use crate::module::{Function, Module};
 use crate::object::Arg;
 use crate::owner::{Owner, ordered};
 use crate::reference;
@@ -85,7 +87,32 @@ impl Entry {
 
     /// The library's function, looked up once.
     pub(crate) fn function(self) -> Result<&'static Function> {
-        once(&self.state.on_gpu, || FlashInferRuntime::global()?.module(self.row.library)?.function(self.row.function))
+        once(&self.state.on_gpu, || self.module()?.function(self.row.function))
+    }
+
+    /// The library, or the functions that launch kernels of this crate's own.
+    fn module(self) -> Result<&'static Module> {
+        match self.is_own() {
+            false => FlashInferRuntime::global()?.module(self.row.library),
+            #[cfg(feature = "compute")]
+            true => crate::glue::decode::module(),
+            #[cfg(not(feature = "compute"))]
+            true => Err(FlashInferError::ArtifactMissing {
+                library: self.row.library.to_owned(),
+                searched: vec!["this program".to_owned()],
+                remedy: format!("build with the Cargo feature `{}`", self.row.feature),
+            }),
+        }
+    }
+
+    /// Whether it is a kernel of this crate's own, and no library has it.
+    fn is_own(self) -> bool {
+        self.row.library == decode::LIBRARY
+    }
+
+    /// Whether this program was built with it.
+    pub(crate) fn is_there(self) -> bool {
+        if self.is_own() { cfg!(feature = "compute") } else { artifact::vendored(self.row.library).is_some() }
     }
 
     /// The function that serves tensors on `device`: the library's, or the reference on the host.

@@ -118,7 +118,7 @@ mod first_call;
 mod flat;
 #[cfg(feature = "cudarc")]
 mod flat_cudarc;
-#[cfg(feature = "cudarc")]
+#[cfg(any(feature = "cudarc", feature = "compute"))]
 mod glue;
 #[cfg(feature = "cudarc")]
 mod graph;

@@ -103,8 +103,7 @@ impl FlashInferRuntime {
         let mut self_tests = Vec::new();
         for device in &devices {
             for kernel in kernels::all() {
-                let vendored = artifact::vendored(kernel.row.library).is_some();
-                if vendored && kernel.row.runs_on.includes(device.compute_capability) {
+                if kernel.is_there() && kernel.row.runs_on.includes(device.compute_capability) {
                     self_tests.extend(self_test(self, kernel, device.id as u32));
                 }
             }

@@ -1,6 +1,5 @@
 //! Starting: the runtime, and the kernels where they are wanted at once.
 
-use crate::artifact;
 use crate::error::Result;
 use crate::kernels;
 use crate::runtime::{FlashInferRuntime, RuntimeConfig};
@@ -38,7 +37,7 @@ impl FlashInferRuntime {
     /// As for a kernel's first call.
     pub fn warm_up(&'static self) -> Result<()> {
         for kernel in kernels::all() {
-            if artifact::vendored(kernel.row.library).is_some() {
+            if kernel.is_there() {
                 kernel.function()?;
             }
         }

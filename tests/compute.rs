@@ -207,6 +207,7 @@ fn every_bucket_shares_the_arena_of_the_largest() {
 
 #[test]
 fn a_backend_runs_node_by_node() {
+    runtime();
     let graph = random_graph(4, 12);
     let plan = Plan::new(&graph, 2).unwrap();
     let mut run = HostRun::new(&graph, &plan).unwrap();
@@ -626,14 +627,20 @@ fn what_is_no_number_is_found_where_it_was_written() {
 }
 
 #[test]
-fn a_sequence_past_its_pages_is_an_error_of_the_step_that_goes_there() {
+fn a_sequence_stays_at_the_end_of_its_pages_and_a_position_past_them_is_an_error() {
     runtime();
     let graph = fuse(&TINY.graph(4).unwrap(), &Rule::ALL).unwrap().0;
     let plan = Plan::new(&graph, 1).unwrap();
     let mut run = HostRun::new(&graph, &plan).unwrap();
     TINY.give(&mut run, 1).unwrap();
     TINY.begin(&mut run, &[1.0], 1).unwrap();
-    (0..12).for_each(|_| run.run().unwrap());
+    let at = |run: &HostRun<'_>| [run.read("positions").unwrap()[0], run.read("lengths").unwrap()[0]];
+    assert_eq!(at(&run), [0.0, 1.0]);
+    for step in 1..15 {
+        run.run().unwrap();
+        assert_eq!(at(&run), [f64::from(step).min(11.0), f64::from(step + 1).min(12.0)]);
+    }
+    run.input("positions", &[12.0]).unwrap();
     assert!(matches!(refused(run.run()), GraphError::Run { .. }));
 }
 

@@ -103,7 +103,8 @@ fn every_row_makes_sense() {
             _ => panic!("{name}: argument {argument} is no tensor"),
         };
         assert!(row.arguments.len() <= MAX_ARGUMENTS && row.dimensions.len() <= MAX_DIMENSIONS, "{name}");
-        assert!(name.starts_with(row.function) && row.library.ends_with(".so"), "{name}");
+        let is_library = [".so", ".ptx"].iter().any(|ending| row.library.ends_with(ending));
+        assert!(name.starts_with(row.function) && is_library, "{name}");
         assert!(row.tensors().any(|(i, _, tensor)| i == row.lead && !tensor.optional), "{name}: its lead");
         for (_, argument, tensor) in row.tensors() {
             tensor.shape.iter().for_each(|size| match size {

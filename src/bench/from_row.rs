@@ -20,6 +20,7 @@ use crate::tensor::DType;
 
 mod activation;
 mod cascade;
+mod decode;
 mod gdn;
 mod norm;
 mod page;
@@ -34,6 +35,7 @@ mod topk;
 const FAMILIES: &[&[Facts]] = &[
     activation::FACTS,
     cascade::FACTS,
+    decode::FACTS,
     gdn::FACTS,
     norm::FACTS,
     page::FACTS,
@@ -50,7 +52,7 @@ struct Facts {
     /// What the definitions' names begin with.
     name: &'static str,
     op_type: &'static str,
-    /// FlashInfer's function in Python.
+    /// FlashInfer's function in Python; empty for a kernel that FlashInfer has not.
     api: &'static str,
     /// The row's dimensions that are axes.
     axes: &'static [AxisOf],
@@ -309,7 +311,8 @@ impl KernelCall {
         };
         let kept = writer.axes.iter().filter(|(name, axis)| matches!(axis, Axis::Const { .. }) || used(name));
         definition.axes = kept.map(|(name, axis)| (name, axis.clone())).collect();
-        definition.tags = vec![format!("fi_api:{}", facts.api), format!("rs_kernel:{}", row.kernel)];
+        let api = Some(facts.api).filter(|api| !api.is_empty()).map(|api| format!("fi_api:{api}"));
+        definition.tags = api.into_iter().chain([format!("rs_kernel:{}", row.kernel)]).collect();
         definition.description = Some(row.summary.replace('`', ""));
         Ok(definition)
     }

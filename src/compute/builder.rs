@@ -721,7 +721,9 @@ impl GraphBuilder {
         self.made(OpKind::Sample, &[f64::from(top_k), top_p], &[probs.of(), input(number)])
     }
 
-    /// Makes the next step's inputs: the token becomes the id, positions and lengths grow by 1.
+    /// Makes the next step's inputs: the token becomes the id, positions and lengths grow by 1. A sequence whose length has come
+    /// to the capacity stays there, at its last place, so that no kernel goes past what there is: the capacity is how many
+    /// tokens a row's pages hold, and at most as many as there are positions with angles.
     ///
     /// # Errors
     /// See this block.
@@ -731,8 +733,10 @@ impl GraphBuilder {
         ids: &mut StepInput,
         positions: &mut StepInput,
         lengths: &mut StepInput,
+        capacity: u32,
     ) -> Result<()> {
-        self.add_node(OpKind::Advance, &[], &[value(token), input(ids), input(positions), input(lengths)]).map(|_| ())
+        let used = [value(token), input(ids), input(positions), input(lengths)];
+        self.add_node(OpKind::Advance, &[f64::from(capacity)], &used).map(|_| ())
     }
 
     /// One token of the gated delta rule for each row: heads of 128 that lie one after the other, each of `q`, `k` and

@@ -429,15 +429,6 @@ impl HostCall<'_> {
     }
 }
 
-pub(super) fn embedding(call: &mut HostCall<'_>) -> Result<()> {
-    let ids = call.indices(0, call.size(1, 0))?;
-    let (table, columns, scale) = (call.numbers(1), call.size(1, 1), call.parameter("scale"));
-    let rows = ids.iter().flat_map(|id| table[id * columns..(id + 1) * columns].iter().map(|x| x * scale));
-    let rows: Vec<f64> = rows.collect();
-    call.put(2, &rows);
-    Ok(())
-}
-
 fn product(call: &HostCall<'_>) -> Vec<f64> {
     let (x, weight, inner) = (call.numbers(0), call.numbers(1), call.size(0, 1));
     let dot = |x: &[f64], w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
@@ -461,108 +452,6 @@ pub(super) fn matmul_add(call: &mut HostCall<'_>) -> Result<()> {
     let (mut out, residual) = (product(call), call.numbers(2));
     out.iter_mut().zip(&residual).for_each(|(x, r)| *x += r);
     call.put(2, &out);
-    Ok(())
-}
-
-fn sigmoid(x: f64) -> f64 {
-    1.0 / (1.0 + (-x).exp())
-}
-
-fn with(call: &mut HostCall<'_>, of: impl Fn(f64, f64) -> f64) -> Result<()> {
-    let (a, b) = (call.numbers(0), call.numbers(1));
-    let out: Vec<f64> = a.iter().zip(&b).map(|(a, b)| of(*a, *b)).collect();
-    call.put(0, &out);
-    Ok(())
-}
-
-pub(super) fn add(call: &mut HostCall<'_>) -> Result<()> {
-    with(call, |a, b| a + b)
-}
-
-pub(super) fn mul(call: &mut HostCall<'_>) -> Result<()> {
-    with(call, |a, b| a * b)
-}
-
-pub(super) fn sigmoid_gate(call: &mut HostCall<'_>) -> Result<()> {
-    with(call, |a, gate| a * sigmoid(gate))
-}
-
-pub(super) fn silu(call: &mut HostCall<'_>) -> Result<()> {
-    let out: Vec<f64> = call.numbers(0).into_iter().map(|x| x * sigmoid(x)).collect();
-    call.put(0, &out);
-    Ok(())
-}
-
-pub(super) fn softmax(call: &mut HostCall<'_>) -> Result<()> {
-    let (mut rows, columns, temperature) = (call.numbers(0), call.size(0, 1), call.parameter("temperature"));
-    for row in rows.chunks_exact_mut(columns) {
-        let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        row.iter_mut().for_each(|x| *x = ((*x - most) / temperature).exp());
-        let sum: f64 = row.iter().sum();
-        row.iter_mut().for_each(|x| *x /= sum);
-    }
-    call.put(0, &rows);
-    Ok(())
-}
-
-pub(super) fn copy(call: &mut HostCall<'_>) -> Result<()> {
-    let values = call.numbers(0);
-    call.put(1, &values);
-    Ok(())
-}
-
-pub(super) fn argmax(call: &mut HostCall<'_>) -> Result<()> {
-    let (logits, columns) = (call.numbers(0), call.size(0, 1));
-    let largest = |row: &[f64]| {
-        let of = |best: (usize, f64), (i, x): (usize, &f64)| if *x > best.1 { (i, *x) } else { best };
-        row.iter().enumerate().fold((0, f64::NEG_INFINITY), of).0 as f64
-    };
-    let tokens: Vec<f64> = logits.chunks_exact(columns).map(largest).collect();
-    call.put(1, &tokens);
-    Ok(())
-}
-
-pub(super) fn sample(call: &mut HostCall<'_>) -> Result<()> {
-    let (probs, columns, numbers) = (call.numbers(0), call.size(0, 1), call.numbers(1));
-    let (top_k, top_p) = (call.parameter("top_k") as usize, call.parameter("top_p"));
-    let mut tokens = Vec::with_capacity(numbers.len());
-    for (row, number) in probs.chunks_exact(columns).zip(&numbers) {
-        let mut likeliest: Vec<usize> = (0..columns).collect();
-        // Of equals the first.
-        likeliest.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-        if top_k > 0 {
-            likeliest.truncate(top_k);
-        }
-        if top_p > 0.0 {
-            let mut sum = 0.0;
-            let kept = likeliest.iter().take_while(|&&i| {
-                let before = sum;
-                sum += row[i];
-                before < top_p
-            });
-            let kept = kept.count();
-            likeliest.truncate(kept.max(1));
-        }
-        likeliest.sort_unstable();
-        let wanted = number * likeliest.iter().map(|&i| row[i]).sum::<f64>();
-        let mut sum = 0.0;
-        let drawn = likeliest.iter().find(|&&i| {
-            sum += row[i];
-            sum > wanted
-        });
-        tokens.push(drawn.or(likeliest.last()).map_or(0.0, |&token| token as f64));
-    }
-    call.put(2, &tokens);
-    Ok(())
-}
-
-pub(super) fn advance(call: &mut HostCall<'_>) -> Result<()> {
-    let tokens = call.numbers(0);
-    call.put(1, &tokens);
-    for counter in [2, 3] {
-        let next: Vec<f64> = call.numbers(counter).iter().map(|x| x + 1.0).collect();
-        call.put(counter, &next);
-    }
     Ok(())
 }
 
@@ -664,41 +553,5 @@ pub(super) fn append(call: &mut HostCall<'_>) -> Result<()> {
     let (_, entries) = entries(call, 2, i32::MAX as usize)?;
     let (keys, values) = (call.numbers(0), call.numbers(1));
     put_tokens(call, &entries, 4, [&keys, &values]);
-    Ok(())
-}
-
-pub(super) fn rope_append(call: &mut HostCall<'_>) -> Result<()> {
-    turned_append(call, None, 3)
-}
-
-pub(super) fn qk_norm_rope_append(call: &mut HostCall<'_>) -> Result<()> {
-    let weights = [call.numbers(3), call.numbers(4)];
-    turned_append(call, Some(weights), 5)
-}
-
-fn turned_append(call: &mut HostCall<'_>, weights: Option<[Vec<f64>; 2]>, next: usize) -> Result<()> {
-    let (size, angles, rotary) = (call.size(0, 2), call.numbers(next), call.size(next, 1));
-    let (positions, entries) = entries(call, next + 1, call.size(next, 0))?;
-    let (eps, interleave) = (call.parameter("eps"), call.parameter("interleave") != 0.0);
-    let mut turned = [call.numbers(0), call.numbers(1)];
-    for (which, values) in turned.iter_mut().enumerate() {
-        let heads = call.size(which, 1);
-        for (i, head) in values.chunks_exact_mut(size).enumerate() {
-            if let Some(weights) = &weights {
-                let square = head.iter().map(|x| x * x).sum::<f64>() / size as f64;
-                let factor = 1.0 / (square + eps).sqrt();
-                head.iter_mut().zip(&weights[which]).for_each(|(x, w)| *x *= factor * w);
-            }
-            let row = &angles[positions[i / heads] * rotary..][..rotary];
-            for j in 0..rotary / 2 {
-                let (a, b) = if interleave { (2 * j, 2 * j + 1) } else { (j, j + rotary / 2) };
-                let (x, y, cos, sin) = (head[a], head[b], row[j], row[rotary / 2 + j]);
-                (head[a], head[b]) = (x * cos - y * sin, y * cos + x * sin);
-            }
-        }
-    }
-    let values = call.numbers(2);
-    call.put(0, &turned[0]);
-    put_tokens(call, &entries, next + 3, [&turned[1], &values]);
     Ok(())
 }

@@ -7,7 +7,7 @@ use super::host::{self, HostCall};
 use super::shape::{Columns, Dim, Spec, sizes};
 use crate::engine::Entry;
 use crate::error::Result;
-use crate::kernels::{activation, gdn, norm, page, rope};
+use crate::kernels::{activation, decode, gdn, norm, page, rope};
 use crate::tensor::DType;
 
 /// What an operation does with an operand.
@@ -85,7 +85,7 @@ pub enum PdlBefore {
 pub enum PdlAfter {
     /// When it ends.
     AtEnd,
-    /// After its stores, before it ends.
+    /// Once it has waited itself, before it ends: what is behind it starts only then, and waits for its stores.
     Early,
     /// Before it waits itself: what is behind it may start while what is ahead of it still runs.
     BeforeItsOwnWait,
@@ -614,7 +614,7 @@ const fn PLAIN(kind: OpKind) -> Facts {
         operands: &[],
         parameters: &[],
         kernels: 1,
-        // The kernels that this crate writes wait first and let others start after their stores.
+        // The kernels that this crate writes wait first and let others start then, FlashInfer's after their stores.
         before: PdlBefore::Waits,
         after: PdlAfter::Early,
         rule: |_| Ok(Vec::new()),
@@ -641,7 +641,10 @@ table! {
             c.positive("scale")?;
             Ok(vec![Spec::new(c.specs[1].dtype, [rows, columns])])
         },
-        host: Some(host::embedding),
+        call: Some(|given| {
+            let scale = Number(given.operation.parameter("scale"));
+            row::<decode::Embedding>(&[Operand(2), Operand(0), Operand(1), scale, Pdl])
+        }),
         touched: gathered,
     }
     /// RMSNorm.
@@ -825,7 +828,7 @@ table! {
         summary: "a ← a + b",
         operands: &[over("a"), part("b")],
         rule: rule_pair,
-        host: Some(host::add),
+        call: Some(|_| row::<decode::Add>(&[Operand(0), Operand(1), Pdl])),
         flops: |given| given.elements(0),
     }
     /// A product, element by element.
@@ -834,7 +837,7 @@ table! {
         summary: "a ← a · b",
         operands: &[over("a"), part("b")],
         rule: rule_pair,
-        host: Some(host::mul),
+        call: Some(|_| row::<decode::Mul>(&[Operand(0), Operand(1), Pdl])),
         flops: |given| given.elements(0),
     }
     /// A product with the sigmoid of a gate.
@@ -843,7 +846,7 @@ table! {
         summary: "a ← a · σ(gate)",
         operands: &[over("a"), part("gate")],
         rule: rule_pair,
-        host: Some(host::sigmoid_gate),
+        call: Some(|_| row::<decode::SigmoidGate>(&[Operand(0), Operand(1), Pdl])),
         flops: |given| 3 * given.elements(0),
     }
     /// SiLU.
@@ -852,7 +855,7 @@ table! {
         summary: "a ← a · σ(a)",
         operands: &[over("a")],
         rule: rule_one,
-        host: Some(host::silu),
+        call: Some(|_| row::<decode::Silu>(&[Operand(0), Pdl])),
         flops: |given| 2 * given.elements(0),
     }
     /// Softmax of rows.
@@ -865,7 +868,9 @@ table! {
             c.positive("temperature")?;
             rule_one(c)
         },
-        host: Some(host::softmax),
+        call: Some(|given| {
+            row::<decode::SoftmaxRows>(&[Operand(0), Number(given.operation.parameter("temperature")), Pdl])
+        }),
         flops: |given| 4 * given.elements(0),
     }
     /// A copy, of another element type where that is asked.
@@ -887,7 +892,7 @@ table! {
                 expected: "0 for BF16, 1 for F16, 2 for F32",
             })
         },
-        host: Some(host::copy),
+        call: Some(|_| row::<decode::CopyRows>(&[Operand(1), Operand(0), Pdl])),
     }
     /// The place of a row's largest element.
     Argmax {
@@ -899,7 +904,7 @@ table! {
             c.float(0)?;
             Ok(vec![Spec::new(DType::I32, [rows])])
         },
-        host: Some(host::argmax),
+        call: Some(|_| row::<decode::Argmax>(&[Operand(1), Operand(0), Pdl])),
     }
     /// A token that is drawn.
     Sample {
@@ -924,22 +929,35 @@ table! {
             }
             Ok(vec![Spec::new(DType::I32, [rows])])
         },
-        host: Some(host::sample),
+        call: Some(|given| {
+            let (top_k, top_p) = (given.operation.parameter("top_k"), given.operation.parameter("top_p"));
+            row::<decode::Sample>(&[Operand(2), Operand(0), Operand(1), Whole(top_k as i64), Number(top_p), Pdl])
+        }),
     }
     /// The next step's inputs.
     Advance {
         name: "advance",
-        summary: "ids ← token; positions ← positions + 1; lengths ← lengths + 1",
+        summary: "ids ← token; positions ← positions + 1, below the capacity; lengths ← lengths + 1, up to it",
         operands: &[read("token"), over_whole("ids"), over_whole("positions"), over_whole("lengths")],
+        parameters: &["capacity"],
         rule: |c| {
             let [rows] = c.rank(0, "[rows]")?;
             for i in 0..4 {
                 c.shape(i, &[rows])?;
                 c.dtype(i, &[DType::I32])?;
             }
+            let capacity = c.operation.parameter("capacity");
+            if !(capacity >= 1.0 && capacity.fract() == 0.0 && capacity <= f64::from(i32::MAX)) {
+                let (op, parameter, found) = (c.op.to_owned(), "capacity", capacity.to_string());
+                let expected = "a whole number from 1 to 2147483647, the tokens that a row's pages hold";
+                return Err(GraphError::Parameter { op, parameter, found, expected });
+            }
             Ok(Vec::new())
         },
-        host: Some(host::advance),
+        call: Some(|given| {
+            let capacity = Whole(given.operation.parameter("capacity") as i64);
+            row::<decode::Advance>(&[Operand(0), Operand(1), Operand(2), Operand(3), capacity, Pdl])
+        }),
     }
     /// A token of the gated delta rule.
     GatedDeltaRule {
@@ -974,7 +992,13 @@ table! {
         ],
         parameters: &["interleave"],
         rule: |c| rule_turned_append(c, false),
-        host: Some(host::rope_append),
+        call: Some(|given| {
+            let interleave = Flag(given.operation.is_on("interleave"));
+            row::<decode::RopeAppend>(&[
+                Operand(0), Operand(1), Operand(2), Operand(3), Operand(4), Operand(5), Operand(6), Operand(7),
+                interleave, Pdl,
+            ])
+        }),
         flops: |given| 3 * (given.elements(0) + given.elements(1)),
         touched: |given, operand| turned_touched(given, operand, 3),
     }
@@ -988,7 +1012,13 @@ table! {
         ],
         parameters: &["eps", "interleave"],
         rule: |c| rule_turned_append(c, true),
-        host: Some(host::qk_norm_rope_append),
+        call: Some(|given| {
+            let (eps, interleave) = (Number(given.operation.parameter("eps")), given.operation.is_on("interleave"));
+            row::<decode::QkNormRopeAppend>(&[
+                Operand(0), Operand(1), Operand(2), Operand(3), Operand(4), Operand(5), Operand(6), Operand(7),
+                Operand(8), Operand(9), eps, Flag(interleave), Pdl,
+            ])
+        }),
         flops: |given| 7 * (given.elements(0) + given.elements(1)),
         touched: |given, operand| turned_touched(given, operand, 5),
     }

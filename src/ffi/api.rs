@@ -30,7 +30,7 @@ pub(crate) struct Api {
     error_move_from_raised: unsafe extern "C" fn(*mut *mut Object),
     error_set_raised_from_c_str: unsafe extern "C" fn(*const c_char, *const c_char),
     env_set_stream: unsafe extern "C" fn(i32, i32, *mut c_void, *mut *mut c_void) -> c_int,
-    #[cfg(feature = "cudarc")]
+    #[cfg(any(feature = "cudarc", feature = "compute"))]
     env_get_stream: unsafe extern "C" fn(i32, i32) -> *mut c_void,
     pub(super) tensor_from_dlpack:
         unsafe extern "C" fn(*mut DLManagedTensorVersioned, i32, i32, *mut *mut Object) -> c_int,
@@ -114,7 +114,7 @@ impl Api {
                 error_move_from_raised: library.symbol(c"TVMFFIErrorMoveFromRaised")?,
                 error_set_raised_from_c_str: library.symbol(c"TVMFFIErrorSetRaisedFromCStr")?,
                 env_set_stream: library.symbol(LANDMARK)?,
-                #[cfg(feature = "cudarc")]
+                #[cfg(any(feature = "cudarc", feature = "compute"))]
                 env_get_stream: library.symbol(c"TVMFFIEnvGetStream")?,
                 tensor_from_dlpack: library.symbol(c"TVMFFITensorFromDLPackVersioned")?,
                 tensor_from_dlpack_unversioned: library.symbol(c"TVMFFITensorFromDLPack")?,
@@ -345,7 +345,7 @@ impl Api {
     }
 
     /// This thread's stream for a CUDA device, on which functions work; the null stream where none was set.
-    #[cfg(feature = "cudarc")]
+    #[cfg(any(feature = "cudarc", feature = "compute"))]
     pub(crate) fn stream(&self, device: i32) -> *mut c_void {
         // SAFETY: any number may be asked for: what is not in the library's table has none.
         unsafe { (self.env_get_stream)(dlpack::CUDA, device) }

@@ -36,7 +36,7 @@ pub fn module() -> Result<&'static Module> {
 }
 
 /// What a function raises: TVM-FFI's kind, and the message.
-type Raised = (&'static str, String);
+pub(crate) type Raised = (&'static str, String);
 
 /// Declares a function whose body gets its arguments.
 macro_rules! function {
@@ -47,18 +47,21 @@ macro_rules! function {
             count: i32,
             result: *mut $crate::ffi::abi::Any,
         ) -> std::ffi::c_int {
+            let body: fn(
+                &$crate::reference::Args<'_>,
+            ) -> std::result::Result<(), $crate::reference::Raised> = $body;
             // SAFETY: TVM-FFI's calling convention, which our caller follows.
-            unsafe { $crate::reference::serve(stringify!($name), args, count, result, $body) }
+            unsafe { $crate::reference::serve(stringify!($name), args, count, result, body) }
         }
     };
 }
-use function;
+pub(crate) use function;
 
 /// Runs a function's body under TVM-FFI's convention: an error is raised and answered by -1, and so is a panic.
 ///
 /// # Safety
 /// `args` must point to `count` arguments, valid during the call, and `result` to a result.
-unsafe fn serve(
+pub(crate) unsafe fn serve(
     name: &'static str,
     args: *const Any,
     count: i32,
@@ -89,14 +92,15 @@ unsafe fn serve(
     -1
 }
 
-struct Args<'a> {
+/// What a function of this process was called with.
+pub(crate) struct Args<'a> {
     name: &'static str,
     args: &'a [Any],
 }
 
 impl<'a> Args<'a> {
     /// The positions of exactly `N` arguments.
-    fn exactly<const N: usize>(&self) -> std::result::Result<[usize; N], Raised> {
+    pub(crate) fn exactly<const N: usize>(&self) -> std::result::Result<[usize; N], Raised> {
         if self.args.len() == N {
             return Ok(std::array::from_fn(|i| i));
         }
@@ -119,6 +123,19 @@ impl<'a> Args<'a> {
     }
 
     fn tensor(&self, position: usize) -> std::result::Result<HostTensor<'a>, Raised> {
+        let tensor = self.strided(position)?;
+        if tensor.device.device_type != dlpack::CPU {
+            return Err((
+                "ValueError",
+                format!("argument #{position} must be on the host, found device type {}", tensor.device.device_type),
+            ));
+        }
+        let Strided { data, dtype, shape, strides, .. } = tensor;
+        Ok(HostTensor { position, data, dtype, shape, strides })
+    }
+
+    /// A tensor, wherever it is.
+    pub(crate) fn strided(&self, position: usize) -> std::result::Result<Strided<'a>, Raised> {
         let arg = &self.args[position];
         // SAFETY: each index says which payload is there: a pointer to a tensor, or an object with one right behind its
         // header. Both are valid during the call.
@@ -129,14 +146,14 @@ impl<'a> Args<'a> {
                 _ => return Err(self.mismatch(position, "DLTensor*")),
             }
         };
-        HostTensor::new(position, tensor)
+        Strided::new(position, tensor)
     }
 
     fn optional(&self, position: usize) -> std::result::Result<Option<HostTensor<'a>>, Raised> {
         if self.args[position].type_index == type_index::NONE { Ok(None) } else { self.tensor(position).map(Some) }
     }
 
-    fn int(&self, position: usize) -> std::result::Result<i64, Raised> {
+    pub(crate) fn int(&self, position: usize) -> std::result::Result<i64, Raised> {
         let arg = &self.args[position];
         match arg.type_index {
             // SAFETY: the index says which payload is there.
@@ -145,7 +162,7 @@ impl<'a> Args<'a> {
         }
     }
 
-    fn bool(&self, position: usize) -> std::result::Result<bool, Raised> {
+    pub(crate) fn bool(&self, position: usize) -> std::result::Result<bool, Raised> {
         Ok(self.int(position)? != 0)
     }
 
@@ -158,7 +175,7 @@ impl<'a> Args<'a> {
         }
     }
 
-    fn float(&self, position: usize) -> std::result::Result<f64, Raised> {
+    pub(crate) fn float(&self, position: usize) -> std::result::Result<f64, Raised> {
         let arg = &self.args[position];
         // SAFETY: each index says which payload is there.
         unsafe {
@@ -210,6 +227,17 @@ fn of_eight_bits(bits: u8, format: EightBit) -> f64 {
     }
 }
 
+/// Where a tensor's elements are.
+#[derive(Clone, Copy)]
+pub(crate) struct Strided<'a> {
+    pub(crate) data: *mut c_void,
+    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "which GPU, only kernels of this crate ask"))]
+    pub(crate) device: dlpack::DLDevice,
+    pub(crate) dtype: DType,
+    pub(crate) shape: &'a [i64],
+    pub(crate) strides: &'a [i64],
+}
+
 /// A tensor whose elements can be read and written as f64.
 struct HostTensor<'a> {
     position: usize,
@@ -219,14 +247,8 @@ struct HostTensor<'a> {
     strides: &'a [i64],
 }
 
-impl<'a> HostTensor<'a> {
+impl<'a> Strided<'a> {
     fn new(position: usize, tensor: &'a DLTensor) -> std::result::Result<Self, Raised> {
-        if tensor.device.device_type != dlpack::CPU {
-            return Err((
-                "ValueError",
-                format!("argument #{position} must be on the host, found device type {}", tensor.device.device_type),
-            ));
-        }
         let Some(dtype) = DType::from_dl(tensor.dtype) else {
             return Err((
                 "TypeError",
@@ -244,9 +266,11 @@ impl<'a> HostTensor<'a> {
         if shape.len() != strides.len() {
             return Err(("ValueError", format!("argument #{position} has no strides")));
         }
-        Ok(Self { position, data: tensor.data, dtype, shape, strides })
+        Ok(Self { data: tensor.data, device: tensor.device, dtype, shape, strides })
     }
+}
 
+impl HostTensor<'_> {
     fn size(&self, dimension: usize) -> std::result::Result<usize, Raised> {
         let size = self.shape.get(dimension).and_then(|&size| usize::try_from(size).ok());
         size.ok_or_else(|| {

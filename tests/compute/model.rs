@@ -138,7 +138,7 @@ impl Config {
         let normed = g.rmsnorm(&hidden, &norm, EPS)?;
         let logits = g.matmul_f32(&normed, &embedding)?;
         let token = g.argmax(&logits)?;
-        g.advance(&token, &mut ids, &mut positions, &mut lengths)?;
+        g.advance(&token, &mut ids, &mut positions, &mut lengths, self.positions() as u32)?;
         g.output("token", token)?;
         g.output("logits", logits)?;
         g.finish()

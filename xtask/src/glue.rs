@@ -12,9 +12,18 @@ use crate::vendoring::env::Env;
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::store::publish_bytes;
 
-/// The oldest GPUs that CUDA 13 and the pinned wheels know: those that came later run the same PTX. Subnormal numbers count as
-/// 0, as in FlashInfer's kernels.
-const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "-ftz=true", "-arch=compute_75", "-ptx"];
+/// Subnormal numbers count as 0, as in FlashInfer's kernels.
+const FLAGS: [&str; 4] = ["-std=c++17", "-O3", "-ftz=true", "-ptx"];
+
+/// The oldest GPUs that CUDA 13 and the pinned wheels know: those that came later run the same PTX.
+const OLDEST: u32 = 75;
+/// The first that know programmatic dependent launch and clusters.
+const HOPPER: u32 = 90;
+
+/// The compute capability, as one number, that a source's PTX asks for.
+fn oldest(source: &Path) -> u32 {
+    if source.file_stem().is_some_and(|name| name == "decode") { HOPPER } else { OLDEST }
+}
 
 /// `cargo xtask glue`
 pub fn command(check: bool) -> Result<()> {
@@ -56,6 +65,7 @@ fn ptx(toolchain: &Toolchain, source: &Path) -> Result<String> {
     // nvcc finds its own parts by the path it was started with.
     let mut command = toolchain.command(&toolchain.nvcc);
     command.current_dir(&toolchain.tree).args(toolchain.host_flags()).args(FLAGS);
+    command.arg(format!("-arch=compute_{}", oldest(source)));
     command.args(["-isystem", &toolchain.cuda_include]).arg(source).arg("-o").arg(&to);
     shell::quietly(&mut command)?;
     let text = fs::read_to_string(&to).map_err(|e| Error::io("reading", &to, &e))?;
@@ -96,7 +106,8 @@ mod tests {
         for source in sources().expect("the sources") {
             let text = fs::read_to_string(source.with_extension("ptx")).expect("the PTX that is checked in");
             assert!(!text.contains("//") && !text.contains(".file") && !text.contains(".loc"), "{}", source.display());
-            assert!(text.contains(".target sm_75\n") && text.is_ascii(), "{}", source.display());
+            let target = format!(".target sm_{}\n", oldest(&source));
+            assert!(text.contains(&target) && text.is_ascii(), "{}", source.display());
             // A driver for CUDA 13.0, the oldest that is supported, knows PTX up to 9.0.
             assert!(text.starts_with(".version 9.0\n"), "{}", source.display());
         }
@@ -108,7 +119,8 @@ mod tests {
         let toolchain = compiler::pinned(&Env::process()).expect("the pinned compiler");
         let folder = tempfile::tempdir().expect("a temporary folder");
         for source in sources().expect("the sources") {
-            for gpu in ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120"] {
+            for gpu in [75, 80, 89, 90, 100, 120].into_iter().filter(|gpu| *gpu >= oldest(&source)) {
+                let gpu = &format!("sm_{gpu}");
                 let mut command = toolchain.command(toolchain.tree.join("cuda/bin/ptxas"));
                 command.args(["-arch", gpu]).arg(source.with_extension("ptx")).arg("-o");
                 shell::quietly(command.arg(folder.path().join("out.cubin"))).expect(gpu);

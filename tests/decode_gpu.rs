@@ -1,0 +1,3 @@
+//! Kernels of a decode step on a GPU.
+
+fn main() {}
