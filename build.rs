@@ -4,9 +4,10 @@
 #[path = "build/mod.rs"]
 mod vendoring;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use vendoring::cargo;
 use vendoring::emit;
 use vendoring::env::{self, Env};
 use vendoring::error::Result;
@@ -16,6 +17,7 @@ use vendoring::local;
 use vendoring::lock::Lock;
 use vendoring::modules;
 use vendoring::source::Ladder;
+use vendoring::store::say;
 use vendoring::vendor::{Missing, vendor};
 
 fn main() -> ExitCode {
@@ -30,8 +32,8 @@ fn main() -> ExitCode {
 }
 
 fn build() -> Result<()> {
-    let manifest = cargo_path("CARGO_MANIFEST_DIR");
-    let out_dir = cargo_path("OUT_DIR");
+    let manifest = cargo::folder("CARGO_MANIFEST_DIR")?;
+    let out_dir = cargo::folder("OUT_DIR")?;
     let lock_file = manifest.join("artifacts.lock");
     let own = [manifest.join("build.rs"), manifest.join("build"), lock_file.clone()];
     emit::rerun(&own.each_ref().map(PathBuf::as_path), &[]);
@@ -69,9 +71,9 @@ fn build() -> Result<()> {
     let has_feature = |name: &str| {
         std::env::var_os(format!("CARGO_FEATURE_{}", name.to_ascii_uppercase().replace('-', "_"))).is_some()
     };
-    let checkout = local::is_checkout(&manifest).then(|| manifest.clone());
+    let workspace = cargo::workspace(&out_dir);
+    let checkout = local::is_checkout(&manifest, workspace.as_deref()).then(|| manifest.clone());
     let record = checkout.as_ref().map(|checkout| checkout.join(local::RECORD)).filter(|record| record.exists());
-    let workspace = workspace(&out_dir);
     let users = kernels::named_lock(&env, workspace.as_deref());
     emit::rerun(&[], &env.names_read());
     let users = users?;
@@ -86,7 +88,15 @@ fn build() -> Result<()> {
     emit::rerun(&[], &env.names_read());
     let kernels = result?;
     let watched = outcome.watch.iter().chain(&kernels.watch).chain(&record).chain(&users);
-    emit::rerun(&watched.map(PathBuf::as_path).collect::<Vec<_>>(), &[]);
+    let absent = emit::watch_absent(&out_dir, &outcome.absent)?;
+    emit::rerun(&watched.chain(&absent).map(PathBuf::as_path).collect::<Vec<_>>(), &[]);
+    outcome.told.iter().chain(&kernels.told).for_each(|text| say(text));
+    for row in &outcome.rows {
+        say(&format!("{} of {} {} ({})", row.soname, row.wheel.distribution, row.version, row.source));
+    }
+    for row in &kernels.rows {
+        say(&format!("{} ({})", row.kernel.soname(), row.source));
+    }
     outcome.warnings.iter().chain(&kernels.warnings).for_each(|text| emit::warn(text));
     let names: Vec<String> = kernels.rows.iter().map(|row| row.kernel.soname()).collect();
     sonames.extend(names.iter().map(String::as_str));
@@ -97,18 +107,7 @@ fn build() -> Result<()> {
     Ok(())
 }
 
-/// The folder that holds the target directory that OUT_DIR lies in: most often the user's workspace. cargo tells a
-/// build script nothing better.
-fn workspace(out_dir: &Path) -> Option<PathBuf> {
-    let target = out_dir.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file())?;
-    target.parent().map(Path::to_owned)
-}
-
-fn cargo_path(name: &str) -> PathBuf {
-    PathBuf::from(cargo_text(name))
-}
-
-/// cargo always sets these; outside cargo they are empty and the build fails with a path that says so.
+/// What cargo says of the target; outside cargo nothing, for which there are no wheels.
 fn cargo_text(name: &str) -> String {
     std::env::var(name).unwrap_or_default()
 }

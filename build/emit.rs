@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use super::cargo::nameable;
 use super::digest::Digest;
 use super::env;
 use super::error::{Error, Result};
@@ -16,6 +17,8 @@ use super::wheel::Extracted;
 /// One row of the table.
 pub struct Row<'a> {
     pub wheel: &'a Wheel,
+    /// The version that the wheel gives itself.
+    pub version: String,
     pub wheel_sha256: Digest,
     pub source: Source,
     pub soname: &'a str,
@@ -28,19 +31,18 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[Missing], lock: &Lock,
     let mut text = String::from("// Written by build.rs: what was vendored.\n\n");
     let _ = writeln!(text, "pub(crate) static LIBRARIES: &[Vendored] = &[");
     for row in rows {
+        // Not where the pinned bytes came from: that would make two programs of one.
         let source = match row.source {
-            Source::Override => "Override",
-            Source::Directory => "Directory",
-            Source::Cache => "Cache",
+            _ if row.wheel_sha256 == row.wheel.sha256 => "Pinned",
             Source::Local => "Local",
-            Source::Network => "Network",
+            _ => "Override",
         };
         let symbol = embed.then(|| symbol(row.soname));
         let _ = writeln!(
             text,
             "    Vendored {{ distribution: {:?}, version: {:?}, wheel_sha256: Digest({:?}), source: Source::{source}, stored: {} }},",
             row.wheel.distribution,
-            row.wheel.version,
+            row.version,
             row.wheel_sha256.0,
             stored(row.soname, &row.extracted, symbol.as_deref()),
         );
@@ -68,17 +70,9 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[Missing], lock: &Lock,
         env::MODULES
     );
     if embed {
-        rows.iter().for_each(|row| text += &embedding(&symbol(row.soname), &row.extracted));
+        rows.iter().for_each(|row| text += &embedding(&symbol(row.soname), &row.extracted, out_dir));
     }
-    publish_if_new(&out_dir.join("vendored.rs"), &text)
-}
-
-/// Writes a table; untouched when the same, so that the library is not compiled again for nothing.
-pub(super) fn publish_if_new(path: &Path, text: &str) -> Result<()> {
-    if std::fs::read_to_string(path).is_ok_and(|old| old == text) {
-        return Ok(());
-    }
-    publish_bytes(path, text.as_bytes())
+    publish_bytes(&out_dir.join("vendored.rs"), text.as_bytes())
 }
 
 /// Where a library is, as the tables have it: in the program under a symbol, or at a path of this machine.
@@ -104,14 +98,22 @@ fn below_programs(path: &Path) -> String {
 }
 
 /// A library's bytes as a symbol. The assembler reads the file: `include_bytes!` of 150 MB costs the compiler seconds.
-pub(super) fn embedding(symbol: &str, extracted: &Extracted) -> String {
+///
+/// The file is named from OUT_DIR on, as the compiler has it: where build scripts and compilers run in sandboxes of their own,
+/// that is another folder than it was here.
+pub(super) fn embedding(symbol: &str, extracted: &Extracted, out_dir: &Path) -> String {
     let size = extracted.size;
-    // Quoted for the assembler, and then for Rust; braces mean something to the macro.
-    let path = format!("{:?}", extracted.path.display().to_string()).replace('{', "{{").replace('}', "}}");
-    let incbin = format!(".incbin {path}");
+    // What the assembler would read otherwise than it is written.
+    let is_plain = |path: &Path| nameable(path).is_some_and(|text| !text.contains(['"', '\\']));
+    let inside = extracted.path.strip_prefix(out_dir).ok().and_then(nameable).filter(|_| is_plain(&extracted.path));
+    let incbin = match inside {
+        Some(inside) => format!(r#"concat!(".incbin \"", env!("OUT_DIR"), "/{inside}\"")"#),
+        // Quoted for the assembler, and then for Rust.
+        None => format!("{:?}", format!(".incbin {:?}", extracted.path.display().to_string())),
+    };
     format!(
         "\ncore::arch::global_asm!(\".pushsection .rodata.flashinfer_rs,\\\"a\\\",%progbits\", \".balign 64\", \
-         \".globl {symbol}\", \".hidden {symbol}\", \"{symbol}:\", {incbin:?}, \".popsection\");\n\
+         \".globl {symbol}\", \".hidden {symbol}\", \"{symbol}:\", {incbin}, \".popsection\", options(raw));\n\
          unsafe extern \"C\" {{\n    // The assembler put that many bytes there, above.\n    safe static {symbol}: [u8; {size}];\n}}\n"
     )
 }
@@ -122,19 +124,50 @@ pub(super) fn symbol(soname: &str) -> String {
     format!("flashinfer_rs_embedded_{name}")
 }
 
-/// Rerun lines: what this build depended on, and nothing else.
+/// Rerun lines: what this build depended on, and nothing else. A path that no line can have is not watched: under another name
+/// cargo would miss it, and run the build each time.
 pub fn rerun(files: &[&Path], variables: &[String]) {
-    for file in files {
-        println!("cargo::rerun-if-changed={}", file.display());
+    for file in files.iter().copied().filter_map(nameable) {
+        println!("cargo::rerun-if-changed={file}");
     }
     for name in variables {
         println!("cargo::rerun-if-env-changed={name}");
     }
 }
 
-/// A warning is one line to cargo.
+/// Links to files that were looked for in vain, in a folder that cargo is to watch; the folder, if there are any.
+///
+/// Cargo takes a file that is not there for one that has changed, and would run the build each time. Of a folder it looks at all
+/// that lies in it, and passes over a link that leads nowhere. One that leads to something is newer than the build, which made
+/// it: so the build runs again once one of the files appears.
+#[cfg(unix)]
+pub fn watch_absent(out_dir: &Path, absent: &[PathBuf]) -> Result<Option<PathBuf>> {
+    let folder = out_dir.join("absent");
+    let failed = |e: std::io::Error| Error::io("writing to the folder", &folder, &e);
+    match std::fs::remove_dir_all(&folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
+        _ if absent.is_empty() => return Ok(None),
+        _ => {}
+    }
+    std::fs::create_dir_all(&folder).map_err(failed)?;
+    for (i, path) in absent.iter().enumerate() {
+        std::os::unix::fs::symlink(path, folder.join(i.to_string())).map_err(failed)?;
+    }
+    // The folder itself is no news.
+    let past = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
+    std::fs::File::open(&folder).and_then(|opened| opened.set_modified(past)).map_err(failed)?;
+    Ok(Some(folder))
+}
+
+/// Elsewhere links are not for everybody.
+#[cfg(not(unix))]
+pub fn watch_absent(_: &Path, _: &[PathBuf]) -> Result<Option<PathBuf>> {
+    Ok(None)
+}
+
+/// A warning is one line to cargo, which shows those of path dependencies alone.
 pub fn warn(text: &str) {
-    println!("cargo::warning={}", text.replace('\n', " "));
+    println!("cargo::warning={}", text.split('\n').map(str::trim).collect::<Vec<_>>().join(" "));
 }
 
 /// For dependents' build scripts: `DEP_FLASHINFER_RS_LIB_DIR`.

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use super::error::{Result, refuse};
+
 pub const JIT_CACHE_WHEEL: &str = "FLASHINFER_RS_JIT_CACHE_WHEEL";
 pub const TVMFFI_WHEEL: &str = "FLASHINFER_RS_TVMFFI_WHEEL";
 pub const CUDART_WHEEL: &str = "FLASHINFER_RS_CUDART_WHEEL";
@@ -67,6 +69,28 @@ impl Env {
         self.os(name).map(PathBuf::from)
     }
 
+    /// The file or folder that one of this crate's variables names. A relative one is refused: cargo runs build scripts in the
+    /// package's folder, which is no place of the user's to look into, and none to write to.
+    pub fn own_path(&self, name: &str) -> Result<Option<PathBuf>> {
+        let Some(path) = self.path(name).filter(|path| !path.is_absolute()) else { return Ok(self.path(name)) };
+        let (start, rest) = match path.strip_prefix("~") {
+            Ok(rest) => ("HOME", rest),
+            // The folder that the user's shell was in: cargo changes it for no other program.
+            Err(_) => ("PWD", path.as_path()),
+        };
+        // Without `.` in it.
+        let meant =
+            self.path(start).filter(|start| start.is_absolute()).map(|start| start.join(rest).components().collect());
+        let meant = meant.map(|meant: PathBuf| format!("; did you mean {}?", meant.display())).unwrap_or_default();
+        refuse!(
+            "{name}={} is not an absolute path, and would be taken from the package's own folder, where cargo runs build \
+             scripts{meant} Give an absolute path, or one from your project on by `[env]` in its .cargo/config.toml: {name} = {{ \
+             value = \"{}\", relative = true }}",
+            path.display(),
+            rest.components().collect::<PathBuf>().display()
+        );
+    }
+
     pub fn text(&self, name: &str) -> Option<String> {
         self.os(name).map(|value| value.to_string_lossy().into_owned())
     }
@@ -88,10 +112,12 @@ impl Env {
     }
 
     /// Where verified wheels are kept: `FLASHINFER_RS_CACHE_DIR`, else `flashinfer-rs` in the XDG cache folder.
-    pub fn cache_dir(&self) -> Option<PathBuf> {
-        self.path(CACHE_DIR).or_else(|| {
-            let xdg = self.path("XDG_CACHE_HOME").filter(|path| path.is_absolute());
-            Some(xdg.or_else(|| Some(self.path("HOME")?.join(".cache")))?.join("flashinfer-rs"))
-        })
+    pub fn cache_dir(&self) -> Result<Option<PathBuf>> {
+        let own = self.own_path(CACHE_DIR)?;
+        let absolute = |name: &str| self.path(name).filter(|path| path.is_absolute());
+        Ok(own.or_else(|| {
+            let xdg = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+            Some(xdg?.join("flashinfer-rs"))
+        }))
     }
 }

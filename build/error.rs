@@ -1,5 +1,5 @@
 //! What goes wrong while vendoring. A message is one paragraph: the thing, what was found, what was expected, and the
-//! remedy last.
+//! remedy last. Where many places were looked at, the remedy comes before them, and each has a line.
 
 use std::fmt;
 use std::path::Path;

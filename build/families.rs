@@ -30,10 +30,6 @@ fn write(folder: &Path, to: &Path, module: &str, item: &str, list: &str) -> Resu
     let items: Vec<_> = names.iter().map(|name| format!("{name}{item}")).collect();
     text += "\n";
     text += &list.replace("{}", &items.join(", "));
-    // Untouched when the same, so that the library is not compiled again for nothing.
-    if std::fs::read_to_string(to).is_ok_and(|old| old == text) {
-        return Ok(());
-    }
     publish_bytes(to, text.as_bytes())
 }
 

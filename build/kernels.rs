@@ -19,8 +19,8 @@ use super::env::{self, Env};
 use super::error::{Error, Result, refuse};
 use super::fetch::{Client, Expected, redacted, summary};
 use super::lock::{self, Lock, Member, plain_name};
-use super::source::{Ladder, Source};
-use super::store::Store;
+use super::source::{Ladder, NO_CACHE, Source};
+use super::store::{Store, open_file, publish_bytes, read_text};
 use super::vendor::place;
 use super::wheel::Extracted;
 
@@ -336,7 +336,7 @@ pub fn pinned(own: &Lock, own_path: &Path, users: Option<&Path>) -> Result<Vec<P
     };
     let mut all = pinned(own_path, &own.kernels);
     let Some(users) = users else { return Ok(all) };
-    let text = std::fs::read_to_string(users).map_err(|e| Error::io("reading", users, &e))?;
+    let text = read_text(users).map_err(|e| Error::io("reading", users, &e))?;
     all.extend(pinned(users, &parse(&text, &users.display().to_string())?));
     let kernels: Vec<Kernel> = all.iter().map(|pinned| pinned.kernel.clone()).collect();
     check(&kernels, &format!("{} together with {}", users.display(), own_path.display()))?;
@@ -357,6 +357,8 @@ pub struct Row<'a> {
 pub struct Outcome<'a> {
     pub rows: Vec<Row<'a>>,
     pub warnings: Vec<String>,
+    /// What happened, for those who look.
+    pub told: Vec<String>,
     /// Why a kernel is not there.
     pub missing: Vec<String>,
     /// Files whose change makes this outcome stale.
@@ -385,8 +387,8 @@ pub fn vendor<'a>(
             }
             continue;
         }
-        let Supply { files, source, notes } = ladder.kernel(kernel, lock)?;
-        outcome.warnings.extend(notes);
+        let Supply { files, source, told } = ladder.kernel(kernel, lock)?;
+        outcome.told.extend(told);
         outcome.warnings.extend(strangers(kernel, others));
         let (mut library, mut texts) = (None, Vec::new());
         for (pin, (path, mut file)) in kernel.files.iter().zip(files) {
@@ -430,7 +432,7 @@ fn text(pin: &Pin, path: &Path, file: File) -> Result<String> {
 pub struct Supply {
     pub files: Vec<(PathBuf, File)>,
     pub source: Source,
-    pub notes: Vec<String>,
+    pub told: Vec<String>,
 }
 
 impl Ladder<'_> {
@@ -443,11 +445,11 @@ impl Ladder<'_> {
         }
         let members: Vec<Member> = kernel.files.iter().map(|pin| kernel.member(pin)).collect();
         let members: Vec<&Member> = members.iter().collect();
-        let Some(store) = self.store() else {
-            looked.push(format!("the cache (no folder: neither {} nor HOME is set)", env::CACHE_DIR));
+        let Some(store) = self.store()? else {
+            looked.push(format!("the cache ({NO_CACHE})"));
             return Err(nowhere(kernel, lock, &looked));
         };
-        let cached = |source, notes| Some(Supply { files: store.members(&members)?, source, notes });
+        let cached = |source, told| Some(Supply { files: store.members(&members)?, source, told });
         if let Some(supply) = cached(Source::Cache, Vec::new()) {
             return Ok(supply);
         }
@@ -488,7 +490,7 @@ impl Ladder<'_> {
     /// In a folder of the user's: below the one that holds wheels, which outranks all that the lock says, or where the lock
     /// says.
     fn in_folders(&self, kernel: &Kernel, lock: &Path, looked: &mut Vec<String>) -> Result<Option<Supply>> {
-        let given = self.env.path(env::WHEEL_DIR).map(|folder| folder.join(&kernel.name));
+        let given = self.env.own_path(env::WHEEL_DIR)?.map(|folder| folder.join(&kernel.name));
         if given.is_none() {
             looked.push(format!("{} (not set)", env::WHEEL_DIR));
         }
@@ -503,7 +505,7 @@ impl Ladder<'_> {
                 continue;
             }
             let files = kernel.files.iter().map(|pin| open(&folder, pin, kernel, lock)).collect::<Result<_>>()?;
-            return Ok(Some(Supply { files, source: Source::Directory, notes: Vec::new() }));
+            return Ok(Some(Supply { files, source: Source::Directory, told: Vec::new() }));
         }
         Ok(None)
     }
@@ -533,12 +535,13 @@ impl Ladder<'_> {
 fn open(folder: &Path, pin: &Pin, kernel: &Kernel, lock: &Path) -> Result<(PathBuf, File)> {
     let path = folder.join(pin.name.file());
     let (shown, by, name) = (path.display(), lock.display(), &kernel.name);
-    // Opening a pipe would wait for ever.
-    if !path.is_file() {
-        refuse!("{shown}, of the kernel {name}, which {by} pins, is not there or is no file; restore it");
-    }
     let failed = |e: std::io::Error| Error::io("reading", &path, &e);
-    let mut file = File::open(&path).map_err(failed)?;
+    let mut file = open_file(&path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::InvalidInput => Error::Refused(format!(
+            "{shown}, of the kernel {name}, which {by} pins, is not there or is no file; restore it"
+        )),
+        _ => failed(e),
+    })?;
     let mut start = Vec::new();
     Read::by_ref(&mut file).take(LFS_POINTER.len() as u64).read_to_end(&mut start).map_err(failed)?;
     file.seek(SeekFrom::Start(0)).map_err(failed)?;
@@ -569,15 +572,15 @@ fn nowhere(kernel: &Kernel, lock: &Path, looked: &[String]) -> Error {
     let files: Vec<&str> = kernel.files.iter().map(|pin| pin.name.file()).collect();
     let sha256 = kernel.library().map(|pin| pin.sha256.to_string()).unwrap_or_default();
     Error::Unavailable(format!(
-        "the kernel {name} (sha256 {sha256}), which {} pins, was found nowhere. Looked at: {}. Remedy: get its files ({}) from \
-         {} and put them into the folder {name} below the one that {} names; or remove the entry, if the kernel is not \
-         wanted; {}=1 builds without any kernel",
+        "the kernel {name} (sha256 {sha256}), which {} pins, was found nowhere.\nRemedy: get its files ({}) from {} and put them \
+         into the folder {name} below the one that {} names; or remove the entry, if the kernel is not wanted. {}=1 builds \
+         without any kernel.\nLooked at:\n  {}",
         lock.display(),
-        looked.join("; "),
         files.join(", "),
         sources.join(" or "),
         env::WHEEL_DIR,
         env::SKIP_VENDOR,
+        looked.join("\n  "),
         name = kernel.name
     ))
 }
@@ -598,19 +601,17 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[String], embed: bool) 
             text,
             "    PinnedKernel {{ name: {name:?}, definition: {definition:?}, solution: {solution:?}, author: {author:?}, \
              entry: {entry:?}, destination_passing_style: {destination_passing_style:?}, architectures: &{arch:?}, cuda: \
-             {cuda:?}, needed: &{needed:?}, source: Source::{:?}, metadata: {:?}, definition_json: {:?}, solution_json: \
-             {:?}, stored: {} }},",
-            row.source,
+             {cuda:?}, needed: &{needed:?}, metadata: {:?}, definition_json: {:?}, solution_json: {:?}, stored: {} }},",
             part(Part::Metadata).unwrap_or_default(),
             part(Part::Definition),
             part(Part::Solution),
             emit::stored(&row.kernel.soname(), &row.library, symbol.as_deref()),
         );
         if let Some(symbol) = symbol {
-            embedded += &emit::embedding(&symbol, &row.library);
+            embedded += &emit::embedding(&symbol, &row.library, out_dir);
         }
     }
     let _ = writeln!(text, "];\n\n/// Why a kernel that is pinned is not there.");
     let _ = writeln!(text, "pub(crate) static ELSEWHERE: &[&str] = &{missing:?};");
-    emit::publish_if_new(&out_dir.join("pinned.rs"), &(text + &embedded))
+    publish_bytes(&out_dir.join("pinned.rs"), (text + &embedded).as_bytes())
 }

@@ -3,6 +3,7 @@
 //! makes wheels writes it. Here every byte is accounted for before any member is read.
 
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 
 /// The largest wheels known have some thousand members, and a central directory of some hundred kB.
 const MEMBERS_LIMIT: u64 = 100_000;
@@ -32,6 +33,23 @@ type Checked<T> = Result<T, String>;
 pub struct Directory {
     start: u64,
     entries: Vec<Entry>,
+}
+
+impl Directory {
+    /// Where the directory starts.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Each member's name, and from where to where it goes with all that belongs to it, in their order in the file. Where the
+    /// directory says that they overlap, a member ends where it starts.
+    pub fn spans(&self) -> impl Iterator<Item = (&[u8], Range<u64>)> {
+        let mut entries: Vec<&Entry> = self.entries.iter().collect();
+        entries.sort_by_key(|entry| entry.offset);
+        let ends: Vec<u64> = entries.iter().skip(1).map(|entry| entry.offset).chain([self.start]).collect();
+        let span = |(entry, end): (&'_ Entry, u64)| entry.offset..end.max(entry.offset);
+        entries.into_iter().zip(ends).map(move |(entry, end)| (entry.name.as_slice(), span((entry, end))))
+    }
 }
 
 /// What a member's entry in the directory says.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use super::error::{Error, Result, refuse};
-use super::store::publish_bytes;
+use super::store::{publish_bytes, read_text};
 
 /// Relative to the checkout.
 pub const RECORD: &str = ".local/wheel.json";
@@ -34,7 +34,7 @@ impl Record {
     /// The record of a checkout, where there is one.
     pub fn read(checkout: &Path) -> Result<Option<Self>> {
         let path = checkout.join(RECORD);
-        let text = match std::fs::read_to_string(&path) {
+        let text = match read_text(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("reading", &path, &e)),
@@ -56,7 +56,9 @@ impl Record {
     }
 }
 
-/// Whether a manifest folder is a checkout of this repository: packages do not contain xtask.
-pub fn is_checkout(manifest: &Path) -> bool {
-    manifest.join("xtask/Cargo.toml").is_file()
+/// Whether a manifest folder is a checkout of this repository that somebody works in: packages do not contain xtask, and the
+/// checkouts that cargo makes for git dependencies are nobody's workspace.
+pub fn is_checkout(manifest: &Path, workspace: Option<&Path>) -> bool {
+    let worked_in = workspace == Some(manifest) || manifest.join(RECORD).is_file();
+    manifest.join("xtask/Cargo.toml").is_file() && worked_in
 }

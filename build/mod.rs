@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(dead_code, reason = "each of build.rs, xtask and the tests uses its own part")]
 
+pub mod cargo;
 pub mod digest;
 pub mod emit;
 pub mod env;
@@ -16,6 +17,7 @@ pub mod local;
 pub mod lock;
 pub mod modules;
 pub mod ranges;
+pub mod snapshot;
 pub mod source;
 pub mod store;
 pub mod vendor;

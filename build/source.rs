@@ -15,7 +15,8 @@ use super::index;
 use super::local::{self, Record};
 use super::lock::{self, Member, Wheel};
 use super::ranges;
-use super::store::{Store, publish};
+use super::snapshot;
+use super::store::{Store, open_file, publish};
 use super::wheel::{Extracted, Identity, Wheel as Archive, copy_from_place};
 
 /// Where a wheel came from.
@@ -47,8 +48,18 @@ pub struct Found {
     pub path: PathBuf,
     pub source: Source,
     pub sha256: Digest,
-    /// What a user should be told.
-    pub notes: Vec<String>,
+    /// The wheel's own: that of the lock, but where it need not be the pinned one.
+    pub version: String,
+    pub notes: Notes,
+}
+
+/// What a user is told of what was found.
+#[derive(Debug, Default)]
+pub struct Notes {
+    /// What a user should know.
+    pub warnings: Vec<String>,
+    /// What happened, for those who look.
+    pub told: Vec<String>,
 }
 
 impl Found {
@@ -65,8 +76,50 @@ pub enum Supply {
     Members {
         files: Vec<(PathBuf, File)>,
         source: Source,
-        notes: Vec<String>,
+        notes: Notes,
     },
+    /// Nothing: no place has the wheel.
+    Nowhere(Nowhere),
+}
+
+/// A wheel that no place has.
+pub struct Nowhere {
+    /// Everywhere that was looked, and what to do.
+    pub fault: Error,
+    /// The same in a few words, without a place of this machine or its network: they go into the program.
+    pub brief: String,
+    /// The files that were looked for.
+    pub files: Vec<PathBuf>,
+}
+
+/// Where was looked in vain.
+#[derive(Default)]
+struct Looked {
+    places: Vec<String>,
+    /// What of it a program may tell.
+    brief: Vec<String>,
+    files: Vec<PathBuf>,
+}
+
+impl Looked {
+    fn add(&mut self, place: impl Into<String>) {
+        self.places.push(place.into());
+    }
+
+    fn add_brief(&mut self, place: impl Into<String>, brief: impl Into<String>) {
+        self.add(place);
+        self.brief.push(brief.into());
+        self.brief.dedup();
+    }
+}
+
+/// What is wanted of a wheel.
+#[derive(Clone, Copy, Default)]
+struct Wanted<'a> {
+    /// All of it, where there are none.
+    members: &'a [&'a Member],
+    /// A folder of this build's own, for copies that nobody else can change and for what the cache cannot keep.
+    scratch: Option<&'a Path>,
 }
 
 /// All that the ladder looks at.
@@ -82,90 +135,96 @@ pub struct Ladder<'a> {
 impl Ladder<'_> {
     /// Finds the wheel as a whole, or says everywhere it looked and what to do.
     pub fn find(&mut self, wheel: &Wheel) -> Result<Found> {
-        whole(self.supply(wheel, &[])?)
+        whole(self.look(wheel, Wanted::default())?)
     }
 
-    /// Finds these members, in the wheel or without the rest of it, or says everywhere it looked and what to do.
-    pub fn supply(&mut self, wheel: &Wheel, members: &[&Member]) -> Result<Supply> {
-        let mut looked = Vec::new();
+    /// Finds these members, in the wheel or without the rest of it, or says everywhere it looked and what to do. `scratch` is a
+    /// folder of this build's own: a wheel that is found is copied into there while it is hashed, as far as these members
+    /// need it, so that they are taken out of what was hashed, whoever else may write the wheel.
+    pub fn supply(&mut self, wheel: &Wheel, members: &[&Member], scratch: &Path) -> Result<Supply> {
+        self.look(wheel, Wanted { members, scratch: Some(scratch) })
+    }
+
+    fn look(&mut self, wheel: &Wheel, wanted: Wanted<'_>) -> Result<Supply> {
+        let mut looked = Looked::default();
         // The user named this very file: nothing outranks that.
-        if let Some(found) = self.by_override(wheel, &mut looked)? {
+        if let Some(found) = self.by_override(wheel, wanted, &mut looked)? {
             return Ok(Supply::Wheel(found));
         }
         // A folder of wheels is as deliberate, but not about one wheel.
-        if let Some(found) = self.in_directories(wheel, &mut looked)? {
+        if let Some(found) = self.in_directories(wheel, wanted, &mut looked)? {
             return Ok(Supply::Wheel(found));
         }
         // Fetched and checked before, by any project of this user.
-        if let Some(supply) = self.in_cache(wheel, members, &mut looked) {
+        if let Some(supply) = self.in_cache(wheel, wanted, &mut looked)? {
             return Ok(supply);
         }
         // What a contributor built here stands in only where the pinned wheel is not at hand.
-        if let Some(found) = self.in_checkout(wheel, &mut looked)? {
+        if let Some(found) = self.in_checkout(wheel, wanted, &mut looked)? {
             return Ok(Supply::Wheel(found));
         }
         // The only rung that costs time and needs others.
-        if let Some(supply) = self.on_network(wheel, members, &mut looked)? {
-            return Ok(supply);
+        match self.on_network(wheel, wanted, &mut looked) {
+            Ok(Some(supply)) => return Ok(supply),
+            Ok(None) => {}
+            // The build can go on without it, whatever a proxy or a disk made of it.
+            Err(fault) if wheel.optional => looked.add_brief(fault.to_string(), FETCHING),
+            Err(fault) => return Err(fault),
         }
-        Err(nowhere(wheel, &looked, env::wheel_override(&wheel.distribution)))
+        Ok(Supply::Nowhere(self.nowhere(wheel, looked, env::wheel_override(&wheel.distribution))))
     }
 
     /// As [`find`](Self::find), but only the pinned bytes will do: neither an override nor a local build is looked at.
     pub fn find_pinned(&mut self, wheel: &Wheel) -> Result<Found> {
-        let mut looked = Vec::new();
-        if let Some(found) = self.in_directories(wheel, &mut looked)? {
+        let (wanted, mut looked) = (Wanted::default(), Looked::default());
+        if let Some(found) = self.in_directories(wheel, wanted, &mut looked)? {
             return Ok(found);
         }
-        let supply = match self.in_cache(wheel, &[], &mut looked) {
+        let supply = match self.in_cache(wheel, wanted, &mut looked)? {
             Some(supply) => Some(supply),
-            None => self.on_network(wheel, &[], &mut looked)?,
+            None => self.on_network(wheel, wanted, &mut looked)?,
         };
-        supply.map_or_else(|| Err(nowhere(wheel, &looked, None)), whole)
+        whole(supply.unwrap_or_else(|| Supply::Nowhere(self.nowhere(wheel, looked, None))))
     }
 
     /// Keeps a member of the pinned wheel in the cache, so that the wheel need not be read again. That it cannot be
     /// kept is no fault of this build.
     pub fn keep(&self, wheel: &Wheel, member: &Member, extracted: &Extracted) {
-        if let (Some(store), Some(sha256)) = (self.store(), member.sha256) {
+        if let (Ok(Some(store)), Some(sha256)) = (self.store(), member.sha256) {
             let _ = store.keep_member(&wheel.sha256, &sha256, &member.soname, &extracted.path);
         }
     }
 
-    fn by_override(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
+    fn by_override(&self, wheel: &Wheel, wanted: Wanted<'_>, looked: &mut Looked) -> Result<Option<Found>> {
         let Some(name) = env::wheel_override(&wheel.distribution) else { return Ok(None) };
-        let Some(path) = self.env.path(name) else {
-            looked.push(format!("{name} (not set)"));
+        let Some(path) = self.env.own_path(name)? else {
+            looked.add(format!("{name} (not set)"));
             return Ok(None);
         };
-        let (file, sha256) = open(&path, &format!("the wheel that {name} names"))?;
+        let (file, sha256) = open(&path, &format!("the wheel that {name} names"), wanted)?;
         let identity = Archive::open(&file, path.display().to_string())?.identity()?;
-        let mut notes = self.check_identity(name, &path, &identity, wheel)?;
+        let given = format!("{name}={}", path.display());
+        let mut warnings = self.check_identity(&given, &identity, wheel)?;
         if sha256 != wheel.sha256 {
             if self.env.flag(env::STRICT) {
                 refuse!(
-                    "{name}={} has sha256 {sha256}, expected {} ({}), and {} is set; give the pinned wheel or unset \
-                     one of the two",
-                    path.display(),
+                    "{given} has sha256 {sha256}, expected {} ({}), and {} is set; give the pinned wheel or unset one of the two",
                     wheel.sha256,
                     wheel.file,
                     env::STRICT
                 );
             }
-            notes.push(format!(
-                "{name}={} is not the pinned wheel {}; it is used as it is",
-                path.display(),
-                wheel.file
-            ));
+            warnings.push(format!("{given} is not the pinned wheel {}; it is used as it is", wheel.file));
         }
-        Ok(Some(Found { file, path, source: Source::Override, sha256, notes }))
+        let notes = Notes { warnings, ..Notes::default() };
+        Ok(Some(Found { file, path, source: Source::Override, sha256, version: identity.version, notes }))
     }
 
-    fn check_identity(&self, name: &str, path: &Path, found: &Identity, wheel: &Wheel) -> Result<Vec<String>> {
-        let path = path.display();
+    /// That a wheel which need not be the pinned one is of its kind; `given` says how it was named.
+    fn check_identity(&self, given: &str, found: &Identity, wheel: &Wheel) -> Result<Vec<String>> {
         if found.distribution != wheel.distribution {
             refuse!(
-                "{name}={path} is a wheel of {}, expected {}; name the right file",
+                "{given} is a wheel of {}, expected {}; name the right file",
                 found.distribution,
                 wheel.distribution
             );
@@ -180,7 +239,7 @@ impl Ladder<'_> {
         };
         if !found.tags.iter().any(fits) {
             refuse!(
-                "{name}={path} is for {}, the target is {}; name the wheel of that platform",
+                "{given} is for {}, the target is {}; name the wheel of that platform",
                 found.tags.join(", "),
                 wheel.target
             );
@@ -190,27 +249,31 @@ impl Ladder<'_> {
         }
         if !self.env.flag(env::ALLOW_VERSION) {
             refuse!(
-                "{name}={path} has version {}, expected {}; name a wheel of that version, or set {}=1 to use this one",
+                "{given} has version {}, expected {}; name a wheel of that version, or set {}=1 to use this one",
                 found.version,
                 wheel.version,
                 env::ALLOW_VERSION
             );
         }
-        Ok(vec![format!("{name}={path} has version {}, this crate was written for {}", found.version, wheel.version)])
+        Ok(vec![format!("{given} has version {}, this crate was written for {}", found.version, wheel.version)])
     }
 
-    fn in_directories(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
-        let given = self.env.path(env::WHEEL_DIR);
+    fn in_directories(&self, wheel: &Wheel, wanted: Wanted<'_>, looked: &mut Looked) -> Result<Option<Found>> {
+        let given = self.env.own_path(env::WHEEL_DIR)?;
         if given.is_none() {
-            looked.push(format!("{} (not set)", env::WHEEL_DIR));
+            looked.add(format!("{} (not set)", env::WHEEL_DIR));
+        }
+        if self.workspace.is_none() {
+            looked.add("your workspace's folder (not known: the target folder does not lie in it)");
         }
         for folder in [given, self.workspace.clone()].into_iter().flatten() {
             let path = folder.join(&wheel.file);
             if !path.exists() {
-                looked.push(format!("the folder {}", folder.display()));
+                looked.add(format!("the folder {}{}", folder.display(), relatives(&folder, wheel)));
+                looked.files.push(path);
                 continue;
             }
-            let (file, sha256) = open(&path, "the wheel")?;
+            let (file, sha256) = open(&path, "the wheel", wanted)?;
             if sha256 != wheel.sha256 {
                 let remedy = match env::wheel_override(&wheel.distribution) {
                     Some(name) => format!("replace it, or name it by {name} if you mean it"),
@@ -218,60 +281,109 @@ impl Ladder<'_> {
                 };
                 refuse!("{} has sha256 {sha256}, expected {}; {remedy}", path.display(), wheel.sha256);
             }
-            return Ok(Some(Found { file, path, source: Source::Directory, sha256, notes: Vec::new() }));
+            let (source, version, notes) = (Source::Directory, wheel.version.clone(), Notes::default());
+            return Ok(Some(Found { file, path, source, sha256, version, notes }));
         }
         Ok(None)
     }
 
-    fn in_cache(&self, wheel: &Wheel, members: &[&Member], looked: &mut Vec<String>) -> Option<Supply> {
-        let Some(store) = self.store() else {
-            looked.push(format!("the cache (no folder: neither {} nor HOME is set)", env::CACHE_DIR));
-            return None;
+    fn in_cache(&self, wheel: &Wheel, wanted: Wanted<'_>, looked: &mut Looked) -> Result<Option<Supply>> {
+        let Some(store) = self.store()? else {
+            looked.add_brief(format!("the cache ({NO_CACHE})"), "there was no folder for a cache");
+            return Ok(None);
         };
-        let supply = cached(&store, wheel, members, Source::Cache, Vec::new());
+        let supply = cached(&store, wheel, wanted, Source::Cache)?;
         if supply.is_none() {
-            let spoilt = store.path(&wheel.sha256, &wheel.file).exists();
-            let how = if spoilt { " (what is there has another digest)" } else { "" };
-            looked.push(format!("the cache {}{how}", store.root().display()));
+            let path = store.path(&wheel.sha256, &wheel.file);
+            let how = if path.exists() { " (what is there has another digest)" } else { "" };
+            looked.add(format!("the cache {}{how}", store.root().display()));
+            let kept = |member: &&Member| Some(store.member_path(&member.sha256?, &member.soname));
+            looked.files.extend(wanted.members.iter().filter_map(kept).chain([path]));
         }
-        supply
+        Ok(supply)
     }
 
-    fn in_checkout(&self, wheel: &Wheel, looked: &mut Vec<String>) -> Result<Option<Found>> {
+    fn in_checkout(&self, wheel: &Wheel, wanted: Wanted<'_>, looked: &mut Looked) -> Result<Option<Found>> {
         let Some(checkout) = &self.checkout else { return Ok(None) };
         let record = Record::read(checkout)?;
         let Some(record) = record.filter(|r| r.distribution == wheel.distribution && r.target == wheel.target) else {
-            looked.push(format!("the local build of this checkout ({}, made by `cargo xtask wheel`)", local::RECORD));
+            looked.add(format!("the local build of this checkout ({}, made by `cargo xtask wheel`)", local::RECORD));
             return Ok(None);
         };
-        if !record.path.exists() {
-            looked.push(format!("the local build {} (gone)", record.path.display()));
+        if self.env.flag(env::STRICT) {
+            looked.add(format!("not the local build {}, since {} is set", record.path.display(), env::STRICT));
             return Ok(None);
         }
-        let (file, sha256) = open(&record.path, "the local build")?;
+        if !record.path.exists() {
+            looked.add(format!("the local build {} (gone)", record.path.display()));
+            return Ok(None);
+        }
+        let (file, sha256) = open(&record.path, "the local build", wanted)?;
         if sha256 != record.sha256()? {
             refuse!("{} has changed since it was built; run `cargo xtask wheel` again", record.path.display());
         }
-        Ok(Some(Found { file, path: record.path, source: Source::Local, sha256, notes: Vec::new() }))
+        let identity = Archive::open(&file, record.path.display().to_string())?.identity()?;
+        let given = format!("the local build {}", record.path.display());
+        let warnings = self.check_identity(&given, &identity, wheel).map_err(|fault| {
+            Error::Refused(format!("{fault}; or run `cargo xtask wheel` again, or delete {}", local::RECORD))
+        })?;
+        let notes = Notes { warnings, ..Notes::default() };
+        let (path, source, version) = (record.path, Source::Local, identity.version);
+        Ok(Some(Found { file, path, source, sha256, version, notes }))
     }
 
-    fn on_network(&mut self, wheel: &Wheel, members: &[&Member], looked: &mut Vec<String>) -> Result<Option<Supply>> {
+    fn on_network(&mut self, wheel: &Wheel, wanted: Wanted<'_>, looked: &mut Looked) -> Result<Option<Supply>> {
         if let Some(name) = self.env.offline() {
-            looked.push(format!("not the network, since {name} is set"));
+            let fault = format!("not the network, since {name} is set");
+            looked.add_brief(fault, format!("the network was not asked, since {name} was set"));
             return Ok(None);
         }
-        let Some(store) = self.store() else { return Ok(None) };
+        let unusable = match self.store()? {
+            None => None,
+            Some(store) => match store.check_writable(&wheel.sha256, wanted.members) {
+                Ok(()) => return self.fetch_into(&store, wheel, wanted, looked),
+                Err(fault) => Some(fault),
+            },
+        };
+        // Of a few members each build can fetch its own. A wheel of 2 GB that nobody keeps would be fetched again and again.
+        match wanted.scratch.filter(|_| ranges::possible(wanted.members)) {
+            Some(scratch) => {
+                let fault =
+                    unusable.map_or_else(|| format!("there is no cache: {NO_CACHE}"), |fault| fault.to_string());
+                let mut supply = self.fetch_into(&Store::new(scratch.to_owned()), wheel, wanted, looked)?;
+                if let Some(Supply::Members { notes, .. } | Supply::Wheel(Found { notes, .. })) = &mut supply {
+                    notes.warnings.push(format!("{} is fetched by each build that needs it: {fault}", wheel.file));
+                }
+                Ok(supply)
+            }
+            None => unusable.map_or(Ok(None), Err),
+        }
+    }
+
+    fn fetch_into(
+        &mut self,
+        store: &Store,
+        wheel: &Wheel,
+        wanted: Wanted<'_>,
+        looked: &mut Looked,
+    ) -> Result<Option<Supply>> {
         let sources = self.mirrored(&wheel.sources)?;
         let client = Client::new();
         store.locked(&wheel.sha256, || {
             // Somebody else may have fetched it while this process waited.
-            if let Some(supply) = cached(&store, wheel, members, Source::Cache, Vec::new()) {
+            if let Some(supply) = cached(store, wheel, wanted, Source::Cache)? {
                 return Ok(Some(supply));
             }
             for source in &sources {
-                match self.fetch(&client, &store, source, wheel, members) {
-                    Ok(notes) => return Ok(cached(&store, wheel, members, Source::Network, notes)),
-                    Err(Error::Unavailable(fault)) => looked.push(fault),
+                match self.fetch(&client, store, source, wheel, wanted.members) {
+                    Ok(fetched) => {
+                        let mut supply = cached(store, wheel, wanted, Source::Network)?;
+                        if let Some(Supply::Members { notes, .. } | Supply::Wheel(Found { notes, .. })) = &mut supply {
+                            *notes = fetched;
+                        }
+                        return Ok(supply);
+                    }
+                    Err(Error::Unavailable(fault)) => looked.add_brief(fault, FETCHING),
                     Err(fault) => return Err(fault),
                 }
             }
@@ -287,9 +399,9 @@ impl Ladder<'_> {
         source: &lock::Source,
         wheel: &Wheel,
         members: &[&Member],
-    ) -> Result<Vec<String>> {
+    ) -> Result<Notes> {
         match source {
-            lock::Source::Url(url) => Ok(vec![self.fetch_url(client, store, url, wheel, members)?]),
+            lock::Source::Url(url) => Ok(told(self.fetch_url(client, store, url, wheel, members)?)),
             lock::Source::Index(page) => self.fetch_linked(client, store, page, wheel, members),
             lock::Source::Purl(purl) => {
                 let mut faults = Vec::new();
@@ -320,12 +432,12 @@ impl Ladder<'_> {
         page: &str,
         wheel: &Wheel,
         members: &[&Member],
-    ) -> Result<Vec<String>> {
+    ) -> Result<Notes> {
         let link = index::find(client, page, &wheel.file, &wheel.sha256)?;
-        let mut notes = vec![self.fetch_url(client, store, &link.url, wheel, members)?];
+        let mut notes = told(self.fetch_url(client, store, &link.url, wheel, members)?);
         if let Some(reason) = link.yanked {
             let reason = if reason.is_empty() { String::new() } else { format!(": {reason}") };
-            notes.push(format!(
+            notes.warnings.push(format!(
                 "{} was withdrawn from {}{reason}; it is used, since it is pinned",
                 wheel.file,
                 redacted(page)
@@ -395,29 +507,102 @@ impl Ladder<'_> {
         Ok(sources.iter().filter_map(mirrored).collect())
     }
 
-    pub(super) fn store(&self) -> Option<Store> {
-        self.env.cache_dir().map(Store::new)
+    pub(super) fn store(&self) -> Result<Option<Store>> {
+        Ok(self.env.cache_dir()?.map(Store::new))
     }
+
+    fn nowhere(&self, wheel: &Wheel, looked: Looked, variable: Option<&str>) -> Nowhere {
+        let size = wheel.size.map(|size| format!(", {size} bytes")).unwrap_or_default();
+        let places: Vec<String> = wheel
+            .sources
+            .iter()
+            .map(|source| match source {
+                lock::Source::Url(url) => redacted(url),
+                lock::Source::Index(page) => redacted(page),
+                lock::Source::Purl(purl) => purl.clone(),
+            })
+            .collect();
+        let named = variable.map(|name| format!("set {name} to its path, or ")).unwrap_or_default();
+        let beside = match &self.workspace {
+            Some(folder) => {
+                format!("put it into {}, or into the folder that {} names", folder.display(), env::WHEEL_DIR)
+            }
+            None => format!(
+                "name its folder by {0}, for example by `[env]` in your project's .cargo/config.toml: {0} = {{ value = \
+                 \"wheels\", relative = true }}",
+                env::WHEEL_DIR
+            ),
+        };
+        let fault = format!(
+            "the wheel {} (sha256 {}{size}) was found nowhere.\nRemedy: get it from {} and {named}{beside}. {}=1 builds without \
+             any kernel.\nLooked at:\n  {}",
+            wheel.file,
+            wheel.sha256,
+            places.join(" or "),
+            env::SKIP_VENDOR,
+            looked.places.join("\n  ")
+        );
+        let why = match looked.brief.as_slice() {
+            [] => String::new(),
+            brief => format!(" ({})", brief.join("; ")),
+        };
+        let named = variable.unwrap_or(env::WHEEL_DIR);
+        let brief = format!(
+            "the build found no wheel of {} {}{why}; `cargo build -vv` says where it looks, and {named} names the wheel",
+            wheel.distribution, wheel.version
+        );
+        Nowhere { fault: Error::Unavailable(fault), brief, files: looked.files }
+    }
+}
+
+/// Why there is no cache.
+pub(super) const NO_CACHE: &str = "no folder: neither FLASHINFER_RS_CACHE_DIR nor HOME is set";
+/// What a program may tell of a fetch that failed: the reasons have places in them.
+const FETCHING: &str = "fetching it failed";
+
+fn told(text: String) -> Notes {
+    Notes { told: vec![text], ..Notes::default() }
 }
 
 /// The members if they are all there, else the wheel.
-fn cached(store: &Store, wheel: &Wheel, members: &[&Member], source: Source, notes: Vec<String>) -> Option<Supply> {
-    if !members.is_empty()
-        && let Some(files) = store.members(members)
+fn cached(store: &Store, wheel: &Wheel, wanted: Wanted<'_>, source: Source) -> Result<Option<Supply>> {
+    let notes = Notes::default();
+    if !wanted.members.is_empty()
+        && let Some(files) = store.members(wanted.members)
     {
-        return Some(Supply::Members { files, source, notes });
+        return Ok(Some(Supply::Members { files, source, notes }));
     }
-    let (path, file) = store.lookup(&wheel.sha256, &wheel.file)?;
-    Some(Supply::Wheel(Found { file, path, source, sha256: wheel.sha256, notes }))
+    let path = store.path(&wheel.sha256, &wheel.file);
+    let Ok(opened) = open_file(&path) else { return Ok(None) };
+    match read(opened, &path, wanted) {
+        Ok((file, sha256)) if sha256 == wheel.sha256 => {
+            let version = wheel.version.clone();
+            Ok(Some(Supply::Wheel(Found { file, path, source, sha256, version, notes })))
+        }
+        Ok(_) | Err(Error::Unavailable(_)) => Ok(None),
+        Err(fault) => Err(fault),
+    }
+}
+
+/// Wheels of the same distribution that lie in a folder under other names than the pinned one, for a message.
+fn relatives(folder: &Path, wheel: &Wheel) -> String {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.retain(|name| name.starts_with(&format!("{}-", wheel.distribution)) && name.ends_with(".whl"));
+    names.sort();
+    match (names.first(), env::wheel_override(&wheel.distribution)) {
+        (Some(name), Some(variable)) => format!(" (has {name}, which is not the pinned one; {variable} would use it)"),
+        _ => String::new(),
+    }
 }
 
 /// Copies a wheel from a folder of pip's into the cache, if it is the pinned one.
-fn copy_in(store: &Store, from: &Path, wheel: &Wheel) -> Result<Vec<String>> {
+fn copy_in(store: &Store, from: &Path, wheel: &Wheel) -> Result<Notes> {
     if !from.exists() {
         return Err(Error::Unavailable("not there".to_owned()));
     }
     store.keep_wheel(&wheel.sha256, &wheel.file, from)?;
-    Ok(Vec::new())
+    Ok(Notes::default())
 }
 
 /// A transfer under way, and how it failed: what decompresses cannot tell that from bad bytes, which no other source
@@ -437,41 +622,30 @@ fn whole(supply: Supply) -> Result<Found> {
     match supply {
         Supply::Wheel(found) => Ok(found),
         Supply::Members { .. } => refuse!("members were found where a whole wheel was asked for"),
+        Supply::Nowhere(nowhere) => Err(nowhere.fault),
     }
 }
 
-/// Opens and hashes; the descriptor is read again later, so what is extracted is what was hashed.
-fn open(path: &Path, what: &str) -> Result<(File, Digest)> {
-    let failed = |e: &std::io::Error| Error::io(&format!("reading {what},"), path, e);
-    let mut file = File::open(path).map_err(|e| failed(&e))?;
-    if !file.metadata().map_err(|e| failed(&e))?.is_file() {
-        refuse!("{what}, {}, is not a file; name the .whl file itself", path.display());
+/// Opens and hashes a wheel.
+fn open(path: &Path, what: &str, wanted: Wanted<'_>) -> Result<(File, Digest)> {
+    let file = open_file(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::InvalidInput => {
+            Error::Refused(format!("{what}, {}, is not usable: {e}; name the .whl file itself", path.display()))
+        }
+        _ => Error::io(&format!("reading {what},"), path, &e),
+    })?;
+    read(file, path, wanted).map_err(|fault| Error::Refused(fault.message().to_owned()))
+}
+
+/// Hashes a wheel that was opened. What is answered is the file itself, or a copy that nobody else can change.
+fn read(mut file: File, path: &Path, wanted: Wanted<'_>) -> Result<(File, Digest)> {
+    if let Some(scratch) = wanted.scratch {
+        let members: Vec<&str> = wanted.members.iter().map(|member| member.path.as_str()).collect();
+        let (sha256, copy) = snapshot::take(&file, path, &members, scratch)?;
+        return Ok((copy, sha256));
     }
-    let (sha256, _) = hash_reader(&file).map_err(|e| failed(&e))?;
-    file.seek(SeekFrom::Start(0)).map_err(|e| failed(&e))?;
+    let failed = |e: std::io::Error| Error::Unavailable(format!("reading {} failed: {e}", path.display()));
+    let (sha256, _) = hash_reader(&file).map_err(failed)?;
+    file.seek(SeekFrom::Start(0)).map_err(failed)?;
     Ok((file, sha256))
-}
-
-fn nowhere(wheel: &Wheel, looked: &[String], variable: Option<&str>) -> Error {
-    let size = wheel.size.map(|size| format!(", {size} bytes")).unwrap_or_default();
-    let places: Vec<String> = wheel
-        .sources
-        .iter()
-        .map(|source| match source {
-            lock::Source::Url(url) => redacted(url),
-            lock::Source::Index(page) => redacted(page),
-            lock::Source::Purl(purl) => purl.clone(),
-        })
-        .collect();
-    let named = variable.map(|name| format!("set {name} to its path, or ")).unwrap_or_default();
-    Error::Unavailable(format!(
-        "the wheel {} (sha256 {}{size}) was found nowhere. Looked at: {}. Remedy: get it from {} and {named}put it into \
-         the folder that {} names or beside your workspace's Cargo.toml; {}=1 builds without any kernel",
-        wheel.file,
-        wheel.sha256,
-        looked.join("; "),
-        places.join(" or "),
-        env::WHEEL_DIR,
-        env::SKIP_VENDOR
-    ))
 }

@@ -7,20 +7,52 @@ use std::path::{Path, PathBuf};
 
 use super::digest::hash_reader;
 use super::emit::Row;
+use super::env::STRICT;
 use super::error::{Error, Result, refuse};
 use super::lock::{Lock, Member, Wheel};
 use super::modules;
-use super::source::{Found, Ladder, Source, Supply};
+use super::source::{Found, Ladder, Notes, Nowhere, Source, Supply};
 use super::store::publish;
 use super::wheel::{Extracted, Wheel as Archive};
 
 /// What was vendored, and what is to be said of it.
+#[derive(Default)]
 pub struct Outcome<'a> {
     pub rows: Vec<Row<'a>>,
     pub warnings: Vec<String>,
+    /// What happened, for those who look.
+    pub told: Vec<String>,
     pub missing: Vec<Missing>,
     /// Files whose change makes this outcome stale.
     pub watch: Vec<PathBuf>,
+    /// Files that were looked for in vain: each that appears makes this outcome stale.
+    pub absent: Vec<PathBuf>,
+}
+
+impl Outcome<'_> {
+    fn note(&mut self, notes: Notes) {
+        self.warnings.extend(notes.warnings);
+        self.told.extend(notes.told);
+    }
+}
+
+/// A folder of this build's own, beside the libraries, for as long as it vendors.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn beside(lib_dir: &Path) -> Result<Self> {
+        let folder = lib_dir.with_extension("scratch");
+        // Of a build that was killed.
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).map_err(|e| Error::io("creating the folder", &folder, &e))?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Libraries that were wanted and are not there; all of them, where none is named.
@@ -41,30 +73,36 @@ pub fn vendor<'a>(
     ladder: &mut Ladder<'_>,
     lib_dir: &Path,
 ) -> Result<Outcome<'a>> {
-    let mut outcome = Outcome { rows: Vec::new(), warnings: Vec::new(), missing: Vec::new(), watch: Vec::new() };
+    let (mut outcome, scratch) = (Outcome::default(), Scratch::beside(lib_dir)?);
     for wheel in lock.for_target(target) {
         let members = wheel.wanted(has_feature);
         if members.is_empty() {
             continue;
         }
-        let supply = match ladder.supply(wheel, &members) {
-            Ok(supply) => supply,
-            Err(fault @ Error::Unavailable(_)) if wheel.optional => {
+        match ladder.supply(wheel, &members, &scratch.0)? {
+            Supply::Nowhere(Nowhere { fault, brief, files }) => {
+                if !wheel.optional {
+                    return Err(fault);
+                }
                 let soname = &members[0].soname;
-                outcome.warnings.push(format!("{fault}. The build goes on: the system's {soname} will be used"));
+                if ladder.env.flag(STRICT) {
+                    refuse!(
+                        "{fault}\nOtherwise the build would go on and the system's {soname} be used, but {STRICT} is set; give the \
+                         wheel, unset the variable, or turn off the Cargo feature that wants it"
+                    );
+                }
+                outcome.warnings.push(format!("{fault}\nThe build goes on: the system's {soname} will be used"));
                 let sonames = members.iter().map(|member| member.soname.clone()).collect();
-                outcome.missing.push(Missing { sonames, reason: fault.to_string() });
-                continue;
+                outcome.missing.push(Missing { sonames, reason: brief });
+                outcome.absent.extend(files);
             }
-            Err(fault) => return Err(fault),
-        };
-        match supply {
             Supply::Members { files, source, notes } => {
-                outcome.warnings.extend(notes);
+                outcome.note(notes);
                 for (member, (path, mut file)) in members.into_iter().zip(files) {
                     let extracted = place(member, &path, &mut file, lib_dir)?;
                     outcome.rows.push(Row {
                         wheel,
+                        version: wheel.version.clone(),
                         wheel_sha256: wheel.sha256,
                         source,
                         soname: &member.soname,
@@ -87,8 +125,8 @@ fn from_wheel<'a>(
     lib_dir: &Path,
 ) -> Result<()> {
     let pinned = found.is_pinned(wheel);
-    let Found { file, path, source, sha256, notes } = found;
-    outcome.warnings.extend(notes);
+    let Found { file, path, source, sha256, version, notes } = found;
+    outcome.note(notes);
     if matches!(source, Source::Override | Source::Directory | Source::Local) {
         outcome.watch.push(path.clone());
     }
@@ -112,7 +150,8 @@ fn from_wheel<'a>(
         if pinned && matches!(source, Source::Network | Source::Cache) {
             ladder.keep(wheel, member, &extracted);
         }
-        outcome.rows.push(Row { wheel, wheel_sha256: sha256, source, soname: &member.soname, extracted });
+        let (version, soname) = (version.clone(), member.soname.as_str());
+        outcome.rows.push(Row { wheel, version, wheel_sha256: sha256, source, soname, extracted });
     }
     if !lacking.is_empty() {
         // One warning, since attention has dozens of modules.
@@ -120,11 +159,10 @@ fn from_wheel<'a>(
             [first, rest @ ..] if rest.len() >= NAMED => format!("{first}, and {} more are not in it", rest.len()),
             few => few.join(", no "),
         };
-        let reason = format!(
-            "the local build {} has no {names}; `cargo xtask wheel --kernels` builds what is named there",
-            path.display()
-        );
-        outcome.warnings.push(reason.clone());
+        let remedy = "`cargo xtask wheel --kernels` builds what is named there";
+        outcome.warnings.push(format!("the local build {} has no {names}; {remedy}", path.display()));
+        // Without its path: it goes into the program.
+        let reason = format!("the local build of the kernels has no {names}; {remedy}");
         outcome.missing.push(Missing { sonames: lacking, reason });
     }
     Ok(())

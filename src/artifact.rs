@@ -14,6 +14,9 @@ include!(concat!(env!("OUT_DIR"), "/vendored.rs"));
 /// Below the executable's folder.
 const BESIDE_EXECUTABLE: &str = "lib/flashinfer-rs";
 
+/// CUDA's runtime, which kernels need.
+pub(crate) const CUDART: &str = "libcudart.so.13";
+
 /// The distribution whose libraries are kernel modules; those of the others are what modules need.
 const KERNELS: &str = "flashinfer_jit_cache";
 
@@ -52,30 +55,24 @@ impl Stored {
     }
 }
 
-/// Where a build found a wheel.
+/// Which wheel a build took. Where the pinned one was found is not recorded: two builds of one wheel make one program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Source {
-    /// A variable named it.
+    /// The pinned one, by its digest.
+    Pinned,
+    /// Another one, which a variable of the build named.
     Override,
-    /// It lay in a folder of wheels.
-    Directory,
-    /// It was fetched before, by this or another build.
-    Cache,
-    /// A contributor built it in a checkout of this crate.
+    /// One that a contributor built in a checkout of this crate.
     Local,
-    /// It was fetched for this build.
-    Network,
 }
 
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Pinned => "pinned",
             Self::Override => "override",
-            Self::Directory => "directory",
-            Self::Cache => "cache",
             Self::Local => "local build",
-            Self::Network => "network",
         })
     }
 }
@@ -86,7 +83,7 @@ impl fmt::Display for Source {
 pub struct Provenance {
     /// The wheel's distribution, `flashinfer_jit_cache` for example.
     pub distribution: &'static str,
-    /// The wheel's pinned version.
+    /// The version that the wheel gives itself.
     pub version: &'static str,
     /// The wheel's SHA-256, in hexadecimal. Where only members were fetched, the pinned one.
     pub wheel_sha256: String,
@@ -94,7 +91,7 @@ pub struct Provenance {
     pub sha256: String,
     /// The library's size in bytes.
     pub size: u64,
-    /// Where the build found the wheel.
+    /// Which wheel the build took.
     pub source: Source,
 }
 
@@ -188,6 +185,9 @@ pub(crate) fn how_to_vendor(name: &str) -> String {
     if !reasons.is_empty() {
         return reasons.join("; ");
     }
+    if vendored(name).is_some() {
+        return moved();
+    }
     if let Some((_, feature)) = FEATURES.iter().find(|(soname, _)| *soname == name) {
         return format!("build with the Cargo feature `{feature}`");
     }
@@ -199,6 +199,16 @@ pub(crate) fn how_to_vendor(name: &str) -> String {
         ),
         _ => format!("no Cargo feature vendors it; build with {MODULES}={module}, if FlashInfer's wheel has it"),
     }
+}
+
+/// What brings a vendored library back to where it is looked for.
+fn moved() -> String {
+    format!(
+        "if the project was moved or its target folder cleaned or restored, run `cargo clean -p flashinfer-rs` and build again; \
+         what `cargo install` built has lost them with the target folder that it used, so install it with the feature `embed`, \
+         which puts them into the program; elsewhere put the vendored libraries into the folder that {LIB_DIR} names, or into \
+         {BESIDE_EXECUTABLE} beside the executable, or build with the feature `embed`"
+    )
 }
 
 /// Where a library is now.
@@ -243,11 +253,7 @@ pub(crate) fn locate(name: &str, stored: Option<&'static Stored>, configured: Op
         return Ok(Location::File(path));
     }
     let remedy = match stored {
-        Some(_) => format!(
-            "if the project was moved or its target folder cleaned or restored, run `cargo clean -p flashinfer-rs` and build \
-             again; elsewhere put the vendored libraries into the folder that {LIB_DIR} names, or into \
-             {BESIDE_EXECUTABLE} beside the executable, or build with the feature `embed`"
-        ),
+        Some(_) => moved(),
         None => format!("{name} was not vendored: {}", how_to_vendor(name)),
     };
     Err(FlashInferError::ArtifactMissing { library: name.to_owned(), searched, remedy })

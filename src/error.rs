@@ -3,6 +3,8 @@
 use std::ffi::c_int;
 use std::path::PathBuf;
 
+use crate::artifact::{CUDART, how_to_vendor};
+
 /// This crate's results.
 pub type Result<T, E = FlashInferError> = std::result::Result<T, E>;
 
@@ -59,19 +61,21 @@ pub enum FlashInferError {
         /// The dynamic linker's own words.
         reason: String,
         /// What to do.
-        remedy: &'static str,
+        remedy: String,
     },
 
-    /// The system does not let a library be loaded out of this program.
+    /// The system does not let a library be loaded out of memory.
     #[error(
-        "{library} could not be loaded from the copy in this program: {reason}; where the system forbids executable memory \
-         (vm.memfd_noexec) or has no /proc, put the libraries into a folder and name it by FLASHINFER_RS_LIB_DIR"
+        "{library} could not be loaded from memory: {reason}; {remedy}, or put the libraries into a folder and name it by \
+         FLASHINFER_RS_LIB_DIR"
     )]
     EmbeddingRefused {
         /// The library's soname.
         library: String,
         /// The system's reason.
         reason: String,
+        /// What to do, but for giving the library as a file.
+        remedy: &'static str,
     },
 
     /// A library lacks a function.
@@ -158,8 +162,8 @@ pub enum FlashInferError {
 
     /// There is no CUDA runtime library.
     #[error(
-        "libcudart.so.13 was not found; looked at: {}; build with the feature `cudart`, or install CUDA 13's runtime",
-        .searched.join(", ")
+        "libcudart.so.13 was not found; looked at: {}; {}; or install CUDA 13's runtime",
+        .searched.join(", "), how_to_vendor(CUDART)
     )]
     CudartMissing {
         /// The places that were searched, with the dynamic linker's reason.

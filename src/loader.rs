@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 use memfd::{FileSeal, MemfdOptions};
 
+use crate::artifact::{CUDART, how_to_vendor};
 use crate::digest::{Digest, hash, hash_reader};
 use crate::error::{FlashInferError, Result};
 use crate::module::PREFIX;
@@ -94,7 +95,7 @@ impl Library {
         if let Some(expected) = expected {
             check(name, path, hash(bytes), expected)?;
         }
-        sealed(name, bytes).map_err(|reason| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason })
+        sealed(name, bytes).map_err(|reason| embedding_refused(name, reason))
     }
 
     /// Loads what is in memory.
@@ -104,9 +105,9 @@ impl Library {
     pub(crate) unsafe fn from_sealed(name: &str, path: &Path, file: File) -> Result<Self> {
         // SAFETY: the caller's promise.
         match unsafe { Self::from_descriptor(name, path, file) } {
-            // The memory itself cannot be opened or mapped; any other reason names a library that is missing or too old.
-            Err(FlashInferError::LoadFailed { reason, .. }) if reason.starts_with(OPEN_FILES) => {
-                Err(FlashInferError::EmbeddingRefused { library: name.to_owned(), reason })
+            // The memory itself; any other reason names a library that is missing, or what is wrong with what was loaded.
+            Err(FlashInferError::LoadFailed { reason, .. }) if is_of_memory(&reason) => {
+                Err(embedding_refused(name, reason))
             }
             result => result,
         }
@@ -340,19 +341,81 @@ fn reason(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
+/// Whether the dynamic linker's words mean that memory cannot be opened or mapped as a file, whatever is in it.
+fn is_of_memory(reason: &str) -> bool {
+    let of_the_system = ["cannot open shared object file", "failed to map segment", "cannot change memory protections"];
+    reason.starts_with(OPEN_FILES) && of_the_system.iter().any(|words| reason.contains(words))
+}
+
+/// That a library cannot be loaded out of memory, for this reason.
+pub(crate) fn embedding_refused(name: &str, reason: String) -> FlashInferError {
+    let remedy = if !Path::new(OPEN_FILES).exists() {
+        "mount /proc: libraries are loaded through the descriptor they were checked through"
+    } else if ["failed to map segment", "not permitted", "ermission denied"].iter().any(|words| reason.contains(words))
+    {
+        "let this program run code from memory (memfd_create), which a policy of this system forbids: SELinux, AppArmor or \
+         seccomp"
+    } else {
+        "mend what the reason names"
+    };
+    FlashInferError::EmbeddingRefused { library: name.to_owned(), reason, remedy }
+}
+
 fn load_failed(name: &str, path: &Path, reason: String) -> FlashInferError {
     // Kernel modules need the driver, unless their linker dropped it.
     if reason.contains("libcuda.so.1") {
         return FlashInferError::DriverMissing { reason };
     }
     let remedy = if reason.contains("GLIBC") {
-        "use a system with the C and C++ libraries that the reason asks for, or newer ones"
+        "use a system with the C and C++ libraries that the reason asks for, or newer ones".to_owned()
     } else if reason.contains(OPEN_FILES) && !Path::new(OPEN_FILES).exists() {
-        "mount /proc: libraries are loaded through the descriptor they were checked through"
-    } else if reason.contains("libcudart") {
-        "build with the feature `cudart`, or install CUDA 13's runtime"
+        "mount /proc: libraries are loaded through the descriptor they were checked through".to_owned()
+    } else if reason.contains(CUDART) {
+        format!("{}; or install CUDA 13's runtime", how_to_vendor(CUDART))
     } else {
-        "mend what the reason names"
+        "mend what the reason names".to_owned()
     };
     FlashInferError::LoadFailed { library: name.to_owned(), path: path.to_owned(), reason, remedy }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever the system says of memory, it says of no file in it that is damaged.
+    #[test]
+    fn a_damaged_library_in_memory_is_not_called_one_that_the_system_refuses() {
+        for bytes in [&b"no library"[..], b"\x7fELF and nothing else", &[0x7f; 100_000]] {
+            let memory = sealed("damaged.so", bytes).expect("memory");
+            // SAFETY: the dynamic linker refuses it before anything in it runs.
+            let error = unsafe { Library::from_sealed("damaged.so", Path::new("(memory)/damaged.so"), memory) };
+            let error = error.expect_err("no library");
+            assert!(matches!(error, FlashInferError::LoadFailed { .. }), "{error}");
+            assert!(!error.to_string().contains("FLASHINFER_RS_LIB_DIR"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_the_system_refuses_is_said_with_its_reason_and_its_remedy() {
+        let open = format!("{OPEN_FILES}/./5: cannot open shared object file: Too many open files");
+        let map = format!("{OPEN_FILES}/./5: failed to map segment from shared object");
+        let missing = "libother.so.1: cannot open shared object file: No such file or directory".to_owned();
+        assert!(is_of_memory(&open) && is_of_memory(&map) && !is_of_memory(&missing));
+        for (reason, remedy) in [(open, "mend what the reason names"), (map, "SELinux, AppArmor or seccomp")] {
+            let text = embedding_refused("norm.so", reason.clone()).to_string();
+            assert!(
+                text.contains(&reason) && text.contains(remedy) && text.contains("FLASHINFER_RS_LIB_DIR"),
+                "{text}"
+            );
+            // It makes memory that is not executable as a file, which no library needs to be.
+            assert!(!text.contains("memfd_noexec"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_missing_runtime_of_cuda_is_said_with_why_it_was_not_vendored() {
+        let reason = "libcudart.so.13: cannot open shared object file: No such file or directory".to_owned();
+        let text = load_failed("norm.so", Path::new("norm.so"), reason).to_string();
+        assert!(text.contains(&how_to_vendor(CUDART)), "{text}");
+    }
 }

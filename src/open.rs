@@ -294,7 +294,7 @@ impl Module {
     /// memory, and [`Unloadable`](FlashInferError::Unloadable) for one with modules embedded in it, which only a file can have.
     pub unsafe fn from_bytes(name: &str, bytes: &[u8]) -> Result<Self> {
         let (runtime, path) = (FlashInferRuntime::global()?, PathBuf::from(format!("(memory)/{name}")));
-        let refused = |reason| FlashInferError::EmbeddingRefused { library: name.to_owned(), reason };
+        let refused = |reason| loader::embedding_refused(name, reason);
         // The system's names end at a zero byte and have no room for more than this.
         const LONGEST_NAME: usize = 200;
         let short: String = name.chars().filter(|c| *c != '\0').take(LONGEST_NAME / 4).collect();

@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use crate::artifact::{Source, Stored};
+use crate::artifact::Stored;
 #[allow(unused_imports, reason = "a table without a kernel has no digest")]
 use crate::digest::Digest;
 use crate::error::{FlashInferError, Result};
@@ -40,8 +40,6 @@ pub struct PinnedKernel {
     pub cuda: Option<u32>,
     /// The libraries that it needs, by soname.
     pub needed: &'static [&'static str],
-    /// Where the build found it.
-    pub source: Source,
     /// Its `kernel_metadata.txt`.
     pub metadata: &'static str,
     /// Its `definition.json`, where one was pinned with it.
@@ -116,8 +114,8 @@ impl PinnedKernel {
 
 impl fmt::Display for PinnedKernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, definition, source, .. } = self;
-        write!(f, "{name} {} bytes, sha256 {} ({source}), computes {definition}", self.size(), self.sha256())?;
+        let Self { name, definition, .. } = self;
+        write!(f, "{name} {} bytes, sha256 {}, computes {definition}", self.size(), self.sha256())?;
         if let Some(solution) = self.solution {
             write!(f, " by {solution}")?;
         }

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use crate::artifact::{self, Artifact, Location, Stored};
+use crate::artifact::{self, Artifact, CUDART, Location, Stored};
 #[cfg(feature = "cudarc")]
 use crate::cublaslt::CublasLt;
 use crate::cuda::{Cudart, Limits};
@@ -24,7 +24,6 @@ use crate::turn::{Turn, Turns};
 use crate::uri::Uri;
 
 const TVM_FFI: &str = "libtvm_ffi.so";
-const CUDART: &str = "libcudart.so.13";
 /// What is no module, though it may have been vendored.
 const NO_MODULES: [&str; 3] = [TVM_FFI, CUDART, CUBLASLT];
 /// As `cublaslt.rs` describes it.

@@ -761,7 +761,7 @@ mod pip {
         let lock = wheels::lock([&pin()]);
         let outcome = machine.vendor(&lock, &["cudart"]).expect("a pinned wheel is used all the same");
         assert_eq!(outcome.rows.len(), 1);
-        let notes = outcome.warnings.join("\n");
+        let notes = [outcome.warnings, outcome.told].concat().join("\n");
         assert!(!notes.contains("hunter2") && !notes.contains("alice"), "{notes}");
         notes
     }
@@ -780,7 +780,8 @@ mod pip {
         server.on(&format!("{FILE}?token=hunter2"), [whole(&Wheel::cudart())]);
         let machine = configured(&server);
         let lock = wheels::lock([&pin()]);
-        let notes = machine.vendor(&lock, &["cudart"]).expect("the wheel").warnings.join("\n");
+        let outcome = machine.vendor(&lock, &["cudart"]).expect("the wheel");
+        let notes = [outcome.warnings, outcome.told].concat().join("\n");
         assert!(!notes.contains("hunter2"), "{notes}");
         notes
     }

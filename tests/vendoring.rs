@@ -298,7 +298,7 @@ mod the_environment {
 
     #[test]
     fn puts_the_cache_into_the_xdg_folder_or_else_into_home() {
-        let cache = |pairs: &[(&str, &str)]| Env::fixed(pairs.iter().copied()).cache_dir();
+        let cache = |pairs: &[(&str, &str)]| Env::fixed(pairs.iter().copied()).cache_dir().expect("full paths");
         assert_eq!(cache(&[("XDG_CACHE_HOME", "/x"), ("HOME", "/h")]), Some("/x/flashinfer-rs".into()));
         assert_eq!(cache(&[("HOME", "/h")]), Some("/h/.cache/flashinfer-rs".into()));
         assert_eq!(cache(&[(env::CACHE_DIR, "/c"), ("HOME", "/h")]), Some("/c".into()));
@@ -308,7 +308,7 @@ mod the_environment {
     #[test]
     fn ignores_a_relative_xdg_folder_as_xdg_demands() {
         let env = Env::fixed([("XDG_CACHE_HOME", "x"), ("HOME", "/h")]);
-        assert_eq!(env.cache_dir(), Some("/h/.cache/flashinfer-rs".into()));
+        assert_eq!(env.cache_dir(), Ok(Some("/h/.cache/flashinfer-rs".into())));
     }
 
     #[test]
@@ -566,7 +566,7 @@ mod an_override {
     fn with_the_pinned_bytes_is_taken_without_a_word() {
         let found = machine_with(&Wheel::jit_cache().bytes()).find(&pinned()).expect("the wheel");
         assert!(found.is_pinned(&pinned()));
-        assert!(found.notes.is_empty(), "{:?}", found.notes);
+        assert!(found.notes.warnings.is_empty() && found.notes.told.is_empty(), "{:?}", found.notes);
     }
 
     #[test]
@@ -591,7 +591,7 @@ mod an_override {
     fn of_another_version_is_taken_with_a_note_where_that_is_allowed() {
         let machine = machine_with(&Wheel { version: "0.6.4", ..Wheel::jit_cache() }.bytes());
         let found = machine.with(env::ALLOW_VERSION, "1").find(&pinned()).expect("the wheel");
-        assert_says(found.notes.join("\n"), &["version 0.6.4", "0.6.3+cu130"]);
+        assert_says(found.notes.warnings.join("\n"), &["version 0.6.4", "0.6.3+cu130"]);
     }
 
     #[test]
@@ -617,7 +617,7 @@ mod an_override {
         let bytes = Wheel::jit_cache().rebuilt().bytes();
         let found = machine_with(&bytes).find(&pinned()).expect("the wheel");
         assert_eq!(found.sha256, sha256(&bytes));
-        assert_says(found.notes.join("\n"), &["not the pinned wheel", "given.whl"]);
+        assert_says(found.notes.warnings.join("\n"), &["not the pinned wheel", "given.whl"]);
     }
 
     #[test]
@@ -1424,7 +1424,7 @@ mod extraction {
         let outcome = machine.vendor(&lock, ALL).expect("the build goes on");
         assert_eq!(outcome.rows.len(), 2);
         assert_says(outcome.warnings.join("\n"), &["answered 404", "goes on", "libcudart.so.13"]);
-        assert_says(reasons(&outcome.missing), &["/gone.whl", "FLASHINFER_RS_CUDART_WHEEL"]);
+        assert_says(reasons(&outcome.missing), &["fetching it failed", "FLASHINFER_RS_CUDART_WHEEL"]);
     }
 
     #[test]
@@ -1434,17 +1434,29 @@ mod extraction {
         assert!(Machine::new().vendor(&lock, ALL).err().expect("no wheel").is_unavailable());
     }
 
+    /// A proxy's error page, or what else stands in its place.
     #[test]
-    fn refuses_an_optional_wheel_with_other_bytes() {
+    fn goes_on_without_an_optional_wheel_that_is_another_one_there() {
         let wheel = Wheel::cudart();
-        let (server, mut pin) = released(&wheel);
         let mut other = wheel.bytes();
         other[40] ^= 1;
-        server.on(&release(&wheel), [Reply::ok(other)]);
-        pin.optional = true;
-        let lock = wheels::lock([&pin]);
-        let fault = Machine::new().vendor(&lock, ALL).err().expect("other bytes").to_string();
-        assert_says(fault, &[&server.url(&release(&wheel)), "sha256"]);
+        for (reply, fault) in [
+            (Reply::ok(other), "sha256"),
+            (Reply::ok("<html>Sign in first</html>").header("Content-Type", "text/html"), "bytes long, expected"),
+        ] {
+            let (server, mut pin) = released(&wheel);
+            server.on(&release(&wheel), [reply]);
+            pin.optional = true;
+            let (lock, machine) = (wheels::lock([&pin]), Machine::new());
+            let outcome = machine.vendor(&lock, ALL).expect("the build goes on");
+            assert!(outcome.rows.is_empty());
+            let warning = outcome.warnings.join("\n");
+            assert_says(warning, &[&server.url(&release(&wheel)), fault, "goes on", "libcudart.so.13"]);
+            assert_eq!(files_under(&machine.lib_dir()), [""; 0]);
+
+            let fault = machine.with(env::STRICT, "1").vendor(&lock, ALL).err().expect("strict").to_string();
+            assert_says(fault, &["FLASHINFER_RS_STRICT is set", &server.url(&release(&wheel))]);
+        }
     }
 
     #[test]
@@ -1746,29 +1758,13 @@ mod extraction {
 
 mod what_a_build_leaves {
     use super::*;
-    use std::fs::File;
-    use std::time::{Duration, SystemTime};
-
     use vendoring::emit::{self, Row};
     use vendoring::wheel::Extracted;
 
     fn row(wheel: &lock::Wheel) -> Row<'_> {
         let extracted = Extracted { path: "/out/lib/norm.so".into(), sha256: sha256(b"norm"), size: 4 };
-        Row { wheel, wheel_sha256: wheel.sha256, source: Source::Override, soname: "norm.so", extracted }
-    }
-
-    /// The table, aged, so that a second writing would show.
-    fn aged_table(machine: &Machine, wheel: &lock::Wheel) -> (PathBuf, SystemTime) {
-        let folder = machine.path("out");
-        emit::table(&folder, &[row(wheel)], &[], &lock(), false).expect("the table");
-        let path = folder.join("vendored.rs");
-        let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
-        File::options().write(true).open(&path).and_then(|f| f.set_modified(long_ago)).expect("another time");
-        (path, long_ago)
-    }
-
-    fn modified(path: &Path) -> SystemTime {
-        fs::metadata(path).and_then(|metadata| metadata.modified()).expect("a time")
+        let (version, wheel_sha256) = (wheel.version.clone(), wheel.sha256);
+        Row { wheel, version, wheel_sha256, source: Source::Override, soname: "norm.so", extracted }
     }
 
     fn pinned() -> lock::Wheel {
@@ -1795,7 +1791,7 @@ mod what_a_build_leaves {
                 &format!("wheel_sha256: Digest({:?})", wheel.sha256.0),
                 &format!(" sha256: Digest({:?})", sha256(b"norm").0),
                 "size: 4",
-                "source: Source::Override",
+                "source: Source::Pinned",
                 "built_at: \"/out/lib/norm.so\", built_below: \"\"",
                 "MISSING: &[(&[&str], &str)] = &[",
                 "(&[\"libcudart.so.13\"], \"no \\\"cudart\\\"\"),",
@@ -1823,23 +1819,6 @@ mod what_a_build_leaves {
         emit::table(&machine.path("out"), &[row(&wheel)], &[], &lock(), true).expect("the table");
         let text = fs::read_to_string(machine.path("out/vendored.rs")).expect("the table");
         assert_says(&text, &["built_at: \"\", built_below: \"\""]);
-    }
-
-    #[test]
-    fn is_not_touched_when_it_is_the_same() {
-        let (machine, wheel) = (Machine::new(), pinned());
-        let (path, long_ago) = aged_table(&machine, &wheel);
-        emit::table(&machine.path("out"), &[row(&wheel)], &[], &lock(), false).expect("the table");
-        assert_eq!(modified(&path), long_ago);
-    }
-
-    #[test]
-    fn is_written_again_when_it_is_another() {
-        let (machine, wheel) = (Machine::new(), pinned());
-        let (path, long_ago) = aged_table(&machine, &wheel);
-        emit::table(&machine.path("out"), &[], &[], &lock(), false).expect("the table");
-        assert_ne!(modified(&path), long_ago);
-        assert!(!fs::read_to_string(&path).expect("the table").contains("name: \"norm.so\""));
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub enum CacheCommand {
 }
 
 pub fn command(command: CacheCommand) -> Result<()> {
-    let Some(root) = Env::process().cache_dir() else {
+    let Some(root) = Env::process().cache_dir()? else {
         refuse!("there is no cache folder: set HOME, or {} to a folder", env::CACHE_DIR)
     };
     match command {

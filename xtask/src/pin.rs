@@ -465,13 +465,10 @@ impl Handed {
         let members: Vec<&Member> = wheel.members.iter().collect();
         let mut silent = |_, _| {};
         let mut ladder = Ladder { env, workspace: Some(shell::root()), checkout: None, progress: &mut silent };
-        let supply = match ladder.supply(wheel, &members) {
-            Ok(supply) => supply,
-            Err(Error::Unavailable(_)) => return Ok(None),
-            Err(fault) => return Err(fault),
-        };
+        let scratch = tempfile::tempdir().map_err(|e| Error::io("writing to the folder", &std::env::temp_dir(), &e))?;
         let machines = [elf::X86_64, elf::AARCH64];
-        let read = match supply {
+        let read = match ladder.supply(wheel, &members, scratch.path())? {
+            Supply::Nowhere(_) => return Ok(None),
             Supply::Members { files, .. } => {
                 let Some((_, file)) = files.first() else { return Ok(None) };
                 Elf::read_for(&machines, &ReadCache::new(file))

@@ -22,7 +22,7 @@ pub fn target() -> String {
 
 /// xtask's part of the cache folder.
 pub fn cache(env: &Env) -> Result<PathBuf> {
-    match env.cache_dir() {
+    match env.cache_dir()? {
         Some(root) => Ok(root.join("xtask")),
         None => refuse!("there is no cache folder: set HOME, or {} to a folder that can be written", env::CACHE_DIR),
     }
