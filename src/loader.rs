@@ -322,15 +322,19 @@ pub(crate) fn mapped_file(address: usize) -> String {
         });
         bounds.is_some_and(|(low, high)| (low..high).contains(&address))
     };
-    let line = maps.lines().find(holds).and_then(|line| line.split_whitespace().nth(5));
-    line.unwrap_or("an unknown file").to_owned()
+    maps.lines().find(holds).and_then(path_of).unwrap_or("an unknown file").to_owned()
+}
+
+/// The path in a line of /proc/self/maps, behind five fields; it may have blanks in it.
+fn path_of(line: &str) -> Option<&str> {
+    line.splitn(6, ' ').nth(5).map(str::trim_start).filter(|path| !path.is_empty())
 }
 
 /// The mapped file of this name, for messages and reports.
 fn loaded_path(name: &str) -> Option<String> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let paths = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
-    paths
+    maps.lines()
+        .filter_map(path_of)
         .filter(|path| Path::new(path).file_name().is_some_and(|file| file.to_string_lossy().starts_with(name)))
         .map(str::to_owned)
         .next()

@@ -1,8 +1,7 @@
 //! The cache as a specification: shared by any number of processes, killed at any moment, in folders of every kind.
 //! `FLASHINFER_RS_STRESS=1`, which `cargo xtask stress` sets, makes the long forms of the same tests.
 //!
-//! A test that needs another process starts itself again; one that needs a read-only or a full disk does so in a mount
-//! namespace of its own, as root or else as root of a user namespace.
+//! A test that needs another process starts itself again. What takes more than an ordinary user may do is in privileged.rs.
 #![cfg(target_os = "linux")]
 
 #[path = "../build/mod.rs"]
@@ -15,7 +14,7 @@ mod support {
 }
 
 use std::fs::{self, File};
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -320,74 +319,6 @@ mod processes {
 mod folders {
     use super::*;
 
-    /// Runs a test's body in a mount namespace of its own, after this script, which runs in the folder.
-    fn after_mounting(test: &str, folder: &Path, script: &str) {
-        let script = format!("set -e; cd \"${FOLDER}\"; {script}; exec \"$0\" \"$@\"");
-        let works = |starter: &[&str]| {
-            let (program, arguments) = starter.split_first().expect("a program");
-            let tried = Command::new(program).args(arguments).args(["mount", "-t", "tmpfs", "none", "/mnt"]).output();
-            tried.is_ok_and(|output| output.status.success())
-        };
-        let starters: [&[&str]; 2] = [&["unshare", "-m"], &["unshare", "-rm"]];
-        let starter = starters
-            .into_iter()
-            .find(|starter| works(starter))
-            .expect("this test needs a mount namespace: run it as root, or make `unshare -rm true` work");
-        let starter = [starter, ["sh", "-c", &script].as_slice()].concat();
-        succeeds(again(test, folder, &starter).spawn().expect("a process"));
-    }
-
-    const FULL: &str = "folders::that_are_full_are_named_and_left_without_half_a_file";
-
-    #[test]
-    fn that_are_full_are_named_and_left_without_half_a_file() {
-        let Some(folder) = inside(FULL) else {
-            let machine = Machine::new();
-            fs::create_dir(machine.cache()).expect("the cache");
-            return after_mounting(FULL, &machine.path(""), "mount -t tmpfs -o size=64k none cache");
-        };
-        for way in [Way::Whole, Way::Ranges] {
-            let wheel = wheel();
-            let (_server, pin) = serving(way.pin(&wheel), way.reply(&wheel));
-            let (machine, cache) = (Machine::new(), folder.join("cache"));
-            let machine = machine.with(env::CACHE_DIR, &cache);
-            let lock = wheels::lock([&pin]);
-            let fault = machine.vendor(&lock, FEATURES).err().expect("a full disk");
-            assert!(!fault.is_unavailable(), "another source would not help");
-            assert_says(fault.to_string(), &[&cache.display().to_string(), "No space left", "free some space"]);
-            assert_eq!(files_under(&cache), NO_FILES, "{way:?}");
-        }
-    }
-
-    const READ_ONLY: &str = "folders::that_cannot_be_written_are_used_where_they_hold_the_wheel";
-
-    #[test]
-    fn that_cannot_be_written_are_used_where_they_hold_the_wheel() {
-        let wheel = wheel();
-        let Some(folder) = inside(READ_ONLY) else {
-            let machine = Machine::new();
-            machine.place(machine.cached(&Way::Ranges.pin(&wheel).url("http://127.0.0.1:1/").parsed()), wheel.bytes());
-            let script = "mount --bind cache cache; mount -o remount,ro,bind cache";
-            return after_mounting(READ_ONLY, &machine.path(""), script);
-        };
-        let cache = folder.join("cache");
-        let denied = fs::write(cache.join("file"), "").expect_err("the fixture: a read-only folder");
-        assert_eq!(denied.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
-        let (server, pin) = serving(Way::Ranges.pin(&wheel), Way::Ranges.reply(&wheel));
-        let machine = Machine::new().with(env::CACHE_DIR, &cache);
-        let lock = wheels::lock([&pin]);
-        let rows = machine.vendor(&lock, FEATURES).expect("the kernels").rows;
-        assert!(rows.iter().all(|row| row.source == Source::Cache));
-        are_the_kernels(&machine.lib_dir(), &wheel);
-        assert!(server.requests().is_empty());
-
-        let other = self::wheel().rebuilt();
-        let (server, pin) = serving(other.pin(), Reply::ok(other.bytes()));
-        let fault = machine.fault(&pin.parsed());
-        assert_says(fault, &[&cache.display().to_string(), "Read-only", env::CACHE_DIR]);
-        assert!(server.requests().is_empty(), "nothing is fetched that cannot be kept");
-    }
-
     /// A machine whose cache was filled, and the server that filled it.
     fn filled(way: Way) -> (Machine, Server, Lock, Wheel) {
         let (machine, wheel) = (Machine::new(), wheel());
@@ -430,13 +361,6 @@ mod folders {
     fn that_everybody_may_write_are_hashed_before_use() {
         are_hashed_before_use(|path| {
             fs::set_permissions(path, fs::Permissions::from_mode(0o777)).expect("another mode");
-        });
-    }
-
-    #[test]
-    fn that_belong_to_somebody_else_are_hashed_before_use() {
-        are_hashed_before_use(|path| {
-            chown(path, Some(12345), Some(12345)).expect("this test gives files away, which root alone may");
         });
     }
 

@@ -1,5 +1,6 @@
 //! Real builds of a crate that depends on this one, in a network namespace without interfaces: `cargo build` finds the
-//! wheels wherever a user may have put them, and says where it looked when they are nowhere.
+//! wheels wherever a user may have put them, and says where it looked when they are nowhere. Where there are no such
+//! namespaces these tests are ignored, with the reason.
 //!
 //! The builds take turns in one target folder, which stays, so that what they depend on is compiled once. The wheels
 //! are the two small ones; they are found as any build finds them, and downloaded the first time.
@@ -10,14 +11,18 @@ mod vendoring;
 
 #[path = "support/native.rs"]
 mod native;
+#[macro_use]
+#[path = "support/needs.rs"]
+mod needs;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, ExitCode, Output};
 use std::sync::LazyLock;
 
+use needs::Need;
 use serde::Deserialize;
 use tempfile::TempDir;
 
@@ -31,6 +36,27 @@ use vendoring::wheel::Wheel as Archive;
 const CHECKOUT: &str = env!("CARGO_MANIFEST_DIR");
 const SMALL: [&str; 2] = ["apache_tvm_ffi", "nvidia_cuda_runtime"];
 
+fn main() -> ExitCode {
+    let tests = needing![Need::NoNetwork;
+        builds_from_overrides,
+        builds_from_a_folder_of_wheels,
+        builds_from_wheels_beside_the_manifest,
+        builds_from_the_cache_that_an_earlier_build_filled,
+        builds_from_a_cache_of_whole_wheels,
+        fails_with_nothing_and_names_every_place_and_the_remedy,
+        builds_with_nothing_where_no_artifacts_are_wanted,
+        builds_nothing_twice,
+        a_program_calls_the_kernels_that_its_project_pins,
+        a_program_carries_its_kernels_in_itself_where_that_is_wanted,
+        a_project_names_its_lock_in_cargos_configuration,
+        a_kernel_that_registers_something_while_it_is_loaded_is_not_loaded,
+        a_project_that_is_moved_runs_without_a_build_or_says_how_to_get_one,
+        fails_with_a_changed_byte_where_strict_is_set,
+        builds_from_a_package_that_cannot_be_written,
+    ];
+    needs::main(include_str!("hermetic.rs"), &tests)
+}
+
 /// The two small wheels of this machine's kind, pinned, and where they are.
 static WHEELS: LazyLock<Vec<(Wheel, PathBuf)>> = LazyLock::new(|| {
     let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
@@ -41,20 +67,6 @@ static WHEELS: LazyLock<Vec<(Wheel, PathBuf)>> = LazyLock::new(|| {
     let small = lock.for_target(&target).filter(|wheel| SMALL.contains(&wheel.distribution.as_str()));
     let find = |wheel: &Wheel| (wheel.clone(), ladder.find_pinned(wheel).expect("the pinned wheel").path);
     small.map(find).collect()
-});
-
-/// How a program is started without a network: as root, else as root of a user namespace.
-static WITHOUT_NETWORK: LazyLock<&[&str]> = LazyLock::new(|| {
-    let works = |starter: &[&str]| {
-        let tried = Command::new(starter[0]).args(&starter[1..]).arg("true").output();
-        tried.is_ok_and(|output| output.status.success())
-    };
-    let starters: [&[&str]; 2] =
-        [&["unshare", "--net", "--mount"], &["unshare", "--net", "--mount", "--map-root-user"]];
-    starters
-        .into_iter()
-        .find(|starter| works(starter))
-        .expect("these tests need a network namespace: run them as root, or make `unshare -rn true` work")
 });
 
 /// A crate that depends on this one; who holds it builds.
@@ -138,12 +150,15 @@ impl Dependent {
     fn cargo_in(&self, folder: &Path, arguments: &[&str], variables: &[(&str, OsString)], script: &str) -> Output {
         let script = format!("set -e; {script}\nexec \"$@\"");
         let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
-        let mut command = Command::new(WITHOUT_NETWORK[0]);
-        command.args(&WITHOUT_NETWORK[1..]).args(["sh", "-c", &script, "sh"]).arg(cargo).args(arguments);
+        let (program, flags) = Need::NoNetwork.starter().split_first().expect("a program");
+        let mut command = Command::new(program);
+        command.args(flags).args(["sh", "-c", &script, "sh"]).arg(cargo).args(arguments);
         // Nothing of what this machine has configured, but for what cargo and compilers need.
         let needed = ["PATH", "HOME", "TMPDIR", "CARGO_HOME", "RUSTUP_HOME", "RUSTUP_TOOLCHAIN", "CC", "AR"];
         command.env_clear().envs(needed.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         command.env(env::CACHE_DIR, self.path("cache")).env("PIP_CONFIG_FILE", "/dev/null");
+        // Whatever cargo's configuration says.
+        command.env("CARGO_TARGET_DIR", folder.join("target")).env("CARGO_BUILD_BUILD_DIR", folder.join("target"));
         command.envs(variables.iter().map(|(name, value)| (name, value)));
         command.current_dir(folder).output().expect("cargo, in a namespace of its own")
     }
@@ -214,19 +229,16 @@ fn overrides(folder: &Path) -> Vec<(&'static str, OsString)> {
     WHEELS.iter().map(|(wheel, _)| (variable(wheel), folder.join(&wheel.file).into())).collect()
 }
 
-#[test]
 fn builds_from_overrides() {
     let dependent = Dependent::new();
     vendored(&dependent.offline(&overrides(&dependent.wheels())), "override");
 }
 
-#[test]
 fn builds_from_a_folder_of_wheels() {
     let dependent = Dependent::new();
     vendored(&dependent.offline(&[(env::WHEEL_DIR, dependent.wheels().into())]), "directory");
 }
 
-#[test]
 fn builds_from_wheels_beside_the_manifest() {
     let dependent = Dependent::new();
     for (wheel, path) in WHEELS.iter() {
@@ -235,7 +247,6 @@ fn builds_from_wheels_beside_the_manifest() {
     vendored(&dependent.offline(&[]), "directory");
 }
 
-#[test]
 fn builds_from_the_cache_that_an_earlier_build_filled() {
     let dependent = Dependent::new();
     // pip's folder of wheels stands in for the network.
@@ -246,7 +257,6 @@ fn builds_from_the_cache_that_an_earlier_build_filled() {
 }
 
 /// As container images do: wheels put where the cache has them.
-#[test]
 fn builds_from_a_cache_of_whole_wheels() {
     let dependent = Dependent::new();
     let store = Store::new(dependent.path("cache"));
@@ -258,7 +268,6 @@ fn builds_from_a_cache_of_whole_wheels() {
     vendored(&dependent.offline(&[]), "cache");
 }
 
-#[test]
 fn fails_with_nothing_and_names_every_place_and_the_remedy() {
     let dependent = Dependent::new();
     let (wheel, cache) = (&WHEELS[0].0, dependent.path("cache").display().to_string());
@@ -282,13 +291,11 @@ fn fails_with_nothing_and_names_every_place_and_the_remedy() {
     failed(&output, &["at PIP_INDEX_URL: http://127.0.0.1:9/simple/apache-tvm-ffi/", "Network is unreachable"]);
 }
 
-#[test]
 fn builds_with_nothing_where_no_artifacts_are_wanted() {
     let output = Dependent::new().offline(&[(env::SKIP_VENDOR, "1".into())]);
     assert!(output.status.success(), "{}", text(&output));
 }
 
-#[test]
 fn builds_nothing_twice() {
     let dependent = Dependent::new();
     let variables = [(env::WHEEL_DIR, dependent.wheels().into())];
@@ -366,7 +373,6 @@ fn said(output: &Output, parts: &[&str]) {
     }
 }
 
-#[test]
 fn a_program_calls_the_kernels_that_its_project_pins() {
     let dependent = Dependent::new();
     dependent.with_kernel("answer", "loadable.c");
@@ -417,7 +423,6 @@ fn a_program_calls_the_kernels_that_its_project_pins() {
     );
 }
 
-#[test]
 fn a_program_carries_its_kernels_in_itself_where_that_is_wanted() {
     let dependent = Dependent::new();
     dependent.with_kernel("answer", "loadable.c");
@@ -438,7 +443,6 @@ fn a_program_carries_its_kernels_in_itself_where_that_is_wanted() {
 }
 
 /// As docs/kernel-lock.md recommends it.
-#[test]
 fn a_project_names_its_lock_in_cargos_configuration() {
     let dependent = Dependent::new();
     dependent.with_kernel("answer", "loadable.c");
@@ -451,7 +455,6 @@ fn a_project_names_its_lock_in_cargos_configuration() {
     failed(&run(), &["FLASHINFER_RS_KERNELS=", "names no file"]);
 }
 
-#[test]
 fn a_kernel_that_registers_something_while_it_is_loaded_is_not_loaded() {
     let dependent = Dependent::new();
     dependent.with_kernel("answer", "registers.c");
@@ -481,7 +484,6 @@ impl Drop for Renamed<'_> {
     }
 }
 
-#[test]
 fn a_project_that_is_moved_runs_without_a_build_or_says_how_to_get_one() {
     let dependent = Dependent::new();
     // An example, so that the other tests do not build it.
@@ -516,7 +518,6 @@ fn a_project_that_is_moved_runs_without_a_build_or_says_how_to_get_one() {
     }
 }
 
-#[test]
 fn fails_with_a_changed_byte_where_strict_is_set() {
     let dependent = Dependent::new();
     let folder = dependent.wheels();
@@ -535,7 +536,6 @@ fn fails_with_a_changed_byte_where_strict_is_set() {
 }
 
 /// As `cargo vendor` and the package folders of distributions have it.
-#[test]
 fn builds_from_a_package_that_cannot_be_written() {
     let temp = tempfile::tempdir().expect("a temporary folder");
     let mut package = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));

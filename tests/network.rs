@@ -670,10 +670,16 @@ mod pip {
         found(&configured(&server).with("PIP_NO_INDEX", "0"));
     }
 
+    /// A folder as pip's variable takes it, which is divided at blanks.
+    fn spelt(folder: &std::path::Path) -> String {
+        let path = folder.display().to_string();
+        if path.contains(' ') { format!("file://{}", path.replace(' ', "%20")) } else { path }
+    }
+
     #[test]
     fn find_links_names_a_folder() {
         let machine = with_folder();
-        let links = machine.path("links");
+        let links = spelt(&machine.path("links"));
         found(&machine.with("PIP_FIND_LINKS", links).with("PIP_NO_INDEX", "1"));
     }
 
@@ -696,8 +702,8 @@ mod pip {
     fn find_links_names_several_places_that_are_tried_in_turn() {
         let machine = with_folder();
         let server = Server::start();
-        let links = format!("{} {} {}", machine.path("empty").display(), server.url("/none"), "");
-        let links = format!("{links} {}", machine.path("links").display());
+        let links = format!("{} {} {}", spelt(&machine.path("empty")), server.url("/none"), "");
+        let links = format!("{links} {}", spelt(&machine.path("links")));
         found(&machine.with("PIP_FIND_LINKS", links).with("PIP_NO_INDEX", "1"));
         assert_eq!(server.paths(), ["/none"]);
     }
@@ -725,7 +731,7 @@ mod pip {
         let machine = Machine::new();
         let other = Wheel::cudart().rebuilt().bytes();
         let path = machine.place(format!("links/{}", Wheel::cudart().file()), &other);
-        let links = machine.path("links");
+        let links = spelt(&machine.path("links"));
         let machine = machine.with("PIP_FIND_LINKS", links).with("PIP_NO_INDEX", "1");
         let fault = machine.fault(&pin().parsed());
         assert_says(fault, &[&path.display().to_string(), &sha256(&other).to_string(), "expected"]);

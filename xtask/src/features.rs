@@ -15,7 +15,7 @@ use crate::vendoring::store::publish_bytes;
 
 /// What no feature makes a difference to: tests of the build script, of the wheels, of what does not compile, and of TVM-FFI's
 /// objects, which take their time: a million of each.
-const WHATEVER_FEATURES: [&str; 9] = [
+const WHATEVER_FEATURES: [&str; 10] = [
     "cache",
     "compile_fail",
     "hermetic",
@@ -24,6 +24,7 @@ const WHATEVER_FEATURES: [&str; 9] = [
     "network",
     "newer_tvm_ffi",
     "objects",
+    "privileged",
     "vendoring",
 ];
 /// How tests are called that only a GPU can run.
