@@ -29,10 +29,9 @@ const UNICODE_PATH: u16 = 0x7075;
 
 type Checked<T> = Result<T, String>;
 
-/// What the directory is known for.
+/// An archive's members, in the order in which they lie in it.
 pub struct Directory {
-    start: u64,
-    entries: Vec<Entry>,
+    pub entries: Vec<Entry>,
 }
 
 impl Directory {
@@ -53,21 +52,33 @@ impl Directory {
 }
 
 /// What a member's entry in the directory says.
-struct Entry {
-    name: Vec<u8>,
-    facts: Facts,
-    offset: u64,
+pub struct Entry {
+    pub name: Vec<u8>,
+    pub facts: Facts,
+    /// Where its local header starts.
+    pub offset: u64,
+    /// Where the next member starts, or the directory.
+    pub next: u64,
+    /// A Unix file mode, whichever system the archive says that it was made on: 0 where it has none.
+    pub mode: u32,
 }
 
 /// What an entry and a local header both say.
 #[derive(PartialEq, Eq)]
-struct Facts {
+pub struct Facts {
     flags: u16,
-    method: u16,
+    pub method: u16,
     time: u32,
-    crc32: u32,
-    compressed: u64,
-    size: u64,
+    pub crc32: u32,
+    pub compressed: u64,
+    pub size: u64,
+}
+
+impl Facts {
+    /// Whether the name says of itself that it is UTF-8. Without, programs take anything but ASCII for what they like.
+    pub fn is_utf8(&self) -> bool {
+        self.flags & UTF8 != 0
+    }
 }
 
 /// Reads the end of an archive and its central directory.
@@ -87,21 +98,25 @@ pub fn directory(reader: &mut (impl Read + Seek)) -> Checked<Directory> {
     if entries.len() as u64 != count {
         return Err(format!("its central directory has {} entries, and says {count}", entries.len()));
     }
-    Ok(Directory { start, entries })
+    entries.sort_by_key(|entry: &Entry| entry.offset);
+    let mut next = start;
+    for entry in entries.iter_mut().rev() {
+        (entry.next, next) = (next, entry.offset);
+    }
+    if next != 0 {
+        return Err("something lies before its first member".to_owned());
+    }
+    Ok(Directory { entries })
 }
 
 /// Reads every local header, and checks that it says what the directory says and that the members leave no gap.
-pub fn check_members(reader: &mut (impl Read + Seek), mut directory: Directory) -> Checked<()> {
-    directory.entries.sort_by_key(|entry| entry.offset);
-    let starts = directory.entries.iter().map(|entry| entry.offset).chain([directory.start]);
-    let starts: Vec<u64> = starts.collect();
-    if starts[0] != 0 {
-        return Err("something lies before its first member".to_owned());
-    }
-    for (entry, next) in directory.entries.iter().zip(&starts[1..]) {
-        check_member(reader, entry, *next).map_err(|fault| format!("the member `{}` {fault}", shown(&entry.name)))?;
-    }
-    Ok(())
+pub fn check_members(reader: &mut (impl Read + Seek), directory: &Directory) -> Checked<()> {
+    directory.entries.iter().try_for_each(|entry| data(reader, entry).map(drop))
+}
+
+/// Where a member's data starts, by a local header that says what the directory says.
+pub fn data(reader: &mut (impl Read + Seek), entry: &Entry) -> Checked<u64> {
+    check_member(reader, entry).map_err(|fault| format!("the member `{}` {fault}", shown(&entry.name)))
 }
 
 /// How many entries the directory has, and from where to where it goes.
@@ -165,7 +180,7 @@ fn entry(bytes: &[u8]) -> Option<Checked<(Entry, &[u8])>> {
         let mut offset = four(fixed, 42).into();
         let facts = Facts::new(&fixed[8..28], extra, Some(&mut offset));
         let facts = facts.and_then(Facts::usual).map_err(|fault| format!("the member `{}` {fault}", shown(name)))?;
-        Ok(Entry { name: name.to_owned(), facts, offset })
+        Ok(Entry { name: name.to_owned(), facts, offset, next: 0, mode: four(fixed, 38) >> 16 })
     };
     Some(entry().map(|entry| (entry, rest)))
 }
@@ -223,8 +238,8 @@ fn widen<'a>(values: impl Iterator<Item = &'a mut u64>, extra: &[u8]) -> Checked
     asked.next().map_or(Ok(()), |_| Err("lacks its ZIP64 sizes".to_owned()))
 }
 
-fn check_member(reader: &mut (impl Read + Seek), entry: &Entry, next: u64) -> Checked<()> {
-    let facts = &entry.facts;
+fn check_member(reader: &mut (impl Read + Seek), entry: &Entry) -> Checked<u64> {
+    let (facts, next) = (&entry.facts, entry.next);
     let fixed = read(reader, entry.offset, LOCAL)?;
     if !fixed.starts_with(b"PK\x03\x04") {
         return Err(format!("has no local header at byte {}", entry.offset));
@@ -253,7 +268,7 @@ fn check_member(reader: &mut (impl Read + Seek), entry: &Entry, next: u64) -> Ch
     } else {
         behind == 0
     };
-    if fits { Ok(()) } else { Err(format!("is followed by {behind} bytes that are not its own")) }
+    if fits { Ok(data) } else { Err(format!("is followed by {behind} bytes that are not its own")) }
 }
 
 /// With signature or without, with sizes of 32 or of 64 bits: which one, its length says.
@@ -274,7 +289,7 @@ fn read(reader: &mut (impl Read + Seek), at: u64, length: usize) -> Checked<Vec<
 }
 
 /// A name as a message may have it.
-fn shown(name: &[u8]) -> String {
+pub fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).escape_debug().to_string()
 }
 

@@ -1,6 +1,5 @@
 //! From the lock to verified shared objects in a folder: what build.rs does on a supported target.
 
-use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -134,7 +133,7 @@ fn from_wheel<'a>(
     let mut lacking = Vec::new();
     for member in members {
         if member.named && !archive.has(&member.path) {
-            let paths: Vec<String> = archive.paths().map(Cow::into_owned).collect();
+            let paths: Vec<String> = archive.paths().map(str::to_owned).collect();
             let from = path.display().to_string();
             let is_local = source == Source::Local;
             refuse!("{}", modules::unknown(member, &from, is_local, paths.iter().map(String::as_str)));

@@ -1,19 +1,17 @@
 //! Wheels: hostile zip archives until proven otherwise. What comes out was checked against the lock.
 
-use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{Read, Seek, SeekFrom, Take, Write};
 use std::path::{Path, PathBuf};
 
+use flate2::Crc;
 use flate2::read::DeflateDecoder;
-use zip::read::ZipReadOptions;
-use zip::{CompressionMethod, ZipArchive};
 
 use super::digest::{Digest, Hasher};
 use super::error::{Error, Result, refuse};
 use super::index::normalized;
-use super::layout;
+use super::layout::{self, Directory, Entry};
 use super::lock::{LOCAL_HEADER, Member, Method, Place};
 use super::store::publish;
 
@@ -22,8 +20,13 @@ const MEMBER_LIMIT: u64 = 1 << 30;
 /// METADATA and WHEEL are a few kilobytes, RECORD is about 100 bytes per member.
 const TEXT_LIMIT: u64 = 16 << 20;
 
+/// How members are compressed: no other way occurs in wheels.
+const STORED: u16 = 0;
+const DEFLATED: u16 = 8;
+
 pub struct Wheel<R> {
-    archive: ZipArchive<R>,
+    reader: R,
+    members: BTreeMap<String, Entry>,
     name: String,
 }
 
@@ -49,26 +52,22 @@ impl<R: Read + Seek> Wheel<R> {
     /// differently is refused: wheels are made by tools that write none of it.
     pub fn open(mut reader: R, name: impl Into<String>) -> Result<Self> {
         let name = name.into();
-        let layout = layout::directory(&mut reader);
-        layout.and_then(|directory| layout::check_members(&mut reader, directory)).map_err(|e| broken(&name, &e))?;
-        Self::with_known_layout(reader, name)
+        let directory = layout::directory(&mut reader).map_err(|e| broken(&name, &e))?;
+        layout::check_members(&mut reader, &directory).map_err(|e| broken(&name, &e))?;
+        Self::with_known_layout(reader, directory, name)
     }
 
     /// As [`open`](Self::open), but looks at the central directory only: reading every local header would mean a
-    /// request for each.
+    /// request for each. A member's is looked at before it is read.
     pub fn open_remote(mut reader: R, name: impl Into<String>) -> Result<Self> {
         let name = name.into();
-        layout::directory(&mut reader).map_err(|e| broken(&name, &e))?;
-        Self::with_known_layout(reader, name)
+        let directory = layout::directory(&mut reader).map_err(|e| broken(&name, &e))?;
+        Self::with_known_layout(reader, directory, name)
     }
 
-    fn with_known_layout(reader: R, name: String) -> Result<Self> {
-        let mut archive = ZipArchive::new(reader).map_err(|e| broken(&name, &e))?;
-        if archive.has_duplicate_names() {
-            refuse!("{name}: several members have one name, which is not so in wheels; get it from a source you trust");
-        }
-        check_members(&mut archive, &name)?;
-        Ok(Self { archive, name })
+    fn with_known_layout(reader: R, directory: Directory, name: String) -> Result<Self> {
+        let members = named(directory, &name)?;
+        Ok(Self { reader, members, name })
     }
 
     /// The distribution, version and tags that METADATA and WHEEL give.
@@ -94,25 +93,27 @@ impl<R: Read + Seek> Wheel<R> {
     /// Where a member lies. Its end is where the next one starts.
     pub fn place(&self, path: &str) -> Result<Place> {
         let wheel = &self.name;
-        let Some(index) = self.archive.index_for_name(path) else {
-            refuse!("{wheel} has no member {path}; use the pinned wheel");
+        let entry = self.entry(path)?;
+        let method = match entry.facts.method {
+            STORED => Method::Stored,
+            DEFLATED => Method::Deflate,
+            other => refuse!(
+                "{wheel}: {path} is compressed by method {other}, expected deflate or none; use the pinned wheel"
+            ),
         };
-        let entry = self.archive.by_index_data(index).map_err(|e| Error::Refused(format!("{wheel}: {path}: {e}")))?;
-        let method = match entry.compression() {
-            CompressionMethod::Stored => Method::Stored,
-            CompressionMethod::Deflated => Method::Deflate,
-            other => {
-                refuse!("{wheel}: {path} is compressed by {other}, expected deflate or none; use the pinned wheel")
-            }
-        };
-        let offset = entry.header_start();
-        let others = (0..self.archive.len()).filter_map(|i| Some(self.archive.by_index_data(i).ok()?.header_start()));
-        let next = others.filter(|&start| start > offset).min().unwrap_or(self.archive.central_directory_start());
-        let (length, compressed) = (next.saturating_sub(offset), entry.compressed_size());
+        let (offset, compressed) = (entry.offset, entry.facts.compressed);
+        let length = entry.next.saturating_sub(offset);
         if length < LOCAL_HEADER.saturating_add(compressed) {
             refuse!("{wheel}: member {path} overlaps what follows it; get the wheel from a source you trust");
         }
         Ok(Place { offset, length, compressed, method })
+    }
+
+    fn entry(&self, path: &str) -> Result<&Entry> {
+        match self.members.get(path) {
+            Some(entry) => Ok(entry),
+            None => refuse!("{} has no member {path}; use the pinned wheel", self.name),
+        }
     }
 
     /// The member as the wheel's own RECORD knows it.
@@ -140,51 +141,40 @@ impl<R: Read + Seek> Wheel<R> {
 
     /// The CRC-32 that the central directory gives for a member.
     pub fn crc32(&self, path: &str) -> Result<u32> {
-        let entry = self.archive.index_for_name(path).and_then(|index| self.archive.by_index_data(index).ok());
-        match entry {
-            Some(entry) => Ok(entry.crc32()),
-            None => refuse!("{} has no member {path}; use the pinned wheel", self.name),
-        }
+        Ok(self.entry(path)?.facts.crc32)
     }
 
-    /// The paths of all members.
-    pub fn paths(&self) -> impl Iterator<Item = Cow<'_, str>> {
-        self.archive.file_names().flatten()
+    /// The paths of all members, in alphabetical order.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        self.members.keys().map(String::as_str)
     }
 
     /// Whether the archive has a member of this path.
     pub fn has(&self, path: &str) -> bool {
-        self.archive.index_for_name(path).is_some()
+        self.members.contains_key(path)
     }
 
     /// Copies a member out; the verdict counts once this answers Ok.
     pub fn copy(&mut self, member: &Member, out: &mut dyn Write, out_name: &Path) -> Result<(Digest, u64)> {
-        let wheel = &self.name;
-        let Some(index) = self.archive.index_for_name(&member.path) else {
-            refuse!("{wheel} has no member {}; use the pinned wheel, or turn its Cargo feature off", member.path);
+        let (wheel, path) = (&self.name, &member.path);
+        let Some(entry) = self.members.get(path) else {
+            refuse!("{wheel} has no member {path}; use the pinned wheel, or turn its Cargo feature off");
         };
-        let broken = |e: &dyn std::fmt::Display| {
-            Error::Refused(format!("{wheel}: member {} cannot be read: {e}; get the wheel again", member.path))
-        };
-        let options = ZipReadOptions::new().enforce_header_consistency(true);
-        let mut entry = self.archive.by_index_with_options(index, options).map_err(|e| broken(&e))?;
-        if !entry.is_file() {
-            refuse!("{wheel}: member {} is not a regular file; get the wheel from a source you trust", member.path);
+        if path.ends_with('/') {
+            refuse!("{wheel}: member {path} is not a regular file; get the wheel from a source you trust");
         }
-        if let Some(size) = member.size.filter(|&size| size != entry.size()) {
-            refuse!(
-                "{wheel}: member {} has {} bytes, expected {size}; use the pinned wheel",
-                member.path,
-                entry.size()
-            );
+        let size = entry.facts.size;
+        if let Some(expected) = member.size.filter(|&expected| expected != size) {
+            refuse!("{wheel}: member {path} has {size} bytes, expected {expected}; use the pinned wheel");
         }
-        let size = entry.size();
-        drain(&mut entry, size, member, wheel, out, out_name)
+        let broken = |e| Error::Refused(format!("{wheel}: member {path} cannot be read: {e}; get the wheel again"));
+        let mut data = data(&mut self.reader, entry).map_err(broken)?;
+        drain(&mut data, size, member, wheel, out, out_name)
     }
 
     fn metadata_path(&self) -> Result<String> {
         let is_metadata = |name: &str| name.strip_suffix(".dist-info/METADATA").is_some_and(|stem| !stem.contains('/'));
-        let mut found: Vec<String> = self.paths().filter(|name| is_metadata(name)).map(Cow::into_owned).collect();
+        let mut found: Vec<String> = self.paths().filter(|name| is_metadata(name)).map(str::to_owned).collect();
         match (found.pop(), found.len()) {
             (Some(path), 0) => Ok(path),
             (found, more) => {
@@ -199,9 +189,10 @@ impl<R: Read + Seek> Wheel<R> {
         let broken = |e: &dyn std::fmt::Display| {
             Error::Refused(format!("{name}: {path} cannot be read: {e}; get the wheel again"))
         };
-        let entry = self.archive.by_name(path).map_err(|e| broken(&e))?;
+        let Some(entry) = self.members.get(path) else { return Err(broken(&"it is not there")) };
+        let data = data(&mut self.reader, entry).map_err(|e| broken(&e))?;
         let mut text = Vec::new();
-        entry.take(TEXT_LIMIT + 1).read_to_end(&mut text).map_err(|e| broken(&e))?;
+        data.take(TEXT_LIMIT + 1).read_to_end(&mut text).map_err(|e| broken(&e))?;
         if text.len() as u64 > TEXT_LIMIT {
             refuse!("{name}: {path} is longer than {TEXT_LIMIT} bytes; get the wheel from a source you trust");
         }
@@ -238,8 +229,8 @@ pub fn copy_from_place(
     let two = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
     let (flags, method, name_length, extra_length) = (two(6), two(8), two(26), two(28));
     let known = match place.method {
-        Method::Stored => 0,
-        Method::Deflate => 8,
+        Method::Stored => STORED,
+        Method::Deflate => DEFLATED,
     };
     let encrypted = flags & layout::ENCRYPTED != 0;
     if header[..4] != *b"PK\x03\x04" || method != known || encrypted || usize::from(name_length) != path.len() {
@@ -301,38 +292,79 @@ fn drain(
     Ok((found, done))
 }
 
-/// Names and kinds that no wheel has, and that mean different things to different programs.
-fn check_members<R: Read + Seek>(archive: &mut ZipArchive<R>, wheel: &str) -> Result<()> {
-    let mut folded = HashSet::new();
-    for index in 0..archive.len() {
-        let entry = match archive.by_index_data(index) {
-            Ok(entry) => entry,
-            Err(e) => refuse!("{wheel}: member {index} cannot be read: {e}; get it again"),
+/// The members by their names. Names and kinds that no wheel has, and that mean different things to different programs, are
+/// refused.
+fn named(directory: Directory, wheel: &str) -> Result<BTreeMap<String, Entry>> {
+    let (mut folded, mut members) = (HashSet::new(), BTreeMap::new());
+    for entry in directory.entries {
+        let shown = layout::shown(&entry.name);
+        let readable = entry.facts.is_utf8() || entry.name.is_ascii();
+        let Some(name) = std::str::from_utf8(&entry.name).ok().filter(|_| readable).map(str::to_owned) else {
+            refuse!("{wheel}: the member `{shown}` has an unreadable name: it is not UTF-8; get it again");
         };
-        let name = match entry.name() {
-            Ok(name) => name.into_owned(),
-            Err(e) => refuse!("{wheel}: member {index} has an unreadable name: {e}; get it again"),
-        };
-        let shown = name.escape_debug();
         // A folder's own entry ends with a slash.
         let mut parts = name.strip_suffix('/').unwrap_or(&name).split('/');
         let outside = parts.any(|part| matches!(part, "" | "." | ".."));
         if outside || name.contains(['\\', ':']) || name.contains(char::is_control) {
             refuse!("{wheel}: the member `{shown}` has a path that leads elsewhere; get it from a source you trust");
         }
-        // A Unix file mode, whichever system the archive says that it was made on: 0 where it has none.
-        let kind = entry.external_attributes() >> 16 & 0o170_000;
+        let kind = entry.mode & 0o170_000;
         if kind == 0o040_000 && !name.ends_with('/') {
             refuse!("{wheel}: the member `{shown}` is both a file and a folder; get it from a source you trust");
         }
         if !matches!(kind, 0 | 0o100_000 | 0o040_000) {
             refuse!("{wheel}: the member `{shown}` is no file but a link or a device; get it from a source you trust");
         }
+        if members.contains_key(&name) {
+            refuse!(
+                "{wheel}: several members have one name, which is not so in wheels; get it from a source you trust"
+            );
+        }
         if !folded.insert(name.to_lowercase()) {
             refuse!("{wheel}: the member `{shown}` differs from another by case only; get it from a source you trust");
         }
+        members.insert(name, entry);
     }
-    Ok(())
+    Ok(members)
+}
+
+/// A member's data, decompressed, whose end is an error where they are not what the directory says.
+fn data<'a, R: Read + Seek>(reader: &'a mut R, entry: &Entry) -> std::result::Result<Data<'a, R>, String> {
+    let start = layout::data(reader, entry)?;
+    reader.seek(SeekFrom::Start(start)).map_err(|e| e.to_string())?;
+    let packed = reader.take(entry.facts.compressed);
+    let unpacked = match entry.facts.method {
+        STORED => Unpacked::Stored(packed),
+        DEFLATED => Unpacked::Deflated(Box::new(DeflateDecoder::new(packed))),
+        other => return Err(format!("its compression is method {other}, expected deflate or none")),
+    };
+    Ok(Data { unpacked, found: Crc::new(), expected: entry.facts.crc32 })
+}
+
+enum Unpacked<R> {
+    Stored(R),
+    Deflated(Box<DeflateDecoder<R>>),
+}
+
+struct Data<'a, R> {
+    unpacked: Unpacked<Take<&'a mut R>>,
+    found: Crc,
+    expected: u32,
+}
+
+impl<R: Read> Read for Data<'_, R> {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        let n = match &mut self.unpacked {
+            Unpacked::Stored(reader) => reader.read(out)?,
+            Unpacked::Deflated(reader) => reader.read(out)?,
+        };
+        self.found.update(&out[..n]);
+        if n == 0 && !out.is_empty() && self.found.sum() != self.expected {
+            let fault = format!("the checksum is {:08x}, expected {:08x}", self.found.sum(), self.expected);
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, fault));
+        }
+        Ok(n)
+    }
 }
 
 /// RECORD writes digests in URL-safe base64 without padding.

@@ -77,7 +77,7 @@ pub fn kernels(names: &[String]) -> Result<()> {
 /// The modules in a wheel.
 fn modules_of(found: Found) -> Result<Vec<String>> {
     let archive = Archive::open(BufReader::new(found.file), found.path.display().to_string())?;
-    Ok(archive.paths().filter_map(|path| modules::name(&path).map(str::to_owned)).collect())
+    Ok(archive.paths().filter_map(|path| modules::name(path).map(str::to_owned)).collect())
 }
 
 /// The families of attention that a build can have of the wheel at hand: all of whose modules are in it, or, of a local build,
