@@ -6,6 +6,7 @@ mod vendoring;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use vendoring::cargo;
 use vendoring::emit;
@@ -16,6 +17,7 @@ use vendoring::kernels;
 use vendoring::local;
 use vendoring::lock::Lock;
 use vendoring::modules;
+use vendoring::report::Meter;
 use vendoring::source::Ladder;
 use vendoring::store::say;
 use vendoring::vendor::{Missing, vendor};
@@ -78,8 +80,9 @@ fn build() -> Result<()> {
     emit::rerun(&[], &env.names_read());
     let users = users?;
     let pinned = kernels::pinned(&lock, &lock_file, users.as_deref())?;
-    let mut silent = |_, _| {};
-    let mut ladder = Ladder { env: &env, workspace, checkout, progress: &mut silent };
+    let mut meter = Meter::new(std::io::stderr());
+    let mut progress = |done, total| meter.tell(Instant::now(), done, total);
+    let mut ladder = Ladder { workspace, checkout, ..Ladder::new(&env, &mut progress) };
     let result = vendor(&lock, &target, &has_feature, &mut ladder, &lib_dir);
     emit::rerun(&[], &env.names_read());
     let outcome = result?;

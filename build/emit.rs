@@ -167,7 +167,8 @@ pub fn watch_absent(_: &Path, _: &[PathBuf]) -> Result<Option<PathBuf>> {
 
 /// A warning is one line to cargo, which shows those of path dependencies alone.
 pub fn warn(text: &str) {
-    println!("cargo::warning={}", text.split('\n').map(str::trim).collect::<Vec<_>>().join(" "));
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    println!("cargo::warning={}", lines.join(" "));
 }
 
 /// For dependents' build scripts: `DEP_FLASHINFER_RS_LIB_DIR`.

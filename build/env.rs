@@ -34,6 +34,13 @@ pub fn wheel_override(distribution: &str) -> Option<&'static str> {
     }
 }
 
+/// A value, and what gave it: a variable's name or a file's path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    pub value: String,
+    pub from: String,
+}
+
 /// The environment of a build: the process's own, or a test's.
 pub struct Env {
     fixed: Option<BTreeMap<String, OsString>>,
@@ -95,10 +102,14 @@ impl Env {
         self.os(name).map(|value| value.to_string_lossy().into_owned())
     }
 
+    /// A variable's value with its name.
+    pub fn named(&self, name: &str) -> Option<Named> {
+        Some(Named { value: self.text(name)?, from: name.to_owned() })
+    }
+
     /// Whether a switch is on: set, and neither `0`, `false`, `no` nor `off`.
     pub fn flag(&self, name: &str) -> bool {
-        let value = self.text(name).map(|value| value.to_ascii_lowercase());
-        value.is_some_and(|value| !matches!(value.as_str(), "0" | "false" | "no" | "off"))
+        self.text(name).is_some_and(|value| is_on(&value))
     }
 
     /// The variables that were read so far.
@@ -120,4 +131,9 @@ impl Env {
             Some(xdg?.join("flashinfer-rs"))
         }))
     }
+}
+
+/// Whether a switch that is set to this is on.
+pub fn is_on(value: &str) -> bool {
+    !matches!(value.trim().to_ascii_lowercase().as_str(), "0" | "false" | "no" | "off")
 }

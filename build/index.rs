@@ -1,20 +1,20 @@
-//! Package indexes: which one this machine is configured for, and from its page to a file's address.
+//! Package indexes: which ones this machine is configured for, and from a page to a file's address.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use html5gum::{Token, Tokenizer};
+use percent_encoding::percent_decode_str;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use url::Url;
 
 use super::digest::Digest;
-use super::env::Env;
+use super::env::{Env, Named};
 use super::error::{Error, Result, refuse};
 use super::fetch::{Client, redacted};
+use super::pip::Pip;
 
 const ACCEPT: &str = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1";
-/// pip's variables.
-const NO_INDEX: &str = "PIP_NO_INDEX";
-const FIND_LINKS: &str = "PIP_FIND_LINKS";
 /// A page lists a project's every file; the largest known are a few MB.
 const PAGE_LIMIT: u64 = 64 << 20;
 
@@ -50,101 +50,110 @@ pub enum Place {
     Folder(PathBuf),
 }
 
-/// Where this machine is configured to get a package's files: pip's extra links, then its index.
-pub fn places(purl: &str, env: &Env) -> Result<Vec<Place>> {
+/// Where this machine is configured to get a package's files: extra links, then the indexes.
+pub fn places(package: &str, env: &Env, pip: &Pip<'_>) -> Result<Vec<Place>> {
+    let purl = Purl::parse(package)?;
     let mut places = Vec::new();
-    for link in env.text(FIND_LINKS).iter().flat_map(|links| links.split_whitespace()) {
-        places.push(match Url::parse(link) {
-            Ok(url) if matches!(url.scheme(), "http" | "https") => {
-                Place::Page { url: url.into(), from: FIND_LINKS.to_owned() }
+    let links = pip.get("find-links");
+    for Named { value, from } in links.iter().chain(&env.named("UV_FIND_LINKS")) {
+        // pip separates them by blanks; a folder whose name has some is meant where it is there.
+        let whole = Path::new(value).exists().then_some(value.as_str());
+        let split = || value.split(|c: char| c.is_whitespace() || c == ',' && from.starts_with("UV_"));
+        for link in whole.into_iter().chain(split().filter(|link| whole.is_none() && !link.is_empty())) {
+            places.push(match address(link, from)? {
+                url if url.scheme() == "file" => match url.to_file_path() {
+                    // A page of links, or what has the files in it.
+                    Ok(path) if path.is_file() => Place::Page { url: url.into(), from: from.clone() },
+                    Ok(path) => Place::Folder(path),
+                    Err(()) => refuse!("{from}: {link} is not a path of this machine; correct it"),
+                },
+                url => Place::Page { url: url.into(), from: from.clone() },
+            });
+        }
+    }
+    let no_index = pip.no_index();
+    if no_index.is_none() {
+        for Named { value, from } in indexes(env, pip, &purl) {
+            let mut url = address(&value, &from)?;
+            let project = normalized(purl.name).replace('_', "-");
+            if let Ok(mut path) = url.path_segments_mut() {
+                path.pop_if_empty().push(&project).push("");
             }
-            Ok(url) if url.scheme() == "file" => match url.to_file_path() {
-                Ok(path) => Place::Folder(path),
-                Err(()) => refuse!("{FIND_LINKS}: {link} is not a path of this machine; correct it"),
-            },
-            Err(_) if !link.contains("://") => Place::Folder(PathBuf::from(link)),
-            // Not shown: it may be a misspelt address with a password in it.
-            _ => refuse!("{FIND_LINKS} holds what is no folder and no http, https or file address; correct it"),
-        });
+            places.push(Place::Page { url: url.into(), from });
+        }
     }
-    if !env.flag(NO_INDEX) {
-        let (url, from) = project_page(purl, env)?;
-        places.push(Place::Page { url, from });
-    }
-    if places.is_empty() {
+    if let (true, Some(from)) = (places.is_empty(), no_index) {
         return Err(Error::Unavailable(format!(
-            "{purl} can be had from nowhere: {NO_INDEX} is set and {FIND_LINKS} is not; unset the one or set the other"
+            "{package} can be had from nowhere: {from} says that no index is to be asked, and neither PIP_FIND_LINKS nor \
+             pip's find-links names another place; unset the one or set the other"
         )));
     }
+    // The same index is often named twice.
+    let mut seen = Vec::new();
+    places.retain(|place: &Place| {
+        let what = match place {
+            Place::Page { url, .. } => url.clone(),
+            Place::Folder(folder) => folder.display().to_string(),
+        };
+        let is_new = !seen.contains(&what);
+        seen.push(what);
+        is_new
+    });
     Ok(places)
 }
 
-/// The address of the project page of a package URL, with where that came from.
-pub fn project_page(purl: &str, env: &Env) -> Result<(String, String)> {
-    let purl = Purl::parse(purl)?;
-    let (index, from) = match configured_index(env) {
-        Some(found) => found,
-        None => (purl.default_index(), "the default index".to_owned()),
+/// The indexes, the more specific first: those that are told to uv beside its default, the default, and those beside it
+/// that are told to pip.
+fn indexes(env: &Env, pip: &Pip<'_>, purl: &Purl<'_>) -> Vec<Named> {
+    let list = |named: Option<Named>| -> Vec<Named> {
+        let Some(Named { value, from }) = named else { return Vec::new() };
+        value.split_whitespace().map(|url| labelled(env, Named { value: url.to_owned(), from: from.clone() })).collect()
     };
-    match Url::parse(&format!("{}/{}/", index.trim_end_matches('/'), normalized(purl.name).replace('_', "-"))) {
-        Ok(page) if matches!(page.scheme(), "http" | "https") => Ok((page.into(), from)),
-        _ => refuse!("the package index given by {from} is not an http or https address; correct it there"),
-    }
+    let single = ["UV_DEFAULT_INDEX", "UV_INDEX_URL"].into_iter().find_map(|name| env.named(name));
+    let default = || Named { value: purl.default_index(), from: "the default index".to_owned() };
+    let main = single.or_else(|| pip.get("index-url")).unwrap_or_else(default);
+    let mut all: Vec<Named> = ["UV_INDEX", "UV_EXTRA_INDEX_URL"].map(|name| list(env.named(name))).concat();
+    all.push(labelled(env, main));
+    all.extend(list(pip.get("extra-index-url")));
+    all
 }
 
-fn configured_index(env: &Env) -> Option<(String, String)> {
-    for name in ["UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"] {
-        if let Some(value) = env.text(name) {
-            // uv allows NAME=URL.
-            let url = match value.split_once('=') {
-                Some((label, url)) if name == "UV_DEFAULT_INDEX" && !label.contains([':', '/']) => url.to_owned(),
-                _ => value,
-            };
-            return Some((url, name.to_owned()));
-        }
+/// An index as uv may name it, `NAME=ADDRESS`: then it looks for user and password in variables of that name.
+fn labelled(env: &Env, Named { value, from }: Named) -> Named {
+    let (label, address) = match value.split_once('=') {
+        Some((label, address)) if from.starts_with("UV_") && !label.contains([':', '/']) => (label, address),
+        _ => return Named { value, from },
+    };
+    let label: String =
+        label.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' }).collect();
+    let given = |what: &str| env.text(&format!("UV_INDEX_{label}_{what}"));
+    let (user, password) = (given("USERNAME"), given("PASSWORD"));
+    let mut value = address.to_owned();
+    if let (Ok(mut url), true) = (Url::parse(address), user.is_some() || password.is_some()) {
+        // These escape what must be, and fail only for addresses that are refused anyway.
+        let _ = user.map(|user| url.set_username(&user));
+        let _ = password.map(|password| url.set_password(Some(&password)));
+        value = url.into();
     }
-    pip_configuration_files(env).into_iter().find_map(|path| {
-        let text = std::fs::read_to_string(&path).ok()?;
-        Some((index_url_of_pip_configuration(&text)?, path.display().to_string()))
-    })
+    Named { value, from }
 }
 
-/// pip's configuration files, strongest first.
-fn pip_configuration_files(env: &Env) -> Vec<PathBuf> {
-    // pip's way to say: no configuration file at all.
-    if env.text("PIP_CONFIG_FILE").as_deref() == Some("/dev/null") {
-        return Vec::new();
-    }
-    let home = env.path("HOME");
-    let xdg = env.path("XDG_CONFIG_HOME").or_else(|| Some(home.as_ref()?.join(".config")));
-    let candidates = [
-        env.path("PIP_CONFIG_FILE"),
-        env.path("VIRTUAL_ENV").map(|path| path.join("pip.conf")),
-        xdg.map(|path| path.join("pip/pip.conf")),
-        home.map(|path| path.join(".pip/pip.conf")),
-        Some(PathBuf::from("/etc/xdg/pip/pip.conf")),
-        Some(PathBuf::from("/etc/pip.conf")),
-    ];
-    candidates.into_iter().flatten().collect()
-}
-
-/// `index-url` of the sections that `pip download` would read, the more specific first.
-fn index_url_of_pip_configuration(text: &str) -> Option<String> {
-    let (mut section, mut global, mut download) = (String::new(), None, None);
-    for line in text.lines().map(str::trim) {
-        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
-            section = name.trim().to_ascii_lowercase();
-        } else if let Some((key, value)) = line.split_once(['=', ':'])
-            && key.trim().replace('_', "-") == "index-url"
-        {
-            match section.as_str() {
-                "global" => global = Some(value.trim().to_owned()),
-                "download" => download = Some(value.trim().to_owned()),
-                _ => {}
+/// What pip takes for an index or a place of links: an address, or an absolute path of this machine.
+fn address(text: &str, from: &str) -> Result<Url> {
+    match Url::parse(text) {
+        Ok(url) if matches!(url.scheme(), "http" | "https" | "file") => return Ok(url),
+        Err(_) if Path::new(text).is_absolute() => {
+            if let Ok(url) = Url::from_file_path(text) {
+                return Ok(url);
             }
         }
+        _ => {}
     }
-    download.or(global)
+    // Not shown: it may be a misspelt address with a password in it.
+    refuse!(
+        "{from} holds what is neither an http, https or file address nor an absolute path (a relative one would be taken \
+         from wherever a build script runs); correct it there"
+    )
 }
 
 /// A file that an index page lists.
@@ -158,9 +167,12 @@ pub struct Link {
 
 /// Finds `file` on the page. Its link's digest, where there is one, must be the pinned one.
 pub fn find(client: &Client, page: &str, file: &str, pinned: &Digest) -> Result<Link> {
-    let (content_type, text) = client.text(page, ACCEPT, PAGE_LIMIT)?;
     let shown = redacted(page);
-    let Some(link) = parse(page, &content_type, &text, file)? else {
+    let (at, content_type, text) = match Url::parse(page).ok().filter(|url| url.scheme() == "file") {
+        Some(url) => local_page(url)?,
+        None => client.text(page, ACCEPT, PAGE_LIMIT)?,
+    };
+    let Some(link) = parse(&at, &content_type, &text, file)? else {
         return Err(Error::Unavailable(format!("{shown} lists no {file}")));
     };
     if let Some(found) = link.sha256.as_ref().filter(|found| **found != pinned.to_string()) {
@@ -169,15 +181,32 @@ pub fn find(client: &Client, page: &str, file: &str, pinned: &Digest) -> Result<
     Ok(link)
 }
 
-/// The link to `file` on a page, JSON or HTML, that was fetched from `page`.
-pub fn parse(page: &str, content_type: &str, text: &str, file: &str) -> Result<Option<Link>> {
+/// A page on this machine; of a folder its `index.html`, as pip has it.
+fn local_page(url: Url) -> Result<(Url, String, String)> {
+    let unavailable = |why: String| Error::Unavailable(format!("{url}: {why}; correct the address"));
+    let mut path = url.to_file_path().map_err(|()| unavailable("this is not a path of this machine".to_owned()))?;
+    let mut at = url.clone();
+    if path.is_dir() {
+        path.push("index.html");
+        at = Url::from_file_path(&path).unwrap_or(at);
+    }
+    // Opening a pipe would wait for ever.
+    if !path.is_file() {
+        return Err(unavailable(format!("{} is not there, or is no file", path.display())));
+    }
+    let bytes = std::fs::read(&path).map_err(|e| unavailable(e.to_string()))?;
+    Ok((at, String::new(), String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+/// The link to `file` on a page, JSON or HTML, that came from `page`.
+pub fn parse(page: &Url, content_type: &str, text: &str, file: &str) -> Result<Option<Link>> {
     let json = content_type.contains("json") || text.trim_start().starts_with('{');
-    let found = if json { in_json(page, text, file)? } else { in_html(text, file) };
-    let Some(Link { url: href, sha256, yanked }) = found else { return Ok(None) };
-    let resolved = Url::parse(page).and_then(|base| base.join(&href));
-    let mut url = match resolved {
+    let found = if json { in_json(page, text, file)? } else { in_html(page, text, file) };
+    let Some((base, Link { url: href, sha256, yanked })) = found else { return Ok(None) };
+    let mut url = match base.join(&href) {
         Ok(url) if matches!(url.scheme(), "http" | "https") => url,
-        _ => refuse!("{} links {file} to an address that is not http or https", redacted(page)),
+        Ok(url) if url.scheme() == "file" && page.scheme() == "file" => url,
+        _ => refuse!("{} links {file} to an address that is not http or https", redacted(page.as_str())),
     };
     let in_fragment = url.fragment().and_then(|f| f.strip_prefix("sha256=")).map(str::to_ascii_lowercase);
     url.set_fragment(None);
@@ -189,68 +218,74 @@ struct Page {
     files: Vec<PageFile>,
 }
 
+/// Whatever else a page says of a file, or says `null` of, is its own affair.
 #[derive(Deserialize)]
 struct PageFile {
-    filename: String,
-    url: String,
-    #[serde(default)]
-    hashes: std::collections::HashMap<String, String>,
-    #[serde(default)]
-    yanked: Yanked,
+    filename: Option<String>,
+    url: Option<String>,
+    hashes: Option<std::collections::HashMap<String, Option<String>>>,
+    yanked: Option<Yanked>,
 }
 
-/// `false`, or `true`, or the reason.
+/// `false`, or `true`, or the reason; nothing and no reason are `false`.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Yanked {
     Flag(bool),
     Reason(String),
+    Other(#[allow(dead_code, reason = "serde takes anything for it")] IgnoredAny),
 }
 
-impl Default for Yanked {
-    fn default() -> Self {
-        Self::Flag(false)
-    }
-}
+/// A link as it is written, with what it is relative to.
+type Found = Option<(Url, Link)>;
 
-fn in_json(page: &str, text: &str, file: &str) -> Result<Option<Link>> {
+fn in_json(page: &Url, text: &str, file: &str) -> Result<Found> {
     let parsed: Page = match serde_json::from_str(text) {
         Ok(parsed) => parsed,
-        Err(e) => return Err(Error::Unavailable(format!("{} is not a simple index page: {e}", redacted(page)))),
+        Err(e) => {
+            let shown = redacted(page.as_str());
+            return Err(Error::Unavailable(format!("{shown} is not a simple index page: {e}")));
+        }
     };
-    let found = parsed.files.into_iter().find(|entry| entry.filename == file);
-    Ok(found.map(|mut entry| Link {
-        url: entry.url,
-        sha256: entry.hashes.remove("sha256"),
-        yanked: match entry.yanked {
-            Yanked::Flag(yanked) => yanked.then(String::new),
-            Yanked::Reason(reason) => Some(reason),
-        },
-    }))
+    let found = parsed.files.into_iter().find(|entry| entry.filename.as_deref() == Some(file));
+    let link = found.and_then(|entry| {
+        let yanked = match entry.yanked {
+            Some(Yanked::Flag(yanked)) => yanked.then(String::new),
+            Some(Yanked::Reason(reason)) => Some(reason).filter(|reason| !reason.is_empty()),
+            Some(Yanked::Other(_)) | None => None,
+        };
+        let sha256 = entry.hashes.and_then(|mut hashes| hashes.remove("sha256").flatten());
+        Some((page.clone(), Link { url: entry.url?, sha256: sha256.map(|text| text.to_ascii_lowercase()), yanked }))
+    });
+    Ok(link)
 }
 
-fn in_html(text: &str, file: &str) -> Option<Link> {
+fn in_html(page: &Url, text: &str, file: &str) -> Found {
+    let mut base = None;
     for Ok(token) in Tokenizer::new(text) {
         let Token::StartTag(tag) = token else { continue };
-        if tag.name.as_slice() != b"a" {
-            continue;
-        }
         let Some(href) = tag.attributes.get(b"href".as_slice()) else { continue };
-        let href = String::from_utf8_lossy(href).into_owned();
-        let path = href.split(['#', '?']).next().unwrap_or_default();
-        let last = path.rsplit('/').next().unwrap_or_default();
-        if percent_decoded(last) == file {
-            let yanked = tag.attributes.get(b"data-yanked".as_slice());
-            let yanked = yanked.map(|reason| String::from_utf8_lossy(reason).into_owned());
-            return Some(Link { url: href, sha256: None, yanked });
+        let href = String::from_utf8_lossy(href).trim().to_owned();
+        match tag.name.as_slice() {
+            // The first one counts; pages have it in their heads.
+            b"base" if base.is_none() => base = page.join(&href).ok(),
+            b"a" if names(&href, file) => {
+                let yanked = tag.attributes.get(b"data-yanked".as_slice());
+                let yanked = yanked.map(|reason| String::from_utf8_lossy(reason).into_owned());
+                let base = base.unwrap_or_else(|| page.clone());
+                return Some((base, Link { url: href, sha256: None, yanked }));
+            }
+            _ => {}
         }
     }
     None
 }
 
-fn percent_decoded(text: &str) -> String {
-    let query = text.replace('+', "%2B");
-    url::form_urlencoded::parse(query.as_bytes()).next().map(|(key, _)| key.into_owned()).unwrap_or_default()
+/// Whether a link leads to a file of this name.
+fn names(href: &str, file: &str) -> bool {
+    let path = href.split(['#', '?']).next().unwrap_or_default();
+    let last = path.rsplit('/').next().unwrap_or_default();
+    percent_decode_str(last).decode_utf8_lossy() == file
 }
 
 /// A distribution's name in the one spelling that all its spellings have in common.

@@ -463,7 +463,7 @@ impl Ladder<'_> {
             Place::Path(_) => None,
         });
         let sources = self.mirrored(&urls.collect::<Vec<_>>())?;
-        let client = Client::new();
+        let client = self.client.take().unwrap_or_else(|| Client::new(self.env));
         let found = store.locked(&kernel.library()?.sha256, || {
             // Somebody else may have fetched it while this process waited.
             if let Some(supply) = cached(Source::Cache, Vec::new()) {
@@ -483,8 +483,9 @@ impl Ladder<'_> {
                 }
             }
             Ok(None)
-        })?;
-        found.ok_or_else(|| nowhere(kernel, lock, &looked))
+        });
+        let _ = self.client.set(client);
+        found?.ok_or_else(|| nowhere(kernel, lock, &looked))
     }
 
     /// In a folder of the user's: below the one that holds wheels, which outranks all that the lock says, or where the lock

@@ -32,6 +32,7 @@ type Checked<T> = Result<T, String>;
 /// An archive's members, in the order in which they lie in it.
 pub struct Directory {
     pub entries: Vec<Entry>,
+    start: u64,
 }
 
 impl Directory {
@@ -43,11 +44,7 @@ impl Directory {
     /// Each member's name, and from where to where it goes with all that belongs to it, in their order in the file. Where the
     /// directory says that they overlap, a member ends where it starts.
     pub fn spans(&self) -> impl Iterator<Item = (&[u8], Range<u64>)> {
-        let mut entries: Vec<&Entry> = self.entries.iter().collect();
-        entries.sort_by_key(|entry| entry.offset);
-        let ends: Vec<u64> = entries.iter().skip(1).map(|entry| entry.offset).chain([self.start]).collect();
-        let span = |(entry, end): (&'_ Entry, u64)| entry.offset..end.max(entry.offset);
-        entries.into_iter().zip(ends).map(move |(entry, end)| (entry.name.as_slice(), span((entry, end))))
+        self.entries.iter().map(|entry| (entry.name.as_slice(), entry.offset..entry.next.max(entry.offset)))
     }
 }
 
@@ -106,7 +103,7 @@ pub fn directory(reader: &mut (impl Read + Seek)) -> Checked<Directory> {
     if next != 0 {
         return Err("something lies before its first member".to_owned());
     }
-    Ok(Directory { entries })
+    Ok(Directory { entries, start })
 }
 
 /// Reads every local header, and checks that it says what the directory says and that the members leave no gap.

@@ -4,6 +4,8 @@
 #![allow(dead_code, reason = "each of build.rs, xtask and the tests uses its own part")]
 
 pub mod cargo;
+pub mod client;
+pub mod credentials;
 pub mod digest;
 pub mod emit;
 pub mod env;
@@ -16,7 +18,10 @@ pub mod layout;
 pub mod local;
 pub mod lock;
 pub mod modules;
+pub mod pip;
+pub mod proxy;
 pub mod ranges;
+pub mod report;
 pub mod snapshot;
 pub mod source;
 pub mod store;

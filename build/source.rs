@@ -1,6 +1,7 @@
 //! The ladder: where a wheel may come from. First hit wins; each rung is one function that says why it outranks the
 //! next.
 
+use std::cell::OnceCell;
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -14,9 +15,11 @@ use super::fetch::{Client, Expected, Progress, redacted, summary};
 use super::index;
 use super::local::{self, Record};
 use super::lock::{self, Member, Wheel};
+use super::pip::Pip;
 use super::ranges;
+use super::report::say;
 use super::snapshot;
-use super::store::{Store, open_file, publish};
+use super::store::{Store, open_file};
 use super::wheel::{Extracted, Identity, Wheel as Archive, copy_from_place};
 
 /// Where a wheel came from.
@@ -130,6 +133,15 @@ pub struct Ladder<'a> {
     /// The checkout of this repository, if this is one.
     pub checkout: Option<PathBuf>,
     pub progress: Progress<'a>,
+    /// What asks the network, once that is needed: what it learns of a host for one wheel holds for the next.
+    pub client: OnceCell<Client>,
+}
+
+impl<'a> Ladder<'a> {
+    /// Without a workspace and a checkout.
+    pub fn new(env: &'a Env, progress: Progress<'a>) -> Self {
+        Self { env, workspace: None, checkout: None, progress, client: OnceCell::new() }
+    }
 }
 
 impl Ladder<'_> {
@@ -368,27 +380,30 @@ impl Ladder<'_> {
         looked: &mut Looked,
     ) -> Result<Option<Supply>> {
         let sources = self.mirrored(&wheel.sources)?;
-        let client = Client::new();
-        store.locked(&wheel.sha256, || {
+        let client = self.client.take().unwrap_or_else(|| Client::new(self.env));
+        let found = store.locked(&wheel.sha256, || {
             // Somebody else may have fetched it while this process waited.
             if let Some(supply) = cached(store, wheel, wanted, Source::Cache)? {
                 return Ok(Some(supply));
             }
             for source in &sources {
-                match self.fetch(&client, store, source, wheel, wanted.members) {
-                    Ok(fetched) => {
+                match self.fetch(&client, store, source, wheel, wanted.members, looked) {
+                    Ok(Some(fetched)) => {
                         let mut supply = cached(store, wheel, wanted, Source::Network)?;
                         if let Some(Supply::Members { notes, .. } | Supply::Wheel(Found { notes, .. })) = &mut supply {
                             *notes = fetched;
                         }
                         return Ok(supply);
                     }
+                    Ok(None) => {}
                     Err(Error::Unavailable(fault)) => looked.add_brief(fault, FETCHING),
                     Err(fault) => return Err(fault),
                 }
             }
             Ok(None)
-        })
+        });
+        let _ = self.client.set(client);
+        found
     }
 
     /// Fetches into the cache, whose lock for this wheel is held, and answers what to tell the user.
@@ -399,30 +414,38 @@ impl Ladder<'_> {
         source: &lock::Source,
         wheel: &Wheel,
         members: &[&Member],
-    ) -> Result<Notes> {
-        match source {
-            lock::Source::Url(url) => Ok(told(self.fetch_url(client, store, url, wheel, members)?)),
-            lock::Source::Index(page) => self.fetch_linked(client, store, page, wheel, members),
-            lock::Source::Purl(purl) => {
-                let mut faults = Vec::new();
-                for place in index::places(purl, self.env)? {
-                    let (from, result) = match place {
-                        index::Place::Page { url, from } => {
-                            let result = self.fetch_linked(client, store, &url, wheel, members);
-                            (from, result)
-                        }
-                        index::Place::Folder(folder) => {
-                            (folder.display().to_string(), copy_in(store, &folder.join(&wheel.file), wheel))
-                        }
+        looked: &mut Looked,
+    ) -> Result<Option<Notes>> {
+        let purl = match source {
+            lock::Source::Url(url) => {
+                return self.fetch_url(client, store, url, wheel, members).map(|note| Some(told(note)));
+            }
+            lock::Source::Index(page) => return self.fetch_linked(client, store, page, wheel, members).map(Some),
+            lock::Source::Purl(purl) => purl,
+        };
+        let pip = Pip::read(self.env)?;
+        let pips = pip.client(client);
+        for place in index::places(purl, self.env, &pip)? {
+            let (from, result) = match place {
+                index::Place::Page { url, from } => {
+                    let asked = pips.as_ref().map_err(Error::clone);
+                    let result = asked.and_then(|client| self.fetch_linked(client, store, &url, wheel, members));
+                    let heeded = |fault: Error| match fault {
+                        Error::Unavailable(fault) => Error::Unavailable(fault + &pip.unheeded()),
+                        fault => fault,
                     };
-                    match result {
-                        Err(Error::Unavailable(fault)) => faults.push(format!("{purl} at {from}: {fault}")),
-                        result => return result,
-                    }
+                    (from, result.map_err(heeded))
                 }
-                Err(Error::Unavailable(faults.join("; ")))
+                index::Place::Folder(folder) => {
+                    (folder.display().to_string(), copy_in(store, &folder.join(&wheel.file), wheel))
+                }
+            };
+            match result {
+                Err(Error::Unavailable(fault)) => looked.add_brief(format!("{purl} at {from}: {fault}"), FETCHING),
+                result => return result.map(Some),
             }
         }
+        Ok(None)
     }
 
     fn fetch_linked(
@@ -434,7 +457,10 @@ impl Ladder<'_> {
         members: &[&Member],
     ) -> Result<Notes> {
         let link = index::find(client, page, &wheel.file, &wheel.sha256)?;
-        let mut notes = told(self.fetch_url(client, store, &link.url, wheel, members)?);
+        let mut notes = match url::Url::parse(&link.url).map(|url| url.to_file_path()) {
+            Ok(Ok(path)) => copy_in(store, &path, wheel)?,
+            _ => told(self.fetch_url(client, store, &link.url, wheel, members)?),
+        };
         if let Some(reason) = link.yanked {
             let reason = if reason.is_empty() { String::new() } else { format!(": {reason}") };
             notes.warnings.push(format!(
@@ -455,11 +481,19 @@ impl Ladder<'_> {
         members: &[&Member],
     ) -> Result<String> {
         let started = Instant::now();
+        let size = wheel.size.map(|size| format!(", {:.1} MB", size as f64 / 1e6)).unwrap_or_default();
         if let Some(size) = wheel.size.filter(|_| ranges::possible(members)) {
+            say(format_args!("fetching {} members of {} from {}", members.len(), wheel.file, redacted(url)));
+            let (progress, mut done) = (&mut *self.progress, 0);
+            let total = members.iter().map(|member| Some(member.place()?.length)).sum();
             let got = ranges::fetch(client, url, size, members, |member, place, reader| {
                 let sha256 = member.sha256.unwrap_or(wheel.sha256);
                 let path = store.member_path(&sha256, &member.soname);
-                let mut transfer = Transfer { reader, fault: None };
+                let mut told = |bytes: usize| {
+                    done += bytes as u64;
+                    progress(done, total);
+                };
+                let mut transfer = Transfer { reader, fault: None, told: &mut told };
                 let result = store.publish_member(&wheel.sha256, &path, |file| {
                     copy_from_place(&mut transfer, place, member, &wheel.file, file, &path)
                 });
@@ -484,9 +518,11 @@ impl Ladder<'_> {
                 Err(refused) => return Err(refused),
             }
         }
+        say(format_args!("fetching {}{size} from {}", wheel.file, redacted(url)));
         let path = store.path(&wheel.sha256, &wheel.file);
         let expected = Expected { sha256: wheel.sha256, size: wheel.size };
-        let bytes = publish(&path, |file| client.download(url, &expected, file, &path, self.progress))?;
+        let fetch = |file: &mut File| client.download(url, &expected, file, &path, self.progress);
+        let bytes = store.publish_in_parts(&wheel.sha256, &wheel.file, fetch)?;
         Ok(format!("{} fetched ({}), kept in {}", wheel.file, summary(bytes, started), path.display()))
     }
 
@@ -533,12 +569,15 @@ impl Ladder<'_> {
                 env::WHEEL_DIR
             ),
         };
+        // Those that were asked are among what was looked at.
+        let asked = looked.places.iter().any(|place| place.contains("://"));
+        let from = if asked { "one of the addresses below".to_owned() } else { places.join(" or ") };
         let fault = format!(
             "the wheel {} (sha256 {}{size}) was found nowhere.\nRemedy: get it from {} and {named}{beside}. {}=1 builds without \
              any kernel.\nLooked at:\n  {}",
             wheel.file,
             wheel.sha256,
-            places.join(" or "),
+            from,
             env::SKIP_VENDOR,
             looked.places.join("\n  ")
         );
@@ -610,11 +649,14 @@ fn copy_in(store: &Store, from: &Path, wheel: &Wheel) -> Result<Notes> {
 struct Transfer<'a> {
     reader: &'a mut dyn Read,
     fault: Option<String>,
+    /// Told of every byte.
+    told: &'a mut dyn FnMut(usize),
 }
 
 impl Read for Transfer<'_> {
     fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
-        self.reader.read(out).inspect_err(|e| self.fault = Some(e.to_string()))
+        let read = self.reader.read(out).inspect_err(|e| self.fault = Some(e.to_string()));
+        read.inspect(|&bytes| (self.told)(bytes))
     }
 }
 

@@ -11,6 +11,8 @@ use super::lock::Member;
 
 /// What temporaries are called, before a random part.
 pub const TEMPORARY: &str = ".tmp-";
+/// How the name of a wheel that is not yet complete ends.
+pub const PART: &str = ".part";
 /// The lock file of a wheel's folder.
 pub const LOCK: &str = ".lock";
 /// How long another process may hold a lock without anything coming into the folder. Longer than a fetch may wait for a server.
@@ -147,6 +149,35 @@ impl Store {
     pub fn keep_wheel(&self, sha256: &Digest, file: &str, from: &Path) -> Result<()> {
         let folder = self.folder(sha256);
         publish_copy(from, &folder.join(file), &folder, sha256)
+    }
+
+    /// Writes a wheel whose folder is locked, by way of a file that outlives a failure: the next try, of this build or of
+    /// another one, goes on where this one ended. Only what turned out to be something else is thrown away.
+    pub fn publish_in_parts<T>(
+        &self,
+        sha256: &Digest,
+        file: &str,
+        write: impl FnOnce(&mut File) -> Result<T>,
+    ) -> Result<T> {
+        let path = self.path(sha256, file);
+        let part = make_folder_of(&path)?.join(format!("{file}{PART}"));
+        let failed = |e: io::Error| Error::io("writing", &part, &e);
+        let mut opened = open_part(&part).map_err(failed)?;
+        let written = write(&mut opened);
+        let is_empty = || opened.metadata().is_ok_and(|metadata| metadata.len() == 0);
+        match written {
+            Ok(value) => {
+                opened.sync_all().map_err(failed)?;
+                fs::rename(&part, &path).map_err(|e| Error::io("naming", &path, &e))?;
+                Ok(value)
+            }
+            Err(fault) => {
+                if !fault.is_unavailable() || is_empty() {
+                    let _ = fs::remove_file(&part);
+                }
+                Err(fault)
+            }
+        }
     }
 
     fn folder(&self, sha256: &Digest) -> PathBuf {
@@ -309,6 +340,34 @@ fn is_still_at(file: &File, path: &Path) -> bool {
 /// Elsewhere nobody can remove a file that is open.
 #[cfg(not(unix))]
 fn is_still_at(_: &File, _: &Path) -> bool {
+    true
+}
+
+/// Opens what there is of a file, or an empty one. Whatever else lies there is put out of the way: through a link, or a
+/// second name, the file of somebody else would be written.
+fn open_part(path: &Path) -> io::Result<File> {
+    let open = || File::options().create(true).truncate(false).read(true).write(true).open(path);
+    if path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
+        let part = open()?;
+        if is_still_at(&part, path) && is_sole_name(&part) {
+            return Ok(part);
+        }
+    }
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    File::options().create_new(true).read(true).write(true).open(path)
+}
+
+#[cfg(unix)]
+fn is_sole_name(file: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    file.metadata().is_ok_and(|metadata| metadata.nlink() == 1)
+}
+
+#[cfg(not(unix))]
+fn is_sole_name(_: &File) -> bool {
     true
 }
 

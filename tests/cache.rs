@@ -138,7 +138,7 @@ fn build(lock: &Path, cache: &Path, lib_dir: &Path) {
     let lock = Lock::read(lock).expect("the lock");
     let env = Env::fixed([(env::CACHE_DIR, cache)]);
     let mut silent = |_, _| {};
-    let mut ladder = Ladder { env: &env, workspace: None, checkout: None, progress: &mut silent };
+    let mut ladder = Ladder::new(&env, &mut silent);
     let has_feature = |name: &str| FEATURES.contains(&name);
     let outcome = vendor(&lock, TARGET, &has_feature, &mut ladder, lib_dir).expect("the kernels");
     emit::prune(lib_dir, &sonames(&outcome.rows)).expect("a folder of kernels");

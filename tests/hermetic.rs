@@ -63,7 +63,7 @@ static WHEELS: LazyLock<Vec<(Wheel, PathBuf)>> = LazyLock::new(|| {
     let lock = Lock::read(&Path::new(CHECKOUT).join("artifacts.lock")).expect("the lock");
     let env = Env::process();
     let mut silent = |_, _| {};
-    let mut ladder = Ladder { env: &env, workspace: None, checkout: None, progress: &mut silent };
+    let mut ladder = Ladder::new(&env, &mut silent);
     let small = lock.for_target(&target).filter(|wheel| SMALL.contains(&wheel.distribution.as_str()));
     let find = |wheel: &Wheel| (wheel.clone(), ladder.find_pinned(wheel).expect("the pinned wheel").path);
     small.map(find).collect()

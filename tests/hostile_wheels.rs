@@ -247,11 +247,7 @@ fn names_that_stand_for_two_members_are_refused() {
             },
             "by case only",
         ),
-        (
-            "a name beyond ASCII that does not say that it is UTF-8",
-            |zip| add(zip, "ä.txt"),
-            "unreadable name",
-        ),
+        ("a name beyond ASCII that does not say that it is UTF-8", |zip| add(zip, "ä.txt"), "unreadable name"),
         (
             "a second name in an extra field",
             |zip| {
@@ -1328,7 +1324,11 @@ mod by_ranges {
             let mut wheel = Archive::open_remote(Cursor::new(zip.bytes()), "remote.whl").expect("a good directory");
             let copied = wheel.copy(&lock::Member::at(NORM), &mut out, "norm.so".as_ref());
             assert!(out.is_empty(), "{name}: nothing is read");
-            (name.to_owned(), copied.map(|_| out).map_err(|fault| fault.to_string()), Some("contradicts the central directory"))
+            (
+                name.to_owned(),
+                copied.map(|_| out).map_err(|fault| fault.to_string()),
+                Some("contradicts the central directory"),
+            )
         }));
     }
 }

@@ -100,7 +100,8 @@ fn read(path: &Path) -> Result<Vec<Pinned>> {
 
 fn vendor<'a>(machine: &Machine, pinned: &'a [Pinned]) -> Result<Outcome<'a>> {
     let env = machine.env();
-    let mut ladder = Ladder { env: &env, workspace: None, checkout: None, progress: &mut |_, _| {} };
+    let mut silent = |_, _| {};
+    let mut ladder = Ladder::new(&env, &mut silent);
     kernels::vendor(pinned, TARGET, &mut ladder, &machine.lib_dir(), &["libcudart.so.13"])
 }
 

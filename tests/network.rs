@@ -2,7 +2,7 @@
 //! refused, and where an index is looked for. No network beyond loopback; every test has its own machine and server.
 //!
 //! That https never becomes http is not tested here: it would take a TLS server with a certificate that the platform
-//! trusts. Nor is a stalled server, which only a minute tells from a slow one.
+//! trusts.
 
 #[path = "../build/mod.rs"]
 mod vendoring;
@@ -14,10 +14,11 @@ mod support {
 }
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use support::http::{Refusing, Reply, Request, Server};
-use support::machine::{Machine, assert_says, bytes_of, files_under};
+use support::http::{Gate, Refusing, Reply, Request, Server};
+use support::machine::{Machine, assert_says, bytes_of, files_under, pages};
 use support::wheels::{self, GDN, NORM, Pin, Wheel, sha256};
 use vendoring::env;
 use vendoring::lock::{LOCAL_HEADER, Lock};
@@ -26,6 +27,8 @@ use vendoring::source::Source;
 const OTHER: &str = "other/other.so";
 const FEATURES: &[&str] = &["norm", "gdn-prefill"];
 const NO_FILES: [&str; 0] = [];
+/// The pause between two tries.
+const PAUSE: Duration = Duration::from_millis(500);
 /// The pauses between three tries.
 const PAUSES: Duration = Duration::from_millis(2500);
 
@@ -523,8 +526,136 @@ mod a_whole_wheel {
         let wheel = apart();
         let cut = |n| tagged(&wheel, TAG).break_off_after(n);
         let size = wheel.bytes().len().to_string();
-        let server = refused([cut(400_000), cut(0)], &["after 400000", &size, "try again"]);
+        let (machine, server) = broken_off([cut(400_000), cut(0)], &["after 400000", &size, "try again"]);
         assert_eq!(server.requests().len(), 3);
+        assert_eq!(part_of(&machine), wheel.bytes()[..400_000]);
+    }
+
+    /// That it cannot be had now, and what is said; what came is kept.
+    #[track_caller]
+    fn broken_off(replies: impl IntoIterator<Item = Reply>, parts: &[&str]) -> (Machine, Server) {
+        let machine = Machine::new();
+        let (server, lock) = serving(apart().pin(), replies);
+        let fault = machine.find(&lock.wheels[0]).expect_err("no wheel");
+        assert!(fault.is_unavailable(), "another source may have it: {fault}");
+        assert_says(fault.to_string(), parts);
+        (machine, server)
+    }
+
+    fn part(machine: &Machine) -> PathBuf {
+        let wheel = apart();
+        machine.cache().join(format!("wheels/{}/{}.part", sha256(&wheel.bytes()), wheel.file()))
+    }
+
+    fn part_of(machine: &Machine) -> Vec<u8> {
+        fs::read(part(machine)).expect("the part")
+    }
+
+    /// What a machine gets of a server that has the whole, and what is left in its cache.
+    #[track_caller]
+    fn gets(machine: &Machine) -> Server {
+        let wheel = apart();
+        let (server, lock) = serving(wheel.pin(), [tagged(&wheel, TAG)]);
+        assert!(bytes_of(&machine.find(&lock.wheels[0]).expect("the wheel")) == wheel.bytes());
+        assert_eq!(files_under(&machine.cache()).len(), 1, "{:?}", files_under(&machine.cache()));
+        server
+    }
+
+    /// As a server that is started again, or out of order for some seconds.
+    #[test]
+    fn that_breaks_off_before_an_outage_is_continued_after_it() {
+        let wheel = apart();
+        let (at, outage) = (wheel.bytes().len() * 9 / 10, std::iter::repeat_n(Reply::status(503), 4));
+        let first = tagged(&wheel, TAG).break_off_after(at);
+        let server = fetched(std::iter::once(first).chain(outage).chain([tagged(&wheel, TAG)]));
+        assert!(ranges(&server)[1..].iter().all(|range| *range == Some(format!("bytes={at}-"))));
+        assert_eq!(server.sent() - 4 * "scripted".len(), wheel.bytes().len(), "bytes on the wire");
+    }
+
+    #[test]
+    fn that_breaks_off_is_continued_by_the_next_build() {
+        let wheel = apart();
+        let at = wheel.bytes().len() * 95 / 100;
+        let replies = [tagged(&wheel, TAG).break_off_after(at), Reply::status(503)];
+        let (machine, _server) = broken_off(replies, &["answered 503"]);
+        let server = gets(&machine);
+        assert_eq!(ranges(&server), [Some(format!("bytes={at}-"))]);
+        assert_eq!(if_ranges(&server.requests()), [None], "what an earlier build was told is not known");
+        assert!(server.sent() * 100 <= wheel.bytes().len() * 6, "{} bytes came again", server.sent());
+    }
+
+    #[test]
+    fn that_breaks_off_is_continued_by_the_next_source() {
+        let wheel = apart();
+        let server = Server::start();
+        server.on("/one.whl", [tagged(&wheel, TAG).break_off_after(400_000), Reply::status(503)]);
+        server.on("/two.whl", [tagged(&wheel, "\"two\"")]);
+        let pin = wheel.pin().url(server.url("/one.whl")).url(server.url("/two.whl"));
+        assert!(bytes_of(&Machine::new().find(&pin.parsed()).expect("the wheel")) == wheel.bytes());
+        assert_eq!(ranges(&server).last(), Some(&Some("bytes=400000-".to_owned())));
+    }
+
+    #[test]
+    fn of_which_an_earlier_build_has_all_is_not_asked_for() {
+        let machine = Machine::new();
+        machine.place(part(&machine), apart().bytes());
+        assert!(gets(&machine).requests().is_empty());
+    }
+
+    /// The digest decides.
+    #[test]
+    fn of_which_an_earlier_build_has_something_else_is_begun_again() {
+        let whole = apart().bytes().len();
+        for length in [1000, whole - 1, whole, whole + 1000] {
+            let machine = Machine::new();
+            machine.place(part(&machine), noise(7, length));
+            let server = gets(&machine);
+            assert_eq!(ranges(&server).last(), Some(&None), "{length}");
+        }
+    }
+
+    #[test]
+    fn of_which_an_earlier_build_has_a_part_may_be_had_from_a_server_without_ranges() {
+        let (machine, wheel) = (Machine::new(), apart());
+        machine.place(part(&machine), &wheel.bytes()[..1000]);
+        let (_server, lock) = serving(wheel.pin(), [whole(&wheel)]);
+        assert!(bytes_of(&machine.find(&lock.wheels[0]).expect("the wheel")) == wheel.bytes());
+    }
+
+    /// Whoever may write to the cache may not write elsewhere by way of this build.
+    #[cfg(unix)]
+    #[test]
+    fn of_which_the_part_is_somebody_elses_file_leaves_that_alone() {
+        let link: [(&str, fn(&Path, &Path) -> std::io::Result<()>); 2] = [
+            ("a link", |of, at| std::os::unix::fs::symlink(of, at)),
+            ("a second name", |of, at| fs::hard_link(of, at)),
+        ];
+        for (what, make) in link {
+            let machine = Machine::new();
+            let other = machine.place("other", "theirs");
+            fs::create_dir_all(part(&machine).parent().expect("a folder")).expect("the folder");
+            make(&other, &part(&machine)).expect(what);
+            gets(&machine);
+            assert_eq!(fs::read_to_string(&other).expect("theirs"), "theirs", "{what}");
+        }
+    }
+
+    #[test]
+    fn of_a_server_that_wants_a_pause_is_asked_for_after_it() {
+        for status in [429, 503] {
+            let started = Instant::now();
+            let server = fetched([Reply::status(status).header("Retry-After", "3"), whole(&apart())]);
+            assert_eq!(server.requests().len(), 2);
+            assert!(started.elapsed() >= Duration::from_secs(3), "{:?}", started.elapsed());
+        }
+    }
+
+    #[test]
+    fn of_a_server_that_wants_a_long_pause_is_not_waited_for() {
+        let (started, reply) = (Instant::now(), Reply::status(429).header("Retry-After", "3600"));
+        let server = refused([reply], &["answered 429", "3600 s", "try again later"]);
+        assert_eq!(server.requests().len(), 1);
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     }
 
     #[test]
@@ -553,12 +684,12 @@ mod a_whole_wheel {
     }
 
     #[test]
-    fn of_a_server_that_refuses_connections_is_asked_for_again_with_pauses() {
+    fn of_a_server_that_refuses_connections_is_asked_for_once_more() {
         let (refusing, started) = (Refusing::start(), Instant::now());
         let url = format!("http://{}/a.whl", refusing.authority());
         let fault = Machine::new().fault(&apart().pin().url(url.clone()).parsed());
         assert_says(fault, &[&url, "refused", "check the network"]);
-        assert!(started.elapsed() >= PAUSES, "{:?}", started.elapsed());
+        assert!((PAUSE..PAUSES).contains(&started.elapsed()), "{:?}", started.elapsed());
     }
 
     #[test]
@@ -589,7 +720,9 @@ mod an_answer {
             (Reply::status(410), 1, ["answered 410", "the address or the mirror is wrong"]),
             (Reply::status(416), 1, ["answered 416", "shorter than the pinned one"]),
             (Reply::status(418), 1, ["answered 418", "makes no sense here"]),
-            (Reply::status(429), 1, ["answered 429", "try again later"]),
+            (Reply::status(408), 3, ["answered 408", "try again later"]),
+            (Reply::status(425), 3, ["answered 425", "try again later"]),
+            (Reply::status(429), 3, ["answered 429", "try again later"]),
             (Reply::status(451), 1, ["answered 451", "use a mirror"]),
             (Reply::status(500), 3, ["answered 500", "try again later"]),
             (Reply::status(503), 3, ["answered 503", "try again later"]),
@@ -608,10 +741,146 @@ mod an_answer {
     }
 }
 
+/// Who does not answer is waited for, and then no more.
+mod a_host {
+    use super::*;
+    #[cfg(target_os = "linux")]
+    use support::http::Dropping;
+
+    const WAIT: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn that_refuses_connections_is_not_asked_for_the_next_file() {
+        let (refusing, started) = (Refusing::start(), Instant::now());
+        let url = |name: &str| format!("http://{}/{name}.whl", refusing.authority());
+        let pin = apart().pin().url(url("one")).url(url("two")).url(url("three"));
+        let fault = Machine::new().fault(&pin.parsed());
+        for name in ["one", "two", "three"] {
+            assert_eq!(fault.matches(&url(name)).count(), 1, "{fault}");
+        }
+        assert_eq!(fault.matches("not asked again").count(), 2, "{fault}");
+        assert!(started.elapsed() < 2 * PAUSE, "{:?}", started.elapsed());
+    }
+
+    /// Side by side, since each of them takes most of a minute.
+    #[test]
+    fn that_does_not_answer_is_waited_for_only_so_long() {
+        std::thread::scope(|scope| {
+            scope.spawn(that_accepts_and_stays_silent_gives_way_to_the_next_source);
+            scope.spawn(that_falls_silent_midway_gives_way_to_the_next_source_and_nothing_is_lost);
+            #[cfg(target_os = "linux")]
+            scope.spawn(that_drops_everything_is_waited_for_once_and_the_next_one_less);
+        });
+    }
+
+    /// A wheel of this distribution, which no other wheel of these tests is, so that both fit into one lock.
+    fn second() -> Wheel {
+        Wheel { distribution: "apache_tvm_ffi", ..Wheel::jit_cache() }
+    }
+
+    fn that_accepts_and_stays_silent_gives_way_to_the_next_source() {
+        let (silent, good, started) = (Server::start(), Server::start(), Instant::now());
+        silent.on("/one.whl", [Reply::silence()]);
+        silent.on("/two.whl", [Reply::silence()]);
+        good.on("/one.whl", [whole(&apart()).with_ranges()]);
+        good.on("/two.whl", [whole(&second())]);
+        // By ranges and as a whole, one wheel and the next: nobody waits for that host a second time.
+        let pins = [
+            apart().pin_with_places().url(silent.url("/one.whl")).url(good.url("/one.whl")),
+            second().pin().url(silent.url("/two.whl")).url(good.url("/two.whl")),
+        ];
+        let mut lock = wheels::lock(&pins);
+        // Two libraries of one name would be one file.
+        lock.wheels[1].members.iter_mut().for_each(|member| member.soname.insert_str(0, "second-"));
+        let rows = Machine::new().vendor(&lock, FEATURES).expect("the members").rows;
+        assert_eq!(rows.len(), 4);
+        assert_eq!(silent.paths(), ["/one.whl", "/one.whl"], "once more, and no more");
+        assert!(started.elapsed() <= WAIT + PAUSES, "{:?}", started.elapsed());
+    }
+
+    fn that_falls_silent_midway_gives_way_to_the_next_source_and_nothing_is_lost() {
+        let (silent, good, started) = (Server::start(), Server::start(), Instant::now());
+        let gate = Gate::default();
+        silent.on(
+            RELEASE,
+            [whole(&apart()).with_ranges().break_off_after(400_000), whole(&apart()).with_ranges().behind(&gate)],
+        );
+        good.on(RELEASE, [whole(&apart()).with_ranges()]);
+        let pin = apart().pin().url(silent.url(RELEASE)).url(good.url(RELEASE));
+        assert!(bytes_of(&Machine::new().find(&pin.parsed()).expect("the wheel")) == apart().bytes());
+        assert_eq!(ranges(&good), [Some("bytes=400000-".to_owned())]);
+        assert!(started.elapsed() <= 2 * WAIT, "{:?}", started.elapsed());
+        gate.open();
+    }
+
+    #[cfg(target_os = "linux")]
+    fn that_drops_everything_is_waited_for_once_and_the_next_one_less() {
+        let (hosts, started) = ([Dropping::start(), Dropping::start(), Dropping::start()], Instant::now());
+        let url = |i: usize, name: &str| format!("http://{}/{name}.whl", hosts[i].authority());
+        let mut pin = apart().pin_with_places();
+        for name in ["one", "two"] {
+            for i in 0..hosts.len() {
+                pin = pin.url(url(i, name));
+            }
+        }
+        let lock = wheels::lock([&pin]);
+        let fault = Machine::new().vendor(&lock, FEATURES).err().expect("nowhere").to_string();
+        assert!(started.elapsed() <= Duration::from_secs(35), "{:?}", started.elapsed());
+        for i in 0..hosts.len() {
+            for name in ["one", "two"] {
+                assert_eq!(fault.matches(&url(i, name)).count(), 1, "{fault}");
+            }
+        }
+        assert_eq!(fault.matches("nobody answered").count(), 6, "{fault}");
+    }
+}
+
+mod what_a_transfer_says {
+    use super::*;
+    use vendoring::report::Meter;
+
+    /// Its lines, for what is told at these seconds.
+    fn lines(told: &[(u64, u64, Option<u64>)]) -> Vec<String> {
+        let (start, mut out) = (Instant::now(), Vec::new());
+        let mut meter = Meter::new(&mut out);
+        told.iter().for_each(|&(second, done, total)| meter.tell(start + Duration::from_secs(second), done, total));
+        String::from_utf8(out).expect("text").lines().map(str::to_owned).collect()
+    }
+
+    const GB: u64 = 1_000_000_000;
+
+    #[test]
+    fn is_how_far_it_is_and_how_long_it_will_take() {
+        let told = [(0, 0, Some(2 * GB)), (10, GB / 10, Some(2 * GB))];
+        assert_eq!(lines(&told), ["flashinfer-rs: 100.0 of 2000.0 MB (5 %), 10.0 MB/s, 190 s to go"]);
+        let told = [(0, 0, None), (10, GB / 10, None)];
+        assert_eq!(lines(&told), ["flashinfer-rs: 100.0 MB, 10.0 MB/s"]);
+    }
+
+    #[test]
+    fn comes_every_five_seconds_and_not_at_the_end() {
+        let told: Vec<_> = (0..=60).map(|second| (second, second * 1000, Some(60_000))).collect();
+        assert_eq!(lines(&told).len(), 11);
+        assert_eq!(lines(&[(0, 0, Some(10)), (1, 10, Some(10))]), NO_FILES);
+    }
+
+    #[test]
+    fn of_one_that_was_continued_counts_what_came_since() {
+        let told = [(0, GB, Some(2 * GB)), (10, GB + GB / 10, Some(2 * GB))];
+        assert_eq!(lines(&told), ["flashinfer-rs: 1100.0 of 2000.0 MB (55 %), 10.0 MB/s, 90 s to go"]);
+    }
+
+    #[test]
+    fn begins_anew_with_the_next_one() {
+        let told =
+            [(0, 0, Some(10)), (4, 10, Some(10)), (8, 0, Some(GB)), (12, 1000, Some(GB)), (13, GB / 2, Some(GB))];
+        assert_eq!(lines(&told).len(), 1);
+    }
+}
+
 mod pip {
     use super::*;
     use vendoring::env::Env;
-    use vendoring::index::project_page;
 
     const PURL: &str = "pkg:pypi/nvidia-cuda-runtime@13.0.96";
     const PAGE: &str = "/simple/nvidia-cuda-runtime/";
@@ -754,10 +1023,10 @@ mod pip {
         let home = machine.path("home");
         let named = |config: &str| {
             let env = Env::fixed([("HOME", home.as_os_str()), ("PIP_CONFIG_FILE", config.as_ref())]);
-            project_page(PURL, &env).expect("a page").1
+            pages(PURL, &env).expect("a page").remove(0).1
         };
         assert_eq!(named("/dev/null"), "the default index");
-        assert_eq!(named(""), home.join(".pip/pip.conf").display().to_string());
+        assert_eq!(named(""), format!("index-url in {}", home.join(".pip/pip.conf").display()));
     }
 
     /// What a build says of a wheel that this page links to.

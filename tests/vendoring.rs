@@ -18,7 +18,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use support::http::{Refusing, Reply, Server};
-use support::machine::{Machine, assert_says, bytes_of, files_under};
+use support::machine::{Machine, assert_says, bytes_of, files_under, pages};
 use support::wheels::{self, Pin, TARGET, Wheel, sha256};
 use uri::{Backend, Element, Shape, Types, Uri};
 use vendoring::env;
@@ -504,6 +504,16 @@ mod the_ladder {
         machine.checkout = Some(machine.path("checkout"));
         let fault = machine.find(&pinned).expect_err("nowhere");
         assert!(fault.is_unavailable());
+        let text = fault.to_string();
+        let at = |what: &str| text.find(what).expect(what);
+        assert!(at("Remedy") < at("Looked at"), "what to do comes before where it was looked:\n{text}");
+        for place in ["/gone.whl", "/index/", "JIT_CACHE_WHEEL (not set)", "the cache", ".local/wheel.json"] {
+            assert_eq!(text.matches(place).count(), 1, "{place} in:\n{text}");
+            assert!(
+                text.lines().any(|line| line.starts_with("  ") && line.contains(place)),
+                "a line of its own:\n{text}"
+            );
+        }
         assert_says(
             fault.to_string(),
             &[
@@ -845,7 +855,6 @@ mod the_network {
 mod an_index {
     use super::*;
     use vendoring::env::Env;
-    use vendoring::index::project_page;
 
     const PURL: &str = "pkg:pypi/flashinfer-jit-cache@0.6.3";
     const PAGE: &str = "/simple/flashinfer-jit-cache/";
@@ -1041,7 +1050,8 @@ mod an_index {
             let machine = Machine::new();
             machine.place(format!("home/{place}"), format!("[global]\nindex-url = {}\n", server.url("/conf")));
             let home = machine.path("home");
-            assert_eq!(asked_of(&server, machine.with("HOME", home)), ["/conf/flashinfer-jit-cache/"], "{place}");
+            let machine = machine.with("HOME", home).with("PIP_CONFIG_FILE", "");
+            assert_eq!(asked_of(&server, machine), ["/conf/flashinfer-jit-cache/"], "{place}");
         }
     }
 
@@ -1056,28 +1066,28 @@ mod an_index {
     #[test]
     fn that_is_not_http_is_refused_by_the_name_of_its_variable() {
         let env = Env::fixed([("PIP_INDEX_URL", "ftp://127.0.0.1/simple")]);
-        let fault = project_page(PURL, &env).expect_err("refused").to_string();
-        assert_says(fault, &["PIP_INDEX_URL", "not an http or https address"]);
+        let fault = pages(PURL, &env).expect_err("refused").to_string();
+        assert_says(fault, &["PIP_INDEX_URL", "neither an http, https or file address"]);
     }
 
     #[test]
     fn has_a_projects_page_under_its_normalized_name() {
         let env = Env::fixed([("PIP_INDEX_URL", "https://example.invalid/simple/")]);
-        let page = project_page("pkg:pypi/NVIDIA_cuda.Runtime@13.0.96", &env).expect("a page").0;
+        let page = &pages("pkg:pypi/NVIDIA_cuda.Runtime@13.0.96", &env).expect("a page")[0].0;
         assert_eq!(page, "https://example.invalid/simple/nvidia-cuda-runtime/");
     }
 
-    /// Whatever the machine that runs this has in /etc, which alone is not ours to choose.
     #[test]
     fn is_there_without_any_configuration() {
-        let (page, from) = project_page(PURL, &Env::fixed([("", "")])).expect("a page");
-        assert!(page.starts_with("http") && page.ends_with(PAGE.trim_start_matches("/simple")), "{page}");
-        assert!(from == "the default index" || from.starts_with("/etc/"), "{from}");
+        let pages = pages(PURL, &Machine::new().env()).expect("a page");
+        let [(page, from)] = pages.as_slice() else { panic!("{pages:?}") };
+        assert!(page.starts_with("https://") && page.ends_with(PAGE), "{page}");
+        assert_eq!(from, "the default index");
     }
 
     #[test]
     fn is_not_guessed_for_another_kind_of_package_url() {
-        let fault = project_page("pkg:npm/left-pad@1.0.0", &Env::fixed([("", "")])).expect_err("refused").to_string();
+        let fault = pages("pkg:npm/left-pad@1.0.0", &Machine::new().env()).expect_err("refused").to_string();
         assert_says(fault, &["pkg:npm/left-pad@1.0.0", "pkg:pypi/NAME@VERSION"]);
     }
 }
@@ -1097,6 +1107,21 @@ mod bad_bytes {
         assert_eq!(files_under(&machine.cache()), [""; 0], "left in the cache");
         assert_eq!(server.requests().len(), requests, "requests");
         fault
+    }
+
+    /// As [`leave_nothing`], but that what came is kept under another name, for the next build to go on with.
+    #[track_caller]
+    fn leave_a_part(reply: Reply, requests: usize, parts: &[&str]) {
+        let (server, pinned) = answering(reply);
+        let machine = Machine::new();
+        let fault = machine.find(&pinned).expect_err("too few bytes");
+        assert!(fault.is_unavailable());
+        assert_says(fault.to_string(), &[&server.url(&release(&Wheel::jit_cache()))]);
+        assert_says(fault.to_string(), parts);
+        let part = format!("wheels/{}/{}.part", pinned.sha256, pinned.file);
+        assert_eq!(files_under(&machine.cache()), [part.clone()]);
+        assert_eq!(fs::read(machine.cache().join(part)).expect("the part"), &good()[..700]);
+        assert_eq!(server.requests().len(), requests, "requests");
     }
 
     fn good() -> Vec<u8> {
@@ -1131,13 +1156,13 @@ mod bad_bytes {
     #[test]
     fn that_break_off_are_refused() {
         let whole = format!("{} bytes", good().len());
-        leave_nothing(Reply::ok(good()).break_off_after(700), 3, &["after 700", &whole]);
+        leave_a_part(Reply::ok(good()).break_off_after(700), 3, &["after 700", &whole]);
     }
 
     #[test]
     fn that_end_too_soon_without_an_announced_length_are_refused() {
         let parts = ["ended after 700 of", &good().len().to_string()];
-        leave_nothing(Reply::ok(&good()[..700]).without_length(), 3, &parts);
+        leave_a_part(Reply::ok(&good()[..700]).without_length(), 3, &parts);
     }
 
     #[test]
@@ -1212,7 +1237,10 @@ mod byte_ranges {
 
     /// Copies norm.so out of the wheel at this address.
     fn norm_so(url: String, size: usize) -> Result<Vec<u8>, Error> {
-        let (client, pinned) = (Client::new(), Wheel::jit_cache().pin().url("https://example.invalid/a.whl").parsed());
+        let (client, pinned) = (
+            Client::new(&Machine::new().env()),
+            Wheel::jit_cache().pin().url("https://example.invalid/a.whl").parsed(),
+        );
         let mut remote = RemoteFile::new(&client, url, size as u64);
         let mut member = Vec::new();
         Archive::open_remote(&mut remote, "remote")?.copy(&pinned.members[0], &mut member, "norm.so".as_ref())?;
@@ -1254,7 +1282,8 @@ mod byte_ranges {
         let server = Server::start();
         server.on("/a.whl", [Reply::ok(wheel.bytes()).with_ranges()]);
         let size = wheel.bytes().len();
-        let fault = Client::new().range(&server.url("/a.whl"), 0, 9, size as u64 + 1).err().expect("another size");
+        let client = Client::new(&Machine::new().env());
+        let fault = client.range(&server.url("/a.whl"), 0, 9, size as u64 + 1).err().expect("another size");
         assert_says(fault.to_string(), &[&format!("bytes 0-9/{size}"), &format!("bytes 0-9/{}", size + 1)]);
     }
 }
@@ -1729,6 +1758,10 @@ mod extraction {
     }
 
     impl vendoring::fetch::Sink for Full {
+        fn resume(&mut self) -> io::Result<(vendoring::digest::Hasher, u64)> {
+            Ok((vendoring::digest::Hasher::new(), 0))
+        }
+
         fn restart(&mut self) -> io::Result<()> {
             Ok(())
         }
@@ -1750,7 +1783,8 @@ mod extraction {
         let expected = Expected { sha256: pin.parsed().sha256, size: None };
         let url = server.url(&release(&Wheel::jit_cache()));
         let name = Path::new("/cache/a.whl");
-        let fault = Client::new().download(&url, &expected, &mut Full, name, &mut |_, _| {}).expect_err("a full disk");
+        let client = Client::new(&Machine::new().env());
+        let fault = client.download(&url, &expected, &mut Full, name, &mut |_, _| {}).expect_err("a full disk");
         assert!(!fault.is_unavailable(), "another source would not help");
         assert_says(fault.to_string(), &["writing /cache/a.whl", "free some space"]);
     }
@@ -1915,7 +1949,7 @@ mod secrets {
     fn of_an_index_that_is_misspelt_are_not_shown() {
         for url in ["http://alice:hunter2@[bad/", "alice:hunter2@example.invalid/simple", "ftp://alice:hunter2@x/"] {
             let fault = fault_at(url.to_owned());
-            assert_says(&fault, &["PIP_INDEX_URL", "not an http or https address"]);
+            assert_says(&fault, &["PIP_INDEX_URL", "neither an http, https or file address"]);
             assert_keeps(&fault);
         }
     }

@@ -133,7 +133,9 @@ impl Config {
         let family = match fields.text("model_type")? {
             "llama" => Family::Llama,
             "qwen3" => Family::Qwen3,
-            other => return Err(refuse("model_type", other, "llama or qwen3", "other families need a graph of their own")),
+            other => {
+                return Err(refuse("model_type", other, "llama or qwen3", "other families need a graph of their own"));
+            }
         };
         for (name, without) in [("attention_bias", "false"), ("mlp_bias", "false"), ("use_sliding_window", "false")] {
             if fields.get(name).is_some_and(|value| value != &Value::Bool(false)) {
@@ -145,15 +147,28 @@ impl Config {
             return Err(refuse("quantization_config", found, "none", "take the model's weights in bf16"));
         }
         if fields.get("hidden_act").is_some_and(|found| found != "silu") {
-            return Err(refuse("hidden_act", &fields.0["hidden_act"], "\"silu\"", "other activations need another graph"));
+            return Err(refuse(
+                "hidden_act",
+                &fields.0["hidden_act"],
+                "\"silu\"",
+                "other activations need another graph",
+            ));
         }
         let (hidden, q_heads) = (fields.size("hidden_size")?, fields.size("num_attention_heads")?);
         let head = match fields.get("head_dim") {
             Some(_) => fields.size("head_dim")?,
             None if hidden.is_multiple_of(q_heads) => hidden / q_heads,
-            None => return Err(refuse("head_dim", "none", "a size, since the heads do not divide the hidden size", "add it")),
+            None => {
+                return Err(refuse(
+                    "head_dim",
+                    "none",
+                    "a size, since the heads do not divide the hidden size",
+                    "add it",
+                ));
+            }
         };
-        let kv_heads = if fields.get("num_key_value_heads").is_some() { fields.size("num_key_value_heads")? } else { q_heads };
+        let kv_heads =
+            if fields.get("num_key_value_heads").is_some() { fields.size("num_key_value_heads")? } else { q_heads };
         if !q_heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of num_attention_heads, {q_heads}");
             return Err(refuse("num_key_value_heads", kv_heads, &expected, "fetch the model's config.json anew"));
@@ -176,7 +191,12 @@ impl Config {
             positions: fields.size("max_position_embeddings")?,
         };
         if config.layers > 1000 {
-            return Err(refuse("num_hidden_layers", config.layers, "at most 1000", "fetch the model's config.json anew"));
+            return Err(refuse(
+                "num_hidden_layers",
+                config.layers,
+                "at most 1000",
+                "fetch the model's config.json anew",
+            ));
         }
         Ok(config)
     }

@@ -48,7 +48,9 @@ impl Reference {
         let logits = file.read(&format!("{name}.logits"))?;
         let wrong = |what: &str| fault(format!("{}: {name} has {what}; write it anew", file.path().display()));
         let (&[rows, length], &[rows_too, positions, vocab]) = (tokens.shape(), logits.shape()) else {
-            return Err(wrong("tokens or logits of other dimensions than [rows, tokens] and [rows, positions, vocabulary]"));
+            return Err(wrong(
+                "tokens or logits of other dimensions than [rows, tokens] and [rows, positions, vocabulary]",
+            ));
         };
         if rows != rows_too || length <= positions {
             return Err(wrong("as many tokens as positions, or fewer"));
@@ -62,7 +64,10 @@ impl Reference {
             if error.numel() as u64 != rows * positions {
                 return Err(wrong("errors of other positions than its logits"));
             }
-            errors.push((own[prefix.len()..].to_owned(), (0..error.numel()).map(|i| f64::from(error.float(i))).collect()));
+            errors.push((
+                own[prefix.len()..].to_owned(),
+                (0..error.numel()).map(|i| f64::from(error.float(i))).collect(),
+            ));
         }
         if errors.is_empty() {
             return Err(wrong("no error of transformers' own BF16"));
@@ -112,11 +117,15 @@ impl Reference {
 
     /// Says how far ours is, and whether that is near enough.
     pub fn judge(&self, errors: &[f64], every: bool) -> bool {
-        let mean = |errors: &[f64]| (errors.iter().map(|error| error * error).sum::<f64>() / errors.len() as f64).sqrt();
+        let mean =
+            |errors: &[f64]| (errors.iter().map(|error| error * error).sum::<f64>() / errors.len() as f64).sqrt();
         let of = |place: usize| self.errors.iter().map(|(_, theirs)| theirs[place]).fold(0.0, f64::max);
         let (ours, theirs) = (mean(errors), self.errors.iter().map(|(_, theirs)| mean(theirs)).fold(0.0, f64::max));
         if every {
-            println!("| position | ours | {} |", self.errors.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(" | "));
+            println!(
+                "| position | ours | {} |",
+                self.errors.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(" | ")
+            );
             println!("|---|---|{}", "---|".repeat(self.errors.len()));
             for at in 0..self.positions {
                 let largest = |errors: &[f64]| {

@@ -76,9 +76,8 @@ pub fn build(config: &Config, options: &Options) -> Result<Graph> {
         let matrix = |g: &mut GraphBuilder, part: &str, rows, columns| {
             g.weight(&name(&format!("{part}.weight")), dtype, [fixed(rows), fixed(columns)])
         };
-        let vector = |g: &mut GraphBuilder, part: &str, size| {
-            g.weight(&name(&format!("{part}.weight")), dtype, [fixed(size)])
-        };
+        let vector =
+            |g: &mut GraphBuilder, part: &str, size| g.weight(&name(&format!("{part}.weight")), dtype, [fixed(size)]);
         let cache = [fixed(options.pages()), fixed(options.page_size), fixed(config.kv_heads), fixed(config.head)];
         let mut keys = g.state(&name("keys"), dtype, cache)?;
         let mut values = g.state(&name("values"), dtype, cache)?;

@@ -203,11 +203,16 @@ fn run(arguments: &Arguments) -> Result<bool, Fault> {
     let there = cfg!(feature = "cudarc") && runtime.gpu_available();
     let gpu = arguments.gpu.unwrap_or(there);
     if gpu && !there {
-        let why = if cfg!(feature = "cudarc") { "there is no GPU" } else { "this was built without the feature `cudarc`" };
+        let why =
+            if cfg!(feature = "cudarc") { "there is no GPU" } else { "this was built without the feature `cudarc`" };
         return Err(fault(format!("--on gpu: {why}; say --on host")));
     }
     let config = Config::of(arguments.config.as_deref().unwrap_or(if gpu { "qwen3-0.6b" } else { "tiny" }))?;
-    println!("{config}; {} numbers, and {} of keys and values for each token", config.parameters(), config.kv_numbers());
+    println!(
+        "{config}; {} numbers, and {} of keys and values for each token",
+        config.parameters(),
+        config.kv_numbers()
+    );
     let source = match &arguments.weights {
         Some(path) => Source::open(path)?,
         None => Source::random(arguments.seed),
@@ -225,7 +230,8 @@ impl Arguments {
         let target = if gpu { Target::Gpu } else { Target::Host };
         // On the host every row of a batch takes its time, and eight are enough to see a prefill in chunks.
         let rows = if gpu { Buckets::default().largest() } else { Buckets::default().of((sequences as u64).max(8))? };
-        let sampling = self.temperature.map(|temperature| Sampling { temperature, top_k: self.top_k, top_p: self.top_p });
+        let sampling =
+            self.temperature.map(|temperature| Sampling { temperature, top_k: self.top_k, top_p: self.top_p });
         Ok(Options {
             target,
             dtype,
@@ -317,7 +323,8 @@ fn generate(arguments: &Arguments, config: &Config, source: &Source, gpu: bool) 
         println!("on {}", engine.describe());
         let mut session = Session::new(engine, &options, arguments.seed);
         let start = Instant::now();
-        let first = prompts.iter().enumerate().map(|(i, prompt)| session.prefill(i, prompt)).collect::<Result<Vec<_>, _>>()?;
+        let first =
+            prompts.iter().enumerate().map(|(i, prompt)| session.prefill(i, prompt)).collect::<Result<Vec<_>, _>>()?;
         let prefilled = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let made = session.decode(arguments.tokens - 1)?;

@@ -172,9 +172,9 @@ fn random(name: &str, shape: &[u64], seed: u64, numbers: &[f32]) -> Result<HostT
     let count: usize = shape.iter().product::<u64>() as usize;
     let mut tensor = HostTensor::zeros(DataType::Bfloat16, shape)?;
     // Each weight has numbers of its own, whatever is made before it.
-    let own = name.bytes().fold(seed ^ 0xCBF2_9CE4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3)
-    });
+    let own = name
+        .bytes()
+        .fold(seed ^ 0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
     let mut random = Random(own);
     let bytes = tensor.bytes_mut();
     let element = |x: f32| half::bf16::from_f32(x).to_ne_bytes();

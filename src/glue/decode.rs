@@ -431,7 +431,8 @@ mod tests {
             assert_eq!(head.contains(&format!(".reqnctapercluster {CLUSTER}")), long, "{name}");
         }
         assert_eq!(ptx.matches(".visible .entry ").count(), NAMES.len());
-        for (name, value) in [("THREADS", THREADS), ("LONG_THREADS", LONG_THREADS), ("BLOCKS", CLUSTER), ("HEADS", HEADS)]
+        for (name, value) in
+            [("THREADS", THREADS), ("LONG_THREADS", LONG_THREADS), ("BLOCKS", CLUSTER), ("HEADS", HEADS)]
         {
             assert!(source.contains(&format!("constexpr u32 {name} = {value};")), "{name}");
         }
@@ -469,7 +470,9 @@ mod tests {
         for body in ptx.split(".visible .entry ").skip(1) {
             let waits = body.find("griddepcontrol.wait;").expect("a wait");
             let before = &body[..waits];
-            for touches in ["ld.global", "st.global", "ld.shared", "st.shared", "atom.", "red.", "bar.", "barrier.", "bra"] {
+            for touches in
+                ["ld.global", "st.global", "ld.shared", "st.shared", "atom.", "red.", "bar.", "barrier.", "bra"]
+            {
                 assert!(!before.contains(touches), "{touches} before the wait: {before}");
             }
             assert_eq!(body.matches("griddepcontrol.wait;").count(), 1);
@@ -490,11 +493,9 @@ mod tests {
         };
         let whole = tensor(256, &[24, 1], DType::BF16);
         assert_eq!(parts(&[&whole], 4, 24), (1, Blocks { blocks: [4, 1], threads: THREADS }));
-        for odd in [
-            tensor(258, &[24, 1], DType::BF16),
-            tensor(256, &[25, 1], DType::BF16),
-            tensor(256, &[26, 1], DType::F32),
-        ] {
+        for odd in
+            [tensor(258, &[24, 1], DType::BF16), tensor(256, &[25, 1], DType::BF16), tensor(256, &[26, 1], DType::F32)]
+        {
             assert_eq!(parts(&[&whole, &odd], 4, 24).0, 0);
         }
         assert_eq!(parts(&[&tensor(256, &[28, 1], DType::F32)], 4, 24).0, 1);

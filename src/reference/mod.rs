@@ -47,9 +47,7 @@ macro_rules! function {
             count: i32,
             result: *mut $crate::ffi::abi::Any,
         ) -> std::ffi::c_int {
-            let body: fn(
-                &$crate::reference::Args<'_>,
-            ) -> std::result::Result<(), $crate::reference::Raised> = $body;
+            let body: fn(&$crate::reference::Args<'_>) -> std::result::Result<(), $crate::reference::Raised> = $body;
             // SAFETY: TVM-FFI's calling convention, which our caller follows.
             unsafe { $crate::reference::serve(stringify!($name), args, count, result, body) }
         }

@@ -1,15 +1,15 @@
 //! An HTTP/1.1 server on loopback whose every answer is scripted, and which remembers what it was asked.
-//!
-//! The client under test honours the proxies of the process's environment, so these tests want none to be set, or
-//! 127.0.0.1 in NO_PROXY.
 #![allow(dead_code, reason = "each test uses its own part")]
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 
 /// What the server was asked.
 #[derive(Debug, Clone)]
@@ -46,6 +46,8 @@ pub struct Reply {
     /// So many bytes at once, as slow lines do.
     piece: Option<usize>,
     gate: Option<Gate>,
+    /// Says nothing at all, for as long as the client waits.
+    mute: bool,
 }
 
 /// Keeps answers back until it is opened.
@@ -67,7 +69,13 @@ impl Gate {
 impl Reply {
     pub fn ok(body: impl Into<Vec<u8>>) -> Self {
         let (headers, length) = (Vec::new(), Length::True);
-        Self { status: 200, headers, body: body.into(), length, ranges: false, cut: None, piece: None, gate: None }
+        let (body, cut, piece, gate) = (body.into(), None, None, None);
+        Self { status: 200, headers, body, length, ranges: false, cut, piece, gate, mute: false }
+    }
+
+    /// No answer, and the connection stays.
+    pub fn silence() -> Self {
+        Self { mute: true, ..Self::ok("") }
     }
 
     pub fn status(status: u16) -> Self {
@@ -129,6 +137,8 @@ struct State {
     requests: Vec<Request>,
     /// Bytes of bodies.
     sent: usize,
+    /// The value of `Authorization` that it insists on, and the status for who has another.
+    members_only: Option<(String, u16)>,
 }
 
 pub struct Server {
@@ -163,6 +173,17 @@ impl Server {
         let mut replies: Vec<Reply> = replies.into_iter().collect();
         replies.reverse();
         self.state.lock().expect("the script").script.insert(path.to_owned(), replies);
+    }
+
+    /// Shows what it has to this user only, and this status to everybody else.
+    pub fn admit(&self, user: &str, password: &str, otherwise: u16) {
+        let wanted = format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")));
+        self.state.lock().expect("the state").members_only = Some((wanted, otherwise));
+    }
+
+    /// `127.0.0.1:PORT`
+    pub fn authority(&self) -> String {
+        self.address.to_string()
     }
 
     pub fn url(&self, path: &str) -> String {
@@ -220,7 +241,37 @@ impl Refusing {
     }
 }
 
-fn answer(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
+/// An address that drops whatever is sent to it, as a firewall does: nobody accepts, and there is no room for more to
+/// wait.
+#[cfg(target_os = "linux")]
+pub struct Dropping {
+    listener: TcpListener,
+    _waiting: Vec<TcpStream>,
+}
+
+#[cfg(target_os = "linux")]
+impl Dropping {
+    pub fn start() -> Self {
+        use std::os::fd::AsRawFd;
+        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a loopback port");
+        // SAFETY: the descriptor is the listener's, which is open; to listen again changes how many may wait.
+        let shortened = unsafe { libc::listen(listener.as_raw_fd(), 0) };
+        assert_eq!(shortened, 0, "a queue of one");
+        let address = listener.local_addr().expect("its address");
+        let wait = std::time::Duration::from_millis(200);
+        // Until one is not let in any more.
+        let waiting: Vec<_> = std::iter::from_fn(|| TcpStream::connect_timeout(&address, wait).ok()).take(8).collect();
+        assert!(waiting.len() < 8, "the queue never fills");
+        Self { listener, _waiting: waiting }
+    }
+
+    /// `127.0.0.1:PORT`
+    pub fn authority(&self) -> String {
+        self.listener.local_addr().expect("its address").to_string()
+    }
+}
+
+fn answer(stream: TcpStream, shared: &Mutex<State>) -> std::io::Result<()> {
     let mut reader = BufReader::new(&stream);
     let mut line = String::new();
     reader.read_line(&mut line)?;
@@ -234,15 +285,25 @@ fn answer(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     }
     let request = Request { path, headers };
     let reply = {
-        let mut state = state.lock().expect("the script");
+        let mut state = shared.lock().expect("the script");
         state.requests.push(request.clone());
+        let stranger = |(wanted, _): &&(String, u16)| request.header("Authorization") != Some(wanted);
+        if let Some(status) = state.members_only.as_ref().filter(stranger).map(|(_, status)| *status) {
+            drop(state);
+            return send(&stream, &request, Reply::status(status), shared);
+        }
         match state.script.get_mut(&request.path) {
             Some(replies) if replies.len() > 1 => replies.pop().expect("more than one"),
             Some(replies) if replies.len() == 1 => replies[0].clone(),
             _ => Reply::status(404),
         }
     };
-    send(&stream, &request, reply, state)
+    if reply.mute {
+        // Until the client hangs up.
+        reader.read_to_end(&mut Vec::new())?;
+        return Ok(());
+    }
+    send(&stream, &request, reply, shared)
 }
 
 fn send(mut stream: &TcpStream, request: &Request, mut reply: Reply, state: &Mutex<State>) -> std::io::Result<()> {

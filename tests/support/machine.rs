@@ -11,7 +11,9 @@ use tempfile::TempDir;
 
 use crate::vendoring::env::{self, Env};
 use crate::vendoring::error::Result;
+use crate::vendoring::index::{self, Place};
 use crate::vendoring::lock::{Lock, Wheel};
+use crate::vendoring::pip::Pip;
 use crate::vendoring::source::{Found, Ladder};
 use crate::vendoring::store::Store;
 use crate::vendoring::vendor::{Outcome, vendor};
@@ -26,12 +28,13 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Nothing set but the cache folder, which does not exist yet.
+    /// Nothing set but the cache folder, which does not exist yet, and that pip has no configuration: there may be one in
+    /// /etc.
     pub fn new() -> Self {
         let temp = tempfile::tempdir().expect("a temporary folder");
         let machine = Self { temp, variables: BTreeMap::new(), workspace: None, checkout: None };
         let cache = machine.cache();
-        machine.with(env::CACHE_DIR, cache)
+        machine.with(env::CACHE_DIR, cache).with("PIP_CONFIG_FILE", "/dev/null")
     }
 
     pub fn with(mut self, name: &str, value: impl Into<OsString>) -> Self {
@@ -92,7 +95,7 @@ impl Machine {
     }
 
     fn ladder<'a>(&self, env: &'a Env, progress: &'a mut dyn FnMut(u64, Option<u64>)) -> Ladder<'a> {
-        Ladder { env, workspace: self.workspace.clone(), checkout: self.checkout.clone(), progress }
+        Ladder { workspace: self.workspace.clone(), checkout: self.checkout.clone(), ..Ladder::new(env, progress) }
     }
 }
 
@@ -128,4 +131,14 @@ pub fn assert_says(message: impl AsRef<str>, parts: &[&str]) {
     for part in parts {
         assert!(message.contains(part), "this message does not say `{part}`:\n{message}");
     }
+}
+
+/// The pages that a package's files are looked for at, each with what named it.
+pub fn pages(purl: &str, env: &Env) -> Result<Vec<(String, String)>> {
+    let places = index::places(purl, env, &Pip::read(env)?)?.into_iter();
+    let page = |place| match place {
+        Place::Page { url, from } => Some((url, from)),
+        Place::Folder(_) => None,
+    };
+    Ok(places.filter_map(page).collect())
 }

@@ -14,7 +14,7 @@ use crate::shell::say;
 use crate::vendoring::digest::{Digest, hash_reader};
 use crate::vendoring::env::{self, Env};
 use crate::vendoring::error::{Error, Result, refuse};
-use crate::vendoring::store::{LOCK, Store, TEMPORARY};
+use crate::vendoring::store::{LOCK, PART, Store, TEMPORARY};
 
 #[derive(Subcommand, Clone, Copy)]
 pub enum CacheCommand {
@@ -104,7 +104,7 @@ fn kept(folder: &Path, foreign: &mut Vec<PathBuf>) -> Result<Vec<Kept>> {
         for (path, is_folder) in entries(&kept.folder)? {
             if is_folder {
                 foreign.push(path);
-            } else if name(&path) != LOCK && !name(&path).starts_with(TEMPORARY) {
+            } else if name(&path) != LOCK && !name(&path).starts_with(TEMPORARY) && !name(&path).ends_with(PART) {
                 let metadata = path.symlink_metadata().map_err(|e| Error::io("reading", &path, &e))?;
                 kept.files.push(KeptFile { size: metadata.len(), modified: metadata.modified().ok(), path });
             }

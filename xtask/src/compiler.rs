@@ -19,6 +19,7 @@ use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::fetch::{Client, RemoteFile};
 use crate::vendoring::index;
 use crate::vendoring::lock::{self, Member};
+use crate::vendoring::pip::Pip;
 use crate::vendoring::source::Ladder;
 use crate::vendoring::store::publish_bytes;
 use crate::vendoring::wheel::Wheel as Archive;
@@ -455,7 +456,7 @@ fn unpack_whole(pinned: &Pinned, env: &Env, tree: &Path) -> Result<()> {
     };
     let bar = shell::transfer_bar(&pinned.file);
     let mut progress = shell::progress(&bar);
-    let mut ladder = Ladder { env, workspace: None, checkout: None, progress: &mut progress };
+    let mut ladder = Ladder::new(env, &mut progress);
     // The ladder's override variables are about what is vendored, not about what it is compiled from.
     let found = ladder.find_pinned(&wheel)?;
     bar.finish_and_clear();
@@ -487,9 +488,10 @@ fn unpack_members(pinned: &Pinned, env: &Env, tree: &Path) -> Result<()> {
             pinned.file
         );
     }
-    let client = Client::new();
+    let pip = Pip::read(env)?;
+    let client = pip.client(&Client::new(env))?;
     let mut faults = Vec::new();
-    for place in index::places(&pinned.purl, env)? {
+    for place in index::places(&pinned.purl, env, &pip)? {
         // A folder would hold the whole wheel, which nobody keeps for a few headers.
         let index::Place::Page { url: page, .. } = place else { continue };
         match index::find(&client, &page, &pinned.file, &pinned.sha256()?) {

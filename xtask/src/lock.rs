@@ -13,6 +13,7 @@ use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::fetch::{Client, RemoteFile};
 use crate::vendoring::index::{self, Place as PageOrFolder};
 use crate::vendoring::lock::{self, Lock, Member, Method, Place, Wheel};
+use crate::vendoring::pip::Pip;
 use crate::vendoring::source::Ladder;
 use crate::vendoring::store::publish_bytes;
 use crate::vendoring::wheel::Wheel as Archive;
@@ -107,8 +108,7 @@ fn set(table: &mut Table, key: &str, number: u64) -> Result<()> {
 fn by_wheel(wheel: &Wheel, env: &Env) -> Result<(u64, Vec<Facts>)> {
     let bar = shell::transfer_bar(&wheel.file);
     let mut progress = shell::progress(&bar);
-    let found =
-        Ladder { env, workspace: Some(shell::root()), checkout: None, progress: &mut progress }.find_pinned(wheel);
+    let found = Ladder { workspace: Some(shell::root()), ..Ladder::new(env, &mut progress) }.find_pinned(wheel);
     bar.finish_and_clear();
     let found = found?;
     let size = found.file.metadata().map_err(|e| Error::io("reading", &found.path, &e))?.len();
@@ -125,7 +125,7 @@ fn by_record(wheel: &Wheel, env: &Env) -> Result<(u64, Vec<Facts>)> {
     if let Some(name) = env.offline() {
         return Err(Error::Unavailable(format!("{name} is set")));
     }
-    let client = Client::new();
+    let client = Client::new(env);
     let mut faults = Vec::new();
     for url in addresses(wheel, env, &client)? {
         match client.size(&url).and_then(|size| Ok((size, recorded(&client, &url, size, wheel)?))) {
@@ -138,22 +138,24 @@ fn by_record(wheel: &Wheel, env: &Env) -> Result<(u64, Vec<Facts>)> {
 }
 
 fn addresses(wheel: &Wheel, env: &Env, client: &Client) -> Result<Vec<String>> {
-    let mut pages = Vec::new();
     let mut urls = Vec::new();
+    let find = |client: &Client, page: &str| index::find(client, page, &wheel.file, &wheel.sha256);
+    // One on this machine is no address that ranges are asked of.
+    let remote = |link: index::Link| Some(link.url).filter(|url| url.starts_with("http"));
     for source in &wheel.sources {
         match source {
             lock::Source::Url(url) => urls.push(url.clone()),
-            lock::Source::Index(page) => pages.push(page.clone()),
+            lock::Source::Index(page) => urls.extend(find(client, page).ok().and_then(remote)),
             lock::Source::Purl(purl) => {
-                pages.extend(index::places(purl, env)?.into_iter().filter_map(|place| match place {
-                    PageOrFolder::Page { url, .. } => Some(url),
-                    PageOrFolder::Folder(_) => None,
-                }))
+                let pip = Pip::read(env)?;
+                let pips = pip.client(client)?;
+                for place in index::places(purl, env, &pip)? {
+                    let PageOrFolder::Page { url, .. } = place else { continue };
+                    urls.extend(find(&pips, &url).ok().and_then(remote));
+                }
             }
         }
     }
-    let linked = pages.iter().filter_map(|page| index::find(client, page, &wheel.file, &wheel.sha256).ok());
-    urls.extend(linked.map(|link| link.url));
     Ok(urls)
 }
 

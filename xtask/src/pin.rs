@@ -281,7 +281,7 @@ impl Handed {
             let file = part.file();
             let bytes = match &from {
                 From::Folder(folder) => read(&folder.join(file), limit)?,
-                From::Url(url) => Client::new().unknown(&kernels::file_address(url, part)?, limit)?,
+                From::Url(url) => Client::new(&Env::process()).unknown(&kernels::file_address(url, part)?, limit)?,
             };
             match bytes {
                 Some(bytes) if bytes.starts_with(LFS_POINTER) => refuse!(
@@ -464,7 +464,7 @@ impl Handed {
         let Some(wheel) = lock.for_target(target).find(|wheel| wheel.distribution == TVM_FFI) else { return Ok(None) };
         let members: Vec<&Member> = wheel.members.iter().collect();
         let mut silent = |_, _| {};
-        let mut ladder = Ladder { env, workspace: Some(shell::root()), checkout: None, progress: &mut silent };
+        let mut ladder = Ladder { workspace: Some(shell::root()), ..Ladder::new(env, &mut silent) };
         let scratch = tempfile::tempdir().map_err(|e| Error::io("writing to the folder", &std::env::temp_dir(), &e))?;
         let machines = [elf::X86_64, elf::AARCH64];
         let read = match ladder.supply(wheel, &members, scratch.path())? {

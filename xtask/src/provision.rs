@@ -135,7 +135,7 @@ fn find(wheel: &Wheel, env: &Env, root: &Path) -> Result<Found> {
     let bar = shell::transfer_bar(&wheel.file);
     let mut progress = shell::progress(&bar);
     let checkout = Some(root.to_owned());
-    let found = Ladder { env, workspace: checkout.clone(), checkout, progress: &mut progress }.find(wheel);
+    let found = Ladder { workspace: checkout.clone(), checkout, ..Ladder::new(env, &mut progress) }.find(wheel);
     bar.finish_and_clear();
     found
 }

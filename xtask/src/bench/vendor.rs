@@ -206,7 +206,7 @@ pub fn arm(folder: &Path, lock: &Path) -> Result<()> {
     let lock = Lock::read(lock)?;
     let environment = Env::fixed([(env::CACHE_DIR, folder.join("cache"))]);
     let mut silent = |_, _| {};
-    let mut ladder = Ladder { env: &environment, workspace: None, checkout: None, progress: &mut silent };
+    let mut ladder = Ladder::new(&environment, &mut silent);
     let target = tempfile::tempdir_in(folder.parent().unwrap_or(folder))
         .map_err(|e| Error::io("creating a folder in", folder, &e))?;
     let outcome = vendor(&lock, "bench", &|_| true, &mut ladder, target.path())?;
