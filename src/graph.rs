@@ -34,6 +34,22 @@ pub struct Site {
     stream: CUstream,
 }
 
+impl Site {
+    /// That a call is for the stream of the capture: what a graph owns is for its launches alone.
+    pub(crate) fn check(self, function: &'static str, stream: Stream<'_>) -> Result<()> {
+        if stream.as_raw() == self.stream.cast() {
+            return Ok(());
+        }
+        Err(FlashInferError::InvalidArgument {
+            function,
+            argument: "stream",
+            found: "another stream than the capture's".to_owned(),
+            expected: "the stream that the captured calls are given: scratch memory that a graph owns is for its launches alone"
+                .to_owned(),
+        })
+    }
+}
+
 /// What was launched on a graph's stream, for others to wait for.
 pub struct Launched<'a> {
     stream: &'a CudaStream,

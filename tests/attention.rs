@@ -512,9 +512,19 @@ fn a_specification_refuses_what_no_module_computes_and_what_release_0_6_3_comput
     let of = |dtype| AttentionSpec::paged(dtype, (8, 2), 128, 16);
     let bf16 = of(DType::BF16);
     // What deadlocks the GPU, and what ignores the cap.
-    names(of(DType::F8E4M3).causal(true).window(8).build(), "dtype", "never end");
-    names(of(DType::F8E4M3).soft_cap(30.0).build(), "dtype", "ignore it");
-    names(of(DType::F8E5M2).build(), "dtype", "8-bit queries");
+    let eight = of(DType::F8E4M3).causal(true);
+    names(eight.window(8).build(), "window", "never end");
+    names(eight.soft_cap(30.0).build(), "soft_cap", "ignore it");
+    names(eight.kv_dtype(DType::BF16).build(), "kv_dtype", "F8E4M3 keys, as the queries");
+    names(eight.backend(Backend::Fa2).build(), "backend", "FA3, which alone");
+    names(eight.out_dtype(DType::F8E4M3).build(), "out_dtype", "F16 or BF16");
+    names(bf16.out_dtype(DType::F16).build(), "out_dtype", "BF16, as the queries");
+    names(AttentionSpec::paged(DType::F8E4M3, (8, 2), 64, 16).build(), "head_dim", "128 or 256");
+    names(AttentionSpec::paged(DType::F8E4M3, (8, 2), 64, 16).sinks().build(), "sinks", "no module has both");
+    names(AttentionSpec::ragged(DType::F8E4M3, (8, 8), (192, 128)).build(), "head_dim", "128 or 256");
+    names(AttentionSpec::decode(DType::F8E4M3, (8, 2), 128, 16).build(), "dtype", "decode; expected 16-bit queries");
+    names(AttentionSpec::mla(DType::F8E4M3, 8, 16).sm_scale(0.1).build(), "dtype", "latent attention");
+    names(of(DType::F8E5M2).build(), "dtype", "nothing is compiled");
     names(of(DType::I32).build(), "dtype", "F16 or BF16");
     names(bf16.kv_dtype(DType::F16).build(), "kv_dtype", "BF16, as the queries, or F8E4M3");
     names(bf16.kv_dtype(DType::F8E5M2).build(), "kv_dtype", "F8E4M3");
@@ -590,6 +600,8 @@ fn the_backend_is_upstreams_choice_where_that_is_right() {
         assert_eq!(of(decode).backend((7, 5)), old, "groups of {group}");
         assert_eq!(of(decode.kv_dtype(DType::F8E4M3)).backend((9, 0)), new, "groups of {group}");
     }
+    let eight = of(AttentionSpec::paged(DType::F8E4M3, (8, 2), 128, 16));
+    assert_eq!((eight.backend((9, 0)), eight.backend((8, 9))), (Backend::Fa3, Backend::Fa3), "which alone has 8-bit queries");
     let decode = AttentionSpec::decode(DType::F16, (8, 1), 64, 16);
     assert_eq!(of(decode.backend(Backend::CudaCores)).backend((9, 0)), Backend::CudaCores, "what was asked for");
     assert_eq!(of(decode.backend(Backend::Fa2)).backend((7, 5)), Backend::Fa2, "what was asked for");
@@ -617,6 +629,15 @@ fn modules_have_upstreams_names() {
         "batch_prefill_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_qk_192_head_dim_vo_128_\
          posenc_0_use_swa_False_use_logits_cap_True_f16qk_False_sm90"
     );
+    let eight = AttentionSpec::paged(DType::F8E4M3, (8, 2), 128, 16).causal(true);
+    let name = |out| {
+        format!(
+            "batch_prefill_with_kv_cache_dtype_q_e4m3_dtype_kv_e4m3_dtype_o_{out}_dtype_idx_i32_head_dim_qk_128_head_dim_vo_128_\
+             {plain}_sm90"
+        )
+    };
+    assert_eq!(of(eight, Backend::Fa3), name("bf16"));
+    assert_eq!(of(eight.out_dtype(DType::F16), Backend::Fa3), name("f16"));
     let sinks = AttentionSpec::paged(DType::BF16, (8, 2), 64, 16).causal(true).window(128).sinks();
     let name = "batch_prefill_with_attention_sink_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_64_\
                 head_dim_vo_64_use_swa_True_";
@@ -625,6 +646,87 @@ fn modules_have_upstreams_names() {
     let mla = AttentionSpec::mla(DType::BF16, 16, 64).sm_scale(0.1);
     let name = "batch_mla_attention_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_ckv_512_head_dim_kpe_64_profiler_False";
     assert_eq!((of(mla, Backend::Fa2), of(mla, Backend::Fa3)), (name.to_owned(), format!("{name}_sm90")));
+}
+
+/// Numbers that 8 bits have, in steps of 1/8, and as bytes of F8E4M3.
+fn eight_bits(count: usize, seed: u64) -> (Vec<f32>, Vec<u8>) {
+    let steps = noise(count, seed).into_iter().map(|x| (x * 8.0).round() / 8.0);
+    let byte = |x: f32| {
+        if x == 0.0 {
+            return 0;
+        }
+        let exponent = x.abs().log2().floor();
+        let mantissa = (x.abs() / exponent.exp2() - 1.0) * 8.0;
+        (u8::from(x < 0.0) << 7) | ((exponent as i32 + 7) as u8) << 3 | mantissa as u8
+    };
+    steps.map(|x| (x, byte(x))).unzip()
+}
+
+#[test]
+fn queries_in_8_bits_and_their_scales_are_what_they_stand_for() {
+    start();
+    let mut batch = Batch::ragged();
+    batch.push_ragged(3, 7).unwrap();
+    batch.push_ragged(2, 4).unwrap();
+    let ((q, q_bytes), (k, k_bytes), (v, v_bytes)) =
+        (eight_bits(5 * 4 * 128, 1), eight_bits(11 * 2 * 128, 2), eight_bits(11 * 2 * 128, 3));
+    let run = |spec: AttentionSpec, [q, k, v]: [&TensorRef<'_>; 3], options: &AttentionOptions<'_>| {
+        let mut o = vec![0f32; 5 * 4 * 128];
+        let mut workspace = Workspace::on_host(spec);
+        let mut results = TensorMut::from_slice(&mut o, &[5, 4, 128])?;
+        workspace.plan(&batch)?.run_ragged(&mut results, None, q, (k, v), options).map(|()| o)
+    };
+    // SAFETY: as many bytes as the shapes say.
+    let bytes = |values: &[u8], shape: &[i64]| unsafe {
+        TensorRef::from_raw(values.as_ptr().cast(), Device::Cpu, DType::F8E4M3, shape, None).unwrap()
+    };
+    let (q_shape, kv_shape) = ([5, 4, 128], [11, 2, 128]);
+    let eight = [bytes(&q_bytes, &q_shape), bytes(&k_bytes, &kv_shape), bytes(&v_bytes, &kv_shape)];
+    let spec = |dtype| AttentionSpec::ragged(dtype, (4, 2), (128, 128)).causal(true);
+    let facts = spec(DType::F8E4M3).out_dtype(DType::F32);
+    let options = AttentionOptions::default().with_q_scale(0.5).with_k_scale(0.75).with_v_scale(3.0);
+    let found = run(facts.build().unwrap(), eight.each_ref(), &options).unwrap();
+    let scaled = spec(DType::F32).sm_scale(0.375 / 128f64.sqrt()).build().unwrap();
+    let wide = [(&q, &q_shape), (&k, &kv_shape), (&v, &kv_shape)];
+    let wide = wide.map(|(values, shape)| TensorRef::from_slice(values, shape).unwrap());
+    let expected = run(scaled, wide.each_ref(), &AttentionOptions::default()).unwrap();
+    close(&found, &expected.iter().map(|x| 3.0 * x).collect::<Vec<_>>(), 1e-6);
+    // Masked products are -50,000 before they are scaled, which a scale for values that fill 8 bits would not make small.
+    let tiny = AttentionOptions::default().with_q_scale(5.0 / 448.0).with_k_scale(5.0 / 448.0);
+    names(run(facts.build().unwrap(), eight.each_ref(), &tiny), "k_scale", "sees keys that are masked");
+    names(run(facts.build().unwrap(), eight.each_ref(), &options.clone().with_v_scale(f64::NAN)), "v_scale", "NaN");
+    names(run(spec(DType::F32).build().unwrap(), wide.each_ref(), &options), "v_scale", "multiplies the results");
+    names(run(spec(DType::F8E4M3).build().unwrap(), eight.each_ref(), &options), "o", "BF16, as the specification says");
+}
+
+#[test]
+fn one_sequence_is_a_batch_of_one() {
+    start();
+    let spec = AttentionSpec::ragged(DType::F32, (4, 2), (64, 64)).causal(true).build().unwrap();
+    let (q, k, v) = (noise(3 * 4 * 64, 1), noise(10 * 2 * 64, 2), noise(10 * 2 * 64, 3));
+    let tensor = |values, rows, heads| TensorRef::from_slice(values, &[rows, heads, 64]).unwrap();
+    let (q_all, k, v) = (tensor(&q, 3, 4), tensor(&k, 10, 2), tensor(&v, 10, 2));
+    let (mut single, mut batched) = (vec![0f32; q.len()], vec![0f32; q.len()]);
+    let options = AttentionOptions::default();
+    let mut workspace = Workspace::on_host(spec);
+    let mut results = TensorMut::from_slice(&mut single, &[3, 4, 64]).unwrap();
+    workspace.run_single(&mut results, None, &q_all, (&k, &v), &options).unwrap();
+    let mut batch = Batch::ragged();
+    batch.push_ragged(3, 10).unwrap();
+    let mut results = TensorMut::from_slice(&mut batched, &[3, 4, 64]).unwrap();
+    workspace.plan(&batch).unwrap().run_ragged(&mut results, None, &q_all, (&k, &v), &options).unwrap();
+    assert_eq!(single, batched);
+    assert!(single.iter().any(|x| *x != 0.0));
+    // Fewer keys than queries, no keys, no queries, and pages.
+    let mut results = TensorMut::from_slice(&mut single, &[3, 4, 64]).unwrap();
+    let few = k.narrow(0, 0, 2).unwrap();
+    names(workspace.run_single(&mut results, None, &q_all, (&few, &few), &options), "keys", "2 for 3 queries");
+    let none = k.narrow(0, 0, 0).unwrap();
+    names(workspace.run_single(&mut results, None, &q_all, (&none, &none), &options), "keys", "0 of request 0");
+    let mut nothing = TensorMut::from_slice(&mut [] as &mut [f32], &[0, 4, 64]).unwrap();
+    workspace.run_single(&mut nothing, None, &q_all.narrow(0, 0, 0).unwrap(), (&k, &v), &options).unwrap();
+    let mut paged = Workspace::on_host(paged((4, 2)).build().unwrap());
+    names(paged.run_single(&mut results, None, &q_all, (&k, &v), &options), "batch", "Batch::paged");
 }
 
 #[test]

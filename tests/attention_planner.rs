@@ -14,14 +14,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtrMut};
 use flashinfer_rs::attention::{
     AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, DecodeTable, GraphPlan, GraphRoom, GraphXqa,
     Kind, Largest, LatentQueries, Plan, Workspace, XqaDecode,
 };
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
 use flashinfer_rs::{
-    DType, FlashInferError, FlashInferRuntime, LaunchGraph, OnDevice, Placed, RuntimeConfig, TensorMut, TensorRef,
+    DType, Device, FlashInferError, FlashInferRuntime, LaunchGraph, OnDevice, Placed, RuntimeConfig, Stream, TensorMut, TensorRef,
 };
 use half::bf16;
 use libloading::os::unix::Library;
@@ -40,12 +40,13 @@ type Test = fn(&Machine, AttentionSpec);
 type Case = (&'static str, fn() -> (AttentionBuilder, Backend), Test);
 
 const PAGED: AttentionBuilder = AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true);
+const RAGGED: AttentionBuilder = AttentionSpec::ragged(DType::BF16, (8, 2), (128, 128)).causal(true);
 const DECODE: AttentionBuilder = AttentionSpec::decode(DType::BF16, (8, 2), 128, 16);
 
 const HEADS: Heads = Heads { q: 8, kv: 2, size: 128 };
 
 fn main() -> ExitCode {
-    let cases: [Case; 16] = [
+    let cases: [Case; 21] = [
         ("fa2_is_captured_and_planned_in_order", || (PAGED, Backend::Fa2), captured),
         ("fa3_is_captured_and_planned_in_order", || (PAGED, Backend::Fa3), captured),
         ("decode_is_captured_and_planned_in_order", || (DECODE, Backend::CudaCores), captured),
@@ -69,6 +70,19 @@ fn main() -> ExitCode {
             || (AttentionSpec::mla(DType::BF16, 128, 16).sm_scale(0.07), Backend::Fa2),
             graph,
         ),
+        ("fa2_is_planned_for_a_graph_without_pages", || (RAGGED, Backend::Fa2), ragged_graph),
+        ("fa3_is_planned_for_a_graph_without_pages", || (RAGGED, Backend::Fa3), ragged_graph),
+        (
+            "queries_of_8_bits_run_paged",
+            || (AttentionSpec::paged(DType::F8E4M3, (8, 2), 128, 16).causal(true), Backend::Fa3),
+            run_8_bits,
+        ),
+        (
+            "queries_of_8_bits_run_ragged",
+            || (AttentionSpec::ragged(DType::F8E4M3, (8, 2), (128, 128)).causal(true), Backend::Fa3),
+            run_8_bits,
+        ),
+        ("one_sequence_runs", || (RAGGED, Backend::Fa2), run_single),
         (
             "fa2_plans_by_its_rules",
             || (AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true), Backend::Fa2),
@@ -177,16 +191,29 @@ impl Machine {
         machine
     }
 
+    /// The stand-in that has a variable: the driver's, else the runtime's.
+    fn library(&self, name: &str) -> &Library {
+        const OF_THE_DRIVER: [&str; 8] = [
+            "pinned",
+            "synchronized",
+            "waits",
+            "records",
+            "streams_synchronized",
+            "record_fails_with",
+            "copy_fails_after",
+            "copies_to_gpu",
+        ];
+        if OF_THE_DRIVER.contains(&name) { &self.driver } else { &self.cudart }
+    }
+
     fn get(&self, name: &str) -> i32 {
-        let of_the_driver = matches!(name, "pinned" | "synchronized" | "waits" | "records");
-        let library = if of_the_driver { &self.driver } else { &self.cudart };
         // SAFETY: the fixtures' variables are of this type.
-        unsafe { **library.get::<*const i32>(name.as_bytes()).unwrap() }
+        unsafe { **self.library(name).get::<*const i32>(name.as_bytes()).unwrap() }
     }
 
     fn set(&self, name: &str, value: i32) {
         // SAFETY: as above.
-        unsafe { **self.cudart.get::<*mut i32>(name.as_bytes()).unwrap() = value };
+        unsafe { **self.library(name).get::<*mut i32>(name.as_bytes()).unwrap() = value };
     }
 
     /// The lists that were copied last.
@@ -262,8 +289,10 @@ fn fa2(machine: &Machine, spec: AttentionSpec) {
             machine.expect(&plan, &expected, bytes, &format!("batch {i} of {largest:?}"));
         }
     }
-    // What is queued is waited for before its memory is written again, and is given back at the end.
-    assert_eq!((machine.get("pinned"), machine.get("synchronized") > 300), (0, true));
+    // What is queued is waited for before its memory is written again, once for four plans in turn, and is given back at the end.
+    let waits = machine.get("synchronized");
+    assert!((3 * 110 / 4..3 * 120 / 4).contains(&waits), "{waits}");
+    assert_eq!(machine.get("pinned"), 0);
 }
 
 fn fa3(machine: &Machine, spec: AttentionSpec) {
@@ -386,6 +415,20 @@ fn graph(machine: &Machine, spec: AttentionSpec) {
             machine.set("multiprocessors", 66);
             let error = graph.buffers().unwrap().replan(&batch).unwrap_err().to_string();
             assert!(error.contains("as was captured"), "{error}");
+            // The lists before it cannot be copied again: nothing is launched until they are.
+            graph.capture(|_, _| Ok(())).unwrap();
+            machine.set("copy_fails_after", 1);
+            let error = graph.buffers().unwrap().replan(&batch).unwrap_err();
+            assert!(matches!(error, FlashInferError::Cuda { .. }), "{error}");
+            let launches = machine.get("launches");
+            assert!(graph.launch().is_err());
+            machine.set("copy_fails_after", -1);
+            let copies = machine.get("copies_to_gpu");
+            assert_eq!(machine.get("launches"), launches);
+            graph.launch().unwrap();
+            assert_eq!(machine.get("copies_to_gpu"), copies + 2, "the tables and the lists");
+            graph.launch().unwrap();
+            assert_eq!(machine.get("copies_to_gpu"), copies + 2);
             machine.set("multiprocessors", 132);
         }
         graph.buffers().unwrap().replan(&batch).unwrap();
@@ -397,6 +440,77 @@ fn graph(machine: &Machine, spec: AttentionSpec) {
             let error = graph.buffers().unwrap().replan(&batch).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
+    }
+}
+
+/// As [`graph`], of keys that lie one after the other: requests that are missing have neither queries nor keys. And its calls are
+/// captured with tensors that have the rows that there is room for.
+fn ragged_graph(machine: &Machine, spec: AttentionSpec) {
+    let stream = &machine.stream;
+    for (requests, rows) in [(1, 1), (7, 7), (40, 700)] {
+        let room = GraphRoom::ragged(requests, rows, 60_000);
+        let all = batches(Largest::new(requests, rows), false, 1);
+        let fitting = all.into_iter().map(|(_, lengths)| lengths).filter(|lengths| lengths.pages.iter().sum::<i64>() <= 60_000);
+        let fitting: Vec<_> = fitting.take(40).collect();
+        assert_eq!(fitting.len(), 40);
+        let batch = |lengths: &Lengths| {
+            let mut batch = Batch::ragged();
+            let each = lengths.queries.iter().zip(&lengths.pages);
+            each.for_each(|(queries, keys)| batch.push_ragged(*queries, *keys).unwrap());
+            batch
+        };
+        let plan = GraphPlan::new(spec, room, &batch(&fitting[0]), stream).unwrap();
+        let integers = plan.integers().to_vec();
+        let zeros = |count: i64| stream.alloc_zeros::<bf16>(count as usize).unwrap();
+        let buffers = (plan, zeros(rows * 1024), zeros(rows * 1024), zeros(60_000 * 256), zeros(60_000 * 256));
+        let mut graph = LaunchGraph::new(stream, buffers).unwrap();
+        let before = machine.get("launches");
+        graph
+            .capture(|s, (plan, q, mut o, k, v)| {
+                let (q, mut o) = (q.read(&[rows, 8, 128])?, o.write(&[rows, 8, 128])?);
+                let kv_shape = [60_000, 2, 128];
+                let (k, v, options) = (k.read(&kv_shape)?, v.read(&kv_shape)?, AttentionOptions::default());
+                plan.run_ragged(&mut o, None, &q, (&k, &v), &options, s)?;
+                let fewer = k.narrow(0, 0, 59_999)?;
+                let error = plan.run_ragged(&mut o, None, &q, (&fewer, &fewer), &options, s).unwrap_err().to_string();
+                assert!(error.contains("60000, for which the batch was made"), "{error}");
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(machine.get("launches"), before + if spec.backend((9, 0)) == Backend::Fa3 { 1 } else { 2 });
+        for lengths in &fitting {
+            graph.buffers().unwrap().0.replan(&batch(lengths)).unwrap();
+            graph.launch().unwrap();
+            let none = vec![0; requests as usize - lengths.queries.len()];
+            let queries = [&lengths.queries[..], &none].concat();
+            let filled = Lengths { queries, pages: [&lengths.pages[..], &none].concat() };
+            let expected = match spec.backend((9, 0)) {
+                Backend::Fa3 => planner::fa3(&filled.queries, &HEADS, 132, Some(rows)),
+                _ => planner::fa2(&filled, &HEADS, 1, 132, Some(rows)),
+            };
+            assert_eq!(integers, expected.integers);
+            let copied = machine.copied();
+            assert_eq!(copied.len() as i64, expected.int);
+            for (at, list) in &expected.lists {
+                let words = copied[*at as usize..].chunks_exact(4).take(list.len());
+                let found: Vec<i32> = words.map(|word| i32::from_ne_bytes(word.try_into().unwrap())).collect();
+                assert_eq!(&found, list, "the list at {at}");
+            }
+        }
+        let mut large = Batch::ragged();
+        large.push_ragged(1, 60_001).unwrap();
+        let error = graph.buffers().unwrap().0.replan(&large).unwrap_err().to_string();
+        assert!(error.contains("60001 of all requests together"), "{error}");
+        let error = graph.buffers().unwrap().0.replan(&Batch::paged(1, 9).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("Batch::ragged"), "{error}");
+        graph.launch().unwrap();
+    }
+    let pages = Batch::paged(16, 9).unwrap();
+    let error = GraphPlan::new(spec, GraphRoom::ragged(1, 1, 9), &pages, stream).unwrap_err().to_string();
+    assert!(error.contains("ragged without pages"), "{error}");
+    for keys in [0, 1 << 31] {
+        let error = GraphPlan::new(spec, GraphRoom::ragged(1, 1, keys), &Batch::ragged(), stream).unwrap_err().to_string();
+        assert!(error.contains("1 to 2147483647"), "{error}");
     }
 }
 
@@ -412,6 +526,8 @@ fn captured(machine: &Machine, spec: AttentionSpec) {
         let plan = GraphPlan::new(spec, room, &batch, own).unwrap();
         let zeros = |count: i64| own.alloc_zeros::<bf16>(count as usize).unwrap();
         let buffers = (plan, zeros(rows * 1024), zeros(rows * 1024), zeros(100 * 16 * 256), zeros(100 * 16 * 256));
+        let (queries, mut results) = (zeros(rows * 1024), zeros(rows * 1024));
+        let (mut keys, mut values) = (zeros(100 * 4096), zeros(100 * 4096));
         let mut graph = LaunchGraph::new(&other, buffers).unwrap().with_pdl(pdl);
         let before = machine.get("launches");
         graph
@@ -424,7 +540,15 @@ fn captured(machine: &Machine, spec: AttentionSpec) {
                 let fewer = TensorRef::from_cudarc(own, &own.alloc_zeros::<bf16>(16).unwrap(), &[1, 1, 16])
                     .map(|tensor| plan.run(&mut o, None, &tensor, &cache, &AttentionOptions::default(), s));
                 assert!(fewer.is_err() || fewer.is_ok_and(|result| result.is_err()));
-                Ok(())
+                // Nor is it with tensors of that stream: the graph's scratch memory is for its launches alone.
+                let tensor = |buffer| TensorMut::from_cudarc(own, buffer, &shape);
+                let cache = PagedKvCache::new(tensor(&mut keys)?, tensor(&mut values)?, KvLayout::Nhd)?;
+                let q = TensorRef::from_cudarc(own, &queries, &[rows, 8, 128])?;
+                let mut o = TensorMut::from_cudarc(own, &mut results, &[rows, 8, 128])?;
+                match plan.run(&mut o, None, &q, &cache, &AttentionOptions::default(), Stream::cudarc(own)) {
+                    Err(FlashInferError::InvalidArgument { argument: "stream", .. }) => Ok(()),
+                    other => panic!("{other:?}"),
+                }
             })
             .unwrap();
         let hopper_alone = spec.backend((9, 0)) == Backend::Fa3;
@@ -433,18 +557,21 @@ fn captured(machine: &Machine, spec: AttentionSpec) {
         assert_eq!(machine.get("last_pdl"), i32::from(pdl && !hopper_alone));
         graph.launch().unwrap();
         let counted = || (machine.get("waits"), machine.get("records"));
-        for pages in [[7, 3], [8, 2]] {
+        let all = counted().1;
+        for pages in [[7, 3], [8, 2], [7, 3], [8, 2]] {
             batch.clear();
             batch.push(1, &pages, 21).unwrap();
             let mut views = graph.buffers().unwrap();
             let (waits, records) = counted();
             views.0.replan(&batch).unwrap();
-            // For the launch; behind the copies, for the slot and for the next launch.
-            assert_eq!(counted(), (waits + 1, records + 2));
+            // For the launch; behind the copies, for the next launch and, of four plans, for the slots.
+            assert_eq!(counted().0, waits + 1);
+            assert!([1, 2].contains(&(counted().1 - records)));
             let (waits, _) = counted();
             graph.launch().unwrap();
             assert!(counted().0 > waits, "a launch waits for the plan");
         }
+        assert!(counted().1 > all + 4);
     }
 }
 
@@ -518,10 +645,19 @@ fn run(machine: &Machine, spec: AttentionSpec, queries: i64, sinks: bool) {
         let error = plan.run(&mut o, None, &q, &cache, &options).unwrap_err().to_string();
         assert!(error.contains("memory of cpu"), "{error}");
     }
-    // A copy that fails is an error, and the next plan is as good as any.
+    // Where nothing tells when copies are made, the host waits for the stream, and it is an error.
     let mut workspace = Workspace::new(spec, Largest::new(2, rows), stream).unwrap();
+    let waited = machine.get("streams_synchronized");
+    machine.set("record_fails_with", 1);
+    // Of four plans one records an event.
+    let errors: Vec<_> = (0..4).filter_map(|_| workspace.plan(&batch).map(drop).err()).collect();
+    assert!(matches!(errors[..], [FlashInferError::Cuda { .. }]), "{errors:?}");
+    assert_eq!(machine.get("streams_synchronized"), waited + 1);
+    machine.set("record_fails_with", 0);
+    let mut workspace = Workspace::new(spec, Largest::new(2, rows), stream).unwrap();
+    // A copy that fails is an error, and the next plan is as good as any.
     machine.set("copy_fails_with", 1);
-    let error = workspace.plan(&batch).unwrap_err();
+    let error = workspace.plan(&batch).map(drop).unwrap_err();
     assert!(matches!(error, FlashInferError::TvmFfiCall { .. }), "{error}");
     machine.set("copy_fails_with", 0);
     workspace.plan(&batch).unwrap();
@@ -578,6 +714,67 @@ fn run_ragged(machine: &Machine, spec: AttentionSpec) {
     let short = TensorRef::from_cudarc(stream, &k, &[906, 2, 128]).unwrap();
     let error = plan.run_ragged(&mut o, None, &q, (&short, &short), &AttentionOptions::default()).unwrap_err();
     assert!(error.to_string().contains("907, for which the batch was made"), "{error}");
+}
+
+/// 8-bit queries, keys and values: the launcher takes what it is given, and the current GPU is what it was, also where the launcher
+/// changes it.
+fn run_8_bits(machine: &Machine, spec: AttentionSpec) {
+    let stream = &machine.stream;
+    let ragged = spec.kind() == Kind::Ragged;
+    let bytes = |count: usize| stream.alloc_zeros::<u8>(count).unwrap();
+    let (q, mut k, mut v) = (bytes(41 * 1024), bytes(907 * 256 + 4096), bytes(907 * 256 + 4096));
+    let mut o = stream.alloc_zeros::<bf16>(41 * 1024).unwrap();
+    let mut lse = stream.alloc_zeros::<f32>(41 * 8).unwrap();
+    let mut address = |buffer: &mut CudaSlice<u8>| buffer.device_ptr_mut(stream).0 as *mut c_void;
+    let device = Device::Cuda(0);
+    // SAFETY: the buffers hold as many bytes, and outlive the tensors.
+    let raw = |at: *mut c_void, shape: &[i64]| unsafe { TensorMut::from_raw(at, device, DType::F8E4M3, shape, None).unwrap() };
+    let (mut q, at) = (q, [&mut k, &mut v].map(&mut address));
+    let q = raw(address(&mut q), &[41, 8, 128]);
+    let q = q.as_ref();
+    let mut o = TensorMut::from_cudarc(stream, &mut o, &[41, 8, 128]).unwrap();
+    let mut lse = TensorMut::from_cudarc(stream, &mut lse, &[41, 8]).unwrap();
+    let options = AttentionOptions::default().with_q_scale(2.0).with_k_scale(0.5).with_v_scale(3.0);
+    machine.set("devices", 2);
+    for on in [0, 1] {
+        machine.set("current_device", on);
+        let mut workspace = Workspace::new(spec, Largest::new(2, 41), stream).unwrap();
+        assert_eq!(workspace.backend(), Some(Backend::Fa3));
+        let before = machine.get("launches");
+        if ragged {
+            let mut batch = Batch::ragged();
+            batch.push_ragged(40, 900).unwrap();
+            batch.push_ragged(1, 7).unwrap();
+            let plan = workspace.plan(&batch).unwrap();
+            let [k, v] = at.map(|at| raw(at, &[907, 2, 128]));
+            plan.run_ragged(&mut o, Some(&mut lse), &q, (&k.as_ref(), &v.as_ref()), &options).unwrap();
+        } else {
+            let mut batch = Batch::paged(16, 57).unwrap();
+            batch.push(40, &(0..56).collect::<Vec<_>>(), 56 * 16).unwrap();
+            batch.push(1, &[5], 7).unwrap();
+            let plan = workspace.plan(&batch).unwrap();
+            let [k, v] = at.map(|at| raw(at, &[57, 16, 2, 128]));
+            let cache = PagedKvCache::new(k, v, KvLayout::Nhd).unwrap();
+            plan.run(&mut o, Some(&mut lse), &q, &cache, &options).unwrap();
+        }
+        assert_eq!(machine.get("launches"), before + 1);
+        assert_eq!(machine.get("last_pdl"), 0);
+        assert_eq!(machine.get("current_device"), on);
+    }
+}
+
+fn run_single(machine: &Machine, spec: AttentionSpec) {
+    let stream = &machine.stream;
+    let zeros = |count| stream.alloc_zeros::<bf16>(count).unwrap();
+    let (q, mut o, k) = (zeros(3 * 1024), zeros(3 * 1024), zeros(5000 * 256));
+    let q = TensorRef::from_cudarc(stream, &q, &[3, 8, 128]).unwrap();
+    let k = TensorRef::from_cudarc(stream, &k, &[5000, 2, 128]).unwrap();
+    let mut o = TensorMut::from_cudarc(stream, &mut o, &[3, 8, 128]).unwrap();
+    let mut workspace = Workspace::new(spec, Largest::new(1, 3), stream).unwrap();
+    let before = machine.get("launches");
+    workspace.run_single(&mut o, None, &q, (&k, &k), &AttentionOptions::default()).unwrap();
+    // A kernel that merges the parts of the context is the second.
+    assert_eq!(machine.get("launches"), before + 2);
 }
 
 /// What XQA's kernel was given: the first eight bytes of each of its 15 arguments.
@@ -679,6 +876,9 @@ fn captured_xqa(machine: &Machine, spec: AttentionSpec) {
     let xqa = GraphXqa::new(spec, own).unwrap();
     assert_eq!(xqa.spec(), &spec);
     let caches = (zeros(100 * 4096), zeros(100 * 4096));
+    let (queries, mut results) = (zeros(4096), zeros(4096));
+    let (mut keys, mut values) = (zeros(100 * 4096), zeros(100 * 4096));
+    let elsewhere = OnDevice::new(table.clone(), own).unwrap();
     let buffers = (xqa, OnDevice::new(table, own).unwrap(), (zeros(4096), zeros(4096)), caches);
     let mut graph = LaunchGraph::new(&other, buffers).unwrap();
     let before = machine.get("launches");
@@ -687,7 +887,17 @@ fn captured_xqa(machine: &Machine, spec: AttentionSpec) {
             let shape = [100, 16, 2, 128];
             let cache = PagedKvCache::new(k.write(&shape)?, v.write(&shape)?, KvLayout::Nhd)?;
             let (q, mut o) = (q.read(&[4, 8, 128])?, o.write(&[4, 8, 128])?);
-            xqa.run(&mut o, &q, &cache, &table.placed()?, &AttentionOptions::default(), s)
+            xqa.run(&mut o, &q, &cache, &table.placed()?, &AttentionOptions::default(), s)?;
+            // No other stream may use the graph's counters.
+            let tensor = |buffer| TensorMut::from_cudarc(own, buffer, &shape);
+            let cache = PagedKvCache::new(tensor(&mut keys)?, tensor(&mut values)?, KvLayout::Nhd)?;
+            let q = TensorRef::from_cudarc(own, &queries, &[4, 8, 128])?;
+            let mut o = TensorMut::from_cudarc(own, &mut results, &[4, 8, 128])?;
+            let (there, options) = (elsewhere.placed(own)?, AttentionOptions::default());
+            match xqa.run(&mut o, &q, &cache, &there, &options, Stream::cudarc(own)) {
+                Err(FlashInferError::InvalidArgument { argument: "stream", .. }) => Ok(()),
+                other => panic!("{other:?}"),
+            }
         })
         .unwrap();
     assert_eq!((machine.get("launches"), machine.get("last_pdl")), (before + 1, 0));

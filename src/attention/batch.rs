@@ -205,10 +205,11 @@ impl Batch {
         Ok(())
     }
 
-    /// Adds a request that is there to fill a graph's batch up: of so many queries, over keys in one page, repeated.
+    /// Adds a request that is there to fill a graph's batch up: of so many queries, over keys in one page, repeated; without pages a
+    /// request of nothing.
     #[cfg(feature = "cudarc")]
     pub(super) fn fill_up(&mut self, queries: i64, page: i32) {
-        let Some((page_size, _)) = self.pages else { return };
+        let Some((page_size, _)) = self.pages else { return self.add(0, 0, self.keys()) };
         let keys = queries.max(1);
         let all = self.kv_indices.len() + ((keys + page_size - 1) / page_size) as usize;
         self.kv_indices.resize(all, page);

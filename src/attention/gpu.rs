@@ -1,8 +1,9 @@
 //! The scratch memory on a GPU, the planner's call, and the launchers' calls.
 //!
 //! The planner fills lists in page-locked memory and queues a copy of them to the GPU, without waiting for it: were that memory
-//! written again before the copy is made, kernels would find other lists. So there are several slots of it, each with an event
-//! behind its copies, which is waited for before the slot is used again.
+//! written again before the copy is made, kernels would find other lists. So there are several slots of it, and events behind their
+//! copies, which are waited for before a slot is used again. An event stands for the copies of several plans, since recording one
+//! costs as much as a copy does.
 
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -16,6 +17,7 @@ use crate::buffers::{check_context, device, refuse_per_thread};
 use crate::contract::{Operand, Row, RunsOn};
 use crate::engine::ordered_like;
 use crate::error::{FlashInferError, Result, driver, driver_in};
+use crate::ffi::dlpack::DLTensor;
 use crate::indices::refuse;
 use crate::module::Function;
 use crate::object::{Any, Arg, Array, Object};
@@ -33,8 +35,9 @@ use super::spec::{AttentionSpec, Backend, Kind, MLA_DIMS};
 /// The name that errors of a workspace carry.
 const WORKSPACE: &str = "Workspace";
 
-/// How many plans may be on their way to the GPU before the host waits.
-const SLOTS: usize = 4;
+/// How many slots there are: of lists that are short, and of others. An event is recorded once half of them are on their way.
+const SLOTS: (usize, usize) = (8, 4);
+const SHORT: usize = 1 << 20;
 
 /// Page-locked memory of the host, zeroed when it is made.
 #[derive(Debug)]
@@ -89,28 +92,108 @@ impl Drop for Pinned {
 struct Slot {
     lists: Pinned,
     tables: Pinned,
-    /// Behind the copies of both.
-    copied: CudaEvent,
-    on_its_way: bool,
+    copies: Copies,
 }
 
-impl Slot {
-    /// Waits for the copies of an earlier plan.
-    fn wait(&mut self) -> Result<()> {
-        if self.on_its_way {
-            // SAFETY: the event is live.
-            let waited = unsafe { cuda::event::synchronize(self.copied.cu_event()) };
-            waited.map_err(driver_in(self.lists.context.as_ref(), "waiting for an earlier plan's copy"))?;
-            self.on_its_way = false;
+/// What is known of a slot's copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Copies {
+    Made,
+    /// On their way, ahead of no event yet.
+    Queued,
+    /// On their way, ahead of this event.
+    Ahead(usize),
+}
+
+/// The slots, which plans take in turn.
+#[derive(Debug)]
+struct Ring {
+    slots: Vec<Slot>,
+    /// As many as there are slots, of which one that no slot is ahead of is always left.
+    events: Vec<CudaEvent>,
+    next: usize,
+    stream: Arc<CudaStream>,
+}
+
+impl Ring {
+    /// With the context current.
+    fn new(stream: &Arc<CudaStream>, lists: usize, tables: usize) -> Result<Self> {
+        let context = stream.context();
+        let count = if lists <= SHORT { SLOTS.0 } else { SLOTS.1 };
+        let slot = |_| -> Result<Slot> {
+            let (lists, tables) = (Pinned::new(context, lists)?, Pinned::new(context, 4 * tables)?);
+            Ok(Slot { lists, tables, copies: Copies::Made })
+        };
+        let slots = (0..count).map(slot).collect::<Result<_>>()?;
+        let event = |_| context.new_event(None).map_err(driver("cuEventCreate"));
+        let events = (0..count).map(event).collect::<Result<_>>()?;
+        Ok(Self { slots, events, next: 0, stream: Arc::clone(stream) })
+    }
+
+    /// The next slot, once its copies are made, with tables of so many numbers.
+    fn take(&mut self, tables: usize) -> Result<usize> {
+        let at = self.next;
+        if self.slots[at].copies == Copies::Queued {
+            // Only where what recorded an event failed.
+            self.record()?;
         }
-        Ok(())
+        if let Copies::Ahead(event) = self.slots[at].copies {
+            // SAFETY: the event is live.
+            let waited = unsafe { cuda::event::synchronize(self.events[event].cu_event()) };
+            waited.map_err(driver_in(self.stream.context(), "waiting for an earlier plan's copy"))?;
+            self.slots.iter_mut().filter(|slot| slot.copies == Copies::Ahead(event)).for_each(Slot::made);
+        }
+        let slot = &mut self.slots[at];
+        if slot.tables.bytes < 4 * tables {
+            slot.tables = Pinned::new(self.stream.context(), 4 * tables.next_power_of_two())?;
+        }
+        self.next = (at + 1) % self.slots.len();
+        Ok(at)
+    }
+
+    /// That copies of a slot may be on their way from now on, and an event behind them where it is time for one.
+    fn queued(&mut self, at: usize) -> Result<()> {
+        self.slots[at].copies = Copies::Queued;
+        let queued = self.slots.iter().filter(|slot| slot.copies == Copies::Queued).count();
+        if queued < self.slots.len() / 2 { Ok(()) } else { self.record() }
+    }
+
+    /// Records an event behind all copies. Where that fails, nothing would tell when they are made, so they are waited for.
+    fn record(&mut self) -> Result<()> {
+        let is_free = |event: &usize| self.slots.iter().all(|slot| slot.copies != Copies::Ahead(*event));
+        let Some(event) = (0..self.events.len()).find(is_free) else {
+            unreachable!("each slot is ahead of one event at most, and one is ahead of none")
+        };
+        let (copies, result) = match record(&self.events[event], &self.stream) {
+            Ok(()) => (Copies::Ahead(event), Ok(())),
+            Err(error) => {
+                let context = self.stream.context();
+                // SAFETY: the stream is live. In a context that is lost nothing is copied any more.
+                let waited = unsafe { cuda::stream::synchronize(self.stream.cu_stream()) };
+                waited.map_err(driver_in(context, "waiting for a plan's copies"))?;
+                (Copies::Made, Err(driver_in(context, "recording a plan's copies")(error)))
+            }
+        };
+        self.slots.iter_mut().filter(|slot| slot.copies == Copies::Queued).for_each(|slot| slot.copies = copies);
+        result
     }
 }
 
-impl Drop for Slot {
+impl Slot {
+    fn made(&mut self) {
+        self.copies = Copies::Made;
+    }
+}
+
+impl Drop for Ring {
     fn drop(&mut self) {
-        // In a context that is lost nothing is copied any more.
-        self.wait().ok();
+        if self.slots.iter().all(|slot| slot.copies == Copies::Made) {
+            return;
+        }
+        let _current = CurrentContext::bind(self.stream.context());
+        // SAFETY: the stream is live. In a context that is lost nothing is copied any more.
+        let waited = unsafe { cuda::stream::synchronize(self.stream.cu_stream()) };
+        self.stream.context().record_err(waited);
     }
 }
 
@@ -126,49 +209,40 @@ pub(super) struct OnStream {
     /// For kinds with pages, and for keys that lie one after the other.
     run: Function,
     kind: Kind,
+    eight_bits: bool,
     /// Partial results, and the planner's lists.
     float: CudaSlice<u8>,
     int: CudaSlice<u8>,
     /// The batch's tables.
     tables: CudaSlice<i32>,
-    slots: Vec<Slot>,
-    next: usize,
+    ring: Ring,
     /// Where those are.
     tables_at: u64,
-    /// What kernels are given of it.
-    addresses: Addresses,
+    prepared: Box<Prepared>,
+    /// What upstream answered to the last plan.
+    info: Option<Object>,
     graph: bool,
 }
 
-/// Where the parts of a workspace and the tables of a batch are on the GPU.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Addresses {
-    float: Layout,
-    int: Layout,
-    qo_indptr: Layout,
-    kv_indptr: Layout,
-    last_page_len: Layout,
-    kv_indices: Layout,
-}
-
-// SAFETY: they are addresses of the GPU's, which every thread may hand to kernels.
-unsafe impl Send for Addresses {}
-// SAFETY: as above.
-unsafe impl Sync for Addresses {}
-
-/// What a plan came to: what upstream answered, and where the tables are.
+/// What kernels are given of a workspace and of the tables of its batch: the layouts, and those as they cross the boundary, which point
+/// into the former. So it stays where it is, in its box.
 #[derive(Debug)]
-pub(super) struct Lists {
-    info: Object,
-    addresses: Addresses,
+struct Prepared {
+    layouts: [Layout; 6],
+    tensors: [DLTensor; 6],
 }
 
-impl Lists {
-    pub(super) fn integers(&self) -> Vec<i64> {
-        let array = Any::from(self.info.clone()).to::<Array>();
-        array.map(|array| integers(&array)).unwrap_or_default()
-    }
-}
+const FLOAT: usize = 0;
+const INT: usize = 1;
+const QO_INDPTR: usize = 2;
+const KV_INDPTR: usize = 3;
+const KV_INDICES: usize = 4;
+const LAST_PAGE_LEN: usize = 5;
+
+// SAFETY: they are addresses of the GPU's, which every thread may hand to kernels, and pointers into itself.
+unsafe impl Send for Prepared {}
+// SAFETY: as above.
+unsafe impl Sync for Prepared {}
 
 pub(super) fn integers(array: &Array) -> Vec<i64> {
     array.iter().map(|any| any.to::<i64>().unwrap_or(i64::MIN)).collect()
@@ -187,41 +261,37 @@ pub(super) fn buffer_address<T>(buffer: &mut CudaSlice<T>) -> *mut c_void {
     address as *mut c_void
 }
 
-impl Addresses {
-    fn new(on: Device, float: &mut CudaSlice<u8>, int: &mut CudaSlice<u8>) -> Self {
-        let bytes = |buffer: &mut CudaSlice<u8>| {
-            let len = buffer.len() as i64;
-            Layout::build(buffer_address(buffer), on, DType::U8, &[len], None, None)
-        };
+impl Prepared {
+    fn new(on: Device, float: &mut CudaSlice<u8>, int: &mut CudaSlice<u8>) -> Box<Self> {
         let nothing = Layout::build(std::ptr::null_mut(), on, DType::I32, &[0], None, None);
-        Self {
-            float: bytes(float),
-            int: bytes(int),
-            qo_indptr: nothing,
-            kv_indptr: nothing,
-            last_page_len: nothing,
-            kv_indices: nothing,
+        let mut layouts = [nothing; 6];
+        for (at, buffer) in [(FLOAT, float), (INT, int)] {
+            let len = buffer.len() as i64;
+            layouts[at] = Layout::build(buffer_address(buffer), on, DType::U8, &[len], None, None);
         }
+        let tensors = layouts.each_ref().map(Layout::pack);
+        let mut prepared = Box::new(Self { layouts, tensors });
+        prepared.tensors = prepared.layouts.each_ref().map(Layout::pack);
+        prepared
     }
 
     /// With the tables of so many requests and pages, in a buffer that holds them.
-    fn with_tables(mut self, tables: *mut c_void, requests: usize, indices: usize) -> Self {
-        let device = self.float.device();
+    fn set_tables(&mut self, tables: *mut c_void, requests: usize, indices: usize) {
+        let device = self.layouts[FLOAT].device();
         let mut at = 0usize;
-        let mut next = |len: usize| {
-            let layout = Layout::build(tables.wrapping_byte_add(4 * at), device, DType::I32, &[len as i64], None, None);
+        // In the order of `write_tables`.
+        for (which, len) in
+            [(QO_INDPTR, requests + 1), (KV_INDPTR, requests + 1), (LAST_PAGE_LEN, requests), (KV_INDICES, indices)]
+        {
+            let data = tables.wrapping_byte_add(4 * at);
+            self.layouts[which] = Layout::build(data, device, DType::I32, &[len as i64], None, None);
+            self.tensors[which] = self.layouts[which].pack();
             at += len.next_multiple_of(4);
-            layout
-        };
-        self.qo_indptr = next(requests + 1);
-        self.kv_indptr = next(requests + 1);
-        self.last_page_len = next(requests);
-        self.kv_indices = next(indices);
-        self
+        }
     }
 }
 
-/// Writes the tables of a batch as [`Addresses::with_tables`] finds them.
+/// Writes the tables of a batch as [`Prepared::set_tables`] finds them.
 fn write_tables(batch: &Batch, to: &mut [i32]) {
     let mut at = 0;
     for array in [&batch.qo_indptr, &batch.kv_indptr, &batch.last_page_len, &batch.kv_indices] {
@@ -249,10 +319,11 @@ impl OnStream {
         let runtime = FlashInferRuntime::global()?;
         let on = device(stream.context());
         let id = runtime.checked_device(on)?;
-        if spec.dtype() == DType::F32 {
+        if spec.out_dtype() == DType::F32 {
+            let name = if spec.dtype() == DType::F32 { "dtype" } else { "out_dtype" };
             return refuse(
                 WORKSPACE,
-                "dtype",
+                name,
                 "F32".to_owned(),
                 "F16 or BF16 on a GPU; F32 is computed on the host alone",
             );
@@ -285,19 +356,10 @@ impl OnStream {
         };
         let mut tables = stream.alloc_zeros(len).map_err(&allocated)?;
         let tables_at = buffer_address(&mut tables) as u64;
-        let context = stream.context();
-        let slot = |_| -> Result<Slot> {
-            Ok(Slot {
-                lists: Pinned::new(context, needed.int as usize)?,
-                tables: Pinned::new(context, 4 * tables.len())?,
-                copied: context.new_event(None).map_err(driver("cuEventCreate"))?,
-                on_its_way: false,
-            })
-        };
-        let slots = (0..SLOTS).map(slot).collect::<Result<Vec<_>>>()?;
-        let addresses = Addresses::new(on, &mut float, &mut int);
+        let ring = Ring::new(stream, needed.int as usize, tables.len())?;
+        let prepared = Prepared::new(on, &mut float, &mut int);
         let stream = Arc::clone(stream);
-        let (pdl, kind, next) = (spec.pdl(), spec.kind(), 0);
+        let (pdl, kind, eight_bits, info) = (spec.pdl(), spec.kind(), spec.has_8_bit_queries(), None);
         Ok(Self {
             stream,
             device: on,
@@ -307,13 +369,14 @@ impl OnStream {
             plan,
             run,
             kind,
+            eight_bits,
             float,
             int,
             tables,
-            slots,
-            next,
+            ring,
             tables_at,
-            addresses,
+            prepared,
+            info,
             graph,
         })
     }
@@ -347,10 +410,16 @@ impl OnStream {
     }
 
     /// Plans a batch of one query or more.
-    pub(super) fn plan(&mut self, spec: &AttentionSpec, batch: &Batch) -> Result<Lists> {
-        let rows = batch.rows();
-        let info = self.planned(spec, batch, rows)?;
-        Ok(Lists { info: info.into(), addresses: self.addresses })
+    pub(super) fn plan(&mut self, spec: &AttentionSpec, batch: &Batch) -> Result<()> {
+        self.info = None;
+        self.info = Some(self.planned(spec, batch, batch.rows())?.into());
+        Ok(())
+    }
+
+    /// What upstream answered to the last plan.
+    pub(super) fn integers(&self) -> Vec<i64> {
+        let array = self.info.clone().and_then(|info| Any::from(info).to::<Array>().ok());
+        array.map(|array| integers(&array)).unwrap_or_default()
     }
 
     /// As [`plan`](Self::plan), of a graph's batch, which has the rows that the graph was captured with.
@@ -368,23 +437,15 @@ impl OnStream {
             self.tables = self.stream.alloc_zeros(more).map_err(driver("allocating a batch's tables"))?;
             self.tables_at = buffer_address(&mut self.tables) as u64;
         }
-        let at = self.next;
-        self.next = (at + 1) % SLOTS;
-        self.slots[at].wait()?;
-        if self.slots[at].tables.bytes < 4 * len {
-            self.slots[at].tables = Pinned::new(self.stream.context(), 4 * len.next_power_of_two())?;
-        }
-        write_tables(batch, self.slots[at].tables.words());
-        let tables = self.tables_at as *mut c_void;
-        self.addresses = self.addresses.with_tables(tables, batch.requests(), batch.kv_indices.len());
+        let at = self.ring.take(len)?;
+        write_tables(batch, self.ring.slots[at].tables.words());
+        self.prepared.set_tables(self.tables_at as *mut c_void, batch.requests(), batch.kv_indices.len());
         let result = self.copy_tables(at, len).and_then(|()| {
             // SAFETY: the slot's memory is as long as the lists, and nothing copies from it.
-            unsafe { self.call_planner(runtime, spec, batch, rows, at) }
+            unsafe { self.call_planner(runtime, id, spec, batch, rows, at) }
         });
         // Whatever became of it, copies may be on their way.
-        self.slots[at].on_its_way = true;
-        let recorded = record(&self.slots[at].copied, &self.stream);
-        recorded.map_err(driver_in(self.stream.context(), "recording a plan's copies"))?;
+        self.ring.queued(at)?;
         result.map_err(|error| match error {
             error @ (FlashInferError::TvmFfiCall { .. } | FlashInferError::Cuda { .. }) => {
                 runtime.diagnosed(error, id, 0, self.stream())
@@ -394,7 +455,7 @@ impl OnStream {
     }
 
     fn copy_tables(&mut self, at: usize, len: usize) -> Result<()> {
-        let from = &self.slots[at].tables.words()[..len];
+        let from = &self.ring.slots[at].tables.words()[..len];
         // SAFETY: both hold so many numbers; the slot's memory is not written before the event behind the copy.
         let copied = unsafe { cuda::memcpy_htod_async(self.tables_at, from, self.stream.cu_stream()) };
         copied.map_err(driver_in(self.stream.context(), "copying a batch's tables"))
@@ -405,47 +466,50 @@ impl OnStream {
     unsafe fn call_planner(
         &self,
         runtime: &'static FlashInferRuntime,
+        id: i32,
         spec: &AttentionSpec,
         batch: &Batch,
         rows: i64,
         at: usize,
     ) -> Result<Array> {
-        let id = runtime.checked_device(self.device)?;
         let on_host = |array: &[i32]| {
             let data = array.as_ptr().cast_mut().cast();
             Layout::build(data, Device::Cpu, DType::I32, &[array.len() as i64], None, None)
         };
-        let lists = self.slots[at].lists.layout();
+        let lists = self.ring.slots[at].lists.layout();
         let arrays = [on_host(&batch.qo_indptr), on_host(&batch.kv_indptr), on_host(&batch.kv_len)];
-        let (float, int, pinned) = (self.addresses.float.pack(), self.addresses.int.pack(), lists.pack());
+        let pinned = lists.pack();
         let [qo_indptr, kv_indptr, kv_len] = arrays.each_ref().map(Layout::pack);
-        // Upstream looks at their types alone, and at those not always.
-        let typed = |dtype| Layout::build(std::ptr::null_mut(), self.device, dtype, &[0], None, None);
-        let empty = [typed(spec.dtype()), typed(spec.kv_dtype())];
-        let [empty_q, empty_kv] = empty.each_ref().map(Layout::pack);
         let ((q_heads, kv_heads), (qk, vo)) = (spec.heads(), spec.head_dims());
         let requests = batch.requests() as i64;
-        let mut args = vec![Arg::dl_tensor(&float), Arg::dl_tensor(&int), Arg::dl_tensor(&pinned)];
+        // Upstream looks at their types alone, and at those not always.
+        let empty = [spec.dtype(), spec.kv_dtype()]
+            .map(|dtype| Layout::build(std::ptr::null_mut(), self.device, dtype, &[0], None, None));
+        let [empty_q, empty_kv] = empty.each_ref().map(Layout::pack);
+        let mut args = Arguments::default();
+        let tensors = &self.prepared.tensors;
+        args.add(&[&tensors[FLOAT], &tensors[INT], &pinned].map(Arg::dl_tensor));
+        let graph = Arg::bool(self.graph);
         match (self.kind, self.backend) {
             (Kind::Mla, _) => {
-                args.extend([&qo_indptr, &kv_indptr, &kv_len].map(Arg::dl_tensor));
-                args.extend([Arg::int(q_heads), Arg::int(MLA_DIMS.0), Arg::bool(spec.is_causal())]);
+                args.add(&[&qo_indptr, &kv_indptr, &kv_len].map(Arg::dl_tensor));
+                args.add(&[Arg::int(q_heads), Arg::int(MLA_DIMS.0), Arg::bool(spec.is_causal())]);
             }
             (_, Backend::CudaCores) => {
-                args.push(Arg::dl_tensor(&kv_indptr));
-                args.extend([requests, q_heads, kv_heads, spec.page_size()].map(Arg::int));
-                args.extend([Arg::bool(self.graph), Arg::int(spec.window_left())]);
-                args.extend([Arg::float(spec.soft_cap().unwrap_or(0.0)), Arg::int(qk), Arg::int(vo)]);
-                args.extend([&empty_q, &empty_kv].map(Arg::dl_tensor));
+                args.add(&[Arg::dl_tensor(&kv_indptr)]);
+                args.add(&[requests, q_heads, kv_heads, spec.page_size()].map(Arg::int));
+                args.add(&[graph, Arg::int(spec.window_left()), Arg::float(spec.soft_cap().unwrap_or(0.0))]);
+                args.add(&[qk, vo].map(Arg::int));
+                args.add(&[&empty_q, &empty_kv].map(Arg::dl_tensor));
             }
             (_, backend) => {
-                args.extend([&qo_indptr, &kv_indptr, &kv_len].map(Arg::dl_tensor));
-                args.extend([rows, requests, q_heads, kv_heads, spec.page_size()].map(Arg::int));
-                args.extend([Arg::bool(self.graph), Arg::int(qk), Arg::int(vo), Arg::bool(spec.mask_mode() == 1)]);
-                args.push(Arg::int(spec.window_left()));
+                args.add(&[&qo_indptr, &kv_indptr, &kv_len].map(Arg::dl_tensor));
+                args.add(&[rows, requests, q_heads, kv_heads, spec.page_size()].map(Arg::int));
+                args.add(&[graph, Arg::int(qk), Arg::int(vo), Arg::bool(spec.mask_mode() == 1)]);
+                args.add(&[Arg::int(spec.window_left())]);
                 if backend == Backend::Fa2 {
                     // No fixed division of contexts, divided where it helps, and nothing beside it on the GPU.
-                    args.extend([Arg::int(-1), Arg::bool(false), Arg::int(0)]);
+                    args.add(&[Arg::int(-1), Arg::bool(false), Arg::int(0)]);
                 }
             }
         }
@@ -453,47 +517,69 @@ impl OnStream {
         // SAFETY: the arrays are on the host and as long as they say, which is what the planner reads of them; the batch was
         // checked to be one that its lists hold; the lists' memory on the host is as long as that on the GPU, where the planner
         // looks at its length; and nothing else writes it.
-        unsafe { self.plan.call_any(&args) }?.to()
+        unsafe { self.plan.call_any(args.all()) }?.to()
     }
 
     /// Copies the lists and tables of an earlier plan to the GPU again, whose slot was not used since.
     pub(super) fn restore(&mut self, slot: usize) -> Result<()> {
         let _current = CurrentContext::bind(self.stream.context())?;
-        self.copy_tables(slot, self.tables.len())?;
-        let (to, bytes) = (self.addresses.int.data() as u64, self.int.len());
-        let from = self.slots[slot].lists.data.as_ptr();
-        // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
-        let copied =
-            unsafe { cuda::memcpy_htod_async(to, slice::from_raw_parts(from, bytes), self.stream.cu_stream()) };
-        copied.map_err(driver_in(self.stream.context(), "copying a plan's lists"))?;
-        self.slots[slot].on_its_way = true;
-        record(&self.slots[slot].copied, &self.stream)
-            .map_err(driver_in(self.stream.context(), "recording a plan's copies"))
+        let copied = self.copy_tables(slot, self.tables.len()).and_then(|()| {
+            let (to, bytes) = (self.prepared.layouts[INT].data() as u64, self.int.len());
+            let from = self.ring.slots[slot].lists.data.as_ptr();
+            // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
+            let copied =
+                unsafe { cuda::memcpy_htod_async(to, slice::from_raw_parts(from, bytes), self.stream.cu_stream()) };
+            copied.map_err(driver_in(self.stream.context(), "copying a plan's lists"))
+        });
+        self.ring.queued(slot)?;
+        copied
     }
 
     /// The slot that the last plan was copied from.
     pub(super) fn last_slot(&self) -> usize {
-        (self.next + SLOTS - 1) % SLOTS
+        (self.ring.next + self.ring.slots.len() - 1) % self.ring.slots.len()
     }
 
     /// Keeps a slot from being the next one.
     pub(super) fn skip(&mut self, slot: usize) {
-        if self.next == slot {
-            self.next = (slot + 1) % SLOTS;
+        if self.ring.next == slot {
+            self.ring.next = (slot + 1) % self.ring.slots.len();
         }
     }
 
-    pub(super) fn launch<'a>(&'a self, lists: &'a Lists) -> Launch<'a> {
-        self.launch_of(&lists.info, &lists.addresses)
+    /// What runs the last plan; nothing where there is none.
+    pub(super) fn launch(&self) -> Option<Launch<'_>> {
+        self.info.as_ref().map(|info| self.launch_of(info))
     }
 
-    pub(super) fn addresses(&self) -> &Addresses {
-        &self.addresses
+    /// As [`launch`](Self::launch), by what upstream answered.
+    pub(super) fn launch_of<'a>(&'a self, info: &'a Object) -> Launch<'a> {
+        let Self { run, backend, eight_bits, device, pdl, .. } = self;
+        let (tensors, hopper) = (&self.prepared.tensors, self.gpu.capability >= (9, 0));
+        Launch { info, tensors, run, backend: *backend, eight_bits: *eight_bits, device: *device, pdl: *pdl, hopper }
+    }
+}
+
+/// A planner's arguments, of which each kind has its own number.
+struct Arguments<'a> {
+    all: [Arg<'a>; 19],
+    count: usize,
+}
+
+impl Default for Arguments<'_> {
+    fn default() -> Self {
+        Self { all: [Arg::NONE; 19], count: 0 }
+    }
+}
+
+impl<'a> Arguments<'a> {
+    fn add(&mut self, more: &[Arg<'a>]) {
+        self.all[self.count..self.count + more.len()].copy_from_slice(more);
+        self.count += more.len();
     }
 
-    pub(super) fn launch_of<'a>(&'a self, info: &'a Object, addresses: &'a Addresses) -> Launch<'a> {
-        let hopper = self.gpu.capability >= (9, 0);
-        Launch { info, addresses, run: &self.run, backend: self.backend, device: self.device, pdl: self.pdl, hopper }
+    fn all(&self) -> &[Arg<'a>] {
+        &self.all[..self.count]
     }
 }
 
@@ -511,7 +597,8 @@ fn check_backend(spec: &AttentionSpec, backend: Backend, capability: (i32, i32))
             RunsOn::AtLeast(major, minor) => format!("compute capability {major}.{minor} or above"),
         };
         let found = format!("{backend:?} on a GPU of compute capability {major}.{minor}");
-        return refuse(WORKSPACE, "backend", found, format!("{needed}, or another backend"));
+        let or_else = if spec.has_8_bit_queries() { "16-bit queries" } else { "another backend" };
+        return refuse(WORKSPACE, "backend", found, format!("{needed}, or {or_else}"));
     }
     if spec.head_dims() == (192, 128) && backend != Backend::Fa3 {
         let found = format!("192 and 128 on a GPU of compute capability {major}.{minor}");
@@ -523,9 +610,10 @@ fn check_backend(spec: &AttentionSpec, backend: Backend, capability: (i32, i32))
 /// What launches a plan's kernels.
 pub(super) struct Launch<'a> {
     info: &'a Object,
-    addresses: &'a Addresses,
+    tensors: &'a [DLTensor; 6],
     run: &'a Function,
     backend: Backend,
+    eight_bits: bool,
     device: Device,
     /// As the specification says.
     pdl: Option<bool>,
@@ -552,9 +640,7 @@ impl Launch<'_> {
         numbers: &Numbers,
         stream: Stream<'_>,
     ) -> Result<()> {
-        let Addresses { float, int, qo_indptr, kv_indptr, last_page_len, kv_indices } = self.addresses;
-        let tables = [float, int, qo_indptr, kv_indptr, kv_indices, last_page_len].map(Layout::pack);
-        let table = |at: usize| Arg::dl_tensor(&tables[at]);
+        let table = |at: usize| Arg::dl_tensor(&self.tensors[at]);
         let packed = Packed::new(operands);
         let [q, k, v, o, lse] = packed.args();
         let (layout, window) = (Arg::int(numbers.layout), Arg::int(numbers.window_left));
@@ -562,15 +648,15 @@ impl Launch<'_> {
         if self.backend == Backend::CudaCores {
             let mut args = [Arg::NONE; 19];
             args[..14].copy_from_slice(&[
-                table(0),
-                table(1),
+                table(FLOAT),
+                table(INT),
                 info,
                 q,
                 k,
                 v,
-                table(3),
-                table(4),
-                table(5),
+                table(KV_INDPTR),
+                table(KV_INDICES),
+                table(LAST_PAGE_LEN),
                 o,
                 lse,
                 layout,
@@ -583,16 +669,16 @@ impl Launch<'_> {
         }
         let mut args = [Arg::NONE; 27];
         args[..16].copy_from_slice(&[
-            table(0),
-            table(1),
+            table(FLOAT),
+            table(INT),
             info,
             q,
             k,
             v,
-            table(2),
-            table(3),
-            table(4),
-            table(5),
+            table(QO_INDPTR),
+            table(KV_INDPTR),
+            table(KV_INDICES),
+            table(LAST_PAGE_LEN),
             o,
             lse,
             Arg::int(numbers.mask_mode),
@@ -610,21 +696,19 @@ impl Launch<'_> {
         numbers: &Numbers,
         stream: Stream<'_>,
     ) -> Result<()> {
-        let Addresses { float, int, qo_indptr, kv_indptr, .. } = self.addresses;
-        let tables = [float, int, qo_indptr, kv_indptr].map(Layout::pack);
-        let table = |at: usize| Arg::dl_tensor(&tables[at]);
+        let table = |at: usize| Arg::dl_tensor(&self.tensors[at]);
         let packed = Packed::new(operands);
         let [q, k, v, o, lse] = packed.args();
         let mut args = [Arg::NONE; 25];
         args[..14].copy_from_slice(&[
-            table(0),
-            table(1),
+            table(FLOAT),
+            table(INT),
             Arg::object(self.info),
             q,
             k,
             v,
-            table(2),
-            table(3),
+            table(QO_INDPTR),
+            table(KV_INDPTR),
             o,
             lse,
             Arg::int(numbers.mask_mode),
@@ -654,6 +738,12 @@ impl Launch<'_> {
             return self.call(row, operands, &args, stream);
         }
         let count = match self.backend {
+            Backend::Fa3 if self.eight_bits => {
+                // Behind scales of each head, which are none; those of queries and keys are in that of the products.
+                let more = [numbers.sm_scale, 1.0, 1.0, numbers.v_scale].map(Arg::float);
+                args[at + 3..at + 7].copy_from_slice(&more);
+                at + 7
+            }
             Backend::Fa3 => {
                 // Behind prefix lengths, positions, lengths of items and the values' scales, which are none.
                 let more = [Arg::float(numbers.soft_cap), Arg::float(numbers.sm_scale), Arg::float(1.0), Arg::int(0)];
@@ -677,9 +767,7 @@ impl Launch<'_> {
         numbers: &Numbers,
         stream: Stream<'_>,
     ) -> Result<()> {
-        let Addresses { float, int, kv_indices, .. } = self.addresses;
-        let tables = [float, int, kv_indices].map(Layout::pack);
-        let table = |at: usize| Arg::dl_tensor(&tables[at]);
+        let table = |at: usize| Arg::dl_tensor(&self.tensors[at]);
         let packed = Packed::new(operands);
         let [q_nope, ckv, kpe, o, lse] = packed.args();
         let (heads, page_size) = match (operands[Q].layout(), operands[K].layout()) {
@@ -687,14 +775,14 @@ impl Launch<'_> {
             _ => unreachable!("the call was checked"),
         };
         let args = [
-            table(0),
-            table(1),
+            table(FLOAT),
+            table(INT),
             Arg::object(self.info),
             q_nope,
             packed.arg(5),
             ckv,
             kpe,
-            table(2),
+            table(KV_INDICES),
             o,
             lse,
             Arg::int(numbers.mask_mode),
@@ -718,7 +806,7 @@ impl Launch<'_> {
         if runtime.usable(self.device).is_none() {
             runtime.checked_device(self.device)?;
         }
-        let entry = rows::entry(self.backend == Backend::Fa3);
+        let entry = rows::entry(self.backend == Backend::Fa3, self.eight_bits);
         // SAFETY: the tensors were checked against the plan, the plan's lists and tables were made here of a batch that was
         // checked, for a cache of as many pages, and lie on this stream behind what was queued before; whoever made the tensors
         // vouched for their memory.
@@ -732,7 +820,7 @@ fn rope(numbers: &Numbers) -> [Arg<'static>; 4] {
 
 /// The tensors of a call as they cross the boundary.
 struct Packed {
-    tensors: [Option<crate::ffi::dlpack::DLTensor>; 6],
+    tensors: [Option<DLTensor>; 6],
 }
 
 impl Packed {

@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
+use cudarc::driver::sys::CUresult;
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
 use crate::error::{Result, driver, driver_in};
 use crate::graph::{Launched, Leaf, Site};
@@ -19,6 +20,7 @@ use crate::tensor::{TensorMut, TensorRef};
 
 use super::batch::Batch;
 use super::gpu::OnStream;
+use super::rows::RUN;
 use super::run::{AttentionOptions, LatentQueries, Place, Planned};
 use super::sizes::{Largest, check_batch};
 use super::spec::{AttentionSpec, Backend, Kind};
@@ -34,10 +36,19 @@ pub struct GraphRoom {
     /// The rows of the captured tensors. For [`Kind::Decode`] as many as requests; for [`Kind::Mla`] a multiple of them, since each
     /// request has as many queries as every other.
     pub rows: i64,
-    /// The most pages of all requests together.
+    /// The most pages of all requests together; for [`Kind::Ragged`] the most keys, which is how many the captured keys and values
+    /// have.
     pub pages: usize,
-    /// A page of the cache that no request has: what a request that is filled up reads, and answers nothing of.
+    /// A page of the cache that no request has: what a request that is filled up reads, and answers nothing of. Without pages it
+    /// means nothing.
     pub reserved_page: i32,
+}
+
+impl GraphRoom {
+    /// For [`Kind::Ragged`]: so many requests, of so many queries together and so many keys.
+    pub const fn ragged(requests: i64, rows: i64, keys: usize) -> Self {
+        Self { requests, rows, pages: keys, reserved_page: 0 }
+    }
 }
 
 /// A plan that a [`LaunchGraph`](crate::LaunchGraph) owns among its buffers: captured calls run it, and between launches it is
@@ -80,8 +91,8 @@ pub struct GraphRoom {
 pub struct GraphPlan {
     spec: AttentionSpec,
     room: GraphRoom,
-    /// The tokens of a page and the pages of the cache.
-    cache: (i64, i64),
+    /// The tokens of a page and the pages of the cache; nothing for keys that lie one after the other.
+    cache: Option<(i64, i64)>,
     memory: OnStream,
     /// What the planner answered when it was made.
     integers: Vec<i64>,
@@ -92,6 +103,8 @@ pub struct GraphPlan {
     /// Behind the graph's last launch, where there was one.
     launched: CudaEvent,
     was_launched: bool,
+    /// Whether the lists and tables on the GPU may be others than those of `slot`: nothing is launched before they are restored.
+    spoiled: bool,
 }
 
 impl GraphPlan {
@@ -99,40 +112,42 @@ impl GraphPlan {
     /// launched on, launches and plans follow one another.
     ///
     /// # Errors
-    /// As for [`Workspace::new`](super::Workspace::new) and [`Workspace::plan`](super::Workspace::plan), and for keys that lie one after
-    /// the other, whose number changes with each step.
+    /// As for [`Workspace::new`](super::Workspace::new) and [`Workspace::plan`](super::Workspace::plan), and for room that cannot be.
     pub fn new(spec: AttentionSpec, room: GraphRoom, batch: &Batch, stream: &Arc<CudaStream>) -> Result<Self> {
         let GraphRoom { requests, rows, pages, reserved_page } = room;
-        let (Kind::Paged | Kind::Decode | Kind::Mla, Some(cache)) = (spec.kind(), batch.cache()) else {
-            let found = format!("{:?}", spec.kind());
-            return refuse(
-                GRAPH_PLAN,
-                "spec",
-                found,
-                "one over a paged cache, with a batch of pages: a graph keeps its tensors' shapes",
-            );
-        };
-        if !(0..cache.1).contains(&i64::from(reserved_page)) {
-            let expected = format!("0 to {}, as the cache has {} pages", cache.1 - 1, cache.1);
-            return refuse(GRAPH_PLAN, "reserved_page", reserved_page.to_string(), expected);
+        let cache = batch.cache();
+        match (spec.kind(), cache) {
+            (Kind::Ragged, None) => {}
+            (Kind::Paged | Kind::Decode | Kind::Mla, Some((_, pages))) => {
+                if !(0..pages).contains(&i64::from(reserved_page)) {
+                    let expected = format!("0 to {}, as the cache has {pages} pages", pages - 1);
+                    return refuse(GRAPH_PLAN, "reserved_page", reserved_page.to_string(), expected);
+                }
+            }
+            (kind, cache) => {
+                let found = if cache.is_some() { "one of pages" } else { "one without pages" };
+                let expected = format!("one as a specification of {kind:?} has it: ragged without pages, all others with them");
+                return refuse(GRAPH_PLAN, "batch", found.to_owned(), expected);
+            }
         }
         if spec.kind() == Kind::Mla && requests > 0 && rows % requests != 0 {
             let expected = format!("a multiple of the {requests} requests, which have as many queries each");
             return refuse(GRAPH_PLAN, "rows", rows.to_string(), expected);
         }
-        if (pages as i64).saturating_mul(cache.0) > i64::from(i32::MAX) {
-            let expected = format!("at most {}, whose tokens kernels can count", i64::from(i32::MAX) / cache.0);
-            return refuse(GRAPH_PLAN, "pages", pages.to_string(), expected);
+        let page_size = cache.map_or(1, |(page_size, _)| page_size);
+        let most = i64::from(i32::MAX) / page_size;
+        if !(1..=most).contains(&(pages as i64)) {
+            return refuse(GRAPH_PLAN, "pages", pages.to_string(), format!("1 to {most}, whose tokens kernels can count"));
         }
         let largest = Largest::new(requests, rows);
-        let memory = OnStream::new(&spec, largest, stream, Some(filled_pages(&spec, room, cache.0)))?;
+        let memory = OnStream::new(&spec, largest, stream, Some(filled_pages(&spec, room)))?;
         let _current = CurrentContext::bind(stream.context())?;
         let event = || stream.context().new_event(None).map_err(driver("cuEventCreate"));
         let (planned, launched) = (event()?, event()?);
-        let (integers, slot, was_launched) = (Vec::new(), 0, false);
-        let mut plan = Self { spec, room, cache, memory, integers, slot, planned, launched, was_launched };
+        let (integers, slot, was_launched, spoiled) = (Vec::new(), 0, false, false);
+        let mut plan = Self { spec, room, cache, memory, integers, slot, planned, launched, was_launched, spoiled };
         plan.integers = plan.plan(batch)?;
-        plan.slot = plan.memory.last_slot();
+        (plan.slot, plan.spoiled) = (plan.memory.last_slot(), false);
         Ok(plan)
     }
 
@@ -155,6 +170,8 @@ impl GraphPlan {
         if self.was_launched {
             wait(&stream, &self.launched).map_err(driver_in(context, "ordering a plan behind a graph's launch"))?;
         }
+        // Until the plan is known to be one of the graph's, and what is launched next to come behind it.
+        self.spoiled = true;
         let integers =
             self.memory.planned(&self.spec, &filled, self.room.rows).map(|array| super::gpu::integers(&array));
         // Also of what failed: copies may be on their way.
@@ -166,14 +183,18 @@ impl GraphPlan {
     fn filled(&self, batch: &Batch) -> Result<Batch> {
         let GraphRoom { requests, rows, pages, reserved_page } = self.room;
         check_batch(&self.spec, Largest::new(requests, rows), batch, self.memory.multiprocessors())?;
-        if batch.cache() != Some(self.cache) {
+        if batch.cache() != self.cache {
             let (found, expected) = (format!("{:?}", batch.cache()), format!("{:?}", self.cache));
             let expected = format!("{expected}, the tokens of a page and the pages of the cache that it was made for");
             return refuse("GraphPlan::replan", "batch", found, expected);
         }
-        if batch.page_count() > pages {
-            let found = format!("{} of all requests together", batch.page_count());
-            return refuse("GraphPlan::replan", "pages", found, format!("at most {pages}, for which there is room"));
+        let (name, count) = match self.cache {
+            Some(_) => ("pages", batch.page_count() as i64),
+            None => ("keys", batch.keys()),
+        };
+        if count > pages as i64 {
+            let found = format!("{count} of all requests together");
+            return refuse("GraphPlan::replan", name, found, format!("at most {pages}, for which there is room"));
         }
         let each = rows / requests.max(1);
         if self.spec.kind() == Kind::Mla
@@ -188,27 +209,44 @@ impl GraphPlan {
             );
         }
         let mut filled = batch.clone();
-        let queries = if self.spec.kind() == Kind::Paged { 0 } else { each };
+        let queries = if matches!(self.spec.kind(), Kind::Paged | Kind::Ragged) { 0 } else { each };
         for _ in batch.requests()..requests as usize {
             filled.fill_up(queries, reserved_page);
         }
-        filled.kv_indices.resize(filled_pages(&self.spec, self.room, self.cache.0), reserved_page);
+        filled.kv_indices.resize(filled_pages(&self.spec, self.room), reserved_page);
         // What is filled up counts too.
         check_batch(&self.spec, Largest::new(requests, rows), &filled, self.memory.multiprocessors())?;
         Ok(filled)
     }
 
     fn planned(&self, info: &Object, stream: Stream<'_>, run: impl FnOnce(&Planned<'_>) -> Result<()>) -> Result<()> {
-        let (spec, rows, pages) = (&self.spec, self.room.rows, self.cache.1);
-        let place = Place::Gpu(self.memory.launch_of(info, self.memory.addresses()));
-        run(&Planned { spec, rows, pages, stream, place })
+        let (spec, rows) = (&self.spec, self.room.rows);
+        let pages = self.cache.map_or(self.room.pages as i64, |(_, pages)| pages);
+        let place = Place::Gpu(self.memory.launch_of(info));
+        run(&Planned { spec, rows, pages, stream, place, known: None })
+    }
+
+    /// Copies the lists and tables of the plan to the GPU again, where others may be there.
+    fn restore(&mut self) -> Result<()> {
+        if !self.spoiled {
+            return Ok(());
+        }
+        let stream = Arc::clone(self.memory.owned_stream());
+        let _current = CurrentContext::bind(stream.context())?;
+        self.memory.restore(self.slot)?;
+        record(&self.planned, &stream).map_err(driver_in(stream.context(), "recording a plan's copies"))?;
+        self.spoiled = false;
+        Ok(())
     }
 }
 
-/// How many pages the tables have, with those of requests that are filled up.
-fn filled_pages(spec: &AttentionSpec, room: GraphRoom, page_size: i64) -> usize {
+/// How many pages the tables have, with those of requests that are filled up; none for keys that lie one after the other.
+fn filled_pages(spec: &AttentionSpec, room: GraphRoom) -> usize {
+    if spec.kind() == Kind::Ragged {
+        return 0;
+    }
     let each = if spec.kind() == Kind::Mla { room.rows / room.requests.max(1) } else { 1 };
-    let more = room.requests.max(0).saturating_mul((each + page_size - 1) / page_size);
+    let more = room.requests.max(0).saturating_mul((each + spec.page_size() - 1) / spec.page_size());
     room.pages + more.min(1 << 30) as usize
 }
 
@@ -216,10 +254,12 @@ fn filled_pages(spec: &AttentionSpec, room: GraphRoom, page_size: i64) -> usize 
 #[derive(Debug)]
 pub struct CapturedPlan<'a> {
     plan: &'a GraphPlan,
+    site: Site,
 }
 
 impl CapturedPlan<'_> {
     fn captured(&self, stream: Stream<'_>, run: impl FnOnce(&Planned<'_>) -> Result<()>) -> Result<()> {
+        self.site.check(RUN, stream)?;
         let info: Object = Array::from_items(self.plan.integers.iter().copied())?.into();
         self.plan.planned(&info, stream, run)
     }
@@ -239,6 +279,23 @@ impl CapturedPlan<'_> {
         stream: Stream<'_>,
     ) -> Result<()> {
         self.captured(stream, |planned| planned.paged(o, lse, q, cache, options))
+    }
+
+    /// [`Plan::run_ragged`](super::Plan::run_ragged), captured likewise. Keys and values have the rows that there is room for; what
+    /// lies behind the keys of a batch is initialized.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run_ragged(
+        &self,
+        o: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        q: &TensorRef<'_>,
+        (k, v): (&TensorRef<'_>, &TensorRef<'_>),
+        options: &AttentionOptions<'_>,
+        stream: Stream<'_>,
+    ) -> Result<()> {
+        self.captured(stream, |planned| planned.ragged(o, lse, q, (k, v), options))
     }
 
     /// [`Plan::run_mla`](super::Plan::run_mla), captured likewise.
@@ -265,7 +322,7 @@ pub struct GraphPlanMut<'a> {
 
 impl GraphPlanMut<'_> {
     /// Plans another batch for the launches to come: copied asynchronously, behind the launches that were made and ahead of those to
-    /// come. The host waits only where the copy of the fourth plan before it has not been made yet. After an error the graph has
+    /// come. The host waits only where copies of the third plan before it, or of earlier ones, have not been made yet. After an error the graph has
     /// the plan that it had.
     ///
     /// # Errors
@@ -276,7 +333,7 @@ impl GraphPlanMut<'_> {
         let plan = &mut *self.plan;
         // Its copy may be needed again.
         plan.memory.skip(plan.slot);
-        let before = plan.memory.last_slot();
+        let (before, was_spoiled) = (plan.memory.last_slot(), plan.spoiled);
         let result = plan.plan(batch).and_then(|found| match found == plan.integers {
             true => Ok(()),
             false => refuse(
@@ -289,17 +346,16 @@ impl GraphPlanMut<'_> {
         match result {
             Ok(()) => {
                 plan.slot = plan.memory.last_slot();
+                plan.spoiled = false;
                 Ok(())
             }
             // Nothing was copied.
-            Err(error) if plan.memory.last_slot() == before => Err(error),
-            Err(error) => {
-                let stream = Arc::clone(plan.memory.owned_stream());
-                let _current = CurrentContext::bind(stream.context())?;
-                plan.memory.restore(plan.slot)?;
-                record(&plan.planned, &stream).map_err(driver_in(stream.context(), "recording a plan's copies"))?;
+            Err(error) if plan.memory.last_slot() == before => {
+                plan.spoiled = was_spoiled;
                 Err(error)
             }
+            // What fails here is tried again before a launch.
+            Err(error) => plan.restore().and(Err(error)),
         }
     }
 
@@ -320,8 +376,8 @@ impl Leaf for GraphPlan {
         tables.check(context)
     }
 
-    fn captured<'a>(&'a mut self, _site: Site) -> CapturedPlan<'a> {
-        CapturedPlan { plan: self }
+    fn captured<'a>(&'a mut self, site: Site) -> CapturedPlan<'a> {
+        CapturedPlan { plan: self, site }
     }
 
     fn views(&mut self) -> GraphPlanMut<'_> {
@@ -334,6 +390,9 @@ impl Leaf for GraphPlan {
         int.take_over(stream);
         tables.take_over(stream);
         // An error is kept, and found before the launch.
+        if self.restore().is_err() {
+            stream.context().record_err::<()>(Err(DriverError(CUresult::CUDA_ERROR_ILLEGAL_STATE)));
+        }
         stream.context().record_err(wait(stream, &self.planned));
     }
 

@@ -71,7 +71,8 @@ const fn paged(shape: &'static [Size]) -> [Argument; 6] {
         tensor("q", Role::In, Dtype::OneOf(TYPES), QUERIES, Strides::Rows),
         tensor("paged_k_cache", Role::In, Dtype::OneOf(TYPES), shape, Strides::Rows),
         tensor("paged_v_cache", Role::In, Dtype::As(K), shape, Strides::As(K)),
-        tensor("o", Role::Out, Dtype::As(Q), RESULTS, Strides::Contiguous),
+        // The queries' type, or of 8-bit queries another.
+        tensor("o", Role::Out, Dtype::OneOf(TYPES), RESULTS, Strides::Contiguous),
         numbers("lse", Role::Out, LOGARITHMS),
         numbers("sink", Role::In, &[Size::Of(Q_HEADS)]),
     ]
@@ -132,7 +133,7 @@ pub(super) const RAGGED: &Row = &Row {
             Strides::Rows,
         ),
         tensor("v", Role::In, Dtype::As(K), &[Size::Of(PAGES), Size::Of(KV_HEADS), Size::Of(V_DIM)], Strides::Rows),
-        tensor("o", Role::Out, Dtype::As(Q), RESULTS, Strides::Contiguous),
+        tensor("o", Role::Out, Dtype::OneOf(TYPES), RESULTS, Strides::Contiguous),
         numbers("lse", Role::Out, LOGARITHMS),
         numbers("sink", Role::In, &[Size::Of(Q_HEADS)]),
     ],
@@ -254,12 +255,19 @@ pub(super) fn xqa_entry() -> Entry {
 static STATUS: State = State::new();
 pub(super) static TELLS: Row = Row { arguments: &[], dimensions: &[], ..PAGED_ROW };
 /// FA3's drops what its launch answers, and raises CUDA's last error.
-pub(super) static ASKS: Row =
-    Row { arguments: &[], dimensions: &[], reports: Reports::LastError, pdl: Pdl::None, ..PAGED_ROW };
+pub(super) static ASKS: Row = ASKS_ROW;
+const ASKS_ROW: Row = Row { arguments: &[], dimensions: &[], reports: Reports::LastError, pdl: Pdl::None, ..PAGED_ROW };
+/// That for 8-bit queries makes the workspace's GPU the current one too, and leaves it so.
+static ASKS_AND_TURNS: Row = Row { uses_current_device: true, ..ASKS_ROW };
 
-/// How a launcher is called.
-pub(super) fn entry(asks_for_the_last_error: bool) -> Entry {
-    Entry { row: if asks_for_the_last_error { &ASKS } else { &TELLS }, state: &STATUS }
+/// How a launcher is called, by whether it is FA3's, and one for 8-bit queries.
+pub(super) fn entry(fa3: bool, eight_bits: bool) -> Entry {
+    let row = match (fa3, eight_bits) {
+        (false, _) => &TELLS,
+        (true, false) => &ASKS,
+        (true, true) => &ASKS_AND_TURNS,
+    };
+    Entry { row, state: &STATUS }
 }
 
 /// What a plan was made for, by the dimensions' names.
@@ -274,6 +282,7 @@ pub(super) struct Expected {
     pub(super) pages: i64,
     pub(super) q: DType,
     pub(super) kv: DType,
+    pub(super) o: DType,
 }
 
 /// Checks the tensors of a call, against the row and then against the plan.
@@ -298,7 +307,8 @@ pub(super) fn checked(
         && sizes[KV_HEADS] == expected.kv_heads
         && (sizes[PAGES] == expected.pages || (more_pages && sizes[PAGES] > expected.pages))
         && operands[Q].layout().is_some_and(|q| q.is_of(expected.q))
-        && operands[K].layout().is_some_and(|k| k.is_of(expected.kv));
+        && operands[K].layout().is_some_and(|k| k.is_of(expected.kv))
+        && operands[O].layout().is_some_and(|o| o.is_of(expected.o));
     if fits { Ok(checked) } else { differs(row, operands, sizes, expected, more_pages) }
 }
 
@@ -310,7 +320,7 @@ fn differs(
     expected: &Expected,
     more_pages: bool,
 ) -> Result<Checked> {
-    for (at, dtype) in [(Q, expected.q), (K, expected.kv)] {
+    for (at, dtype) in [(Q, expected.q), (K, expected.kv), (O, expected.o)] {
         if let Some(layout) = operands[at].layout().filter(|layout| !layout.is_of(dtype)) {
             let (found, expected) = (layout.dtype().to_string(), format!("{dtype}, as the specification says"));
             return refuse(row.function, row.arguments[at].name, found, expected);

@@ -1,13 +1,15 @@
 //! One call: its tensors checked against the plan, and the launcher or the reference called.
 
-use crate::contract::{Checked, Operand, Row};
+use std::cell::RefCell;
+
+use crate::contract::{Checked, Operand, Row, stream_fits};
 use crate::error::Result;
 use crate::indices::refuse;
 use crate::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
 use crate::object::Arg;
 use crate::reference;
 use crate::stream::Stream;
-use crate::tensor::{Device, TensorMut, TensorRef};
+use crate::tensor::{Device, Form, TensorMut, TensorRef};
 
 use super::batch::Batch;
 use super::rows::{self, Expected, RUN};
@@ -19,6 +21,11 @@ use super::spec::{AttentionSpec, Kind, MLA_DIMS, SCALES, SCALES_EXPECTED};
 pub struct AttentionOptions<'a> {
     /// What the keys were divided by when they were written in 8 bits: it multiplies the logits. 1 without.
     pub k_scale: Option<f64>,
+    /// What the queries were divided by, likewise.
+    pub q_scale: Option<f64>,
+    /// What the values were divided by: it multiplies the results. Only with 8-bit queries, whose kernels have it; else it is the
+    /// caller's to multiply. 1 without.
+    pub v_scale: Option<f64>,
     /// `[q_heads]` F32: each head's sink, for a specification with [sinks](super::AttentionBuilder::sinks).
     pub sink: Option<TensorRef<'a>>,
 }
@@ -28,6 +35,20 @@ impl<'a> AttentionOptions<'a> {
     #[must_use]
     pub fn with_k_scale(mut self, k_scale: f64) -> Self {
         self.k_scale = Some(k_scale);
+        self
+    }
+
+    /// With a scale of the queries.
+    #[must_use]
+    pub fn with_q_scale(mut self, q_scale: f64) -> Self {
+        self.q_scale = Some(q_scale);
+        self
+    }
+
+    /// With a scale of the values.
+    #[must_use]
+    pub fn with_v_scale(mut self, v_scale: f64) -> Self {
+        self.v_scale = Some(v_scale);
         self
     }
 
@@ -57,7 +78,50 @@ pub(super) struct Planned<'a> {
     pub(super) pages: i64,
     pub(super) stream: Stream<'a>,
     pub(super) place: Place<'a>,
+    /// What a call of this plan was found good for; nothing where each call is one of a kind.
+    pub(super) known: Option<&'a Known>,
 }
+
+/// The forms of the tensors that the last call of a plan was checked with. Layers have the same, so that of a call whose tensors have
+/// these forms no more is looked at than where the tensors are.
+#[derive(Default)]
+pub(super) struct Known(RefCell<Option<[Option<Form>; 6]>>);
+
+impl std::fmt::Debug for Known {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Known")
+    }
+}
+
+impl Known {
+    /// Whether a call with these tensors was checked before, but for where they are and for which stream.
+    #[inline(always)]
+    fn has(&self, operands: &[Operand<'_, '_>; 6], stream: Stream<'_>) -> bool {
+        let forms = self.0.borrow();
+        let Some(forms) = &*forms else { return false };
+        let mut same = true;
+        for (operand, form) in operands.iter().zip(forms) {
+            same &= match (operand.layout(), form) {
+                // Aligned as the strictest of the rows' tensors are; what is less so is checked again.
+                (Some(layout), Some(form)) => {
+                    layout.form().is(form, RANK) & stream_fits(layout, stream) & (layout.data().addr() & 15 == 0)
+                }
+                (None, None) => true,
+                _ => false,
+            };
+        }
+        same
+    }
+
+    #[cold]
+    fn learn(&self, operands: &[Operand<'_, '_>; 6]) {
+        let forms = operands.each_ref().map(|operand| operand.layout().map(|layout| *layout.form()));
+        *self.0.borrow_mut() = Some(forms);
+    }
+}
+
+/// The most dimensions that a tensor of a call has.
+const RANK: usize = 4;
 
 /// Where a plan is.
 pub(super) enum Place<'a> {
@@ -76,6 +140,7 @@ pub(super) struct Numbers {
     pub(super) window_left: i64,
     pub(super) soft_cap: f64,
     pub(super) sm_scale: f64,
+    pub(super) v_scale: f64,
 }
 
 impl Planned<'_> {
@@ -95,25 +160,39 @@ impl Planned<'_> {
         // The rows of latent attention have the compressed size for both.
         let (q_dim, v_dim) = if spec.kind() == Kind::Mla { (MLA_DIMS.0, MLA_DIMS.0) } else { (q_dim, v_dim) };
         let (rows, pages, page_size) = (self.rows, self.pages, spec.page_size());
-        Expected { rows, q_heads, kv_heads, q_dim, v_dim, page_size, pages, q: spec.dtype(), kv: spec.kv_dtype() }
+        let (q, kv, o) = (spec.dtype(), spec.kv_dtype(), spec.out_dtype());
+        Expected { rows, q_heads, kv_heads, q_dim, v_dim, page_size, pages, q, kv, o }
     }
 
-    pub(super) fn numbers(&self, k_scale: Option<f64>) -> Result<Numbers> {
+    pub(super) fn numbers(&self, options: &AttentionOptions<'_>) -> Result<Numbers> {
         let spec = self.spec;
-        let sm_scale = match k_scale.map(|scale| (scale, spec.sm_scale() * scale)) {
-            None => spec.sm_scale(),
-            Some((_, product)) if SCALES.contains(&product) => product,
-            Some((scale, product)) => {
-                let found = format!("{scale}, {product} with the specification's scale");
-                return refuse(RUN, "k_scale", found, SCALES_EXPECTED);
+        let AttentionOptions { k_scale, q_scale, v_scale, .. } = *options;
+        let mut sm_scale = spec.sm_scale();
+        if k_scale.is_some() | q_scale.is_some() {
+            let scale = q_scale.unwrap_or(1.0) * k_scale.unwrap_or(1.0);
+            sm_scale *= scale;
+            if !SCALES.contains(&sm_scale) {
+                let name = if k_scale.is_some() { "k_scale" } else { "q_scale" };
+                let found = format!("{scale} (q_scale times k_scale), {sm_scale} with the specification's scale");
+                return refuse(RUN, name, found, SCALES_EXPECTED);
             }
-        };
+        }
+        if let Some(scale) = v_scale {
+            if !spec.has_8_bit_queries() {
+                let expected = "none: these kernels have no scale of the values, which multiplies the results afterwards";
+                return refuse(RUN, "v_scale", scale.to_string(), expected);
+            }
+            if !(1e-6..=1e6).contains(&scale) {
+                return refuse(RUN, "v_scale", scale.to_string(), "a number from 0.000001 to 1000000");
+            }
+        }
         Ok(Numbers {
             mask_mode: spec.mask_mode(),
             layout: i64::from(spec.layout() == KvLayout::Hnd),
             window_left: spec.window_left(),
             soft_cap: spec.soft_cap().unwrap_or(0.0),
             sm_scale,
+            v_scale: v_scale.unwrap_or(1.0),
         })
     }
 
@@ -139,16 +218,34 @@ impl Planned<'_> {
         refuse(RUN, "method", method.to_owned(), expected)
     }
 
-    /// Checks the tensors, and that they are where the plan is.
+    /// Checks the tensors, and that they are where the plan is; whether there is anything to compute.
     #[inline(always)]
-    fn checked(&self, row: &'static Row, operands: &[Operand<'_, '_>; 6]) -> Result<Checked> {
+    fn checked(&self, row: &'static Row, operands: &[Operand<'_, '_>; 6]) -> Result<bool> {
+        if let Some(known) = self.known {
+            if known.has(operands, self.stream) {
+                return Ok(true);
+            }
+            let something = !self.checked_anew(row, operands)?.empty;
+            if something {
+                known.learn(operands);
+            }
+            return Ok(something);
+        }
+        Ok(!self.checked_anew(row, operands)?.empty)
+    }
+
+    #[inline(never)]
+    fn checked_anew(&self, row: &'static Row, operands: &[Operand<'_, '_>; 6]) -> Result<Checked> {
         let checked = rows::checked(row, operands, self.stream, &self.expected(), self.spec.kind() != Kind::Ragged)?;
         if checked.device != self.device() {
             let expected = format!("memory of {}, where the workspace is", self.device());
             return refuse(RUN, row.arguments[rows::Q].name, format!("on {}", checked.device), expected);
         }
+        let (pages, mla) = (self.spec.kind() != Kind::Ragged, self.spec.kind() == Kind::Mla);
+        if mla && checked.dimensions[rows::ROTARY] != MLA_DIMS.1 {
+            return refuse(RUN, "kpe_dim", checked.dimensions[rows::ROTARY].to_string(), "64");
+        }
         if checked.device != Device::Cpu {
-            let (pages, mla) = (self.spec.kind() != Kind::Ragged, self.spec.kind() == Kind::Mla);
             // Latent attention finds pages by 32 bits too.
             rows::check_reach(row, operands, pages, if mla { u32::MAX.into() } else { i64::MAX })?;
         }
@@ -173,15 +270,14 @@ impl Planned<'_> {
         let lse = lse.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let sink = options.sink.as_ref().map_or(Operand::Absent, TensorRef::operand);
         let operands = [q.operand(), k, v, o.operand(), lse, sink];
-        #[cfg_attr(not(feature = "cudarc"), allow(unused_variables, reason = "GPU memory comes from cudarc"))]
-        let (row, checked) = match cache.layout() {
-            KvLayout::Nhd => (rows::PAGED, self.checked(rows::PAGED, &operands)?),
-            KvLayout::Hnd => (rows::PAGED_HND, self.checked(rows::PAGED_HND, &operands)?),
+        let row = match cache.layout() {
+            KvLayout::Nhd => rows::PAGED,
+            KvLayout::Hnd => rows::PAGED_HND,
         };
-        if checked.empty {
+        if !self.checked(row, &operands)? {
             return Ok(());
         }
-        let numbers = self.numbers(options.k_scale)?;
+        let numbers = self.numbers(options)?;
         match &self.place {
             Place::Host(batch) => on_host("attention_paged", &operands, batch, |args| {
                 args.push(Arg::int(numbers.layout));
@@ -207,10 +303,10 @@ impl Planned<'_> {
         let lse = lse.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let sink = options.sink.as_ref().map_or(Operand::Absent, TensorRef::operand);
         let operands = [q.operand(), k.operand(), v.operand(), o.operand(), lse, sink];
-        if self.checked(rows::RAGGED, &operands)?.empty {
+        if !self.checked(rows::RAGGED, &operands)? {
             return Ok(());
         }
-        let numbers = self.numbers(options.k_scale)?;
+        let numbers = self.numbers(options)?;
         match &self.place {
             Place::Host(batch) => on_host("attention_ragged", &operands, batch, |args| push(args, self.spec, &numbers)),
             #[cfg(feature = "cudarc")]
@@ -231,15 +327,10 @@ impl Planned<'_> {
         let (ckv, kpe) = cache.operands();
         let lse = lse.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let operands = [queries.q_nope.operand(), ckv, kpe, o.operand(), lse, queries.q_pe.operand()];
-        let checked = self.checked(rows::MLA, &operands)?;
-        let rotary = checked.dimensions[rows::ROTARY];
-        if rotary != MLA_DIMS.1 {
-            return refuse(RUN, "kpe_dim", rotary.to_string(), "64");
-        }
-        if checked.empty {
+        if !self.checked(rows::MLA, &operands)? {
             return Ok(());
         }
-        let numbers = self.numbers(None)?;
+        let numbers = self.numbers(&AttentionOptions::default())?;
         match &self.place {
             Place::Host(batch) => mla_on_host(&operands, batch, self.spec, &numbers),
             #[cfg(feature = "cudarc")]
@@ -253,7 +344,7 @@ impl Planned<'_> {
 /// The numbers that the reference takes behind everything else.
 fn push(args: &mut Vec<Arg<'_>>, spec: &AttentionSpec, numbers: &Numbers) {
     args.extend([Arg::bool(spec.is_causal()), Arg::int(numbers.window_left)]);
-    args.extend([Arg::float(numbers.soft_cap), Arg::float(numbers.sm_scale)]);
+    args.extend([numbers.soft_cap, numbers.sm_scale, numbers.v_scale].map(Arg::float));
 }
 
 /// The arrays of a batch as tensors on the host: those of queries and of keys, and those of pages.

@@ -81,6 +81,8 @@ pub struct AttentionBuilder {
     kind: Kind,
     q: DType,
     kv: DType,
+    /// Of results; the queries' where nothing was said.
+    out: Option<DType>,
     heads: (i64, i64),
     head_dims: (i64, i64),
     page_size: i64,
@@ -106,6 +108,7 @@ impl AttentionSpec {
             kind,
             q: dtype,
             kv: dtype,
+            out: None,
             heads,
             head_dims,
             page_size,
@@ -149,9 +152,19 @@ impl AttentionSpec {
         self.facts.kind
     }
 
-    /// The element type of queries and results.
+    /// The element type of queries.
     pub fn dtype(&self) -> DType {
         self.facts.q
+    }
+
+    /// The element type of results: that of queries, and of 8-bit queries what [`AttentionBuilder::out_dtype`] said, else BF16.
+    pub fn out_dtype(&self) -> DType {
+        self.facts.out_dtype_or_default()
+    }
+
+    /// Whether queries have 8 bits.
+    pub(super) fn has_8_bit_queries(&self) -> bool {
+        self.facts.q == DType::F8E4M3
     }
 
     /// The element type of keys and values.
@@ -240,13 +253,15 @@ impl AttentionSpec {
     ///   for those that they have. FA3, which upstream chose in this release, leaves most of a GPU idle where there are few
     ///   requests;
     /// - else FA3 on compute capability 9.0, where queries and keys have the same type and FA3 has the heads' size, and FA2 on every
-    ///   other GPU.
+    ///   other GPU;
+    /// - with 8-bit queries FA3, which alone has them.
     pub fn backend(&self, capability: (i32, i32)) -> Backend {
         let AttentionBuilder { kind, q, kv, sinks, .. } = self.facts;
         match (self.facts.backend, kind) {
             (Some(asked), _) => asked,
             (None, Kind::Decode) if sinks || self.is_for_tensor_cores(capability) => Backend::Fa2,
             (None, Kind::Decode) => Backend::CudaCores,
+            (None, _) if q == DType::F8E4M3 => Backend::Fa3,
             (None, _) if capability == (9, 0) && q == kv => Backend::Fa3,
             (None, _) => Backend::Fa2,
         }
@@ -263,7 +278,7 @@ impl AttentionSpec {
     /// (F32) it is BF16's.
     pub fn module(&self, backend: Backend) -> String {
         let AttentionBuilder { kind, q, kv, head_dims: (qk, vo), window, soft_cap, sinks, .. } = self.facts;
-        let types = Types { q: element(q), kv: element(kv), o: element(q) };
+        let types = Types { q: element(q), kv: element(kv), o: element(self.out_dtype()) };
         let (window, cap) = (window.is_some(), soft_cap.is_some());
         let shape = Shape { types, head_dim_qk: qk as u32, head_dim_vo: vo as u32, window, cap };
         let which = if backend.is_for_hopper_alone() { uri::Backend::Fa3 } else { uri::Backend::Fa2 };
@@ -291,6 +306,13 @@ impl AttentionBuilder {
     /// the keys' goes into [`AttentionOptions::k_scale`](super::AttentionOptions::k_scale), the values' onto the result.
     pub const fn kv_dtype(mut self, dtype: DType) -> Self {
         self.kv = dtype;
+        self
+    }
+
+    /// Results of another element type than queries, which 8-bit queries alone have: F16 or BF16, on the host also F32. BF16 unless
+    /// this says otherwise.
+    pub const fn out_dtype(mut self, dtype: DType) -> Self {
+        self.out = Some(dtype);
         self
     }
 
@@ -359,25 +381,67 @@ impl AttentionBuilder {
         Ok(AttentionSpec { facts: self })
     }
 
+    const fn out_dtype_or_default(&self) -> DType {
+        match (self.out, self.q) {
+            (Some(dtype), _) => dtype,
+            (None, DType::F8E4M3) => DType::BF16,
+            (None, q) => q,
+        }
+    }
+
+    /// 8-bit queries, which FA3 alone has, in few forms.
+    fn check_8_bit_queries(&self) -> Result<()> {
+        let Self { kind, kv, head_dims, .. } = *self;
+        let found = |what: &str| format!("{} with {what}", self.q);
+        let refused = |argument, what: &str, expected: &str| refuse(SPEC, argument, found(what), expected);
+        match self.backend {
+            _ if self.window.is_some() => refused(
+                "window",
+                "a window",
+                "none, or 16-bit queries: in release 0.6.3 the kernels for 8-bit queries that have a window never end",
+            ),
+            _ if self.soft_cap.is_some() => refused(
+                "soft_cap",
+                "a soft cap",
+                "none, or 16-bit queries: release 0.6.3's kernels for 8-bit queries ignore it",
+            ),
+            _ if self.sinks => refused("sinks", "sinks", "none, or 16-bit queries, as no module has both"),
+            _ if matches!(kind, Kind::Decode | Kind::Mla) => {
+                let what = if kind == Kind::Mla { "latent attention" } else { "decode" };
+                refused(
+                    "dtype",
+                    what,
+                    "16-bit queries: FA3, which alone has 8-bit ones, is compiled for any number of queries \
+                     (paged, ragged); keys and values alone may be F8E4M3 (kv_dtype)",
+                )
+            }
+            _ if kv != self.q => refused("kv_dtype", &format!("{kv} keys"), "F8E4M3 keys, as the queries"),
+            _ if head_dims.0 != head_dims.1 || !matches!(head_dims.0, 128 | 256) => {
+                let sizes = format!("heads of {} and {}", head_dims.0, head_dims.1);
+                refused("head_dim", &sizes, "128 or 256, for which the kernels for 8-bit queries are compiled")
+            }
+            Some(Backend::Fa2 | Backend::CudaCores) => {
+                refused("backend", &format!("{:?}", self.backend), "FA3, which alone has 8-bit queries")
+            }
+            _ if !matches!(self.out, None | Some(DType::F16 | DType::BF16 | DType::F32)) => {
+                refused("out_dtype", &format!("results of {}", self.out_dtype_or_default()), "F16 or BF16 (on the host also F32)")
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn check_types(&self) -> Result<()> {
         let Self { kind, q, kv, .. } = *self;
-        let half = matches!(q, DType::F16 | DType::BF16);
-        if matches!(q, DType::F8E4M3 | DType::F8E5M2) {
-            let found = match (self.window, self.soft_cap) {
-                (Some(_), _) => format!("{q} with a window"),
-                (_, Some(_)) => format!("{q} with a soft cap"),
-                _ => q.to_string(),
-            };
-            return refuse(
-                SPEC,
-                "dtype",
-                found,
-                "F16 or BF16: of release 0.6.3's kernels for 8-bit queries those with a window never end, those with a soft cap \
-                 ignore it, and the others are not offered; keys and values alone may be F8E4M3 (kv_dtype)",
-            );
+        if q == DType::F8E4M3 {
+            return self.check_8_bit_queries();
         }
-        if !half && q != DType::F32 {
-            return refuse(SPEC, "dtype", q.to_string(), "F16 or BF16 (on the host also F32)");
+        if !matches!(q, DType::F16 | DType::BF16 | DType::F32) {
+            let expected = "F16 or BF16 (on the host also F32), or F8E4M3 on compute capability 9.0; of other 8-bit types nothing is \
+                            compiled";
+            return refuse(SPEC, "dtype", q.to_string(), expected);
+        }
+        if let Some(out) = self.out.filter(|out| *out != q) {
+            return refuse(SPEC, "out_dtype", out.to_string(), format!("{q}, as the queries"));
         }
         if kv == q {
             return Ok(());

@@ -8,7 +8,7 @@ use crate::stream::Stream;
 use crate::tensor::{TensorMut, TensorRef};
 
 use super::batch::Batch;
-use super::run::{AttentionOptions, LatentQueries, Place, Planned};
+use super::run::{AttentionOptions, Known, LatentQueries, Place, Planned};
 use super::sizes::{Largest, check_batch};
 use super::spec::{AttentionSpec, Backend};
 
@@ -82,8 +82,8 @@ impl Workspace {
     }
 
     /// Plans a batch: divides its work among the GPU's multiprocessors and copies the lists of it, and the batch's tables, to the
-    /// GPU, asynchronously on the workspace's stream. The host waits only where the copy of the fourth plan before it has
-    /// not been made yet.
+    /// GPU, asynchronously on the workspace's stream. The host waits only where copies of the third plan before it, or of earlier
+    /// ones, have not been made yet.
     ///
     /// # Errors
     /// [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a batch that is not of the specification's kind or page size,
@@ -103,12 +103,60 @@ impl Workspace {
                 match batch.rows() {
                     // Upstream divides by the number of requests.
                     0 => What::Nothing,
-                    _ => What::Gpu(Box::new(memory.plan(&self.spec, batch)?)),
+                    _ => {
+                        memory.plan(&self.spec, batch)?;
+                        What::Gpu
+                    }
                 }
             }
         };
         let pages = batch.cache().map_or_else(|| batch.keys(), |(_, pages)| pages);
-        Ok(Plan { workspace: self, rows: batch.rows(), pages, planned, of_thread: PhantomData })
+        let (rows, known) = (batch.rows(), Known::default());
+        Ok(Plan { workspace: self, rows, pages, planned, known, of_thread: PhantomData })
+    }
+
+    /// Attention of one sequence: all queries over all keys, planned and run at once, for [`Kind::Ragged`](super::Kind::Ragged). It is
+    /// what upstream's `single_prefill_with_kv_cache` and `single_decode_with_kv_cache` compute; for several layers of the same
+    /// lengths a [`plan`](Self::plan) of a [`Batch`] of one request is made once.
+    ///
+    /// The tensors are those of [`Plan::run_ragged`]. For one query over many keys on a Hopper GPU a specification with
+    /// [`Backend::Fa2`] is the faster one, since it divides contexts.
+    ///
+    /// ```
+    /// use flashinfer_rs::attention::{AttentionOptions, AttentionSpec, Workspace};
+    /// use flashinfer_rs::{DType, FlashInferRuntime, RuntimeConfig, TensorMut, TensorRef};
+    ///
+    /// FlashInferRuntime::initialize(RuntimeConfig::default())?;
+    /// let spec = AttentionSpec::ragged(DType::F32, (4, 2), (64, 64)).causal(true).build()?;
+    /// let mut workspace = Workspace::on_host(spec);
+    /// let (q, kv, mut o) = (vec![1f32; 3 * 4 * 64], vec![1f32; 10 * 2 * 64], vec![0f32; 3 * 4 * 64]);
+    /// let (q, kv) = (TensorRef::from_slice(&q, &[3, 4, 64])?, TensorRef::from_slice(&kv, &[10, 2, 64])?);
+    /// let mut results = TensorMut::from_slice(&mut o, &[3, 4, 64])?;
+    /// workspace.run_single(&mut results, None, &q, (&kv, &kv), &AttentionOptions::default())?;
+    /// assert!(o.iter().all(|x| (x - 1.0).abs() < 1e-6));
+    /// # Ok::<(), flashinfer_rs::FlashInferError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`plan`](Self::plan) and [`Plan::run_ragged`].
+    pub fn run_single(
+        &mut self,
+        o: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+        q: &TensorRef<'_>,
+        (k, v): (&TensorRef<'_>, &TensorRef<'_>),
+        options: &AttentionOptions<'_>,
+    ) -> Result<()> {
+        let mut batch = Batch::ragged();
+        // Of other numbers of dimensions than there are in tensors of tokens the run itself says what is wrong.
+        let first = |shape: &[i64]| shape.first().copied().unwrap_or(1);
+        let (queries, keys) = (first(q.shape()), first(k.shape()));
+        if queries == 0 {
+            // Nothing to compute, of whatever keys.
+            return self.plan(&batch).map(drop);
+        }
+        batch.push_ragged(queries, keys)?;
+        self.plan(&batch)?.run_ragged(o, lse, q, (k, v), options)
     }
 }
 
@@ -120,6 +168,7 @@ pub struct Plan<'w> {
     rows: i64,
     pages: i64,
     planned: What,
+    known: Known,
     /// Streams are a thread's.
     of_thread: PhantomData<*const ()>,
 }
@@ -130,8 +179,9 @@ enum What {
     #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
     Nothing,
     Host,
+    /// The workspace's last plan.
     #[cfg(feature = "cudarc")]
-    Gpu(Box<super::gpu::Lists>),
+    Gpu,
 }
 
 impl Plan<'_> {
@@ -148,10 +198,10 @@ impl Plan<'_> {
     /// What upstream's planner answered: offsets into the workspace, sizes of launches and flags, whose meaning is each module's own.
     /// Empty on the host.
     pub fn integers(&self) -> Vec<i64> {
-        match &self.planned {
-            What::Nothing | What::Host => Vec::new(),
+        match (&self.planned, &self.workspace.memory) {
             #[cfg(feature = "cudarc")]
-            What::Gpu(lists) => lists.integers(),
+            (What::Gpu, Memory::Gpu(memory)) => memory.integers(),
+            _ => Vec::new(),
         }
     }
 
@@ -160,10 +210,10 @@ impl Plan<'_> {
         let (stream, place) = match (&self.planned, &self.workspace.memory) {
             (What::Host, Memory::Host(batch)) => (Stream::NULL, Place::Host(batch)),
             #[cfg(feature = "cudarc")]
-            (What::Gpu(lists), Memory::Gpu(memory)) => (memory.stream(), Place::Gpu(memory.launch(lists))),
+            (What::Gpu, Memory::Gpu(memory)) => (memory.stream(), Place::Gpu(memory.launch()?)),
             _ => return None,
         };
-        Some(Planned { spec, rows, pages, stream, place })
+        Some(Planned { spec, rows, pages, stream, place, known: Some(&self.known) })
     }
 
     /// Attention over a paged cache, for [`Kind::Paged`](super::Kind::Paged) and [`Kind::Decode`](super::Kind::Decode): asynchronous on

@@ -414,7 +414,7 @@ fn check_call(spec: &AttentionSpec, cache: &PagedKvCache<'_>, facts: DecodeFacts
 
 /// The tensors of a call as the rows have them, beside the table's own.
 fn planned<'a>(spec: &'a AttentionSpec, facts: DecodeFacts, stream: Stream<'a>, place: Place<'a>) -> Planned<'a> {
-    Planned { spec, rows: facts.requests, pages: facts.pages, stream, place }
+    Planned { spec, rows: facts.requests, pages: facts.pages, stream, place, known: None }
 }
 
 fn on_host(

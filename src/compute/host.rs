@@ -515,6 +515,7 @@ pub(super) fn decode_attention(call: &mut HostCall<'_>) -> Result<()> {
         Arg::int(-1),
         Arg::float(0.0),
         Arg::float(call.parameter("scale")),
+        Arg::float(1.0),
     ];
     let module: &Module = reference::module()?;
     // SAFETY: as for `run_row`; the lists outlive the call.

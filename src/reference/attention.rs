@@ -13,14 +13,16 @@ struct Facts {
     /// 0 for none.
     cap: f64,
     scale: f64,
+    /// What values are multiplied by.
+    v_scale: f64,
     /// The base of the logarithms that are answered.
     base: f64,
 }
 
 impl Facts {
-    fn new(args: &Args<'_>, [causal, window, cap, scale]: [usize; 4]) -> Result<Self, Raised> {
-        let (causal, window) = (args.bool(causal)?, args.int(window)?);
-        Ok(Self { causal, window, cap: args.float(cap)?, scale: args.float(scale)?, base: 2.0 })
+    fn new(args: &Args<'_>, [causal, window, cap, scale, v_scale]: [usize; 5]) -> Result<Self, Raised> {
+        let (causal, window, v_scale) = (args.bool(causal)?, args.int(window)?, args.float(v_scale)?);
+        Ok(Self { causal, window, cap: args.float(cap)?, scale: args.float(scale)?, v_scale, base: 2.0 })
     }
 
     /// The keys that a query sees, where it is the `i`th of so many.
@@ -48,7 +50,7 @@ impl Facts {
             sum.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v);
         }
         if total > 0.0 {
-            sum.iter_mut().for_each(|sum| *sum /= total);
+            sum.iter_mut().for_each(|sum| *sum = *sum / total * self.v_scale);
         }
         (sum, (greatest + total.ln()) / self.base.ln())
     }
@@ -119,7 +121,7 @@ impl Results<'_> {
 }
 
 function!(attention_paged, |args| {
-    let [q, k, v, o, lse, sink, qo_indptr, kv_indptr, indices, last, of_heads, causal, window, cap, scale] =
+    let [q, k, v, o, lse, sink, qo_indptr, kv_indptr, indices, last, of_heads, causal, window, cap, scale, v_scale] =
         args.exactly()?;
     let (q, k, v) = (args.tensor(q)?, args.tensor(k)?, args.tensor(v)?);
     let results = Results { o: args.tensor(o)?, lse: args.optional(lse)? };
@@ -129,7 +131,7 @@ function!(attention_paged, |args| {
     let (tokens_at, heads_at) = if of_heads { (2, 1) } else { (1, 2) };
     let (indices, last) = (args.tensor(indices)?, args.tensor(last)?);
     let pages = Pages { indices, last, pages: k.size(0)?, page_size: k.size(tokens_at)? };
-    let facts = Facts::new(args, [causal, window, cap, scale])?;
+    let facts = Facts::new(args, [causal, window, cap, scale, v_scale])?;
     let kv_heads = k.size(heads_at)?;
     for request in 0..requests.count()? {
         let places = pages.places(&requests, request)?;
@@ -161,12 +163,12 @@ function!(attention_paged, |args| {
 });
 
 function!(attention_ragged, |args| {
-    let [q, k, v, o, lse, sink, qo_indptr, kv_indptr, causal, window, cap, scale] = args.exactly()?;
+    let [q, k, v, o, lse, sink, qo_indptr, kv_indptr, causal, window, cap, scale, v_scale] = args.exactly()?;
     let (q, k, v) = (args.tensor(q)?, args.tensor(k)?, args.tensor(v)?);
     let results = Results { o: args.tensor(o)?, lse: args.optional(lse)? };
     let sink = args.optional(sink)?;
     let requests = Requests::new(args, qo_indptr, kv_indptr)?;
-    let facts = Facts::new(args, [causal, window, cap, scale])?;
+    let facts = Facts::new(args, [causal, window, cap, scale, v_scale])?;
     for request in 0..requests.count()? {
         let own = Requests::between(&requests.starts, request, k.size(0)?)?;
         let rows = Requests::between(&requests.queries, request, q.size(0)?)?;
@@ -233,7 +235,7 @@ function!(attention_mla, |args| {
     let (indices, last) = (args.tensor(indices)?, args.tensor(last)?);
     let pages = Pages { indices, last, pages: ckv.size(0)?, page_size: ckv.size(1)? };
     let base = if args.bool(natural)? { std::f64::consts::E } else { 2.0 };
-    let facts = Facts { causal: args.bool(causal)?, window: -1, cap: 0.0, scale: args.float(scale)?, base };
+    let facts = Facts { causal: args.bool(causal)?, window: -1, cap: 0.0, scale: args.float(scale)?, v_scale: 1.0, base };
     let (compressed, rotary) = (ckv.size(2)?, kpe.size(2)?);
     let size = compressed + rotary;
     for request in 0..requests.count()? {

@@ -19,7 +19,7 @@ use crate::stream::Stream;
 use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
 
 use super::super::gpu::buffer_address;
-use super::super::rows::{self, K, Q, RESULT, V};
+use super::super::rows::{self, K, Q, RESULT, V, XQA_RUN};
 use super::super::run::{AttentionOptions, Numbers, Place};
 use super::super::spec::AttentionSpec;
 use super::{DecodeTable, LENGTHS, PAGES, XQA, XqaDecode, check_call, check_spec, check_tensors, planned};
@@ -117,7 +117,7 @@ impl OnStream {
         if !check_tensors(&planned, &operands)? {
             return Ok(());
         }
-        let Numbers { sm_scale, .. } = planned.numbers(options.k_scale)?;
+        let Numbers { sm_scale, .. } = planned.numbers(options)?;
         let runtime = FlashInferRuntime::global()?;
         if runtime.usable(self.device).is_none() {
             runtime.checked_device(self.device)?;
@@ -247,6 +247,7 @@ impl GraphXqa {
 #[derive(Debug)]
 pub struct CapturedXqa<'a> {
     decode: &'a GraphXqa,
+    site: Site,
 }
 
 impl CapturedXqa<'_> {
@@ -264,6 +265,7 @@ impl CapturedXqa<'_> {
         options: &AttentionOptions<'_>,
         stream: Stream<'_>,
     ) -> Result<()> {
+        self.site.check(XQA_RUN, stream)?;
         let GraphXqa { spec, memory } = self.decode;
         memory.run(spec, o, q, cache, table, options, stream)
     }
@@ -278,8 +280,8 @@ impl Leaf for GraphXqa {
         self.memory.scratch.check(context)
     }
 
-    fn captured<'a>(&'a mut self, _site: Site) -> CapturedXqa<'a> {
-        CapturedXqa { decode: self }
+    fn captured<'a>(&'a mut self, site: Site) -> CapturedXqa<'a> {
+        CapturedXqa { decode: self, site }
     }
 
     fn views(&mut self) -> &GraphXqa {
