@@ -24,7 +24,7 @@ use crate::philox::{Drawing, Drawn, Philox};
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
 
-pub(crate) use capture::{Chained, Executable, Graph as CapturedGraph, PrivateStream};
+pub(crate) use capture::{Chained, Executable, PrivateStream};
 pub use set::GraphSet;
 
 /// Where a capture happens: what its tensors are made for.

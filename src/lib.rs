@@ -135,6 +135,8 @@ mod module;
 pub mod object;
 mod open;
 mod owner;
+#[cfg(feature = "cudarc")]
+mod page_locked;
 mod philox;
 mod pinned;
 mod prepared;

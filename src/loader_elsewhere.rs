@@ -113,7 +113,7 @@ pub(crate) fn mapped_file(_: usize) -> String {
 
 fn refused(name: &str, path: &Path) -> FlashInferError {
     let (library, path, reason) = (name.to_owned(), path.to_owned(), REASON.to_owned());
-    FlashInferError::LoadFailed { library, path, reason, remedy: REMEDY }
+    FlashInferError::LoadFailed { library, path, reason, remedy: REMEDY.to_owned() }
 }
 
 #[cfg(test)]

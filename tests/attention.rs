@@ -601,7 +601,11 @@ fn the_backend_is_upstreams_choice_where_that_is_right() {
         assert_eq!(of(decode.kv_dtype(DType::F8E4M3)).backend((9, 0)), new, "groups of {group}");
     }
     let eight = of(AttentionSpec::paged(DType::F8E4M3, (8, 2), 128, 16));
-    assert_eq!((eight.backend((9, 0)), eight.backend((8, 9))), (Backend::Fa3, Backend::Fa3), "which alone has 8-bit queries");
+    assert_eq!(
+        (eight.backend((9, 0)), eight.backend((8, 9))),
+        (Backend::Fa3, Backend::Fa3),
+        "which alone has 8-bit queries"
+    );
     let decode = AttentionSpec::decode(DType::F16, (8, 1), 64, 16);
     assert_eq!(of(decode.backend(Backend::CudaCores)).backend((9, 0)), Backend::CudaCores, "what was asked for");
     assert_eq!(of(decode.backend(Backend::Fa2)).backend((7, 5)), Backend::Fa2, "what was asked for");
@@ -696,7 +700,11 @@ fn queries_in_8_bits_and_their_scales_are_what_they_stand_for() {
     names(run(facts.build().unwrap(), eight.each_ref(), &tiny), "k_scale", "sees keys that are masked");
     names(run(facts.build().unwrap(), eight.each_ref(), &options.clone().with_v_scale(f64::NAN)), "v_scale", "NaN");
     names(run(spec(DType::F32).build().unwrap(), wide.each_ref(), &options), "v_scale", "multiplies the results");
-    names(run(spec(DType::F8E4M3).build().unwrap(), eight.each_ref(), &options), "o", "BF16, as the specification says");
+    names(
+        run(spec(DType::F8E4M3).build().unwrap(), eight.each_ref(), &options),
+        "o",
+        "BF16, as the specification says",
+    );
 }
 
 #[test]

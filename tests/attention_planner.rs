@@ -21,7 +21,8 @@ use flashinfer_rs::attention::{
 };
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
 use flashinfer_rs::{
-    DType, Device, FlashInferError, FlashInferRuntime, LaunchGraph, OnDevice, Placed, RuntimeConfig, Stream, TensorMut, TensorRef,
+    DType, Device, FlashInferError, FlashInferRuntime, LaunchGraph, OnDevice, Placed, RuntimeConfig, Stream, TensorMut,
+    TensorRef,
 };
 use half::bf16;
 use libloading::os::unix::Library;
@@ -450,7 +451,8 @@ fn ragged_graph(machine: &Machine, spec: AttentionSpec) {
     for (requests, rows) in [(1, 1), (7, 7), (40, 700)] {
         let room = GraphRoom::ragged(requests, rows, 60_000);
         let all = batches(Largest::new(requests, rows), false, 1);
-        let fitting = all.into_iter().map(|(_, lengths)| lengths).filter(|lengths| lengths.pages.iter().sum::<i64>() <= 60_000);
+        let fitting =
+            all.into_iter().map(|(_, lengths)| lengths).filter(|lengths| lengths.pages.iter().sum::<i64>() <= 60_000);
         let fitting: Vec<_> = fitting.take(40).collect();
         assert_eq!(fitting.len(), 40);
         let batch = |lengths: &Lengths| {
@@ -509,7 +511,8 @@ fn ragged_graph(machine: &Machine, spec: AttentionSpec) {
     let error = GraphPlan::new(spec, GraphRoom::ragged(1, 1, 9), &pages, stream).unwrap_err().to_string();
     assert!(error.contains("ragged without pages"), "{error}");
     for keys in [0, 1 << 31] {
-        let error = GraphPlan::new(spec, GraphRoom::ragged(1, 1, keys), &Batch::ragged(), stream).unwrap_err().to_string();
+        let error =
+            GraphPlan::new(spec, GraphRoom::ragged(1, 1, keys), &Batch::ragged(), stream).unwrap_err().to_string();
         assert!(error.contains("1 to 2147483647"), "{error}");
     }
 }
@@ -728,7 +731,9 @@ fn run_8_bits(machine: &Machine, spec: AttentionSpec) {
     let mut address = |buffer: &mut CudaSlice<u8>| buffer.device_ptr_mut(stream).0 as *mut c_void;
     let device = Device::Cuda(0);
     // SAFETY: the buffers hold as many bytes, and outlive the tensors.
-    let raw = |at: *mut c_void, shape: &[i64]| unsafe { TensorMut::from_raw(at, device, DType::F8E4M3, shape, None).unwrap() };
+    let raw = |at: *mut c_void, shape: &[i64]| unsafe {
+        TensorMut::from_raw(at, device, DType::F8E4M3, shape, None).unwrap()
+    };
     let (mut q, at) = (q, [&mut k, &mut v].map(&mut address));
     let q = raw(address(&mut q), &[41, 8, 128]);
     let q = q.as_ref();

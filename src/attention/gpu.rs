@@ -6,12 +6,10 @@
 //! costs as much as a copy does.
 
 use std::ffi::c_void;
-use std::ptr::NonNull;
-use std::slice;
 use std::sync::Arc;
 
 use cudarc::driver::result as cuda;
-use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtrMut};
 
 use crate::buffers::{check_context, device, refuse_per_thread};
 use crate::contract::{Operand, Row, RunsOn};
@@ -22,6 +20,7 @@ use crate::indices::refuse;
 use crate::module::Function;
 use crate::object::{Any, Arg, Array, Object};
 use crate::owner::{CurrentContext, event_of, record, refuse_capture};
+use crate::page_locked::Pinned;
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Layout};
@@ -38,54 +37,6 @@ const WORKSPACE: &str = "Workspace";
 /// How many slots there are: of lists that are short, and of others. An event is recorded once half of them are on their way.
 const SLOTS: (usize, usize) = (8, 4);
 const SHORT: usize = 1 << 20;
-
-/// Page-locked memory of the host, zeroed when it is made.
-#[derive(Debug)]
-struct Pinned {
-    data: NonNull<u8>,
-    bytes: usize,
-    context: Arc<CudaContext>,
-}
-
-// SAFETY: memory of the host that this alone refers to.
-unsafe impl Send for Pinned {}
-// SAFETY: it is written through `&mut` alone.
-unsafe impl Sync for Pinned {}
-
-impl Pinned {
-    /// With the context current.
-    fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
-        let bytes = bytes.max(64);
-        // SAFETY: no flags; the memory is written before anything reads it.
-        let data =
-            unsafe { cuda::malloc_host(bytes, 0) }.map_err(driver_in(context, "allocating page-locked memory"))?;
-        let Some(data) = NonNull::new(data.cast::<u8>()) else {
-            return Err(FlashInferError::Cuda { call: "cuMemHostAlloc", code: 2, message: "no memory".to_owned() });
-        };
-        // SAFETY: so many bytes were allocated. Zeros, since upstream may read behind what it wrote in an earlier plan.
-        unsafe { data.write_bytes(0, bytes) };
-        Ok(Self { data, bytes, context: Arc::clone(context) })
-    }
-
-    /// As numbers; only while no copy of them is on its way.
-    fn words(&mut self) -> &mut [i32] {
-        // SAFETY: so many bytes, aligned to a page, all of them written, and borrowed mutably.
-        unsafe { slice::from_raw_parts_mut(self.data.as_ptr().cast(), self.bytes / 4) }
-    }
-
-    /// As a tensor of bytes.
-    fn layout(&self) -> Layout {
-        Layout::build(self.data.as_ptr().cast(), Device::Cpu, DType::U8, &[self.bytes as i64], None, None)
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        let _current = CurrentContext::bind(&self.context);
-        // SAFETY: allocated by `new`, and given up here, once; whoever drops it waited for its copies.
-        self.context.record_err(unsafe { cuda::free_host(self.data.as_ptr().cast()) });
-    }
-}
 
 /// What one plan is copied from.
 #[derive(Debug)]
@@ -144,7 +95,7 @@ impl Ring {
             self.slots.iter_mut().filter(|slot| slot.copies == Copies::Ahead(event)).for_each(Slot::made);
         }
         let slot = &mut self.slots[at];
-        if slot.tables.bytes < 4 * tables {
+        if slot.tables.len() < 4 * tables {
             slot.tables = Pinned::new(self.stream.context(), 4 * tables.next_power_of_two())?;
         }
         self.next = (at + 1) % self.slots.len();
@@ -253,7 +204,7 @@ fn tables_len(requests: usize, indices: usize) -> usize {
     2 * (requests + 1).next_multiple_of(4) + requests.next_multiple_of(4) + indices.max(1).next_multiple_of(4)
 }
 
-pub(super) fn buffer_address<T>(buffer: &mut CudaSlice<T>) -> *mut c_void {
+pub(crate) fn buffer_address<T>(buffer: &mut CudaSlice<T>) -> *mut c_void {
     let stream = Arc::clone(buffer.stream());
     let (address, guard) = buffer.device_ptr_mut(&stream);
     // Every use of it is on its own stream.
@@ -525,10 +476,9 @@ impl OnStream {
         let _current = CurrentContext::bind(self.stream.context())?;
         let copied = self.copy_tables(slot, self.tables.len()).and_then(|()| {
             let (to, bytes) = (self.prepared.layouts[INT].data() as u64, self.int.len());
-            let from = self.ring.slots[slot].lists.data.as_ptr();
+            let from = self.ring.slots[slot].lists.part(0, bytes);
             // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
-            let copied =
-                unsafe { cuda::memcpy_htod_async(to, slice::from_raw_parts(from, bytes), self.stream.cu_stream()) };
+            let copied = unsafe { cuda::memcpy_htod_async(to, from, self.stream.cu_stream()) };
             copied.map_err(driver_in(self.stream.context(), "copying a plan's lists"))
         });
         self.ring.queued(slot)?;

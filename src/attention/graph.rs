@@ -126,7 +126,8 @@ impl GraphPlan {
             }
             (kind, cache) => {
                 let found = if cache.is_some() { "one of pages" } else { "one without pages" };
-                let expected = format!("one as a specification of {kind:?} has it: ragged without pages, all others with them");
+                let expected =
+                    format!("one as a specification of {kind:?} has it: ragged without pages, all others with them");
                 return refuse(GRAPH_PLAN, "batch", found.to_owned(), expected);
             }
         }
@@ -137,7 +138,12 @@ impl GraphPlan {
         let page_size = cache.map_or(1, |(page_size, _)| page_size);
         let most = i64::from(i32::MAX) / page_size;
         if !(1..=most).contains(&(pages as i64)) {
-            return refuse(GRAPH_PLAN, "pages", pages.to_string(), format!("1 to {most}, whose tokens kernels can count"));
+            return refuse(
+                GRAPH_PLAN,
+                "pages",
+                pages.to_string(),
+                format!("1 to {most}, whose tokens kernels can count"),
+            );
         }
         let largest = Largest::new(requests, rows);
         let memory = OnStream::new(&spec, largest, stream, Some(filled_pages(&spec, room)))?;

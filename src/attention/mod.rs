@@ -84,3 +84,5 @@ pub use workspace::{Plan, Workspace};
 #[cfg(feature = "cudarc")]
 pub use xqa::{CapturedXqa, GraphXqa};
 pub use xqa::{DecodeFacts, DecodeTable, XqaDecode};
+#[cfg(all(feature = "cudarc", feature = "compute"))]
+pub(crate) use {gpu::buffer_address, xqa::XqaKernel};

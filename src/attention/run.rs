@@ -179,7 +179,8 @@ impl Planned<'_> {
         }
         if let Some(scale) = v_scale {
             if !spec.has_8_bit_queries() {
-                let expected = "none: these kernels have no scale of the values, which multiplies the results afterwards";
+                let expected =
+                    "none: these kernels have no scale of the values, which multiplies the results afterwards";
                 return refuse(RUN, "v_scale", scale.to_string(), expected);
             }
             if !(1e-6..=1e6).contains(&scale) {

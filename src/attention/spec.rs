@@ -423,9 +423,11 @@ impl AttentionBuilder {
             Some(Backend::Fa2 | Backend::CudaCores) => {
                 refused("backend", &format!("{:?}", self.backend), "FA3, which alone has 8-bit queries")
             }
-            _ if !matches!(self.out, None | Some(DType::F16 | DType::BF16 | DType::F32)) => {
-                refused("out_dtype", &format!("results of {}", self.out_dtype_or_default()), "F16 or BF16 (on the host also F32)")
-            }
+            _ if !matches!(self.out, None | Some(DType::F16 | DType::BF16 | DType::F32)) => refused(
+                "out_dtype",
+                &format!("results of {}", self.out_dtype_or_default()),
+                "F16 or BF16 (on the host also F32)",
+            ),
             _ => Ok(()),
         }
     }

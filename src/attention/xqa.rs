@@ -20,6 +20,8 @@ use super::spec::{AttentionSpec, Kind, element};
 mod gpu;
 
 #[cfg(feature = "cudarc")]
+pub(crate) use gpu::XqaKernel;
+#[cfg(feature = "cudarc")]
 pub use gpu::{CapturedXqa, GraphXqa};
 
 /// The name that errors of a specification for XQA carry.

@@ -176,6 +176,52 @@ pub enum GraphError {
         value: f64,
     },
 
+    /// The place that a plan has for a node's scratch memory is smaller than its kernel needs on this GPU.
+    #[error(
+        "{node} has a workspace of {planned} bytes, and its kernel needs {needed} on this GPU; plan smaller buckets, and report \
+         this"
+    )]
+    WorkspaceTooSmall {
+        /// The node.
+        node: String,
+        /// The bytes that are planned.
+        planned: u64,
+        /// The bytes that the kernel needs.
+        needed: u64,
+    },
+
+    /// CUDA does not capture a step.
+    #[error(
+        "a step of {graph} for a batch of {batch} was not captured: {reason}; what was captured before is as it was: run \
+         steps without a capture, and report this"
+    )]
+    CaptureRefused {
+        /// The graph.
+        graph: String,
+        /// The rows of the batch.
+        batch: u64,
+        /// CUDA's words.
+        reason: String,
+    },
+
+    /// What was captured is not what was planned.
+    #[error(
+        "the captured step of {graph} for a batch of {batch} differs from its plan at {node}: planned {planned}, captured \
+         {captured}; it was not taken, and what was captured before is as it was: report this"
+    )]
+    CapturedDiffers {
+        /// The graph.
+        graph: String,
+        /// The rows of the batch.
+        batch: u64,
+        /// The node.
+        node: String,
+        /// What the plan has.
+        planned: String,
+        /// What CUDA tells of what was captured.
+        captured: String,
+    },
+
     /// A graph's file is of another version, or is none.
     #[error("a graph's JSON: {at} is {found}, expected {expected}; export it anew by this release")]
     Json {

@@ -308,8 +308,13 @@ fn places(graph: &Graph, access: &Access, batch: u64) -> impl Iterator<Item = us
 }
 
 fn gather(memory: &Memory, graph: &Graph, access: &Access, batch: u64) -> Vec<f64> {
+    part(graph, access, batch, memory.bytes(access.tensor))
+}
+
+/// The numbers of a part of a tensor, in row-major order, of the tensor's bytes.
+pub(super) fn part(graph: &Graph, access: &Access, batch: u64, bytes: &[u8]) -> Vec<f64> {
     let dtype = graph.tensors[access.tensor].spec.dtype;
-    let (bytes, size) = (memory.bytes(access.tensor), dtype.size());
+    let size = dtype.size();
     let place = |at: usize| numbers(&bytes[at * size..(at + 1) * size], dtype).next().unwrap_or(f64::NAN);
     if access.columns.is_none() {
         let count = graph.tensors[access.tensor].spec.bytes(batch) as usize;
@@ -359,7 +364,8 @@ fn run_row(memory: &mut Memory, graph: &Graph, node: &Node, call: &RowCall, batc
     unsafe { call.entry.call(&operands, Stream::NULL) }
 }
 
-fn ramp(dtype: DType, count: u64, step: u64) -> Vec<u8> {
+/// So many whole numbers: 0, then each larger by a step.
+pub(super) fn ramp(dtype: DType, count: u64, step: u64) -> Vec<u8> {
     let mut bytes = vec![0; count as usize * dtype.size()];
     for (i, element) in bytes.chunks_exact_mut(dtype.size()).enumerate() {
         store(element, dtype, (i as u64 * step) as f64);

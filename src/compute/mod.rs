@@ -40,6 +40,8 @@
 
 mod backend;
 mod builder;
+#[cfg(feature = "cudarc")]
+mod device;
 mod error;
 mod export;
 mod fuse;
@@ -56,6 +58,8 @@ mod tests;
 
 pub use backend::Backend;
 pub use builder::{GraphBuilder, Part, Readable, State, StepInput, Value, Weight};
+#[cfg(feature = "cudarc")]
+pub use device::{Arrived, CapturedStep, DeviceRun, EagerRun, NodeTime};
 pub use error::{GraphError, GraphWarning};
 pub use fuse::{Applied, Numerics, Rule, fuse};
 pub use graph::{Access, Cost, Graph, Node, Origin, Target, Tensor};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 
 use crate::buffers::{check_context, device, refuse_per_thread};
-use crate::contract::RunsOn;
+use crate::contract::{Operand, RunsOn};
 use crate::engine::ordered_like;
 use crate::error::{FlashInferError, Result, driver};
 use crate::graph::{Launched, Leaf, Site};
@@ -22,15 +22,22 @@ use super::super::gpu::buffer_address;
 use super::super::rows::{self, K, Q, RESULT, V, XQA_RUN};
 use super::super::run::{AttentionOptions, Numbers, Place};
 use super::super::spec::AttentionSpec;
-use super::{DecodeTable, LENGTHS, PAGES, XQA, XqaDecode, check_call, check_spec, check_tensors, planned};
+use super::{DecodeFacts, DecodeTable, LENGTHS, PAGES, XQA, XqaDecode, check_call, check_spec, check_tensors, planned};
+
+/// XQA's launcher for a specification on a GPU.
+#[derive(Debug)]
+pub(crate) struct XqaKernel {
+    spec: AttentionSpec,
+    device: Device,
+    multiprocessors: i64,
+    run: Function,
+}
 
 /// What XQA needs of a GPU beside the tensors of a call.
 #[derive(Debug)]
 pub(super) struct OnStream {
     stream: Arc<CudaStream>,
-    device: Device,
-    multiprocessors: i64,
-    run: Function,
+    kernel: XqaKernel,
     /// A counter for each request and key head. A launch starts with zeros and leaves zeros.
     semaphores: CudaSlice<i32>,
     /// Partial results of contexts that are divided.
@@ -54,14 +61,22 @@ fn scratch_sizes(spec: &AttentionSpec, multiprocessors: i64) -> (usize, usize) {
     (multiprocessors.max(1) as usize, bytes.max(16) as usize)
 }
 
-impl OnStream {
-    /// Of a specification that was checked.
-    pub(super) fn new(spec: &AttentionSpec, stream: &Arc<CudaStream>) -> Result<Self> {
-        refuse_per_thread(XQA, stream)?;
-        check_context(XQA, "stream", stream.context(), stream.context())?;
-        refuse_capture(XQA, stream)?;
+/// As [`scratch_sizes`], the bytes of a launch for so many requests.
+fn scratch_bytes(spec: &AttentionSpec, multiprocessors: i64, requests: u64) -> u64 {
+    let sequences = requests.saturating_mul(spec.heads().1 as u64).max(1);
+    let parts = multiprocessors.max(1) as u64 / sequences;
+    if parts <= 1 {
+        return 0;
+    }
+    let result = (spec.group() * spec.head_dims().0 * 2) as u64;
+    parts * sequences * (2 * 32 * 4 + result) + result
+}
+
+impl XqaKernel {
+    /// Of a specification, on a GPU that is there.
+    pub(crate) fn new(spec: &AttentionSpec, on: Device) -> Result<Self> {
+        check_spec(spec)?;
         let runtime = FlashInferRuntime::global()?;
-        let on = device(stream.context());
         let id = runtime.checked_device(on)?;
         if spec.dtype() == DType::F32 {
             let expected = "F16 or BF16 on a GPU; F32 is computed on the host alone";
@@ -79,44 +94,48 @@ impl OnStream {
         };
         let module = runtime.module_on(&format!("{}.so", XqaDecode::module_of(spec)?), on)?;
         let run = module.function("xqa_wrapper")?;
-        let multiprocessors = limits.multiprocessors;
-        let (counters, bytes) = scratch_sizes(spec, multiprocessors);
-        let _current = CurrentContext::bind(stream.context())?;
-        let allocated = driver("allocating XQA's scratch memory");
-        let mut semaphores = stream.alloc_zeros(counters).map_err(&allocated)?;
-        let mut scratch = stream.alloc_zeros(bytes).map_err(&allocated)?;
-        let addresses = [
-            Layout::build(buffer_address(&mut semaphores), on, DType::I32, &[counters as i64], None, None),
-            Layout::build(buffer_address(&mut scratch), on, DType::U8, &[bytes as i64], None, None),
-        ];
-        Ok(Self { stream: Arc::clone(stream), device: on, multiprocessors, run, semaphores, scratch, addresses })
+        Ok(Self { spec: *spec, device: on, multiprocessors: limits.multiprocessors, run })
     }
 
-    pub(super) fn stream(&self) -> Stream<'_> {
-        Stream::cudarc(&self.stream)
+    /// How many counters a launch uses at most.
+    pub(crate) fn counters(&self) -> usize {
+        scratch_sizes(&self.spec, self.multiprocessors).0
     }
 
-    #[allow(clippy::too_many_arguments, reason = "a call's tensors, its table and its stream")]
-    pub(super) fn run(
+    /// The bytes of scratch memory that a launch for so many requests uses at most.
+    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs plan their own scratch memory"))]
+    pub(crate) fn scratch_bytes(&self, requests: u64) -> u64 {
+        scratch_bytes(&self.spec, self.multiprocessors, requests)
+    }
+
+    /// Checks a call's tensors, in the order of the row: queries, keys, values, the result, pages and lengths; whether there is
+    /// anything to compute.
+    pub(crate) fn check(
         &self,
-        spec: &AttentionSpec,
-        o: &mut TensorMut<'_>,
-        q: &TensorRef<'_>,
-        cache: &PagedKvCache<'_>,
-        table: &Placed<'_, DecodeTable>,
+        operands: &[Operand<'_, '_>; 6],
+        facts: DecodeFacts,
+        stream: Stream<'_>,
+    ) -> Result<bool> {
+        check_tensors(&planned(&self.spec, facts, stream, Place::Xqa(self.device)), operands)
+    }
+
+    /// Queues a call whose tensors were checked, with these scales.
+    ///
+    /// # Safety
+    /// The tensors must be valid until the kernel has run; the table's pages must be of the cache, and each length 1 or more and
+    /// within its row's pages, when it runs. The counters and the scratch memory must be as many as [`counters`](Self::counters)
+    /// and [`scratch_bytes`](Self::scratch_bytes) say, the counters zeros but for what launches left in them, and nothing else may
+    /// use either meanwhile.
+    pub(crate) unsafe fn call(
+        &self,
+        operands: &[Operand<'_, '_>; 6],
+        facts: DecodeFacts,
         options: &AttentionOptions<'_>,
+        [semaphores, scratch]: &[Layout; 2],
         stream: Stream<'_>,
     ) -> Result<()> {
-        let facts = table.facts();
-        check_call(spec, cache, facts, options.sink.is_some())?;
-        let pages = table.array_in(PAGES, &[facts.requests, facts.pages_per_request]);
-        let lengths = table.array_in(LENGTHS, &[facts.requests]);
-        let (k, v) = cache.operands();
-        let operands = [q.operand(), k, v, o.operand(), pages.operand(), lengths.operand()];
+        let spec = &self.spec;
         let planned = planned(spec, facts, stream, Place::Xqa(self.device));
-        if !check_tensors(&planned, &operands)? {
-            return Ok(());
-        }
         let Numbers { sm_scale, .. } = planned.numbers(options)?;
         let runtime = FlashInferRuntime::global()?;
         if runtime.usable(self.device).is_none() {
@@ -130,7 +149,7 @@ impl OnStream {
         let [q, o] = [Q, RESULT].map(|at| tensor(at).pack());
         let caches = [K, V].map(|at| by_tokens(&tensor(at), spec.layout()));
         let [k, v] = caches.each_ref().map(Layout::pack);
-        let [semaphores, scratch] = self.addresses.each_ref().map(Layout::pack);
+        let [semaphores, scratch] = [semaphores.pack(), scratch.pack()];
         let size = spec.head_dims().0;
         let args = [
             // Not Hopper's kernel for keys of 8 bits.
@@ -163,13 +182,62 @@ impl OnStream {
             Arg::bool(false),
         ];
         let row = rows::xqa(spec.layout());
-        // SAFETY: the tensors were checked against the row and the specification, which names the module; the table's pages are
-        // those of a cache with as many and its lengths fit its rows, by DecodeTable's checks; the scratch memory is as large as
-        // the launcher's grid asks for, and nothing else uses it: its launches follow one another on one stream, or in one graph.
-        // Whoever made the tensors vouched for their memory.
-        ordered_like(row, &operands, || unsafe {
+        // SAFETY: the tensors were checked against the row and the specification, which names the module; the rest is the
+        // caller's promise.
+        ordered_like(row, operands, || unsafe {
             rows::xqa_entry().call_function(&self.run, &args, self.device, stream)
         })
+    }
+}
+
+impl OnStream {
+    /// Of a specification that was checked.
+    pub(super) fn new(spec: &AttentionSpec, stream: &Arc<CudaStream>) -> Result<Self> {
+        refuse_per_thread(XQA, stream)?;
+        check_context(XQA, "stream", stream.context(), stream.context())?;
+        refuse_capture(XQA, stream)?;
+        let on = device(stream.context());
+        let kernel = XqaKernel::new(spec, on)?;
+        let (counters, bytes) = scratch_sizes(spec, kernel.multiprocessors);
+        let _current = CurrentContext::bind(stream.context())?;
+        let allocated = driver("allocating XQA's scratch memory");
+        let mut semaphores = stream.alloc_zeros(counters).map_err(&allocated)?;
+        let mut scratch = stream.alloc_zeros(bytes).map_err(&allocated)?;
+        let addresses = [
+            Layout::build(buffer_address(&mut semaphores), on, DType::I32, &[counters as i64], None, None),
+            Layout::build(buffer_address(&mut scratch), on, DType::U8, &[bytes as i64], None, None),
+        ];
+        Ok(Self { stream: Arc::clone(stream), kernel, semaphores, scratch, addresses })
+    }
+
+    pub(super) fn stream(&self) -> Stream<'_> {
+        Stream::cudarc(&self.stream)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "a call's tensors, its table and its stream")]
+    pub(super) fn run(
+        &self,
+        spec: &AttentionSpec,
+        o: &mut TensorMut<'_>,
+        q: &TensorRef<'_>,
+        cache: &PagedKvCache<'_>,
+        table: &Placed<'_, DecodeTable>,
+        options: &AttentionOptions<'_>,
+        stream: Stream<'_>,
+    ) -> Result<()> {
+        let facts = table.facts();
+        check_call(spec, cache, facts, options.sink.is_some())?;
+        let pages = table.array_in(PAGES, &[facts.requests, facts.pages_per_request]);
+        let lengths = table.array_in(LENGTHS, &[facts.requests]);
+        let (k, v) = cache.operands();
+        let operands = [q.operand(), k, v, o.operand(), pages.operand(), lengths.operand()];
+        if !self.kernel.check(&operands, facts, stream)? {
+            return Ok(());
+        }
+        // SAFETY: whoever made the tensors vouched for their memory; the table's pages are those of a cache with as many and its
+        // lengths fit its rows, by DecodeTable's checks; the scratch memory is as large as the kernel says and was zeros, and
+        // nothing else uses it: its launches follow one another on one stream, or in one graph.
+        unsafe { self.kernel.call(&operands, facts, options, &self.addresses, stream) }
     }
 }
 
@@ -324,6 +392,8 @@ mod tests {
                     let result = spec.group() * size * 2;
                     let start = (2 * all * 128 + result - 1) / result * result;
                     assert!(start + all * result <= bytes as i64, "{requests} requests of {multiprocessors}");
+                    let own = scratch_bytes(&spec, multiprocessors, requests as u64);
+                    assert!(start + all * result <= own as i64, "{requests} requests of {multiprocessors}");
                     assert!(sequences <= counters as i64, "{requests} requests of {multiprocessors}");
                 }
             }

@@ -1,0 +1,446 @@
+//! A graph's plans at their addresses on a GPU, and the launches of their nodes.
+
+use super::super::builder::operands;
+use super::super::error::GraphError;
+use super::super::graph::{Access, Graph, Node, Origin};
+use super::super::operation::{Given, OpKind, Operation, RowArgument, RowCall};
+use super::super::plan::{ALIGNMENT, Link, Plan, Span};
+use super::super::shape::{Columns, Dim, Spec};
+use super::super::step::Buckets;
+use super::inputs::Inputs;
+use crate::attention::{AttentionOptions, AttentionSpec, DecodeFacts, XqaKernel};
+use crate::contract::Operand;
+use crate::engine::Entry;
+use crate::error::{FlashInferError, Result};
+use crate::owner::Owner;
+use crate::stream::Stream;
+use crate::tensor::{DType, Device, Layout};
+
+/// The blocks of memory that a run has.
+pub(super) const WEIGHTS: usize = 0;
+pub(super) const STATES: usize = 1;
+pub(super) const ARENA: usize = 2;
+pub(super) const INPUTS: usize = 3;
+/// What the run itself needs: numbers that never change, XQA's counters, and queries that lie in a row.
+pub(super) const OWN: usize = 4;
+pub(super) const BLOCKS: usize = 5;
+
+/// What lies behind each block, so that a kernel which reads a few bytes past its tensor's end, as rope's with a table does, reads
+/// memory of the run.
+pub(super) const BEHIND: u64 = 256;
+
+/// How a node is launched.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// By its kernel's row.
+    Row,
+    /// By one of XQA's kernels.
+    Attention(usize),
+}
+
+/// Numbers that never change: 0, then each larger by a step.
+#[derive(Debug, Clone, Copy)]
+struct Steady {
+    dtype: DType,
+    count: u64,
+    step: u64,
+    offset: u64,
+}
+
+/// A graph, its plans, and where all that they use lies.
+#[derive(Debug)]
+pub(super) struct Model {
+    pub(super) graph: Graph,
+    pub(super) buckets: Buckets,
+    pub(super) plans: Vec<Plan>,
+    /// For each plan, whether a node may start before the one ahead of it has ended.
+    early: Vec<Vec<bool>>,
+    /// Where a weight, a state or an input begins in its block.
+    places: Vec<u64>,
+    ways: Vec<Way>,
+    attention: Vec<XqaKernel>,
+    steady: Vec<Steady>,
+    /// XQA's counters, and queries that lie in a row, in the run's own block.
+    counters: Span,
+    queries: Span,
+    pub(super) bytes: [u64; BLOCKS],
+    pub(super) device: Device,
+    /// Where the blocks begin, once they are there.
+    pub(super) blocks: [u64; BLOCKS],
+}
+
+fn aligned(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX)
+}
+
+/// An operation that no kernel on a GPU serves.
+fn unserved(graph: &Graph, node: usize, reason: String, remedy: &'static str) -> FlashInferError {
+    GraphError::UnsupportedKernel { op: graph.node_name(node), reason, remedy }.into()
+}
+
+/// What a decode attention's kernel is chosen by.
+fn attention_spec(graph: &Graph, node: usize) -> Result<AttentionSpec> {
+    let specs = graph.given(&graph.nodes[node]);
+    let size = |operand: usize, at: usize| {
+        let dim = specs[operand].shape.get(at).and_then(|dim| dim.constant());
+        dim.and_then(|size| i64::try_from(size).ok()).unwrap_or(0)
+    };
+    let (heads, kv_heads, head, page_size) = (size(0, 1), size(1, 2), size(0, 2), size(1, 1));
+    let scale = graph.nodes[node].operation.parameter("scale");
+    AttentionSpec::decode(specs[0].dtype, (heads, kv_heads), head, page_size).sm_scale(scale).build()
+}
+
+impl Model {
+    /// Plans, proves and sizes all of it, and loads the kernels. Nothing is allocated.
+    pub(super) fn new(graph: &Graph, buckets: &Buckets, inputs: &Inputs, device: Device) -> Result<Self> {
+        let (plans, arena) = Plan::for_buckets(graph, buckets)?;
+        plans.iter().try_for_each(|plan| plan.verify(graph))?;
+        let largest = buckets.largest();
+        let (mut places, mut bytes) = (vec![0; graph.tensors.len()], [0u64; BLOCKS]);
+        for (i, tensor) in graph.tensors.iter().enumerate() {
+            let block = match tensor.origin {
+                Origin::Weight => WEIGHTS,
+                Origin::State => STATES,
+                Origin::Input(_) => {
+                    places[i] = inputs.place(i).unwrap_or(0);
+                    continue;
+                }
+                Origin::Value => continue,
+            };
+            places[i] = bytes[block];
+            bytes[block] = bytes[block].saturating_add(aligned(tensor.spec.bytes(largest)));
+        }
+        (bytes[ARENA], bytes[INPUTS]) = (arena, inputs.bytes());
+        let early = plans.iter().map(|plan| {
+            let mut early = vec![false; graph.nodes.len()];
+            plan.edges.iter().for_each(|edge| early[edge.to] |= edge.link == Link::Programmatic);
+            early
+        });
+        let nothing = Span { offset: 0, bytes: 0 };
+        let mut model = Self {
+            graph: graph.clone(),
+            buckets: buckets.clone(),
+            early: early.collect(),
+            plans,
+            places,
+            ways: Vec::new(),
+            attention: Vec::new(),
+            steady: Vec::new(),
+            counters: nothing,
+            queries: nothing,
+            bytes,
+            device,
+            blocks: [0; BLOCKS],
+        };
+        model.choose_ways()?;
+        Ok(model)
+    }
+
+    fn choose_ways(&mut self) -> Result<()> {
+        let (mut specs, mut counters, mut queries) = (Vec::<AttentionSpec>::new(), 0u64, 0u64);
+        for node in 0..self.graph.nodes.len() {
+            let way = if self.graph.nodes[node].operation.kind == OpKind::DecodeAttention {
+                let refused = |error: FlashInferError| match error {
+                    FlashInferError::InvalidArgument { found, expected, .. } => {
+                        let remedy = "choose sizes that XQA has a kernel for";
+                        unserved(&self.graph, node, format!("XQA has {expected}, and this is {found}"), remedy)
+                    }
+                    other => other,
+                };
+                let spec = attention_spec(&self.graph, node).map_err(refused)?;
+                let kernel = match specs.iter().position(|known| *known == spec) {
+                    Some(kernel) => kernel,
+                    None => {
+                        self.attention.push(XqaKernel::new(&spec, self.device).map_err(refused)?);
+                        specs.push(spec);
+                        specs.len() - 1
+                    }
+                };
+                counters = counters.max(self.attention[kernel].counters() as u64 * 4);
+                for plan in 0..self.plans.len() {
+                    queries = queries.max(self.attention_sizes(plan, node, kernel)?);
+                }
+                Way::Attention(kernel)
+            } else {
+                for plan in 0..self.plans.len() {
+                    self.prepare_row(plan, node)?;
+                }
+                Way::Row
+            };
+            self.ways.push(way);
+        }
+        let own = self.bytes[OWN];
+        self.counters = Span { offset: own, bytes: aligned(counters) };
+        self.queries = Span { offset: self.counters.end(), bytes: aligned(queries) };
+        self.bytes[OWN] = self.queries.end();
+        Ok(())
+    }
+
+    /// That a node's row has its kernel here, and what it needs of the run's own memory.
+    fn prepare_row(&mut self, plan: usize, node: usize) -> Result<()> {
+        let Some(call) = self.row(plan, node) else {
+            let remedy = "run this graph on the host, or replace the operation by others";
+            return Err(unserved(
+                &self.graph,
+                node,
+                "this release has none for these types on a GPU".to_owned(),
+                remedy,
+            ));
+        };
+        self.ready(node, call.entry)?;
+        for argument in call.arguments {
+            match argument {
+                RowArgument::Ramp { dtype, count, step } if self.steady(dtype, count, step).is_none() => {
+                    let offset = self.bytes[OWN];
+                    self.steady.push(Steady { dtype, count, step, offset });
+                    self.bytes[OWN] += aligned(count * dtype.size() as u64);
+                }
+                RowArgument::Scratch(needed) => self.enough(plan, node, needed)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// That a kernel runs on this GPU and is there.
+    fn ready(&self, node: usize, entry: Entry) -> Result<()> {
+        if !entry.is_supported(self.device)? {
+            let reason = format!("{} does not run on {}", entry.row.kernel, self.device);
+            return Err(unserved(&self.graph, node, reason, "run it on another GPU"));
+        }
+        entry.function().map(drop)
+    }
+
+    /// That a node's workspace in the arena has so many bytes.
+    fn enough(&self, plan: usize, node: usize, needed: u64) -> Result<()> {
+        let planned = self.plans[plan].workspace(node).map_or(0, |span| span.bytes);
+        if planned >= needed {
+            return Ok(());
+        }
+        Err(GraphError::WorkspaceTooSmall { node: self.graph.node_name(node), planned, needed }.into())
+    }
+
+    /// Checks the scratch memory that is planned for an attention, and answers the bytes of queries that must be copied first.
+    fn attention_sizes(&mut self, plan: usize, node: usize, kernel: usize) -> Result<u64> {
+        let requests = self.plans[plan].batch;
+        self.enough(plan, node, self.attention[kernel].scratch_bytes(requests))?;
+        if !self.copies_queries(plan, node) {
+            return Ok(0);
+        }
+        let Some(call) = self.query_copy(plan, node) else {
+            let reason =
+                "its queries are columns of something larger, and XQA reads them one after the other".to_owned();
+            return Err(unserved(&self.graph, node, reason, "give it queries that are a value of their own"));
+        };
+        self.ready(node, call.entry)?;
+        let queries = self.graph.seen(&self.graph.nodes[node].accesses[0]);
+        Ok(queries.bytes(self.plans[plan].batch))
+    }
+
+    fn steady(&self, dtype: DType, count: u64, step: u64) -> Option<Steady> {
+        self.steady.iter().copied().find(|known| (known.dtype, known.count, known.step) == (dtype, count, step))
+    }
+
+    /// The numbers that never change: where each lies in the run's own block, and its bytes.
+    pub(super) fn steady_bytes(&self) -> impl Iterator<Item = (usize, Vec<u8>)> {
+        self.steady.iter().map(|steady| {
+            let bytes = super::super::host::ramp(steady.dtype, steady.count, steady.step);
+            (steady.offset as usize, bytes)
+        })
+    }
+
+    fn row(&self, plan: usize, node: usize) -> Option<RowCall> {
+        let (node, batch) = (&self.graph.nodes[node], self.plans[plan].batch);
+        let specs = self.graph.given(node);
+        Given { operation: &node.operation, specs: &specs, batch }.call()
+    }
+
+    /// Where a tensor begins.
+    pub(super) fn address(&self, plan: usize, tensor: usize) -> u64 {
+        let (block, offset) = self.place(plan, tensor);
+        self.blocks[block] + offset
+    }
+
+    /// The block that a tensor is in, and where in it.
+    pub(super) fn place(&self, plan: usize, tensor: usize) -> (usize, u64) {
+        let block = match self.graph.tensors[tensor].origin {
+            Origin::Weight => WEIGHTS,
+            Origin::State => STATES,
+            Origin::Input(_) => INPUTS,
+            // A value without a place is one that nothing uses.
+            Origin::Value => return (ARENA, self.plans[plan].span(tensor).map_or(0, |span| span.offset)),
+        };
+        (block, self.places[tensor])
+    }
+
+    fn data(&self, plan: usize, tensor: usize) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut(self.address(plan, tensor) as usize)
+    }
+
+    fn vector(&self, block: usize, offset: u64, dtype: DType, count: u64) -> Layout {
+        let data = std::ptr::with_exposed_provenance_mut::<u8>((self.blocks[block] + offset) as usize);
+        Layout::build(data.cast(), self.device, dtype, &[count as i64], None, None)
+    }
+
+    fn layout(&self, plan: usize, access: &Access) -> Layout {
+        let data = self.data(plan, access.tensor);
+        self.graph.layout(access, self.plans[plan].batch, data, self.device)
+    }
+
+    /// What a row's argument is.
+    fn argument(&self, plan: usize, node: usize, specs: &[Spec], argument: RowArgument) -> Option<Layout> {
+        let accesses = &self.graph.nodes[node].accesses;
+        match argument {
+            RowArgument::Operand(_) | RowArgument::Heads(..) => {
+                argument.access(accesses, specs).map(|access| self.layout(plan, &access))
+            }
+            RowArgument::Flat(i) => {
+                let count = specs[i].elements(self.plans[plan].batch) as i64;
+                let data = self.data(plan, accesses[i].tensor).cast();
+                Some(Layout::build(data, self.device, specs[i].dtype, &[count], None, None))
+            }
+            RowArgument::Ramp { dtype, count, step } => {
+                self.steady(dtype, count, step).map(|steady| self.vector(OWN, steady.offset, dtype, count))
+            }
+            RowArgument::Scratch(bytes) => {
+                self.plans[plan].workspace(node).map(|span| self.vector(ARENA, span.offset, DType::U8, bytes))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a node starts early, where programmatic dependent launch is on: where its edge allows it and its kernel has the
+    /// option.
+    pub(super) fn starts_early(&self, plan: usize, node: usize, pdl: bool) -> bool {
+        pdl && self.early[plan][node]
+            && matches!(self.ways[node], Way::Row)
+            && self.row(plan, node).is_some_and(|call| call.arguments.contains(&RowArgument::Pdl))
+    }
+
+    /// How many kernels a node launches.
+    pub(super) fn kernels(&self, plan: usize, node: usize) -> u32 {
+        let copies = matches!(self.ways[node], Way::Attention(_)) && self.copies_queries(plan, node);
+        self.graph.nodes[node].operation.facts().kernels + u32::from(copies)
+    }
+
+    /// Queues a node of a plan.
+    ///
+    /// # Safety
+    /// The blocks must be device memory of [`bytes`](Self::bytes), valid until the stream has come so far, whose uses are ordered
+    /// with the stream, of the context that is current. What nodes find their way by must be within the bounds that [`Inputs`]
+    /// keeps, and the run's own block must hold [`steady_bytes`](Self::steady_bytes) and zeros behind, but for what launches left.
+    pub(super) unsafe fn launch(&self, plan: usize, node: usize, stream: Stream<'_>, pdl: bool) -> Result<()> {
+        match self.ways[node] {
+            Way::Row => {
+                let Some(call) = self.row(plan, node) else { unreachable!("it was there when the run was made") };
+                let specs = self.graph.given(&self.graph.nodes[node]);
+                let early = pdl && self.early[plan][node];
+                // SAFETY: the caller's promise. The plan was proven: values lie within the arena, and none is overwritten
+                // while it is needed. Columns lie within their tensors, which the builder saw to.
+                unsafe { self.call(&call, |argument| self.argument(plan, node, &specs, argument), stream, early) }
+            }
+            // SAFETY: the caller's promise.
+            Way::Attention(kernel) => unsafe { self.attend(plan, node, &self.attention[kernel], stream) },
+        }
+    }
+
+    /// # Safety
+    /// As for [`launch`](Self::launch).
+    unsafe fn call(
+        &self,
+        call: &RowCall,
+        layout: impl Fn(RowArgument) -> Option<Layout>,
+        stream: Stream<'_>,
+        early: bool,
+    ) -> Result<()> {
+        let layouts: Vec<Option<Layout>> = call.arguments.iter().map(|argument| layout(*argument)).collect();
+        let owner = Owner::NONE;
+        let operands = operands(&call.arguments, &layouts, &owner, early);
+        // SAFETY: the caller's promise; the row is checked by the call.
+        unsafe { call.entry.call(&operands, stream) }
+    }
+
+    /// Whether an attention's queries do not lie one after the other.
+    fn copies_queries(&self, plan: usize, node: usize) -> bool {
+        let access = &self.graph.nodes[node].accesses[0];
+        let whole = self.graph.tensors[access.tensor].spec.shape.get(1..).unwrap_or(&[]);
+        let width = whole.iter().fold(1u64, |product, dim| product.saturating_mul(dim.constant().unwrap_or(0)));
+        self.plans[plan].batch > 1 && access.columns.is_some_and(|columns| columns.width != width)
+    }
+
+    /// The call that copies an attention's queries, columns of something larger, to where they lie one after the other.
+    fn query_copy(&self, plan: usize, node: usize) -> Option<RowCall> {
+        let queries = self.flat_queries(node);
+        let spec = self.graph.seen(&queries);
+        let dtype = super::super::operation::COPIES.iter().position(|known| *known == spec.dtype)?;
+        let operation = Operation::new(OpKind::Copy, &[dtype as f64]);
+        let specs = [spec.clone(), spec];
+        Given { operation: &operation, specs: &specs, batch: self.plans[plan].batch }.call()
+    }
+
+    /// An attention's queries as rows of numbers.
+    fn flat_queries(&self, node: usize) -> Access {
+        let access = self.graph.nodes[node].accesses[0];
+        Access { columns: access.columns.map(|columns| Columns { heads: 0, ..columns }), ..access }
+    }
+
+    /// # Safety
+    /// As for [`launch`](Self::launch).
+    unsafe fn attend(&self, plan: usize, node: usize, kernel: &XqaKernel, stream: Stream<'_>) -> Result<()> {
+        let accesses = &self.graph.nodes[node].accesses;
+        let batch = self.plans[plan].batch;
+        let specs = self.graph.given(&self.graph.nodes[node]);
+        let shape = |spec: &Spec| -> Vec<i64> { spec.shape.iter().map(|dim: &Dim| dim.at(batch) as i64).collect() };
+        let queries = shape(&specs[0]);
+        let build =
+            |data: *mut u8, dtype, shape: &[i64]| Layout::build(data.cast(), self.device, dtype, shape, None, None);
+        let q = if self.copies_queries(plan, node) {
+            let copied = self.vector(OWN, self.queries.offset, DType::U8, self.queries.bytes).data().cast::<u8>();
+            let Some(call) = self.query_copy(plan, node) else { unreachable!("it was there when the run was made") };
+            let from = self.flat_queries(node);
+            let rows = [queries[0], queries[1] * queries[2]];
+            let layout = |argument| match argument {
+                RowArgument::Operand(0) => Some(self.layout(plan, &from)),
+                RowArgument::Operand(_) => Some(build(copied, specs[0].dtype, &rows)),
+                _ => None,
+            };
+            // SAFETY: the caller's promise; the place is as large as the queries of the largest batch, and the attention of an
+            // earlier layer, which read it, is ahead on the stream.
+            unsafe { self.call(&call, layout, stream, false) }?;
+            build(copied, specs[0].dtype, &queries)
+        } else {
+            // At the first column, and one after the other: of one row, or all of a tensor's columns.
+            build(self.layout(plan, &accesses[0]).data().cast(), specs[0].dtype, &queries)
+        };
+        let [k, v, table, lengths] = [1, 2, 3, 4].map(|operand| self.layout(plan, &accesses[operand]));
+        let o = build(self.data(plan, accesses[5].tensor), specs[5].dtype, &queries);
+        let owner = Owner::NONE;
+        let operands = [&q, &k, &v, &o, &table, &lengths].map(|layout| Operand::Tensor(layout, &owner));
+        let (cache, pages) = (shape(&specs[1]), shape(&specs[3]));
+        let facts =
+            DecodeFacts { requests: pages[0], page_size: cache[1], pages: cache[0], pages_per_request: pages[1] };
+        if !kernel.check(&operands, facts, stream)? {
+            return Ok(());
+        }
+        let Some(workspace) = self.plans[plan].workspace(node) else {
+            return self.enough(plan, node, u64::MAX);
+        };
+        let scratch = [
+            self.vector(OWN, self.counters.offset, DType::I32, self.counters.bytes / 4),
+            self.vector(ARENA, workspace.offset, DType::U8, workspace.bytes),
+        ];
+        // SAFETY: the caller's promise. The workspace is as large as the kernel asks for, by `attention_sizes`, and the node's
+        // own by the plan; the counters are as many as the kernels ask for, were zeros, and one stream has them.
+        unsafe { kernel.call(&operands, facts, &AttentionOptions::default(), &scratch, stream) }
+    }
+
+    /// The node's tensors that it wrote and that hold numbers which may be infinite.
+    pub(super) fn written(&self, node: &Node) -> impl Iterator<Item = Access> {
+        let roles = node.operation.facts().operands.iter();
+        node.accesses.iter().zip(roles).filter_map(|(access, operand)| {
+            let tensor = &self.graph.tensors[access.tensor];
+            let whole = matches!(tensor.spec.dtype, DType::I32 | DType::I64 | DType::U8);
+            (operand.role.writes() && !whole && tensor.origin != Origin::State).then_some(*access)
+        })
+    }
+}
