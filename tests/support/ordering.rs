@@ -173,6 +173,16 @@ impl Driver {
         Self::set(&self.norm, "fail_next", 1);
     }
 
+    /// The next norm launches so many kernels more than it should, or fewer.
+    pub fn launch_more(&self, kernels: c_int) {
+        Self::set(&self.norm, "more_of_next", kernels);
+    }
+
+    /// Norms start before the kernel ahead of them has ended, whether they were asked to or not.
+    pub fn always_early(&self, early: bool) {
+        Self::set(&self.norm, "always_early", early.into());
+    }
+
     /// From now on every context is lost.
     pub fn lose(&self) {
         Self::set(&self.driver, "ordering_lost", 1);

@@ -358,3 +358,192 @@ fn too_long(row: u64, number: i64, from: i64, end: i64) -> crate::FlashInferErro
     let tokens = |number: i64| (number + 1 - from).max(0) as u64;
     GraphError::ContextTooLong { row, length: tokens(number), capacity: tokens(end - 1) }.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::builder::{GraphBuilder, StepInput};
+    use super::super::super::shape::{Columns, Dim};
+    use super::super::super::step::Pad;
+    use super::*;
+    use crate::FlashInferError;
+
+    const PAGE_SIZE: u64 = 16;
+    const PER_ROW: u64 = 2;
+    const PAGES: u64 = 9;
+    const VOCABULARY: u64 = 40;
+
+    fn refused<T>(result: Result<T>) -> GraphError {
+        match result {
+            Err(FlashInferError::ComputeGraph(error)) => *error,
+            Err(other) => panic!("another error: {other}"),
+            Ok(_) => panic!("it was taken"),
+        }
+    }
+
+    /// A decoder's way of indices: embedding, append and attention, a token and the next step's inputs. `angles` is how many
+    /// positions the table of angles has, where the keys are turned; `tokens` how many columns the logits have.
+    fn decoder(angles: Option<u64>, tokens: u64, pad: i64, swapped: bool) -> Graph {
+        let fixed = Dim::fixed;
+        let mut g = GraphBuilder::new("steered", 4);
+        let column =
+            |g: &mut GraphBuilder, name, pad| g.input(name, DType::I32, [Dim::BATCH], Pad::Value(pad)).unwrap();
+        let mut ids = column(&mut g, "ids", 0);
+        let mut positions = column(&mut g, "positions", pad);
+        let mut lengths = column(&mut g, "lengths", 1);
+        let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(PER_ROW)], Pad::Reserved(0)).unwrap();
+        let weight = |g: &mut GraphBuilder, name, rows, columns| {
+            g.weight(name, DType::BF16, [fixed(rows), fixed(columns)]).unwrap()
+        };
+        let embedding = weight(&mut g, "embedding", VOCABULARY, 128);
+        let head = weight(&mut g, "head", tokens, 128);
+        let cache = [fixed(PAGES), fixed(PAGE_SIZE), fixed(1), fixed(128)];
+        let [mut k, mut v] = ["k", "v"].map(|name| g.state(name, DType::BF16, cache).unwrap());
+        let mut hidden = g.embedding(&ids, &embedding, 1.0).unwrap();
+        let one = Columns::new(0..128).heads(1);
+        if let Some(angles) = angles {
+            let cos_sin = g.weight("cos_sin", DType::F32, [fixed(angles), fixed(128)]).unwrap();
+            let other = g.copy(&hidden, DType::BF16).unwrap();
+            let turned = g.rope_apart((hidden, one), (other, one), &cos_sin, &positions, false).unwrap();
+            hidden = turned.0;
+        }
+        let part = hidden.columns(one);
+        g.append((part, part), &positions, &table, (&mut k, &mut v)).unwrap();
+        let attended = g.decode_attention(part, (&k, &v), &table, &lengths, 0.1).unwrap();
+        let logits = g.matmul_f32(&attended, &head).unwrap();
+        let token = g.argmax(&logits).unwrap();
+        let mut next = |g: &mut GraphBuilder, ids: &mut StepInput, positions: &mut StepInput| {
+            g.advance(&token, ids, positions, &mut lengths).unwrap();
+        };
+        match swapped {
+            false => next(&mut g, &mut ids, &mut positions),
+            true => next(&mut g, &mut positions, &mut ids),
+        }
+        g.output("token", token).unwrap();
+        g.finish().unwrap()
+    }
+
+    fn words(values: &[i32]) -> Vec<u8> {
+        values.iter().flat_map(|value| value.to_ne_bytes()).collect()
+    }
+
+    fn give(inputs: &mut Inputs, graph: &Graph, name: &str, values: &[i32]) -> Result<()> {
+        let rows = if name == "page_table" { values.len() as u64 / PER_ROW } else { values.len() as u64 };
+        inputs.give(graph, name, rows, DType::I32, &words(values))
+    }
+
+    fn given(graph: &Graph, positions: &[i32]) -> Inputs {
+        let mut inputs = Inputs::new(graph, 4).unwrap();
+        let lengths: Vec<i32> = positions.iter().map(|position| position + 1).collect();
+        let table: Vec<i32> = (1..=positions.len() as i32 * PER_ROW as i32).collect();
+        give(&mut inputs, graph, "ids", &vec![7; positions.len()]).unwrap();
+        give(&mut inputs, graph, "positions", positions).unwrap();
+        give(&mut inputs, graph, "lengths", &lengths).unwrap();
+        give(&mut inputs, graph, "page_table", &table).unwrap();
+        inputs
+    }
+
+    #[test]
+    fn an_index_that_no_kernel_may_be_given_is_refused_with_its_row() {
+        let graph = decoder(None, VOCABULARY, 0, false);
+        let mut inputs = given(&graph, &[0, 3]);
+        for (name, values, wrong) in [
+            ("ids", [0, VOCABULARY as i32], "40 in row 1"),
+            ("ids", [-1, 0], "-1 in row 0"),
+            ("positions", [0, -2], "-2 in row 1"),
+            ("lengths", [0, 1], "0 in row 0"),
+        ] {
+            match refused(give(&mut inputs, &graph, name, &values)) {
+                GraphError::Mismatch { name: found, found: value, .. } => {
+                    assert_eq!((&found[..], &value[..]), (name, wrong));
+                }
+                other => panic!("{other}"),
+            }
+        }
+        match refused(give(&mut inputs, &graph, "page_table", &[1, 2, 3, PAGES as i32])) {
+            GraphError::Mismatch { found, expected, .. } => {
+                assert_eq!((&found[..], &expected[..]), ("9 in row 1", "0 to 8"));
+            }
+            other => panic!("{other}"),
+        }
+        for (name, values) in [("positions", [31, 32]), ("lengths", [32, 33])] {
+            match refused(give(&mut inputs, &graph, name, &values)) {
+                GraphError::ContextTooLong { row: 1, length: 33, capacity: 32 } => {}
+                other => panic!("{other}"),
+            }
+        }
+        // What was refused changed nothing.
+        inputs.check(&graph, 2, 1).unwrap();
+    }
+
+    #[test]
+    fn steps_are_queued_up_to_the_last_token_that_there_is_room_for() {
+        for (angles, room) in [(None, 32), (Some(40), 32), (Some(20), 20)] {
+            let graph = decoder(angles, VOCABULARY, 0, false);
+            let mut inputs = given(&graph, &[0, 5, 2]);
+            let steps = room - 5;
+            inputs.check(&graph, 3, steps).unwrap();
+            match refused(inputs.check(&graph, 3, steps + 1)) {
+                GraphError::ContextTooLong { row: 1, length, capacity } => {
+                    assert_eq!((length, capacity), (room + 1, room));
+                }
+                other => panic!("{other}"),
+            }
+            // One by one, as whole steps and node by node, and the same again once positions are given anew.
+            for _ in 0..2 {
+                for _ in 0..steps - 1 {
+                    inputs.check(&graph, 3, 1).unwrap();
+                    inputs.stepped();
+                }
+                let mut added = vec![0; inputs.count()];
+                for node in 0..graph.nodes.len() {
+                    inputs.check_node(node, &added).unwrap();
+                    inputs.launched(node, &mut added);
+                }
+                assert!(matches!(refused(inputs.check(&graph, 3, 1)), GraphError::ContextTooLong { .. }));
+                let added = vec![0; inputs.count()];
+                let too_long = (0..graph.nodes.len()).find(|&node| inputs.check_node(node, &added).is_err());
+                assert!(too_long.is_some());
+                give(&mut inputs, &graph, "positions", &[5, 5, 5]).unwrap();
+                give(&mut inputs, &graph, "lengths", &[6, 6, 6]).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_graph_whose_kernels_would_go_by_what_nobody_checks_is_refused() {
+        let refusal = |graph: &Graph| match refused(Inputs::new(graph, 4)) {
+            GraphError::UnsupportedKernel { reason, .. } => reason,
+            other => panic!("{other}"),
+        };
+        // More tokens than the table has rows; a token where positions are; and a pad that is no position.
+        assert!(refusal(&decoder(None, VOCABULARY + 1, 0, false)).contains("tokens of up to 41 to ids"));
+        assert!(refusal(&decoder(None, VOCABULARY, 0, true)).contains("to positions"));
+        let padded = refused(Inputs::new(&decoder(None, VOCABULARY, 32, false), 4));
+        assert!(matches!(padded, GraphError::Mismatch { .. }), "{padded}");
+        // A position that is no input, which no builder makes.
+        let mut graph = decoder(None, VOCABULARY, 0, false);
+        let token = graph.outputs[0];
+        let append = graph.nodes.iter().position(|node| node.operation.kind == OpKind::Append).unwrap();
+        graph.nodes[append].accesses[2].tensor = token;
+        assert!(refusal(&graph).contains("positions is no step input"));
+    }
+
+    #[test]
+    fn what_was_given_is_copied_and_nothing_that_the_device_changed() {
+        let graph = decoder(None, VOCABULARY, 0, false);
+        let mut inputs = given(&graph, &[0, 3]);
+        let parts = |inputs: &Inputs| inputs.changed().1.collect::<Vec<_>>();
+        // All of them with one copy.
+        assert_eq!(parts(&inputs), [(0, 768 + 32)]);
+        inputs.copied();
+        assert!(!inputs.is_changed() && parts(&inputs).is_empty());
+        give(&mut inputs, &graph, "page_table", &[1, 2, 3, 4]).unwrap();
+        assert_eq!(parts(&inputs), [(768, 32)]);
+        give(&mut inputs, &graph, "ids", &[1, 2]).unwrap();
+        assert_eq!(parts(&inputs), [(0, 16), (768, 32)]);
+        // Rows behind the batch are padded up to the largest bucket.
+        let (block, _) = inputs.changed();
+        assert_eq!(block[..16], words(&[1, 2, 0, 0])[..]);
+        assert_eq!(block[512..528], words(&[1, 4, 1, 1])[..]);
+    }
+}

@@ -1,0 +1,355 @@
+//! Compute graphs on a GPU, over the stand-in for CUDA's driver of `ordering`: that every use of a run's memory is ordered, that
+//! what was captured is compared with the plan, and that what cannot be leaves all as it was.
+
+#[path = "support/counting.rs"]
+mod counting;
+#[path = "support/native.rs"]
+mod native;
+#[path = "support/ordering.rs"]
+mod ordering;
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream};
+use flashinfer_rs::compute::{
+    Backend, Buckets, DeviceRun, Dim, Graph, GraphBuilder, GraphError, HostRun, Link, Pad, Plan, Target,
+};
+use flashinfer_rs::{DType, FlashInferError};
+use half::bf16;
+use ordering::with_driver;
+
+const COLUMNS: u64 = 64;
+
+const fn fixed(size: u64) -> Dim {
+    Dim::fixed(size)
+}
+
+/// Norms of norms, for batches of up to four rows: two values live at once.
+fn norms() -> Graph {
+    let mut g = GraphBuilder::new("norms", 4);
+    let x = g.input("x", DType::BF16, [Dim::BATCH, fixed(COLUMNS)], Pad::Value(1)).unwrap();
+    let [first, second] = ["first", "second"].map(|name| g.weight(name, DType::BF16, [fixed(COLUMNS)]).unwrap());
+    let a = g.rmsnorm(&x, &first, 1e-6).unwrap();
+    let b = g.rmsnorm(&a, &second, 1e-6).unwrap();
+    let c = g.rmsnorm(&b, &first, 1e-6).unwrap();
+    let (normed, sum) = g.fused_add_rmsnorm(c, a, &second, 1e-6).unwrap();
+    g.output("normed", normed).unwrap();
+    g.output("sum", sum).unwrap();
+    g.finish().unwrap()
+}
+
+fn buckets(sizes: &[u64]) -> Buckets {
+    Buckets::new(sizes).unwrap()
+}
+
+fn refused<T>(result: flashinfer_rs::Result<T>) -> GraphError {
+    match result {
+        Err(FlashInferError::ComputeGraph(error)) => *error,
+        Err(other) => panic!("another error: {other}"),
+        Ok(_) => panic!("it was taken"),
+    }
+}
+
+/// A run that was given all that it wants but the inputs.
+fn run(stream: &Arc<CudaStream>) -> DeviceRun {
+    let mut run = DeviceRun::new(&norms(), &buckets(&[1, 2, 4]), stream).unwrap();
+    for name in ["first", "second"] {
+        run.weight(name, &[bf16::ONE; COLUMNS as usize]).unwrap();
+    }
+    run
+}
+
+fn give(run: &mut DeviceRun, rows: u64) {
+    run.set_rows(rows).unwrap();
+    run.input("x", &vec![bf16::ONE; (rows * COLUMNS) as usize]).unwrap();
+}
+
+fn streams() -> [Arc<CudaStream>; 2] {
+    let context = CudaContext::new(0).unwrap();
+    [(); 2].map(|()| context.new_stream().unwrap())
+}
+
+#[test]
+fn steps_are_ordered_with_every_other_use() {
+    with_driver("steps_are_ordered_with_every_other_use", |driver| {
+        let [a, b] = streams();
+        driver.ordered("node by node, captured, and views in between", || {
+            let mut run = run(&b);
+            for rows in [3, 1, 2] {
+                give(&mut run, rows);
+                run.step().unwrap();
+                a.clone_dtoh(&run.view::<bf16>("sum").unwrap()).unwrap();
+                run.step().unwrap();
+                run.capture().unwrap();
+                give(&mut run, rows);
+                run.run(3).unwrap();
+                a.clone_dtoh(&run.view::<bf16>("normed").unwrap()).unwrap();
+                run.weight("first", &[bf16::ONE; COLUMNS as usize]).unwrap();
+                run.run(1).unwrap();
+                assert_eq!(run.read("sum").unwrap().len() as u64, rows * COLUMNS);
+            }
+        });
+        driver.ordered("dropped with steps on their way", || {
+            let mut run = run(&b);
+            run.follow("sum").unwrap();
+            give(&mut run, 4);
+            run.capture().unwrap();
+            run.run(5).unwrap();
+        });
+        driver.ordered("on the null stream", || {
+            let mut run = run(&b.context().default_stream());
+            give(&mut run, 2);
+            run.step().unwrap();
+            run.capture().unwrap();
+            run.run(2).unwrap();
+        });
+        drop([a, b]);
+        assert_eq!(driver.live(), [0; 5], "nothing is left");
+    });
+}
+
+#[test]
+fn every_bucket_is_captured_as_it_was_planned() {
+    with_driver("every_bucket_is_captured_as_it_was_planned", |driver| {
+        let [a, _b] = streams();
+        let mut run = run(&a);
+        let graph = norms();
+        for pdl in [true, false] {
+            run.set_pdl(pdl);
+            run.capture().unwrap();
+            for bucket in [1, 2, 4] {
+                let (step, plan) = (run.captured(bucket).unwrap(), run.plan(bucket).unwrap());
+                assert_eq!((step.nodes, step.kernels), (4, 4));
+                assert_eq!(step.kernels, plan.kernels(&graph) as usize);
+                let early = plan.edges().iter().filter(|edge| edge.link == Link::Programmatic).count();
+                assert_eq!(step.programmatic, if pdl { early } else { 0 });
+                assert_eq!(early, 3);
+            }
+        }
+        assert_eq!(run.captured(3), None);
+        // One arena, that of the largest bucket.
+        assert_eq!(run.sizes().planned, run.plan(4).unwrap().sizes().planned);
+        // A batch runs at the smallest bucket that holds it, with one launch.
+        for (rows, bucket) in [(1, 1), (2, 2), (3, 4), (4, 4)] {
+            assert_eq!(run.set_rows(rows).unwrap(), bucket);
+            give(&mut run, rows);
+            let [kernels, launches] = driver.queued();
+            run.run(2).unwrap();
+            assert_eq!(driver.queued(), [kernels, launches + 2]);
+            run.step().unwrap();
+            assert_eq!(driver.queued(), [kernels + 4, launches + 2]);
+        }
+        assert!(matches!(refused(run.set_rows(5)), GraphError::BucketTooSmall { rows: 5, largest: 4 }));
+        assert!(matches!(refused(run.set_rows(0)), GraphError::BucketTooSmall { rows: 0, .. }));
+    });
+}
+
+#[test]
+fn what_was_captured_and_not_planned_is_refused_and_leaves_all_as_it_was() {
+    let name = "what_was_captured_and_not_planned_is_refused_and_leaves_all_as_it_was";
+    with_driver(name, |driver| {
+        let [a, _b] = streams();
+        let mut run = run(&a);
+        run.set_pdl(false);
+        // Nothing was captured yet: an error, and nothing is queued.
+        give(&mut run, 2);
+        let before = driver.queued();
+        assert!(matches!(run.run(1), Err(FlashInferError::Graph { .. })));
+        assert_eq!(driver.queued(), before);
+        run.capture().unwrap();
+        let (captured, live) = ([1, 2, 4].map(|bucket| run.captured(bucket)), driver.live());
+        let unchanged = |run: &mut DeviceRun, case: &str| {
+            assert_eq!([1, 2, 4].map(|bucket| run.captured(bucket)), captured, "{case}");
+            assert_eq!(driver.live(), live, "{case}: no stream, graph or executable is left of it");
+            run.run(1).unwrap();
+        };
+        for (more, found) in [(1, "2, and 0"), (-1, "0, and 0")] {
+            driver.launch_more(more);
+            match refused(run.capture()) {
+                GraphError::CapturedDiffers { graph, batch, node, planned, captured } => {
+                    assert_eq!((&graph[..], batch, &node[..]), ("norms", 4, "node 0, rmsnorm"));
+                    assert_eq!(planned, "1 kernels");
+                    assert!(captured.starts_with(found), "{captured}");
+                }
+                other => panic!("{other}"),
+            }
+            unchanged(&mut run, "another number of kernels");
+        }
+        driver.always_early(true);
+        match refused(run.capture()) {
+            GraphError::CapturedDiffers { node, .. } => assert_eq!(node, "node 1, rmsnorm"),
+            other => panic!("{other}"),
+        }
+        driver.always_early(false);
+        unchanged(&mut run, "a kernel that starts early");
+        driver.fail_next();
+        match refused(run.capture()) {
+            GraphError::Run { node, reason } => {
+                assert_eq!(node, "node 0, rmsnorm");
+                assert!(reason.contains("as the test asked"), "{reason}");
+            }
+            other => panic!("{other}"),
+        }
+        unchanged(&mut run, "a call that fails");
+        // Node by node too: what is behind the node that failed is not run, and the next step is whole.
+        let [kernels, _] = driver.queued();
+        driver.fail_next();
+        assert!(matches!(refused(run.step()), GraphError::Run { .. }));
+        assert_eq!(driver.queued()[0], kernels);
+        run.step().unwrap();
+        assert_eq!(driver.queued()[0], kernels + 4);
+        for violation in driver.violations() {
+            driver.fail("all of it", violation);
+        }
+    });
+}
+
+#[test]
+fn results_come_back_in_the_order_of_the_steps() {
+    with_driver("results_come_back_in_the_order_of_the_steps", |_| {
+        let [a, _b] = streams();
+        let mut run = run(&a);
+        run.capture().unwrap();
+        give(&mut run, 3);
+        // No output is a token, so that nothing is followed.
+        run.run(2).unwrap();
+        assert!(run.next_result::<bf16>().unwrap().is_none());
+        run.follow("sum").unwrap();
+        assert!(!run.has_result().unwrap());
+        run.run(2).unwrap();
+        run.step().unwrap();
+        match refused(run.next_result::<i32>()) {
+            GraphError::Mismatch { kind: "output", name, .. } => assert_eq!(name, "sum"),
+            other => panic!("{other}"),
+        }
+        for step in 2..5 {
+            let result = run.next_result::<bf16>().unwrap().unwrap();
+            assert_eq!((result.step, result.values.len()), (step, 3 * COLUMNS as usize));
+        }
+        assert!(run.next_result::<bf16>().unwrap().is_none());
+        // As many as the ring holds: the oldest are given up.
+        run.run(1500).unwrap();
+        assert_eq!(run.next_result::<bf16>().unwrap().unwrap().step, 5 + 1500 - 1024);
+        assert!(matches!(refused(run.follow("c")), GraphError::UnknownName { kind: "output", .. }));
+    });
+}
+
+#[test]
+fn steps_that_are_queued_allocate_nothing() {
+    with_driver("steps_that_are_queued_allocate_nothing", |_| {
+        let [a, _b] = streams();
+        let mut run = run(&a);
+        run.follow("sum").unwrap();
+        run.capture().unwrap();
+        give(&mut run, 3);
+        run.run(2).unwrap();
+        let x = vec![bf16::ONE; 3 * COLUMNS as usize];
+        let count = counting::allocations(10, &mut || {
+            run.input("x", &x).unwrap();
+            run.run(3).unwrap();
+            run.next_result::<bf16>().unwrap().unwrap();
+        });
+        assert_eq!(count, 0);
+    });
+}
+
+#[test]
+fn what_is_missing_or_does_not_fit_is_said_before_anything_is_queued() {
+    with_driver("what_is_missing_or_does_not_fit_is_said_before_anything_is_queued", |driver| {
+        let [a, _b] = streams();
+        let mut run = DeviceRun::new(&norms(), &buckets(&[2]), &a).unwrap();
+        let (ones, queued) = ([bf16::ONE; 2 * COLUMNS as usize], driver.queued());
+        run.set_rows(2).unwrap();
+        run.input("x", &ones).unwrap();
+        run.weight("first", &ones[..64]).unwrap();
+        match refused(run.step()) {
+            GraphError::Missing { kind: "weight", name, .. } => assert_eq!(name, "second"),
+            other => panic!("{other}"),
+        }
+        run.weight("second", &ones[..64]).unwrap();
+        for error in [
+            refused(run.weight("second", &ones[..63])),
+            refused(run.weight("second", &[1f32; 64])),
+            refused(run.weight_bytes("second", DType::F16, &[0; 128])),
+            refused(run.input("x", &ones[..64])),
+            refused(run.input("x", &[1f32; 128])),
+        ] {
+            assert!(matches!(error, GraphError::Mismatch { .. }), "{error}");
+        }
+        for error in [
+            refused(run.weight("third", &ones)),
+            refused(run.state("cache", &ones)),
+            refused(run.input("y", &ones)),
+            refused(run.read("first")),
+        ] {
+            assert!(matches!(error, GraphError::UnknownName { .. }), "{error}");
+        }
+        // One row was given, and two are asked for.
+        run.set_rows(1).unwrap();
+        run.input("x", &ones[..64]).unwrap();
+        run.set_rows(2).unwrap();
+        assert!(matches!(refused(run.step()), GraphError::Missing { kind: "step input", .. }));
+        assert_eq!(driver.queued(), queued);
+        run.input("x", &ones).unwrap();
+        run.step().unwrap();
+
+        // Nodes run in their order, each once, behind the beginning.
+        let mut eager = run.eager();
+        let order = |result| match refused(result) {
+            GraphError::Run { reason, .. } => reason,
+            other => panic!("{other}"),
+        };
+        assert!(order(eager.node(0)).contains("was not begun"));
+        eager.begin().unwrap();
+        assert!(order(eager.node(1)).contains("place 0"));
+        (0..4).for_each(|at| eager.node(at).unwrap());
+        assert!(order(eager.node(0)).contains("has ended"));
+        assert_eq!(eager.plan().batch(), 2);
+    });
+}
+
+#[test]
+fn what_cannot_run_here_is_refused_before_anything_is_allocated() {
+    with_driver("what_cannot_run_here_is_refused_before_anything_is_allocated", |driver| {
+        let [a, _b] = streams();
+        let live = driver.live();
+        let refuse = |graph: &Graph| refused(DeviceRun::new(graph, &buckets(&[1]), &a));
+        let with = |target, add: &dyn Fn(&mut GraphBuilder)| {
+            let mut g = GraphBuilder::for_target("g", 1, target);
+            add(&mut g);
+            g.finish().unwrap()
+        };
+        let huge = with(Target::Gpu, &|g| {
+            g.state("cache", DType::BF16, [fixed(1 << 40)]).unwrap();
+        });
+        match refuse(&huge) {
+            GraphError::ArenaTooLarge { planned, free } => assert!(planned > 1 << 41 && free < planned),
+            other => panic!("{other}"),
+        }
+        let host = with(Target::Host, &|g| {
+            g.state("cache", DType::F32, [fixed(8)]).unwrap();
+        });
+        assert!(matches!(refuse(&host), GraphError::UnsupportedKernel { .. }));
+        assert!(matches!(
+            refused(DeviceRun::new(&norms(), &buckets(&[1, 8]), &a)),
+            GraphError::BucketTooSmall { rows: 8, largest: 4 }
+        ));
+        assert_eq!(driver.live(), live);
+    });
+}
+
+/// The stand-in computes nothing, but that a run on the host and one on a GPU are made of one graph and one plan is seen.
+#[test]
+fn one_plan_serves_the_host_and_a_gpu() {
+    with_driver("one_plan_serves_the_host_and_a_gpu", |_| {
+        let [a, _b] = streams();
+        let (graph, mut run) = (norms(), run(&a));
+        let plan = Plan::new(&graph, 4).unwrap();
+        assert_eq!(run.plan(4).unwrap(), &plan);
+        assert_eq!(run.graph(), &graph);
+        let host = HostRun::new(&graph, &plan).unwrap();
+        give(&mut run, 4);
+        let backends: [&dyn Backend; 2] = [&host, &run.eager()];
+        assert!(backends.iter().all(|backend| backend.plan() == &plan));
+    });
+}
