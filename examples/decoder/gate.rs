@@ -115,12 +115,23 @@ impl Reference {
         Ok(errors)
     }
 
-    /// Says how far ours is, and whether that is near enough.
-    pub fn judge(&self, errors: &[f64], every: bool) -> bool {
+    /// The most sequences that some references have at once, and the most tokens.
+    pub fn room(all: &[Self]) -> (usize, u64) {
+        let most = |of: fn(&Self) -> usize| all.iter().map(of).max().unwrap_or(0);
+        (most(|one| one.sequences), most(|one| one.context + one.positions + 1) as u64)
+    }
+
+    /// Over all positions: how far ours is, and transformers' own.
+    pub fn together(&self, errors: &[f64]) -> (f64, f64) {
         let mean =
             |errors: &[f64]| (errors.iter().map(|error| error * error).sum::<f64>() / errors.len() as f64).sqrt();
+        (mean(errors), self.errors.iter().map(|(_, theirs)| mean(theirs)).fold(0.0, f64::max))
+    }
+
+    /// Says how far ours is, and whether that is near enough.
+    pub fn judge(&self, errors: &[f64], every: bool) -> bool {
         let of = |place: usize| self.errors.iter().map(|(_, theirs)| theirs[place]).fold(0.0, f64::max);
-        let (ours, theirs) = (mean(errors), self.errors.iter().map(|(_, theirs)| mean(theirs)).fold(0.0, f64::max));
+        let (ours, theirs) = self.together(errors);
         if every {
             println!(
                 "| position | ours | {} |",

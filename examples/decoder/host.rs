@@ -5,7 +5,6 @@ use flashinfer_rs::compute::{Graph, HostRun, HostTensor, Plan};
 use crate::config::Config;
 use crate::fault::Fault;
 use crate::session::{Engine, Inputs};
-use crate::weights::{Source, Wrong};
 
 pub struct Host<'g> {
     run: HostRun<'g>,
@@ -25,19 +24,6 @@ impl<'g> Host<'g> {
         let width = table.shape[1].at(1) as usize;
         let draws = graph.find("step input", "number").is_ok();
         Ok(Self { run, plan, width, vocab: config.vocab as usize, draws, rows: 0 })
-    }
-
-    pub fn weights(
-        &mut self,
-        graph: &Graph,
-        config: &Config,
-        source: &Source,
-        wrong: Option<Wrong>,
-    ) -> Result<(), Fault> {
-        source.give(graph, config, wrong, &mut |name, tensor: &HostTensor| {
-            let numbers: Vec<f64> = (0..tensor.slots()).map(|i| f64::from(tensor.float(i))).collect();
-            Ok(self.run.weight(name, &numbers)?)
-        })
     }
 
     /// An input of the whole bucket: what is given, and the padding behind it.
@@ -60,6 +46,11 @@ impl Engine for Host<'_> {
 
     fn rows(&self) -> usize {
         self.plan.batch() as usize
+    }
+
+    fn weight(&mut self, name: &str, tensor: &HostTensor) -> Result<(), Fault> {
+        let numbers: Vec<f64> = (0..tensor.slots()).map(|i| f64::from(tensor.float(i))).collect();
+        Ok(self.run.weight(name, &numbers)?)
     }
 
     fn step(&mut self, inputs: &Inputs) -> Result<Vec<i32>, Fault> {

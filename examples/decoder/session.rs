@@ -1,6 +1,6 @@
 //! Sequences on an engine: prefill in chunks, decode, pages.
 
-use flashinfer_rs::compute::PageAllocator;
+use flashinfer_rs::compute::{HostTensor, PageAllocator};
 
 use crate::fault::{Fault, fault};
 use crate::graph::Options;
@@ -26,6 +26,14 @@ pub trait Engine {
     /// The most rows that a step may have.
     fn rows(&self) -> usize;
 
+    /// Gives a weight, or a part of one that others are packed into.
+    fn weight(&mut self, name: &str, tensor: &HostTensor) -> Result<(), Fault>;
+
+    /// What is left to do before the first step, once it has its weights.
+    fn make_ready(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
     /// A step of these inputs; answers each row's token.
     fn step(&mut self, inputs: &Inputs) -> Result<Vec<i32>, Fault>;
 
@@ -35,6 +43,15 @@ pub trait Engine {
 
     /// The logits of the last step's first rows.
     fn logits(&mut self, rows: usize) -> Result<Vec<f32>, Fault>;
+}
+
+/// How a GPU runs a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "there is no GPU then"))]
+pub enum Launch {
+    Eager,
+    Graph,
+    Pdl,
 }
 
 /// Sequences that grow together, a token a step.
@@ -62,9 +79,9 @@ pub enum Slip {
 }
 
 impl<'e> Session<'e> {
-    pub fn new(engine: &'e mut dyn Engine, options: &Options, seed: u64) -> Self {
-        let (pages, count) = (options.allocator(), options.sequences as usize);
-        let (held, next) = (vec![0; count], vec![0; count]);
+    /// Of so many sequences, which the options have room for.
+    pub fn new(engine: &'e mut dyn Engine, options: &Options, sequences: usize, seed: u64) -> Self {
+        let (pages, held, next) = (options.allocator(), vec![0; sequences], vec![0; sequences]);
         Self { engine, options: options.clone(), pages, random: Random(seed), held, next, slip: Slip::None }
     }
 

@@ -1,0 +1,302 @@
+"""Decoders beside Hugging Face's transformers, whose files and shapes they share.
+
+    decoder.py weights NAME FOLDER      config.json and random weights of a shape: normal, norms around 1
+    decoder.py reference FOLDER [CASE]  logits of a model in F32, and how far its own BF16 is from them, into
+                                        FOLDER/reference.safetensors; a CASE is SEQUENCESxCONTEXT, 1x64 for example
+    decoder.py [--probe] ARM            an arm of `cargo xtask bench --decoder`, as arms.py says
+
+The arms:
+
+    hf-eager              bf16, sdpa, StaticCache, a loop by hand
+    hf-compile-BxCONTEXT  the same step with its argmax under torch.compile(mode="reduce-overhead", fullgraph=True)
+    hf-flex-BxCONTEXT     the same with flex_attention, which reads keys and values once for each group of queries
+
+Each of those that are compiled has a process of its own, so that they compile at the same time. They answer
+
+    step MODEL BATCH CONTEXT STEPS     ns of a step, between events around so many that were queued
+    host MODEL BATCH CONTEXT STEPS     ns of a step, on the host alone
+    kernels MODEL BATCH CONTEXT STEPS  kernels of a step, of torch's profiler
+
+MODEL is a folder of DECODER_MODELS, or one of the shapes here with random weights.
+"""
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import arms
+
+SHAPES = {
+    "qwen3-0.6b": ("qwen3", dict(
+        hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+        intermediate_size=3072, vocab_size=151936, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        max_position_embeddings=40960, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )),
+    "llama-3.2-1b": ("llama", dict(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+        intermediate_size=8192, vocab_size=128256, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        max_position_embeddings=131072, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )),
+    # For tests: weights large enough that every part of a layer shows.
+    "tiny-qwen3": ("qwen3", dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, vocab_size=160, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        max_position_embeddings=512, initializer_range=0.15, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )),
+    "tiny-llama": ("llama", dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, vocab_size=160, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        max_position_embeddings=512, initializer_range=0.15, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    )),
+}
+CASES = ["1x64", "4x64", "1x1024", "4x1024"]
+POSITIONS = int(os.environ.get("DECODER_POSITIONS", 32))
+SEED = 1
+# With norms that are all alike nobody would see that one is another's.
+NORM_SPREAD = 0.2
+REPETITIONS, WARM = 3, 4
+COMPILED = ["1x1024", "32x1024", "1x8192"]
+ARMS = {"hf-eager": ["torch", "transformers"]} | {
+    f"hf-{how}-{case}": ["torch", "transformers"] for how in ("compile", "flex") for case in COMPILED
+}
+# What this process may use once it is ready: where xtask keeps it.
+OWN_CORES = os.sched_getaffinity(0)
+
+
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def shape(name):
+    family, fields = SHAPES[name]
+    return transformers.AutoConfig.for_model(family, **fields)
+
+
+def empty(config):
+    """A model without memory."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def random_weights(config):
+    """By name; the head is the embedding where they are tied."""
+    generator = torch.Generator(device=device()).manual_seed(SEED)
+    weights = {}
+    for name, weight in empty(config).state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        mean, spread = (1.0, NORM_SPREAD) if name.endswith("norm.weight") else (0.0, config.initializer_range)
+        values = torch.empty(weight.shape, device=device()).normal_(mean, spread, generator=generator)
+        weights[name] = values.to(torch.bfloat16)
+    return weights
+
+
+def write_weights(name, folder):
+    from safetensors.torch import save_file
+
+    config = shape(name)
+    config.save_pretrained(folder)
+    weights = {name: weight.cpu() for name, weight in random_weights(config).items()}
+    save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+
+
+def load(folder, dtype, attention="sdpa"):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    return model.to(device()).eval()
+
+
+def forced(model, tokens, context):
+    """The logits behind each token after the context, which a prefill has put into the cache."""
+    cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1])
+    model(input_ids=tokens[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    one = lambda at: model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+    return torch.stack([one(at).float() for at in range(context, tokens.shape[1])], dim=1)
+
+
+def write_reference(folder, cases):
+    from safetensors.torch import save_file
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    generator = torch.Generator().manual_seed(SEED)
+    found, tokens = {}, {}
+    with torch.no_grad():
+        model = load(folder, torch.float32)
+        for case in cases:
+            rows, context = map(int, case.split("x"))
+            tokens[case] = torch.randint(model.config.vocab_size, (rows, context + POSITIONS), generator=generator)
+            found[f"{case}.tokens"] = tokens[case].to(torch.int32)
+            found[f"{case}.logits"] = forced(model, tokens[case].to(device()), context).cpu()
+        del model
+        model = load(folder, torch.bfloat16)
+        for case in cases:
+            expected = found[f"{case}.logits"].to(device())
+            own = forced(model, tokens[case].to(device()), expected_context(case))
+            error = (own - expected).norm(dim=-1) / expected.norm(dim=-1)
+            found[f"{case}.error.hf-eager"] = error.cpu().contiguous()
+            print(f"{case}: transformers' bf16 is off by {error.square().mean().sqrt():.2e}", file=sys.stderr)
+    save_file(found, Path(folder, "reference.safetensors"))
+
+
+def expected_context(case):
+    return int(case.split("x")[1])
+
+
+class Decoder:
+    """A model with a full cache of random keys and values, and its next step."""
+
+    def __init__(self, how, name, rows, context, steps):
+        folder = Path(os.environ.get("DECODER_MODELS", "/nowhere"), name)
+        attention = "flex_attention" if how == "flex" else "sdpa"
+        if folder.is_dir():
+            self.model = load(folder, torch.bfloat16, attention)
+        else:
+            config = shape(name)
+            config._attn_implementation = attention
+            with torch.device(device()):
+                self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        self.context = context
+        config = self.model.config
+        self.cache = transformers.StaticCache(config=config, max_cache_len=context + steps)
+        one = torch.zeros(rows, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16, device=device())
+        for layer in self.cache.layers:
+            layer.lazy_initialization(one, one)
+            layer.keys.normal_()
+            layer.values.normal_()
+        self.ids = torch.randint(config.vocab_size, (rows, 1), device=device())
+        self.rewind()
+        model, cache = self.model, self.cache
+
+        def greedy(ids):
+            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+
+        self.greedy = greedy if how == "eager" else torch.compile(greedy, mode="reduce-overhead", fullgraph=True)
+        # Recorded at the second and third call.
+        for _ in range(WARM):
+            self.step()
+        if device() == "cuda":
+            torch.cuda.synchronize()
+
+    def rewind(self):
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.context)
+
+    def step(self):
+        torch.compiler.cudagraph_mark_step_begin()
+        self.ids.copy_(self.greedy(self.ids))
+
+    def steps(self, count):
+        for _ in range(count):
+            self.step()
+
+
+def gpu_ns(decoder, count):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    values = []
+    for _ in range(REPETITIONS):
+        decoder.rewind()
+        torch.cuda.synchronize()
+        start.record()
+        decoder.steps(count)
+        end.record()
+        end.synchronize()
+        values.append(1e6 * start.elapsed_time(end) / count)
+    return statistics.median(values)
+
+
+def host_ns(decoder, count):
+    """Few enough that no queue is full: what is waited for is not the host's."""
+    values = []
+    for _ in range(REPETITIONS):
+        decoder.rewind()
+        torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        decoder.steps(min(count, 4))
+        values.append((time.perf_counter_ns() - begin) / min(count, 4))
+        torch.cuda.synchronize()
+    return statistics.median(values)
+
+
+def kernels(decoder):
+    from torch.profiler import ProfilerActivity, profile
+
+    decoder.rewind()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        decoder.step()
+        torch.cuda.synchronize()
+    of_gpu = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in of_gpu)
+
+
+class Arm:
+    def __init__(self, name):
+        _, self.how, *case = name.split("-")
+        self.case, self.key, self.decoder = case[0] if case else None, None, None
+        torch.cuda.set_stream(torch.cuda.Stream())
+        if self.case:
+            rows, context = map(int, self.case.split("x"))
+            self.set_up(os.environ.get("DECODER_FIRST", "qwen3-0.6b"), rows, context, 128)
+
+    def set_up(self, *key):
+        if self.key != key:
+            self.key = self.decoder = None
+            torch.cuda.empty_cache()
+            self.decoder, self.key = Decoder(self.how, *key), key
+
+    def answer(self, request):
+        with torch.no_grad():
+            return self.asked(request)
+
+    def asked(self, request):
+        what, model, *numbers = request
+        if what not in ("step", "host", "kernels"):
+            return "-"
+        rows, context, steps = map(int, numbers)
+        if self.case and self.case != f"{rows}x{context}":
+            return "-"
+        # One room for all, so that no question compiles anew.
+        self.set_up(model, rows, context, 128)
+        match what:
+            case "step":
+                return f"{gpu_ns(self.decoder, steps):.1f}"
+            case "host":
+                return f"{host_ns(self.decoder, steps):.1f}"
+        return str(kernels(self.decoder))
+
+
+def start(name):
+    # The modules are this file's only once they are known to be there.
+    globals().update((module, sys.modules[module]) for module in ARMS[name])
+    with torch.no_grad():
+        arm = Arm(name)
+    os.sched_setaffinity(0, OWN_CORES)
+    return arm
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["weights", name, folder] if name in SHAPES:
+            import torch
+            import transformers
+
+            write_weights(name, folder)
+        case ["reference", folder, *cases]:
+            import torch
+            import transformers
+
+            write_reference(folder, cases or CASES)
+        case ["weights", *_]:
+            sys.exit(f"usage: decoder.py weights {'|'.join(SHAPES)} FOLDER")
+        case _:
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
+            # Until it is ready.
+            os.sched_setaffinity(0, range(os.cpu_count()))
+            sys.exit(arms.serve(ARMS, start, lambda arm, request: arm.answer(request)))

@@ -1,0 +1,395 @@
+//! `cargo xtask bench --decoder`: a decoder's step as a compute graph, in each way that it runs, beside transformers.
+
+use std::borrow::Cow;
+use std::fmt::Write;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use super::Suite;
+use super::families::{COPY_BYTES, cell, copy_case, copy_rate, failures};
+use super::figures::{self, BOUND, PYTHON, RUST, Row, Rows};
+use super::plan::{self, Arm, Blocks, Comparison, Formula, Limit, Program, Question, arm};
+use super::record::{Machine, Samples};
+use super::report;
+use crate::bundle;
+use crate::vendoring::error::Result;
+
+pub static SUITE: Suite = Suite {
+    name: "decoder",
+    option: " --decoder",
+    arms: &ARMS,
+    rust: &bundle::DECODER,
+    // Only its copies.
+    c: "attention",
+    python: "decoder.py",
+    blocks: (3, 1),
+    questions,
+    // They keep a model, and take long to start.
+    generation: |_, _, _| 0,
+    tolerant: true,
+    // A model is compiled before an arm is ready.
+    patience: Duration::from_secs(300),
+    comparisons: || &COMPARISONS,
+    report: markdown,
+    figures: |samples| Ok(vec![("decoder.svg", steps(samples)?), ("decoder-roofline.svg", shares(samples)?)]),
+};
+
+const OURS: &str = "ours-pdl";
+
+/// In the order of every table.
+static ARMS: [Arm; 17] = [
+    arm("limits", Program::C, "copies on the device"),
+    arm(OURS, Program::Rust, "every fusion, a CUDA graph, kernels that start early where they may (PDL)"),
+    arm("ours-graph", Program::Rust, "every fusion, a CUDA graph without PDL"),
+    arm("ours-eager", Program::Rust, "every fusion, each kernel launched by itself"),
+    arm("ours-unfused", Program::Rust, "no fusion, a CUDA graph with PDL"),
+    arm("ours-no-pack", Program::Rust, "without packed products"),
+    arm("ours-no-gated", Program::Rust, "without the gated activation in one kernel"),
+    arm("ours-no-add", Program::Rust, "without sum and norm in one kernel"),
+    arm("ours-no-qk", Program::Rust, "without q/k norm, rope and append in one kernel"),
+    arm("ours-no-residual", Program::Rust, "without sums in products"),
+    arm("hf-compile-1x1024", Program::Python, "`torch.compile(mode=\"reduce-overhead\", fullgraph=True)`, StaticCache"),
+    arm("hf-compile-32x1024", Program::Python, "likewise"),
+    arm("hf-compile-1x8192", Program::Python, "likewise"),
+    arm("hf-flex-1x1024", Program::Python, "the same with `flex_attention`"),
+    arm("hf-flex-32x1024", Program::Python, "likewise"),
+    arm("hf-flex-1x8192", Program::Python, "likewise"),
+    arm("hf-eager", Program::Python, "transformers without a compiler: sdpa, StaticCache"),
+];
+
+/// What is left out of the fused graph, one rule at a time.
+const ABLATIONS: &[&str] =
+    &["ours-unfused", "ours-no-pack", "ours-no-gated", "ours-no-add", "ours-no-qk", "ours-no-residual"];
+
+const QWEN: &str = "qwen3-0.6b";
+const LLAMA: &str = "llama-3.2-1b";
+/// Steps that are queued between two events; a context has room for them.
+const STEPS: u64 = 128;
+/// Those of what takes some 50 ms each.
+const FEW: u64 = 16;
+
+/// Bytes of a model's weights that a step reads, and of keys and values of a token, in bf16.
+const fn bytes_of(model: &str) -> (u64, u64) {
+    // The only two, which differ in length.
+    if model.len() == QWEN.len() { (1_192_099_840, 114_688) } else { (2_471_628_800, 32_768) }
+}
+
+/// A batch of a model at a context.
+struct Case {
+    model: &'static str,
+    rows: u64,
+    context: u64,
+    step: String,
+    few: String,
+    host: String,
+    kernels: String,
+    /// Of transformers.
+    compiled: &'static [&'static str],
+    /// How many times as fast as what torch compiles.
+    bound: Limit,
+    /// The least share of the roofline.
+    share: Limit,
+}
+
+impl Case {
+    fn new(model: &'static str, (rows, context): (u64, u64), compiled: &'static [&'static str]) -> Self {
+        let of = |what: &str, steps: u64| format!("{what} {model} {rows} {context} {steps}");
+        let (bound, share) = match (model, rows, context) {
+            (QWEN, 1, 1024) => (Limit::AtLeast(3.0), Limit::AtLeast(0.40)),
+            (QWEN, 32, 1024) => (Limit::AtLeast(4.0), Limit::Open),
+            (QWEN, 1, 8192) => (Limit::AtLeast(3.0), Limit::Open),
+            (LLAMA, 1, 1024) => (Limit::Open, Limit::AtLeast(0.60)),
+            _ => (Limit::Open, Limit::Open),
+        };
+        let (step, few) = (of("step", STEPS), of("step", FEW));
+        Self { model, rows, context, step, few, host: of("host", 64), kernels: of("kernels", 1), compiled, bound, share }
+    }
+
+    fn what(&self) -> String {
+        let context = if self.context < 1000 { self.context.to_string() } else { thousands(self.context) };
+        let model = if self.model == QWEN { "Qwen3-0.6B" } else { "Llama-3.2-1B" };
+        format!("{model}, {} × {context}", self.rows)
+    }
+
+    /// What a step must read: the weights once, and keys and values of every token.
+    fn bytes(&self) -> u64 {
+        let (weights, token) = bytes_of(self.model);
+        weights + self.rows * self.context * token
+    }
+}
+
+fn thousands(number: u64) -> String {
+    format!("{},{:03}", number / 1000, number % 1000)
+}
+
+/// What is bounded, in the order in which it is asked.
+static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| {
+    vec![
+        Case::new(QWEN, (1, 1024), &["hf-compile-1x1024", "hf-flex-1x1024"]),
+        Case::new(QWEN, (32, 1024), &["hf-compile-32x1024", "hf-flex-32x1024"]),
+        Case::new(QWEN, (1, 8192), &["hf-compile-1x8192", "hf-flex-1x8192"]),
+        Case::new(LLAMA, (1, 1024), &[]),
+    ]
+});
+
+static BUILD: LazyLock<String> = LazyLock::new(|| format!("build {QWEN} 32"));
+static ARENA: LazyLock<String> = LazyLock::new(|| format!("arena {QWEN} 32"));
+static ERROR: LazyLock<String> = LazyLock::new(|| format!("error {QWEN}"));
+static COPY: LazyLock<String> = LazyLock::new(copy_case);
+
+fn questions() -> Vec<Question> {
+    let ask = |case: &str, arms| Question { case: case.to_owned(), arms, blocks: Blocks::Every, rounds: 1 };
+    let first = &CASES[0];
+    let mut all = vec![ask(&COPY, &["limits"])];
+    for case in CASES.iter() {
+        all.push(ask(&case.step, &[OURS]));
+        all.push(ask(&case.host, &[OURS]));
+        all.push(ask(&case.kernels, &[OURS]));
+        if !case.compiled.is_empty() {
+            all.push(ask(&case.step, case.compiled));
+            all.push(ask(&case.kernels, case.compiled));
+        }
+    }
+    all.extend([ask(&BUILD, &[OURS]), ask(&ARENA, &[OURS]), ask(&ERROR, &[OURS])]);
+    all.push(ask(&first.step, &["ours-graph", "ours-eager"]));
+    all.push(ask(&first.host, &["ours-graph", "ours-eager"]));
+    all.push(ask(&first.step, ABLATIONS));
+    all.push(ask(&first.kernels, ABLATIONS));
+    all.push(ask(&first.few, &["hf-eager"]));
+    all.push(ask(&first.kernels, &["hf-eager"]));
+    all
+}
+
+static COMPARISONS: LazyLock<Vec<Comparison>> = LazyLock::new(|| {
+    let row = |what: String, formula, limit| Comparison { what: Cow::Owned(what), formula, limit };
+    let first = &CASES[0];
+    let ours = (OURS, first.step.as_str());
+    let mut all = Vec::new();
+    for case in CASES.iter() {
+        let (what, step) = (case.what(), (OURS, case.step.as_str()));
+        for (i, arm) in case.compiled.iter().enumerate() {
+            let bound = if i == 0 { case.bound } else { Limit::Open };
+            all.push(row(format!("{arm} / ours, {what}"), Formula::Ratio((arm, &case.step), step), bound));
+        }
+        let formula = Formula::TimesRatio(case.bytes() as f64 / (2 * COPY_BYTES) as f64, ("limits", &COPY), step);
+        all.push(row(format!("share of the roofline, {what}"), formula, case.share));
+    }
+    all.push(row(format!("µs of a step, {}", first.what()), Formula::Times(1e-3, ours), Limit::AtMost(1000.0)));
+    let kernels = Formula::Times(1.0, (OURS, &first.kernels));
+    all.push(row(format!("kernels of a step, {}", first.what()), kernels, Limit::AtMost(260.0)));
+    let host = Formula::Times(1e-3, (OURS, &first.host));
+    all.push(row("host: µs of a step while another is queued".to_owned(), host, Limit::AtMost(15.0)));
+    let arena = Formula::Times(1.0, (OURS, &ARENA));
+    all.push(row("arena of 32 rows by its lower bound".to_owned(), arena, Limit::AtMost(1.1)));
+    let build = Formula::Times(1e-6, (OURS, &BUILD));
+    all.push(row("ms to build, fuse, plan and prove 28 layers".to_owned(), build, Limit::AtMost(20.0)));
+    let error = Formula::Times(1.0, (OURS, &ERROR));
+    all.push(row("error against F32 by transformers' own in bf16".to_owned(), error, Limit::AtMost(1.25)));
+    let eager = Formula::Ratio(("hf-eager", &first.few), ours);
+    all.push(row(format!("hf-eager / ours, {}", first.what()), eager, Limit::Open));
+    for arm in ["ours-graph", "ours-eager"].iter().chain(ABLATIONS) {
+        let formula = Formula::Ratio((arm, &first.step), ours);
+        all.push(row(format!("{arm} / ours, {}", first.what()), formula, Limit::Open));
+    }
+    all
+});
+
+// ---- the report ----
+
+fn markdown(machine: &Machine, samples: &Samples) -> String {
+    let copy = copy_rate(samples).map_or("not measured".to_owned(), |rate| format!("{rate:.0} GB/s"));
+    let mut text = format!(
+        "# A decoder's step\n\nbf16, random weights of the models' shapes, greedy, caches full of random keys and values, ours in pages of \
+         64 tokens in any order. One process per arm, all alive at once and on one core, asked in turn in each of {} blocks. Every value \
+         is in [decoder.csv](decoder.csv).\n\n`{}`\n\n{}\n| arm | what |\n|---|---|\n",
+        machine.blocks,
+        machine.command,
+        report::described(machine),
+    );
+    for arm in &ARMS {
+        let _ = writeln!(text, "| `{}` | {} |", arm.name, arm.what);
+    }
+    let _ = write!(
+        text,
+        "\n## Bounds\n\n{}\n## Steps\n\nµs of a step, between events around {STEPS} that were queued ({FEW} of `hf-eager`). The roofline is \
+         the bytes of the weights and of all keys and values at the bandwidth of a copy of {} MiB on the device, {copy}, counting \
+         what is read and what is written.\n\n\
+         | case | ours | kernels | tokens/s | compiled | kernels | ratio | flex | ratio | GB | roofline µs | share | host µs |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
+        report::bounds(&COMPARISONS, samples),
+        COPY_BYTES >> 20,
+    );
+    for case in CASES.iter() {
+        let micro = |arm, case: &str| cell(machine, samples, arm, case, |ns| format!("{:.1}", ns / 1e3));
+        let whole = |arm, case: &str| cell(machine, samples, arm, case, |count| format!("{count:.0}"));
+        let ours = plan::median(samples, OURS, &case.step);
+        let floor = copy_rate(samples).map(|rate| case.bytes() as f64 / rate);
+        let of = |i: usize, shown: &dyn Fn(&'static str) -> String| case.compiled.get(i).map_or(String::new(), |arm| shown(arm));
+        let ratio = |arm| {
+            let found = plan::estimate(Formula::Ratio((arm, &case.step), (OURS, &case.step)), samples);
+            found.map_or(String::new(), |found| format!("{:.2}", found.median))
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {:.2} | {} | {} | {} |",
+            case.what(),
+            micro(OURS, &case.step),
+            whole(OURS, &case.kernels),
+            ours.map_or(String::new(), |ns| format!("{:.0}", case.rows as f64 * 1e9 / ns)),
+            of(0, &|arm| micro(arm, &case.step)),
+            of(0, &|arm| whole(arm, &case.kernels)),
+            of(0, &ratio),
+            of(1, &|arm| micro(arm, &case.step)),
+            of(1, &ratio),
+            case.bytes() as f64 / 1e9,
+            floor.map_or(String::new(), |ns| format!("{:.1}", ns / 1e3)),
+            floor.zip(ours).map_or(String::new(), |(floor, ours)| format!("{:.2}", floor / ours)),
+            micro(OURS, &case.host),
+        );
+    }
+    let first = &CASES[0];
+    let _ = write!(
+        text,
+        "\n![A decoder's step](decoder.svg)\n\n![Share of the roofline](decoder-roofline.svg)\n\n## What each part brings\n\n{}.\n\n\
+         | arm | µs | kernels | host µs |\n|---|---|---|---|\n",
+        first.what()
+    );
+    for arm in ARMS.iter().filter(|arm| arm.program == Program::Rust || arm.name == "hf-eager") {
+        let step = if arm.name == "hf-eager" { &first.few } else { &first.step };
+        let shown = |case: &str, by: f64| cell(machine, samples, arm.name, case, |value| format!("{:.1}", value / by));
+        let (micro, kernels, host) = (shown(step, 1e3), shown(&first.kernels, 1.0), shown(&first.host, 1e3));
+        let _ = writeln!(text, "| `{}` | {micro} | {kernels} | {host} |", arm.name);
+    }
+    text + &failures(machine)
+}
+
+const LEGEND: &[(&str, plotters::style::RGBColor)] = &[("Rust, this crate", RUST), ("Python", PYTHON)];
+
+/// The arms of a case, and which of the case's requests each answers with its step's time.
+fn timed(case: &'static Case) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let first = std::ptr::eq(case, &raw const CASES[0]);
+    let all = std::iter::once(OURS).chain(case.compiled.iter().copied());
+    let more: &[&str] = if first { &["ours-graph", "ours-eager", "ours-unfused"] } else { &[] };
+    let steps = all.chain(more.iter().copied()).map(|arm| (arm, case.step.as_str()));
+    steps.chain(first.then_some(("hf-eager", case.few.as_str())))
+}
+
+fn rows(samples: &Samples, value: impl Fn(&Case, f64) -> Option<(f64, String)>) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for case in CASES.iter() {
+        for (arm, request) in timed(case) {
+            let found = plan::median(samples, arm, request).and_then(|ns| value(case, ns));
+            let Some((value, label)) = found else { continue };
+            let color = if arm.starts_with("ours") { RUST } else { PYTHON };
+            let kind = arm.rsplit_once('-').filter(|_| case.compiled.contains(&arm)).map_or(arm, |(kind, _)| kind);
+            rows.push(Row { name: format!("{}: {kind}", case.what()), color, value, range: None, bound: None, label });
+        }
+    }
+    rows
+}
+
+fn steps(samples: &Samples) -> Result<String> {
+    figures::lines(&Rows {
+        title: "A decoder's step, bf16: tokens a second of one sequence",
+        note: "between events around queued steps; more is better",
+        axis: "tokens/s",
+        rows: rows(samples, |_, ns| Some((1e9 / ns, format!("{:.0} ({:.0} µs)", 1e9 / ns, ns / 1e3)))),
+        bars: true,
+        legend: LEGEND,
+    })
+}
+
+fn shares(samples: &Samples) -> Result<String> {
+    let copy = copy_rate(samples);
+    let mut rows = rows(samples, |case, ns| {
+        let share = case.bytes() as f64 / ns / copy?;
+        Some((share, format!("{share:.2}")))
+    });
+    rows.iter_mut().for_each(|row| row.bound = Some(1.0));
+    figures::lines(&Rows {
+        title: "A decoder's step: share of the roofline",
+        note: "bytes of weights, keys and values per second, over those of a copy on the device; more is better",
+        axis: "share",
+        rows,
+        bars: true,
+        legend: &[LEGEND, &[("a copy", BOUND)]].concat(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::Verdict;
+    use super::super::record::{Missing, Sample};
+    use super::*;
+
+    /// Ours at 800 µs, what torch compiles at 3 ms, at a copy of 3,000 GB/s; without flex.
+    fn recorded() -> (Machine, Samples) {
+        let mut samples = vec![
+            Sample::new(0, "limits", &COPY, 2.0 * COPY_BYTES as f64 / 3000.0),
+            Sample::new(0, OURS, &BUILD, 9e6),
+            Sample::new(0, OURS, &ARENA, 1.05),
+            Sample::new(0, OURS, &ERROR, 0.8),
+            Sample::new(0, "hf-eager", &CASES[0].few, 46e6),
+        ];
+        for case in CASES.iter() {
+            samples.push(Sample::new(0, OURS, &case.step, 800_000.0));
+            samples.push(Sample::new(0, OURS, &case.host, 16_000.0));
+            samples.push(Sample::new(0, OURS, &case.kernels, 257.0));
+            samples.extend(case.compiled.first().map(|arm| Sample::new(0, arm, &case.step, 3e6)));
+        }
+        let machine = Machine {
+            gpu: Some("NVIDIA H100".to_owned()),
+            driver: None,
+            cpu: "a CPU".to_owned(),
+            cores: 8,
+            kernel: "6.1".to_owned(),
+            version: "0.1.0".to_owned(),
+            libraries: Vec::new(),
+            blocks: 1,
+            command: "DIR/bench DIR/performance --decoder --blocks 1".to_owned(),
+            missing: vec![Missing { arm: "hf-flex-1x1024".to_owned(), reason: "it does not compile".to_owned() }],
+            failures: Vec::new(),
+        };
+        (machine, samples.into_iter().collect())
+    }
+
+    #[test]
+    fn ratios_and_shares_are_computed_of_times_and_judged() {
+        let (_, samples) = recorded();
+        let verdict = |what: &str| {
+            let comparison = COMPARISONS.iter().find(|comparison| comparison.what.starts_with(what)).unwrap();
+            let found = comparison.found(&samples);
+            (found.map(|found| found.median), comparison.verdict(found))
+        };
+        assert_eq!(verdict("hf-compile-1x1024 / ours"), (Some(3.75), Verdict::Kept));
+        assert_eq!(verdict("hf-compile-32x1024 / ours"), (Some(3.75), Verdict::Missed));
+        assert_eq!(verdict("hf-flex-1x1024 / ours").1, Verdict::Open);
+        let (share, kept) = verdict("share of the roofline, Qwen3-0.6B, 1 × 1,024");
+        let bytes = 2.0 * 596_049_920.0 + 1024.0 * 114_688.0;
+        assert!((share.unwrap() - bytes / 800_000.0 / 3000.0).abs() < 1e-9 && kept == Verdict::Kept);
+        assert_eq!(verdict("share of the roofline, Llama-3.2-1B").1, Verdict::Kept);
+        assert_eq!(verdict("host: µs of a step"), (Some(16.0), Verdict::Missed));
+        assert_eq!(verdict("kernels of a step"), (Some(257.0), Verdict::Kept));
+        assert_eq!(verdict("ms to build"), (Some(9.0), Verdict::Kept));
+        assert_eq!(verdict("error against F32"), (Some(0.8), Verdict::Kept));
+    }
+
+    #[test]
+    fn the_report_has_each_case_and_says_what_is_missing() {
+        let (machine, samples) = recorded();
+        let text = markdown(&machine, &samples);
+        assert!(text.contains("| hf-flex-1x1024 | it does not compile |"));
+        let expected = "| Qwen3-0.6B, 1 × 1,024 | 800.0 | 257 | 1250 | 3000.0 |  | 3.75 | missing |  | 1.31 | 436.5 | 0.55 | 16.0 |";
+        assert!(text.contains(expected), "{text}");
+        for case in CASES.iter() {
+            assert_eq!(text.matches(&format!("\n| {} |", case.what())).count(), 1, "{}", case.what());
+        }
+        assert!(steps(&samples).unwrap().contains("Qwen3-0.6B, 32 × 1,024: hf-compile"));
+        assert!(shares(&samples).unwrap().contains("Llama-3.2-1B, 1 × 1,024: ours-pdl"));
+    }
+
+    #[test]
+    fn what_is_compared_and_shown_is_asked() {
+        plan::assert_asked(&ARMS, &questions(), &COMPARISONS);
+    }
+}
