@@ -156,6 +156,9 @@ class Decoder:
     def __init__(self, how, name, rows, context, steps):
         folder = Path(os.environ.get("DECODER_MODELS", "/nowhere"), name)
         attention = "flex_attention" if how == "flex" else "sdpa"
+        if how == "flex":
+            # Else it warns while it makes a mask, of something that changes nothing here, and a warning ends a full graph.
+            transformers.masking_utils._is_torch_greater_or_equal_than_2_6 = False
         if folder.is_dir():
             self.model = load(folder, torch.bfloat16, attention)
         else:

@@ -127,7 +127,8 @@ pub fn build(config: &Config, options: &Options) -> Result<Graph> {
             g.sample(&probabilities, &number, top_k, top_p)?
         }
     };
-    g.advance(&token, &mut ids, &mut positions, &mut lengths)?;
+    let capacity = u32::try_from(options.positions()).unwrap_or(u32::MAX);
+    g.advance(&token, &mut ids, &mut positions, &mut lengths, capacity)?;
     g.output("token", token)?;
     g.output("logits", logits)?;
     g.finish()

@@ -6,6 +6,8 @@
 //! else there is.
 
 mod config;
+#[cfg(feature = "cudarc")]
+mod device;
 mod fault;
 mod gate;
 mod graph;
@@ -190,11 +192,13 @@ fn main() -> ExitCode {
 
 /// Answers whether all is well: false where a gate is red.
 fn run(arguments: &Arguments) -> Result<bool, Fault> {
-    FlashInferRuntime::initialize(RuntimeConfig::default())?;
-    let there = false;
+    let runtime = FlashInferRuntime::initialize(RuntimeConfig::default())?;
+    let there = cfg!(feature = "cudarc") && runtime.gpu_available();
     let gpu = arguments.gpu.unwrap_or(there);
     if gpu && !there {
-        return Err(fault("--on gpu: this example runs on the host alone so far; say --on host"));
+        let why =
+            if cfg!(feature = "cudarc") { "there is no GPU" } else { "this was built without the feature `cudarc`" };
+        return Err(fault(format!("--on gpu: {why}; say --on host")));
     }
     let config = Config::of(arguments.config.as_deref().unwrap_or(if gpu { "qwen3-0.6b" } else { "tiny" }))?;
     println!(
@@ -352,6 +356,13 @@ fn with_engine(
         println!("on {}", engine.describe());
         then(engine)
     };
+    #[cfg(feature = "cudarc")]
+    if graph.target() == Target::Gpu {
+        // Of a row for each sequence, and of as many as there may be for a prefill.
+        let of_sequences = Buckets::default().of(options.sequences)?;
+        let buckets = Buckets::new(&[of_sequences, graph.largest_batch()])?;
+        return run(&mut device::Gpu::new(graph, config, &buckets, arguments.launch)?);
+    }
     let _ = (arguments, options);
     run(&mut Host::new(graph, plan, config)?)
 }

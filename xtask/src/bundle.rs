@@ -43,7 +43,7 @@ impl Program {
     }
 }
 
-const EXAMPLES: [Program; 8] = [
+const EXAMPLES: [Program; 9] = [
     program("example", "quickstart", "cudarc", "quickstart", 60),
     program("example", "quickstart", "cudarc,embed", EMBEDDED, 60),
     program("example", "doctor", "cudarc", "doctor", 60),
@@ -52,6 +52,7 @@ const EXAMPLES: [Program; 8] = [
     program("example", "03_two_gpus", "cudarc", "03_two_gpus", 60),
     program("example", "04_graph", "cudarc", "04_graph", 60),
     program("example", "05_decode_step", "cudarc", "05_decode_step", 60),
+    program("example", "decoder", "compute,cudarc", "decoder", 60),
 ];
 
 const STARTUP: Program = program("bench", "startup", "embed", "startup", 120);
@@ -65,6 +66,8 @@ pub static LAUNCH: Program = program("bench", "launch", "cudarc", "launch", 0);
 pub static FAMILIES: Program = program("bench", "families", "cudarc", "families", 0);
 /// What it measures with `--attention`.
 pub static ATTENTION: Program = program("bench", "attention_arm", "cudarc", "attention_arm", 0);
+/// What it measures with `--decoder`.
+pub static DECODER: Program = program("bench", "decoder_arm", "compute,cudarc", "decoder_arm", 0);
 /// What `cargo xtask bench --check` counts; it stays here.
 pub const INSTRUCTIONS: Program = program("bench", "instructions", "cudarc", "instructions", 0);
 

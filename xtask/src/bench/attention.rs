@@ -8,6 +8,7 @@ use super::Suite;
 use super::families::{COPY_BYTES, cell, copy_case, copy_rate, failures};
 use super::figures::{self, BOUND, C, PYTHON, RUST, Row, Rows};
 use super::plan::{self, Arm, Blocks, Comparison, Formula, Limit, Program, Question, arm};
+use super::process::PATIENCE;
 use super::record::{Machine, Samples};
 use super::report;
 use crate::bundle;
@@ -25,6 +26,7 @@ pub static SUITE: Suite = Suite {
     // They keep a good deal of memory, and take long to start.
     generation: |_, _, _| 0,
     tolerant: true,
+    patience: PATIENCE,
     comparisons: || &COMPARISONS,
     report: markdown,
     figures: |samples| {

@@ -102,7 +102,18 @@ impl Case {
             _ => (Limit::Open, Limit::Open),
         };
         let (step, few) = (of("step", STEPS), of("step", FEW));
-        Self { model, rows, context, step, few, host: of("host", 64), kernels: of("kernels", 1), compiled, bound, share }
+        Self {
+            model,
+            rows,
+            context,
+            step,
+            few,
+            host: of("host", 64),
+            kernels: of("kernels", 1),
+            compiled,
+            bound,
+            share,
+        }
     }
 
     fn what(&self) -> String {
@@ -224,7 +235,9 @@ fn markdown(machine: &Machine, samples: &Samples) -> String {
         let whole = |arm, case: &str| cell(machine, samples, arm, case, |count| format!("{count:.0}"));
         let ours = plan::median(samples, OURS, &case.step);
         let floor = copy_rate(samples).map(|rate| case.bytes() as f64 / rate);
-        let of = |i: usize, shown: &dyn Fn(&'static str) -> String| case.compiled.get(i).map_or(String::new(), |arm| shown(arm));
+        let of = |i: usize, shown: &dyn Fn(&'static str) -> String| {
+            case.compiled.get(i).map_or(String::new(), |arm| shown(arm))
+        };
         let ratio = |arm| {
             let found = plan::estimate(Formula::Ratio((arm, &case.step), (OURS, &case.step)), samples);
             found.map_or(String::new(), |found| format!("{:.2}", found.median))

@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use super::Suite;
 use super::figures::{self, BOUND, RUST, Row, Rows};
 use super::plan::{self, Arm, Blocks, Comparison, Formula, Limit, Program, Question, arm};
+use super::process::PATIENCE;
 use super::record::{Machine, Samples};
 use super::report;
 use crate::bundle;
@@ -24,6 +25,7 @@ pub static SUITE: Suite = Suite {
     // Where a process's memory lies makes it some nanoseconds faster or slower for good; those of Python take long to start.
     generation: |program, block, _| if program == Program::Python { 0 } else { block },
     tolerant: true,
+    patience: PATIENCE,
     comparisons: || &COMPARISONS,
     report: markdown,
     figures: |samples| Ok(vec![("families.svg", shares(samples)?)]),

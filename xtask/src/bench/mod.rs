@@ -7,6 +7,7 @@
 
 mod attention;
 mod check;
+mod decoder;
 mod families;
 mod figures;
 mod plan;
@@ -46,7 +47,7 @@ pub struct Options {
     #[command(subcommand)]
     part: Option<Part>,
     /// Count instructions per call instead, without a GPU; needs valgrind and a C compiler
-    #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict", "families", "attention", "no_python", "seconds"])]
+    #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict", "families", "attention", "decoder", "no_python", "seconds", "without"])]
     check: bool,
     /// One call of each family beside its peers, in place of launches of one kernel in every way there is
     #[arg(long)]
@@ -54,10 +55,16 @@ pub struct Options {
     /// Attention's plans and runs beside their peers, likewise
     #[arg(long, conflicts_with = "families")]
     attention: bool,
+    /// A decoder's step beside transformers, likewise
+    #[arg(long, conflicts_with_all = ["families", "attention"])]
+    decoder: bool,
     /// Leave the arms of Python out
     #[arg(long)]
     no_python: bool,
-    /// How often each arm is asked each of its cases; default: 60, with --families 5, with --attention 3
+    /// Leave these arms out
+    #[arg(long, value_delimiter = ',')]
+    without: Vec<String>,
+    /// How often each arm is asked each of its cases; default: 60, with --families 5, with --attention or --decoder 3
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
     blocks: Option<u16>,
     /// Ask nothing more after so many seconds, and write up what was answered by then
@@ -106,13 +113,15 @@ pub struct Suite {
     generation: fn(Program, usize, usize) -> usize,
     /// Whether a case that an arm fails is noted, and not the end of the run.
     tolerant: bool,
+    /// How long an arm may take to become ready, and to answer.
+    patience: Duration,
     comparisons: fn() -> &'static [Comparison],
     report: fn(&Machine, &Samples) -> String,
     figures: fn(&Samples) -> Result<figures::Files>,
 }
 
 /// All of them.
-pub const SUITES: [&Suite; 3] = [&LAUNCHES, &families::SUITE, &attention::SUITE];
+pub const SUITES: [&Suite; 4] = [&LAUNCHES, &families::SUITE, &attention::SUITE, &decoder::SUITE];
 
 static LAUNCHES: Suite = Suite {
     name: "launches",
@@ -125,6 +134,7 @@ static LAUNCHES: Suite = Suite {
     questions: plan::questions,
     generation: |_, block, blocks| block * GENERATIONS / blocks,
     tolerant: false,
+    patience: PATIENCE,
     comparisons: || &plan::COMPARISONS,
     report: report::markdown,
     figures: figures::all,
@@ -154,6 +164,7 @@ pub fn command(options: Options) -> Result<()> {
         None if options.check => check::command(),
         None if options.families => measure(&families::SUITE, &options),
         None if options.attention => measure(&attention::SUITE, &options),
+        None if options.decoder => measure(&decoder::SUITE, &options),
         None => measure(&LAUNCHES, &options),
     }
 }
@@ -201,7 +212,7 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
         }
         (Err(fault), None) => return Err(fault),
     }
-    let missing = missing(suite, &place, options.no_python);
+    let missing = missing(suite, &place, options)?;
     for Missing { arm, reason } in &missing {
         say(format!("without the arm {arm}: {reason}"));
     }
@@ -284,17 +295,22 @@ fn python(suite: &Suite, place: &Place) -> Command {
     python
 }
 
-/// The arms of Python that cannot run here, or shall not. Asked all at once: each imports a good deal.
-fn missing(suite: &Suite, place: &Place, no_python: bool) -> Vec<Missing> {
-    thread::scope(|scope| {
+/// The arms that shall not run, and those of Python that cannot. Asked all at once: each imports a good deal.
+fn missing(suite: &Suite, place: &Place, options: &Options) -> Result<Vec<Missing>> {
+    if let Some(unknown) = options.without.iter().find(|name| suite.arms.iter().all(|arm| arm.name != name.as_str())) {
+        let names: Vec<_> = suite.arms.iter().map(|arm| arm.name).collect();
+        refuse!("--without names {unknown}; expected arms: {}", names.join(", "));
+    }
+    let all = thread::scope(|scope| {
         let probes: Vec<_> = suite
             .arms
             .iter()
-            .filter(|arm| arm.program == Program::Python)
             .map(|arm| {
-                let probe = move || match no_python {
-                    true => Err("left out by --no-python".to_owned()),
-                    false => process::probe(python(suite, place).args(["--probe", arm.name]), PATIENCE),
+                let probe = move || match arm.program {
+                    _ if options.without.iter().any(|name| name == arm.name) => Err("left out by --without".to_owned()),
+                    Program::Python if options.no_python => Err("left out by --no-python".to_owned()),
+                    Program::Python => process::probe(python(suite, place).args(["--probe", arm.name]), PATIENCE),
+                    Program::Rust | Program::C => Ok(()),
                 };
                 (arm.name, scope.spawn(probe))
             })
@@ -304,7 +320,8 @@ fn missing(suite: &Suite, place: &Place, no_python: bool) -> Vec<Missing> {
             answer.err().map(|reason| Missing { arm: arm.to_owned(), reason })
         };
         probes.into_iter().filter_map(answer).collect()
-    })
+    });
+    Ok(all)
 }
 
 /// The processes of a run, and what of it came to nothing.
@@ -354,7 +371,7 @@ impl Arms<'_> {
                 Program::Python => python(self.suite, self.place),
             };
             command.env(LIB_DIR, &self.place.libraries);
-            (arm.name, generation, Arm::start(arm.name, command, PATIENCE))
+            (arm.name, generation, Arm::start(arm.name, command, self.suite.patience))
         };
         let started: Vec<_> = started.into_iter().map(start).collect();
         for (name, generation, arm) in started {

@@ -199,7 +199,12 @@ pub fn questions() -> Vec<Question> {
 
 /// What a case's answers are in.
 pub fn unit(case: &str) -> &'static str {
-    if case.starts_with("series ") { "µs" } else { "ns" }
+    match case.split(' ').next() {
+        Some("series") => "µs",
+        Some("kernels") => "kernels",
+        Some("arena" | "error") => "times",
+        _ => "ns",
+    }
 }
 
 /// One arm's values of one case.

@@ -1,0 +1,141 @@
+//! A GPU as an engine: eager, or captured into CUDA graphs.
+
+use flashinfer_rs::compute::{Buckets, DeviceRun, Graph, HostTensor};
+use flashinfer_rs::cudarc::driver::CudaContext;
+
+use crate::config::Config;
+use crate::fault::{Fault, fault};
+use crate::session::{Engine, Inputs, Launch};
+
+pub struct Gpu {
+    pub run: DeviceRun,
+    launch: Launch,
+    vocab: usize,
+    /// Whether tokens are drawn.
+    draws: bool,
+    /// Rows that the last step had.
+    rows: usize,
+}
+
+fn driver(doing: &str, error: impl std::fmt::Display) -> Fault {
+    fault(format!("{doing} failed: {error}; see with nvidia-smi whether the GPU is free"))
+}
+
+impl Gpu {
+    /// A graph for these buckets, on a stream of its own of the first GPU.
+    pub fn new(graph: &Graph, config: &Config, buckets: &Buckets, launch: Launch) -> Result<Self, Fault> {
+        let context = CudaContext::new(0).map_err(|error| driver("opening cuda:0", error))?;
+        let stream = context.new_stream().map_err(|error| driver("making a stream", error))?;
+        let mut run = DeviceRun::new(graph, buckets, &stream)?;
+        run.set_pdl(launch == Launch::Pdl);
+        let draws = graph.find("step input", "number").is_ok();
+        Ok(Self { run, launch, vocab: config.vocab as usize, draws, rows: 0 })
+    }
+
+    /// Gives the inputs of a step.
+    pub fn give(&mut self, inputs: &Inputs) -> Result<(), Fault> {
+        self.rows = inputs.ids.len();
+        self.run.set_rows(self.rows as u64)?;
+        self.run.input("ids", &inputs.ids)?;
+        self.run.input("positions", &inputs.positions)?;
+        self.run.input("lengths", &inputs.lengths)?;
+        self.run.input("page_table", &inputs.page_table)?;
+        self.numbers(&inputs.numbers)
+    }
+
+    fn numbers(&mut self, numbers: &[f32]) -> Result<(), Fault> {
+        if self.draws {
+            self.run.input("number", numbers)?;
+        }
+        Ok(())
+    }
+
+    /// Queues so many steps.
+    pub fn queue(&mut self, steps: u64) -> Result<(), Fault> {
+        match self.launch {
+            Launch::Eager => (0..steps).try_for_each(|_| self.run.step())?,
+            Launch::Graph | Launch::Pdl => self.run.run(steps)?,
+        }
+        Ok(())
+    }
+
+    /// So many steps without numbers in between; answers each step's tokens.
+    fn steps(&mut self, steps: usize) -> Result<Vec<Vec<i32>>, Fault> {
+        let rows = self.rows;
+        if self.launch == Launch::Eager {
+            let step = |_| {
+                self.queue(1)?;
+                let tokens = self.run.read("token")?;
+                Ok(tokens.into_iter().take(rows).map(|token| token as i32).collect())
+            };
+            return (0..steps).map(step).collect();
+        }
+        self.queue(steps as u64)?;
+        let mut all = Vec::with_capacity(steps);
+        while all.len() < steps {
+            let arrived = self.run.next_result::<i32>()?;
+            let arrived = arrived.ok_or_else(|| fault(format!("{} of {steps} steps answered tokens", all.len())))?;
+            all.push(arrived.values.iter().take(rows).copied().collect());
+        }
+        Ok(all)
+    }
+}
+
+impl Engine for Gpu {
+    fn describe(&self) -> String {
+        let how = match self.launch {
+            Launch::Eager => "each kernel launched by itself",
+            Launch::Graph => "a CUDA graph for each bucket",
+            Launch::Pdl => "a CUDA graph for each bucket, whose kernels start early where they may",
+        };
+        let buckets = self.run.buckets().sizes();
+        let captured = buckets.iter().filter_map(|&bucket| Some((bucket, self.run.captured(bucket)?)));
+        let captured = captured.map(|(bucket, step)| {
+            format!(
+                "; {bucket} rows: {} nodes, {} of them kernels, {} early",
+                step.nodes, step.kernels, step.programmatic
+            )
+        });
+        format!("cuda:0, {how}{}", captured.collect::<String>())
+    }
+
+    fn rows(&self) -> usize {
+        self.run.buckets().largest() as usize
+    }
+
+    fn weight(&mut self, name: &str, tensor: &HostTensor) -> Result<(), Fault> {
+        let dtype = tensor.dtype().to_dtype().ok_or_else(|| fault(format!("{name} is {}", tensor.dtype())))?;
+        Ok(self.run.weight_bytes(name, dtype, tensor.bytes())?)
+    }
+
+    fn make_ready(&mut self) -> Result<(), Fault> {
+        if self.launch != Launch::Eager {
+            self.run.capture()?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, inputs: &Inputs) -> Result<Vec<i32>, Fault> {
+        self.give(inputs)?;
+        Ok(self.steps(1)?.pop().unwrap_or_default())
+    }
+
+    fn run(&mut self, steps: usize, numbers: &[f32]) -> Result<Vec<Vec<i32>>, Fault> {
+        if !self.draws {
+            return self.steps(steps);
+        }
+        // Each step draws by numbers of its own, which the host brings.
+        let mut all = Vec::with_capacity(steps);
+        for step in 0..steps {
+            let own: Vec<f32> = numbers.iter().skip(step * self.rows).take(self.rows).copied().collect();
+            self.numbers(&own)?;
+            all.extend(self.steps(1)?);
+        }
+        Ok(all)
+    }
+
+    fn logits(&mut self, rows: usize) -> Result<Vec<f32>, Fault> {
+        let logits = self.run.read("logits")?;
+        Ok(logits.into_iter().take(rows * self.vocab).map(|logit| logit as f32).collect())
+    }
+}
