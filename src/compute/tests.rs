@@ -60,6 +60,7 @@ fn the_verifier_finds_every_planted_fault() {
 
 /// The host's run of a plan, or what stopped it.
 fn run(graph: &Graph, plan: &Plan) -> crate::Result<Vec<f64>> {
+    crate::FlashInferRuntime::initialize(crate::RuntimeConfig::default())?;
     let mut run = HostRun::new(graph, plan)?;
     let values: Vec<f64> = (0..256).map(|i| f64::from(i) * 0.25).collect();
     run.input("x", &values)?;

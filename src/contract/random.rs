@@ -362,7 +362,8 @@ fn break_each(call: &Call, run: &dyn Fn(&Call) -> Result<()>, on_gpu: bool) -> s
             .collect();
         refused(with(&|given| given.dtype = DType::F64), &likewise, "another type", call)?;
         let elsewhere = if on_gpu { [Device::Cpu, Device::Cuda(1)] } else { [Device::Cuda(0), Device::Cuda(1)] };
-        for device in elsewhere {
+        // A tensor that is alone may be anywhere.
+        for device in elsewhere.into_iter().filter(|_| row.tensors().count() > 1) {
             let by = if i == row.lead { &every[..] } else { &[name] };
             refused(with(&|given| given.device = device), by, "another device", call)?;
         }
