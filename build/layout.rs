@@ -31,8 +31,8 @@ type Checked<T> = Result<T, String>;
 
 /// An archive's members, in the order in which they lie in it.
 pub struct Directory {
-    pub entries: Vec<Entry>,
     start: u64,
+    pub entries: Vec<Entry>,
 }
 
 impl Directory {
@@ -103,7 +103,7 @@ pub fn directory(reader: &mut (impl Read + Seek)) -> Checked<Directory> {
     if next != 0 {
         return Err("something lies before its first member".to_owned());
     }
-    Ok(Directory { entries, start })
+    Ok(Directory { start, entries })
 }
 
 /// Reads every local header, and checks that it says what the directory says and that the members leave no gap.
