@@ -1,4 +1,5 @@
-//! Calls both kernels, on the GPU if there is one and on the host if not, and compares them with the reference.
+//! Calls both kernels, each on the GPU if there is one that can run it and on the host if not, and compares them with the
+//! reference.
 //!
 //! `cargo run --example quickstart --features cudarc`, or `cargo xtask demo`, which finds the kernels first.
 
@@ -39,12 +40,25 @@ fn run() -> Result<bool> {
         Ok(_) => Ok(CudaContext::new(0)?),
         Err(error) => Err(error.to_string()),
     };
-    let place = match gpu {
-        Ok(context) => Place::Gpu(context.new_stream()?, format!("cuda:0 {}", context.name()?)),
+    let (place, capability) = match gpu {
+        Ok(context) => {
+            let place = Place::Gpu(context.new_stream()?, format!("cuda:0 {}", context.name()?));
+            (place, Some(context.compute_capability()?))
+        }
         Err(why) => {
             println!("Running on the host reference: {why}.");
-            Place::Host
+            (Place::Host, None)
         }
+    };
+    let gdn_place = match capability {
+        Some(capability) if capability != HOPPER => {
+            let (major, minor) = capability;
+            println!(
+                "gdn_prefill runs on the host reference: its kernel is for compute capability 9.0, and this GPU has {major}.{minor}."
+            );
+            &Place::Host
+        }
+        _ => &place,
     };
     println!(
         "{:<14} {:<24} {:<34} {:<5} {:>12} {:>11}  ok",
@@ -53,11 +67,14 @@ fn run() -> Result<bool> {
     let rows = [
         norm::<bf16>(&place, 3e-3)?,
         norm::<f16>(&place, 5e-4)?,
-        gdn::<bf16>(&place, 6e-3)?,
-        gdn::<f16>(&place, 8e-4)?,
+        gdn::<bf16>(gdn_place, 6e-3)?,
+        gdn::<f16>(gdn_place, 8e-4)?,
     ];
     Ok(rows.iter().all(|ok| *ok))
 }
+
+/// The GPUs that `gdn_prefill_sm90.so` is for.
+const HOPPER: (i32, i32) = (9, 0);
 
 /// Where kernels run.
 enum Place {

@@ -2,14 +2,13 @@
 //! benchmarks.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
+use crate::BENCH_FEATURE;
 use crate::bench;
+use crate::messages::collect;
 use crate::provision;
 use crate::recipes;
 use crate::shell::{self, say};
@@ -73,20 +72,6 @@ pub const INSTRUCTIONS: Program = program("bench", "instructions", "cudarc", "in
 
 /// The one that must run without the folder of libraries.
 const EMBEDDED: &str = "quickstart_embedded";
-
-/// The part of cargo's messages that is of use here.
-#[derive(Deserialize)]
-struct Message {
-    target: Option<Target>,
-    executable: Option<PathBuf>,
-    out_dir: Option<PathBuf>,
-    package_id: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Target {
-    name: String,
-}
 
 /// What `run` runs: the examples, every `tests/*_gpu.rs` that asks for a GPU, and the start-up benchmark.
 fn programs(root: &Path) -> Result<Vec<Program>> {
@@ -155,7 +140,8 @@ pub fn command(out: &Path) -> Result<()> {
 /// xtask itself, what it compiles and starts there, and a script that starts it.
 fn benchmarks(out: &Path) -> Result<()> {
     let mut cargo = shell::cargo();
-    cargo.args(["build", "--release", "--package", "xtask", "--message-format=json-render-diagnostics"]);
+    cargo.args(["build", "--release", "--package", "xtask", "--features", BENCH_FEATURE]);
+    cargo.arg("--message-format=json-render-diagnostics");
     let (executables, _) = collect(&shell::output(&mut cargo)?);
     let Some(executable) = executables.get("xtask") else { refuse!("cargo built no xtask") };
     let copy = out.join("bin/xtask");
@@ -206,21 +192,6 @@ pub fn build(program: &Program) -> Result<String> {
     let features = features.join(",");
     cargo.args([&format!("--{}", program.kind), &*program.name, "--features", &features]);
     shell::output(cargo.arg("--message-format=json-render-diagnostics"))
-}
-
-pub fn collect(messages: &str) -> (BTreeMap<String, PathBuf>, Option<PathBuf>) {
-    let (mut executables, mut libraries) = (BTreeMap::new(), None);
-    for message in messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok()) {
-        if let (Some(target), Some(executable)) = (message.target, message.executable) {
-            executables.insert(target.name, executable);
-        }
-        if let (Some(out_dir), Some(package)) = (message.out_dir, message.package_id)
-            && package.contains("flashinfer-rs")
-        {
-            libraries = Some(out_dir.join("lib"));
-        }
-    }
-    (executables, libraries)
 }
 
 /// Runs each program under a time limit, all of them whatever happens, and fails if one did.

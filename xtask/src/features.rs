@@ -60,6 +60,11 @@ fn features() -> Result<Vec<String>> {
     Ok(manifest()?.features.into_keys().filter(|name| name != "default").collect())
 }
 
+/// Those that are on where nobody says otherwise.
+pub fn default_ones() -> Result<Vec<String>> {
+    Ok(manifest()?.features.remove("default").unwrap_or_default())
+}
+
 /// Those that are tested alone. The families of attention vendor modules and do nothing else, all in one way: one of them
 /// stands for the others.
 fn tested(features: &[String]) -> Result<Vec<&String>> {

@@ -16,6 +16,7 @@ use zip::{CompressionMethod, ZipWriter};
 
 use crate::compile::{self, key};
 use crate::compiler::{self, Toolchain};
+use crate::provision;
 use crate::recipes::{Library, Module, Recipes};
 use crate::shell::{self, say};
 use crate::vendoring::digest::{Digest, hash, hash_reader};
@@ -105,10 +106,17 @@ fn architectures(given: &[String], env: &Env) -> Result<Vec<String>> {
         env.text(ARCH_LIST)
             .map(|list| list.split([' ', ',', ';']).filter(|s| !s.is_empty()).map(str::to_owned).collect())
     };
-    let list: Vec<String> =
-        if given.is_empty() { from_env().unwrap_or_else(|| vec![HOPPER.to_owned()]) } else { given.to_vec() };
+    let here = || provision::compute_capability().map(|capability| vec![of_gpu(&capability)]);
+    let usual = || from_env().or_else(here).unwrap_or_else(|| vec![HOPPER.to_owned()]);
+    let list: Vec<String> = if given.is_empty() { usual() } else { given.to_vec() };
     check_architectures(&list)?;
     Ok(list)
+}
+
+/// A GPU's architecture as FlashInfer builds for it: from Hopper on with what only that architecture has.
+fn of_gpu(capability: &str) -> String {
+    let major = capability.split('.').next().and_then(|major| major.parse::<u32>().ok());
+    if major.is_some_and(|major| major >= 9) { format!("{capability}a") } else { capability.to_owned() }
 }
 
 /// That they are architectures as FlashInfer writes them.

@@ -30,24 +30,37 @@ pub struct Options {
 
 /// `cargo xtask lock`
 pub fn command(options: &Options) -> Result<()> {
+    run(options, &Env::process())
+}
+
+fn run(options: &Options, env: &Env) -> Result<()> {
     let path = options.file.clone().unwrap_or_else(|| shell::root().join("artifacts.lock"));
     let text = fs::read_to_string(&path).map_err(|e| Error::io("reading", &path, &e))?;
-    let filled = fill(&text, &path.display().to_string(), options.from_record, &Env::process())?;
-    if filled == text {
-        say(format!("{} is up to date", path.display()));
-        return Ok(());
-    }
-    if options.check {
+    let (filled, unseen) = fill(&text, &path.display().to_string(), options.from_record, env)?;
+    if filled != text && options.check {
         refuse!("{} differs from what the wheels hold; `cargo xtask lock` corrects it", path.display());
     }
-    publish_bytes(&path, filled.as_bytes())?;
-    say(format!("{} written", path.display()));
+    if filled != text {
+        publish_bytes(&path, filled.as_bytes())?;
+        say(format!("{} written", path.display()));
+    }
+    // Said last and as a failure: what was not looked at is not known to be right.
+    if !unseen.is_empty() {
+        refuse!(
+            "{} could not be had, and what {} says of them was not compared with anything; run this again where they can",
+            unseen.join(" and "),
+            path.display()
+        );
+    }
+    if filled == text {
+        say(format!("{} is up to date", path.display()));
+    }
     Ok(())
 }
 
-/// The text with every member filled in whose wheel can be had; comments and order stay.
-fn fill(text: &str, name: &str, from_record: bool, env: &Env) -> Result<String> {
-    let lock = Lock::parse(text, name)?;
+/// The text with every member filled in whose wheel can be had, comments and order as they are; and the wheels that cannot.
+fn fill(text: &str, name: &str, from_record: bool, env: &Env) -> Result<(String, Vec<String>)> {
+    let (lock, mut unseen) = (Lock::parse(text, name)?, Vec::new());
     let mut document: DocumentMut = text.parse().map_err(|e| Error::Refused(format!("{name}: {e}")))?;
     let Some(tables) = document["wheel"].as_array_of_tables_mut() else { refuse!("{name} has no [[wheel]]") };
     for (wheel, table) in lock.wheels.iter().zip(tables.iter_mut()) {
@@ -56,6 +69,7 @@ fn fill(text: &str, name: &str, from_record: bool, env: &Env) -> Result<String> 
             Ok(facts) => facts,
             Err(Error::Unavailable(fault)) => {
                 say(format!("{} for {} stays as it is: {fault}", wheel.distribution, wheel.target));
+                unseen.push(wheel.file.clone());
                 continue;
             }
             Err(fault) => return Err(fault),
@@ -72,7 +86,7 @@ fn fill(text: &str, name: &str, from_record: bool, env: &Env) -> Result<String> 
     let filled = document.to_string();
     // What was written must be what this crate reads.
     Lock::parse(&filled, name)?;
-    Ok(filled)
+    Ok((filled, unseen))
 }
 
 /// All that the lock says of a member.
@@ -171,4 +185,29 @@ fn fact<R: Read + Seek>(archive: &mut Archive<R>, member: &Member) -> Result<Fac
         refuse!("the wheel has no member {}; correct its path", member.path);
     };
     Ok(Facts { place: archive.place(&member.path)?, size, crc32: archive.crc32(&member.path)?, sha256 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vendoring::env;
+
+    #[test]
+    fn a_check_that_saw_no_wheel_is_no_success() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("artifacts.lock");
+        fs::copy(shell::root().join("artifacts.lock"), &file).expect("the lock");
+        let text = fs::read_to_string(&file).expect("its text");
+        let cache = folder.path().join("cache").display().to_string();
+        let env = Env::fixed([(env::OFFLINE, "1"), (env::CACHE_DIR, cache.as_str()), ("HOME", cache.as_str())]);
+        for check in [true, false] {
+            let options = Options { check, from_record: true, file: Some(file.clone()) };
+            let fault = run(&options, &env).expect_err("nothing was looked at").to_string();
+            for wheel in Lock::read(&file).expect("the lock").wheels {
+                assert!(fault.contains(&wheel.file), "{fault}");
+            }
+            assert!(fault.contains("was not compared with anything"), "{fault}");
+        }
+        assert_eq!(fs::read_to_string(&file).expect("its text"), text);
+    }
 }

@@ -1,6 +1,8 @@
 //! Everything a contributor runs: `cargo xtask --help`.
 
+#[cfg(feature = "bench")]
 mod bench;
+#[cfg(feature = "bench")]
 mod bundle;
 mod cache;
 mod compile;
@@ -15,6 +17,7 @@ mod interop;
 mod jit_cache;
 mod kernel;
 mod lock;
+mod messages;
 mod pin;
 mod provision;
 mod recipes;
@@ -57,7 +60,8 @@ enum Command {
         /// kernels this crate calls, but attention's, which take hours
         #[arg(long, value_delimiter = ',')]
         kernels: Vec<String>,
-        /// GPU architectures, `9.0a` for example; default: FLASHINFER_CUDA_ARCH_LIST, else 9.0a. Modules whose recipe
+        /// GPU architectures, `9.0a` for example; default: FLASHINFER_CUDA_ARCH_LIST, else that of the first GPU
+        /// here, else 9.0a. Modules whose recipe
         /// names architectures are always for those
         #[arg(long, num_args = 1..)]
         arch: Vec<String>,
@@ -83,7 +87,16 @@ enum Command {
     /// The long forms of the cache's tests: many builds at once, many kills
     Stress,
     /// Measure what a launch costs, from Rust, C and Python, on a GPU
+    #[cfg(feature = "bench")]
     Bench(bench::Options),
+    /// Measure what a launch costs, from Rust, C and Python, on a GPU
+    #[cfg(not(feature = "bench"))]
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// For `cargo xtask bench --help`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
     /// Fill in artifacts.lock from verified copies of the wheels: each member's place, sizes, method, CRC and digest
     Lock {
         /// Fail where the file would change, and write nothing
@@ -121,6 +134,22 @@ enum Command {
     },
 }
 
+/// The feature of this package that a command needs whose dependencies nobody else should wait for.
+const BENCH_FEATURE: &str = "bench";
+
+/// This command once more, by an xtask with the feature.
+#[cfg(not(feature = "bench"))]
+fn with_bench() -> Result<()> {
+    let mut cargo = shell::cargo();
+    cargo.args(["run", "--quiet", "--features", BENCH_FEATURE, "--manifest-path"]);
+    cargo.arg(shell::root().join("xtask/Cargo.toml")).arg("--").args(std::env::args_os().skip(1));
+    // Where the user is: paths may be relative.
+    if let Ok(here) = std::env::current_dir() {
+        cargo.current_dir(here);
+    }
+    shell::run(&mut cargo)
+}
+
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -143,11 +172,15 @@ fn run(command: Command) -> Result<()> {
         Command::Cache(command) => cache::command(command),
         Command::Features => features::command(),
         Command::Stress => stress::command(),
+        #[cfg(feature = "bench")]
         Command::Bench(options) => bench::command(options),
+        #[cfg(not(feature = "bench"))]
+        Command::Bench { .. } | Command::GpuBundle { .. } => with_bench(),
         Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
         Command::Glue { check } => glue::command(check),
         Command::Kernel(command) => kernel::command(&command),
         Command::Interop { to } => interop::command(to.as_deref()),
+        #[cfg(feature = "bench")]
         Command::GpuBundle { out } => bundle::command(&out),
     }
 }

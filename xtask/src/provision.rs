@@ -3,6 +3,7 @@
 use std::io::BufReader;
 use std::path::Path;
 use std::process::Command;
+#[cfg(feature = "bench")]
 use std::sync::OnceLock;
 
 use crate::features;
@@ -21,12 +22,15 @@ pub const JIT_CACHE: &str = "flashinfer_jit_cache";
 /// `cargo xtask demo`
 pub fn demo() -> Result<()> {
     let mut command = shell::cargo();
-    command.args(["run", "--example", "quickstart"]);
-    if has_kernels(&Env::process())? {
+    command.args(["run", "--locked", "--example", "quickstart"]);
+    if let Some(capability) = compute_capability() {
+        // What the quick start calls, as far as the GPU can run it: the rest takes half an hour to build.
+        let wanted = features::default_ones()?.into_iter();
+        let wanted = wanted.filter(|feature| feature == "norm" || feature == recipes::SLOW && is_hopper(&capability));
+        say("there is a GPU: finding its kernels, or building them from source");
+        kernels(&wanted.collect::<Vec<_>>())?;
         command.args(["--features", "cudarc"]);
-    } else if has_gpu() {
-        say("building the kernels from source, since there is a GPU to run them");
-        kernels(&recipes::usual()?)?;
+    } else if has_kernels(&Env::process())? {
         command.args(["--features", "cudarc"]);
     } else {
         say("no kernels at hand and no GPU to run them: building without, the host reference needs libtvm_ffi.so only");
@@ -82,6 +86,7 @@ fn modules_of(found: Found) -> Result<Vec<String>> {
 
 /// The families of attention that a build can have of the wheel at hand: all of whose modules are in it, or, of a local build,
 /// which need not be complete, any. Looked at once.
+#[cfg(feature = "bench")]
 pub fn attention() -> Result<&'static [String]> {
     static FAMILIES: OnceLock<Vec<String>> = OnceLock::new();
     match FAMILIES.get() {
@@ -93,6 +98,7 @@ pub fn attention() -> Result<&'static [String]> {
     }
 }
 
+#[cfg(feature = "bench")]
 fn attention_at_hand() -> Result<Vec<String>> {
     let Some((_, found)) = at_hand(&Env::process())? else { return Ok(Vec::new()) };
     let is_local = found.source == Source::Local;
@@ -140,8 +146,38 @@ fn find(wheel: &Wheel, env: &Env, root: &Path) -> Result<Found> {
     found
 }
 
-/// Whether the NVIDIA driver is here and lists a GPU.
-pub fn has_gpu() -> bool {
-    let listed = Command::new("nvidia-smi").arg("--list-gpus").output();
-    listed.is_ok_and(|output| output.status.success() && !output.stdout.is_empty())
+/// The compute capability of the first GPU that the NVIDIA driver lists, as FlashInfer writes architectures: `9.0`.
+pub fn compute_capability() -> Option<String> {
+    let query = ["--query-gpu=compute_cap", "--format=csv,noheader"];
+    let output = Command::new("nvidia-smi").args(query).output().ok().filter(|output| output.status.success())?;
+    first_capability(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// The first line that is a compute capability; drivers write other things about GPUs that they do not know.
+fn first_capability(listed: &str) -> Option<String> {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let line = listed.lines().map(str::trim);
+    line.filter(|line| line.split_once('.').is_some_and(|(major, minor)| is_number(major) && is_number(minor)))
+        .map(str::to_owned)
+        .next()
+}
+
+/// Whether the prefill of the gated delta rule runs there.
+fn is_hopper(capability: &str) -> bool {
+    capability == "9.0"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_gpu_says_what_is_built() {
+        assert_eq!(first_capability("8.9\n9.0\n").as_deref(), Some("8.9"));
+        assert_eq!(first_capability("[N/A]\n 10.0 \n").as_deref(), Some("10.0"));
+        for nothing in ["", "No devices were found\n", "[Not Supported]\n", "9\n"] {
+            assert_eq!(first_capability(nothing), None, "{nothing}");
+        }
+        assert!(is_hopper("9.0") && !is_hopper("8.9") && !is_hopper("10.0"));
+    }
 }

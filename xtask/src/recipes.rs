@@ -51,7 +51,7 @@ fn families(of_attention: bool) -> Result<Vec<String>> {
 }
 
 /// What takes half an hour to build on two cores, and is left to whoever asks for it.
-const SLOW: &str = "gdn-prefill";
+pub const SLOW: &str = "gdn-prefill";
 
 /// The module of attention that the tests are run with: it is the smallest that plans, and tests on the host compare with
 /// what it plans.

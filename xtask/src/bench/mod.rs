@@ -250,7 +250,7 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
 
 /// nvidia-smi is not everywhere where a GPU is.
 fn has_gpu() -> bool {
-    provision::has_gpu() || Path::new("/dev/nvidiactl").exists() || Path::new("/dev/dxg").exists()
+    provision::compute_capability().is_some() || Path::new("/dev/nvidiactl").exists() || Path::new("/dev/dxg").exists()
 }
 
 fn packed(suite: &Suite, bundle: &Path, command: impl Fn(&str) -> String) -> Place {
