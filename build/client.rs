@@ -239,7 +239,8 @@ impl Client {
                 }
                 return Err(no);
             };
-            say(format_args!("{}; trying again in {:.1} s", no.fault, pause.as_secs_f64()));
+            let what = no.status.map_or("nothing came".to_owned(), |status| format!("the answer was {status}"));
+            say(format_args!("{what}; asking again in {:.1} s", pause.as_secs_f64()));
             std::thread::sleep(pause);
         }
     }
@@ -388,7 +389,7 @@ impl Client {
             // rustls speaks of bad certificates by this kind.
             E::Io(e) if e.kind() == io::ErrorKind::InvalidData => {
                 let remedy = format!("correct the address, or {}", self.certificates.remedy());
-                (chain(error), Kind::Lasting, remedy)
+                (chain(e), Kind::Lasting, remedy)
             }
             // The proxy did answer, and cannot reach the host either.
             E::ConnectProxyFailed(reason) if reason.contains("407") => {
@@ -402,8 +403,9 @@ impl Client {
                 let silent = format!("connected, and nothing came for {} s", ANSWER.as_secs());
                 (silent, Kind::Silent { connected: true }, network)
             }
-            E::Io(e) if is_break(e) => (chain(error), Kind::Passing(None), network),
-            E::Io(_) | E::HostNotFound | E::ConnectionFailed => (chain(error), Kind::Unreachable, network),
+            E::Io(e) if is_break(e) => (chain(e), Kind::Passing(None), network),
+            E::Io(e) => (chain(e), Kind::Unreachable, network),
+            E::HostNotFound | E::ConnectionFailed => (chain(error), Kind::Unreachable, network),
             E::Timeout(_) => (chain(error), Kind::Passing(None), network),
             _ => (chain(error), Kind::Lasting, address),
         }

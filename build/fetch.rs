@@ -91,7 +91,7 @@ impl Client {
             buffer: vec![0; 1 << 18],
         };
         if done > 0 {
-            say(format_args!("continuing {} after the {done} bytes that an earlier build got", download.shown));
+            say(format_args!("going on after the {done} bytes that an earlier build got"));
         }
         download.finish(progress)
     }
@@ -235,9 +235,9 @@ impl Download<'_> {
                 pauses = BACK_OFF.iter();
             }
             let Some(pause) = pauses.nth(tries - 1) else {
-                return Err(Error::Unavailable(format!("{fault}; try again")));
+                return Err(Error::Unavailable(fault));
             };
-            say(format_args!("{fault}; continuing in {:.1} s", pause.as_secs_f64()));
+            say(format_args!("{} bytes are there; going on in {:.1} s", self.done, pause.as_secs_f64()));
             std::thread::sleep(*pause);
         }
     }
@@ -270,13 +270,16 @@ impl Download<'_> {
             let n = match answer.body.read(&mut self.buffer) {
                 Ok(0) => {
                     let short = self.total.filter(|&total| self.done < total);
-                    let fault = |total| (format!("{shown} ended after {} of {total} bytes", self.done), 1);
+                    let fault = |total| (format!("{shown} ended after {} of {total} bytes; try again", self.done), 1);
                     return Ok(short.map(fault));
                 }
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => {
-                    return Ok(Some((format!("{shown} broke off after {} bytes: {e}", self.done), tries(&e))));
+                    return Ok(Some((
+                        format!("{shown} broke off after {} bytes: {e}; try again", self.done),
+                        tries(&e),
+                    )));
                 }
             };
             self.done += n as u64;

@@ -483,7 +483,7 @@ impl Ladder<'_> {
         let started = Instant::now();
         let size = wheel.size.map(|size| format!(", {:.1} MB", size as f64 / 1e6)).unwrap_or_default();
         if let Some(size) = wheel.size.filter(|_| ranges::possible(members)) {
-            say(format_args!("fetching {} members of {} from {}", members.len(), wheel.file, redacted(url)));
+            say(format_args!("fetching {} members of {} from {}", members.len(), wheel.file, host(url)));
             let (progress, mut done) = (&mut *self.progress, 0);
             let total = members.iter().map(|member| Some(member.place()?.length)).sum();
             let got = ranges::fetch(client, url, size, members, |member, place, reader| {
@@ -518,7 +518,7 @@ impl Ladder<'_> {
                 Err(refused) => return Err(refused),
             }
         }
-        say(format_args!("fetching {}{size} from {}", wheel.file, redacted(url)));
+        say(format_args!("fetching {}{size} from {}", wheel.file, host(url)));
         let path = store.path(&wheel.sha256, &wheel.file);
         let expected = Expected { sha256: wheel.sha256, size: wheel.size };
         let fetch = |file: &mut File| client.download(url, &expected, file, &path, self.progress);
@@ -642,6 +642,12 @@ fn copy_in(store: &Store, from: &Path, wheel: &Wheel) -> Result<Notes> {
     }
     store.keep_wheel(&wheel.sha256, &wheel.file, from)?;
     Ok(Notes::default())
+}
+
+/// Whom an address is asked of; where all goes wrong, the whole of it is among what was looked at.
+fn host(url: &str) -> String {
+    let url = url::Url::parse(url).ok();
+    url.as_ref().and_then(url::Url::host_str).unwrap_or("nobody").to_owned()
 }
 
 /// A transfer under way, and how it failed: what decompresses cannot tell that from bad bytes, which no other source

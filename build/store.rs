@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::digest::{Digest, hash_reader};
 use super::error::{Error, Result};
 use super::lock::Member;
+use super::report::say;
 
 /// What temporaries are called, before a random part.
 pub const TEMPORARY: &str = ".tmp-";
@@ -163,18 +164,24 @@ impl Store {
         let part = make_folder_of(&path)?.join(format!("{file}{PART}"));
         let failed = |e: io::Error| Error::io("writing", &part, &e);
         let mut opened = open_part(&part).map_err(failed)?;
-        let written = write(&mut opened);
-        let is_empty = || opened.metadata().is_ok_and(|metadata| metadata.len() == 0);
-        match written {
+        // Where there are no locks, another process may write the same part: each has a file of its own then.
+        if opened.try_lock().is_err() {
+            return publish_by_way_of(&self.folder(sha256), &path, write);
+        }
+        match write(&mut opened) {
             Ok(value) => {
                 opened.sync_all().map_err(failed)?;
-                fs::rename(&part, &path).map_err(|e| Error::io("naming", &path, &e))?;
+                fs::rename(&part, &path).map_err(|e| {
+                    let _ = fs::remove_file(&part);
+                    Error::io("naming", &path, &e)
+                })?;
                 Ok(value)
             }
+            Err(Error::Unavailable(fault)) if opened.metadata().is_ok_and(|metadata| metadata.len() > 0) => {
+                Err(Error::Unavailable(format!("{fault} (what came is kept: the next build goes on after it)")))
+            }
             Err(fault) => {
-                if !fault.is_unavailable() || is_empty() {
-                    let _ = fs::remove_file(&part);
-                }
+                let _ = fs::remove_file(&part);
                 Err(fault)
             }
         }
@@ -265,16 +272,11 @@ impl Store {
                     0 => String::new(),
                     bytes => format!(", and has {:.1} MB of what it fetches there", bytes as f64 / 1e6),
                 };
-                say(&format!("waiting for {}, which holds {}{fetching}", holder(lock), shown.display()));
+                say(format_args!("waiting for {}, which holds {}{fetching}", holder(lock), shown.display()));
             }
             std::thread::sleep(PAUSE);
         }
     }
-}
-
-/// Tells whoever looks at the build's own output, by `cargo build -vv`.
-pub fn say(text: &str) {
-    eprintln!("flashinfer-rs: {text}");
 }
 
 fn unwritable(folder: &Path, e: &io::Error) -> Error {

@@ -148,7 +148,7 @@ fn build(lock: &Path, cache: &Path, lib_dir: &Path) {
 #[track_caller]
 fn verified(cache: &Path) -> usize {
     let files = files_under(cache);
-    let mut finished = files.iter().filter(|file| !file.contains("/.tmp-"));
+    let mut finished = files.iter().filter(|file| !file.contains("/.tmp-") && !file.ends_with(".part"));
     let check = |file: &String| {
         let digest = file.split('/').nth(1).expect("a folder per digest");
         let found = sha256(&fs::read(cache.join(file)).expect("the file")).to_string();

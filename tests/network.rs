@@ -8,6 +8,8 @@
 mod vendoring;
 
 mod support {
+    #[cfg(target_os = "linux")]
+    pub mod dropping;
     pub mod http;
     pub mod machine;
     pub mod wheels;
@@ -745,7 +747,7 @@ mod an_answer {
 mod a_host {
     use super::*;
     #[cfg(target_os = "linux")]
-    use support::http::Dropping;
+    use support::dropping::Dropping;
 
     const WAIT: Duration = Duration::from_secs(30);
 

@@ -307,6 +307,7 @@ mod tests {
         place(root, &format!("wheels/{wheel}/a-1-py3-none-any.whl"), b"wheel");
         place(root, &format!("wheels/{wheel}/{LOCK}"), b"");
         place(root, &format!("wheels/{wheel}/{TEMPORARY}killed"), b"whe");
+        place(root, &format!("wheels/{wheel}/a-1-py3-none-any.whl{PART}"), b"whee");
         place(root, &format!("members/{member}/norm.so"), b"member");
         place(root, "xtask/objects/key.o", b"object");
         place(root, "xtask/tree-1234/include/header.h", b"header");
