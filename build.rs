@@ -17,9 +17,8 @@ use vendoring::kernels;
 use vendoring::local;
 use vendoring::lock::Lock;
 use vendoring::modules;
-use vendoring::report::Meter;
+use vendoring::report::{Meter, say};
 use vendoring::source::Ladder;
-use vendoring::store::say;
 use vendoring::vendor::{Missing, vendor};
 
 fn main() -> ExitCode {
@@ -93,12 +92,12 @@ fn build() -> Result<()> {
     let watched = outcome.watch.iter().chain(&kernels.watch).chain(&record).chain(&users);
     let absent = emit::watch_absent(&out_dir, &outcome.absent)?;
     emit::rerun(&watched.chain(&absent).map(PathBuf::as_path).collect::<Vec<_>>(), &[]);
-    outcome.told.iter().chain(&kernels.told).for_each(|text| say(text));
+    outcome.told.iter().chain(&kernels.told).for_each(say);
     for row in &outcome.rows {
-        say(&format!("{} of {} {} ({})", row.soname, row.wheel.distribution, row.version, row.source));
+        say(format_args!("{} of {} {} ({})", row.soname, row.wheel.distribution, row.version, row.source));
     }
     for row in &kernels.rows {
-        say(&format!("{} ({})", row.kernel.soname(), row.source));
+        say(format_args!("{} ({})", row.kernel.soname(), row.source));
     }
     outcome.warnings.iter().chain(&kernels.warnings).for_each(|text| emit::warn(text));
     let names: Vec<String> = kernels.rows.iter().map(|row| row.kernel.soname()).collect();

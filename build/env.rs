@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 
 use super::error::{Result, refuse};
 
@@ -85,16 +85,15 @@ impl Env {
             // The folder that the user's shell was in: cargo changes it for no other program.
             Err(_) => ("PWD", path.as_path()),
         };
-        // Without `.` in it.
-        let meant =
-            self.path(start).filter(|start| start.is_absolute()).map(|start| start.join(rest).components().collect());
-        let meant = meant.map(|meant: PathBuf| format!("; did you mean {}?", meant.display())).unwrap_or_default();
+        let rest: PathBuf = rest.components().filter(|part| *part != Component::CurDir).collect();
+        let meant = self.path(start).filter(|start| start.is_absolute()).map(|start| start.join(&rest));
+        let meant = meant.map_or(".".to_owned(), |meant| format!("; did you mean {}?", meant.display()));
         refuse!(
             "{name}={} is not an absolute path, and would be taken from the package's own folder, where cargo runs build \
              scripts{meant} Give an absolute path, or one from your project on by `[env]` in its .cargo/config.toml: {name} = {{ \
              value = \"{}\", relative = true }}",
             path.display(),
-            rest.components().collect::<PathBuf>().display()
+            rest.display()
         );
     }
 

@@ -290,11 +290,8 @@ mod processes {
                 };
                 Store::new(machine.cache()).locked(&digest, work).expect("the lock");
             });
-            // Where the kernel does not tell, this much time must do; what follows holds either way.
-            let begun = Instant::now();
-            while !is_waited_for(&old) && begun.elapsed() < Duration::from_secs(2) {
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            // Until it waits. Where it does not yet, what follows holds all the same.
+            std::thread::sleep(Duration::from_millis(300));
             fs::remove_file(&path).expect("removed");
             let new = File::create(&path).expect("another lock file");
             new.lock().expect("the lock");
@@ -304,15 +301,145 @@ mod processes {
             entering.recv_timeout(DEADLINE).expect("its turn");
         });
     }
+}
 
-    /// Whether somebody is blocked on this file's lock.
-    fn is_waited_for(file: &File) -> bool {
-        use std::os::unix::fs::MetadataExt;
-        let inode = format!(":{} ", file.metadata().expect("the file").ino());
-        fs::read_to_string("/proc/locks")
-            .unwrap_or_default()
-            .lines()
-            .any(|line| line.contains("->") && line.contains(&inode))
+mod locks {
+    use super::*;
+
+    /// A wheel's folder whose lock somebody holds for as long as the file is open.
+    fn held(machine: &Machine) -> (Digest, PathBuf, File) {
+        let digest = sha256(b"a wheel");
+        let path = machine.place(format!("cache/wheels/{digest}/.lock"), "");
+        let lock = File::open(&path).expect("the lock file");
+        lock.lock().expect("the lock");
+        (digest, path, lock)
+    }
+
+    const PATIENCE: Duration = Duration::from_millis(400);
+
+    #[test]
+    fn that_nobody_gives_back_are_waited_for_no_longer_than_patience_lasts() {
+        let machine = Machine::new();
+        let (digest, path, _lock) = held(&machine);
+        let store = Store::new(machine.cache()).with_patience(PATIENCE);
+        let (started, done) = (Instant::now(), std::cell::Cell::new(false));
+        let fault = store.locked(&digest, || Ok(done.set(true))).expect_err("held by another").to_string();
+        assert!((PATIENCE..DEADLINE / 4).contains(&started.elapsed()), "{:?}", started.elapsed());
+        assert!(!done.get(), "two at once");
+        let holder = format!("process {} has held {}", std::process::id(), path.display());
+        assert_says(fault, &[&holder, "wait for it or end it", env::CACHE_DIR]);
+    }
+
+    /// A download of 2 GB may take an hour.
+    #[test]
+    fn of_a_process_that_fetches_are_waited_for_as_long_as_something_comes_in() {
+        let machine = Machine::new();
+        let (digest, path, lock) = held(&machine);
+        let store = Store::new(machine.cache()).with_patience(PATIENCE);
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                use std::io::Write;
+                let coming = path.with_file_name(".tmp-coming");
+                let mut file = File::create(&coming).expect("a temporary");
+                while started.elapsed() < PATIENCE * 4 {
+                    file.write_all(b"some of it").expect("more");
+                    std::thread::sleep(PATIENCE / 8);
+                }
+                fs::rename(coming, path.with_file_name("a.whl")).expect("whole");
+                drop(lock);
+            });
+            store.locked(&digest, || Ok(())).expect("its turn");
+        });
+        assert!(started.elapsed() >= PATIENCE * 4);
+    }
+
+    /// Runs something on a thread of its own, after what changes that thread alone.
+    fn apart<T: Send>(change: impl FnOnce() + Send, work: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                change();
+                work()
+            });
+            thread.join().expect("the thread's end")
+        })
+    }
+
+    /// This thread is nobody to the file system, where it was root.
+    fn become_nobody() {
+        // SAFETY: of the process, this thread alone changes, and it ends with the test.
+        unsafe { libc::syscall(libc::SYS_setfsuid, 65534) };
+    }
+
+    #[test]
+    fn of_another_user_are_opened_for_reading() {
+        let (machine, wheel) = (Machine::new(), wheel());
+        let (_server, pin) = serving(wheel.pin(), Reply::ok(wheel.bytes()));
+        let pinned = pin.parsed();
+        let folder = machine.cached(&pinned).parent().expect("a folder").to_owned();
+        let lock = machine.place(folder.join(".lock"), "");
+        let mode =
+            |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("another mode");
+        // Everybody may write into the folders, and read this file.
+        for path in folder.ancestors().take_while(|path| path.starts_with(machine.path(""))) {
+            mode(path, 0o777);
+        }
+        mode(&lock, 0o444);
+        apart(become_nobody, || {
+            let denied = File::options().write(true).open(&lock).expect_err("the fixture: another user's");
+            assert_eq!(denied.kind(), std::io::ErrorKind::PermissionDenied);
+            assert!(bytes_of(&machine.find(&pinned).expect("the wheel")) == wheel.bytes());
+            // It keeps others out all the same.
+            let held = File::open(&lock).expect("the lock file");
+            held.lock().expect("the lock");
+            let store = Store::new(machine.cache()).with_patience(PATIENCE);
+            store.locked(&pinned.sha256, || Ok(())).expect_err("held");
+        });
+        mode(&lock, 0o644);
+    }
+
+    /// Every `flock` of this thread answers that the file system has none, as Lustre's does, and NFS without a lock server.
+    fn be_without_locks() {
+        let statement = |code: u32, jump: u8, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: jump, k };
+        let mut program = [
+            // The system call's number.
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+            statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, libc::SYS_flock as u32),
+            statement(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | libc::ENOTSUP as u32),
+            statement(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+        // SAFETY: this thread alone changes, and it ends with the test; the filter outlives the call that copies it.
+        let done = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+            libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter)
+        };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    #[test]
+    fn that_the_file_system_has_not_are_done_without() {
+        let (machine, wheel) = (Machine::new(), wheel());
+        let (server, pin) = serving(wheel.pin(), Reply::ok(wheel.bytes()));
+        let pinned = pin.parsed();
+        let folder = machine.cached(&pinned).parent().expect("a folder").to_owned();
+        let place = |name: &str, days: u64| {
+            let path = machine.place(folder.join(name), "half a wheel");
+            let time = std::time::SystemTime::now() - Duration::from_secs(days * 24 * 3600);
+            File::options().write(true).open(path).and_then(|file| file.set_modified(time)).expect("another time");
+        };
+        place(".tmp-lately", 0);
+        place(".tmp-long-ago", 3);
+        apart(be_without_locks, || {
+            let tried = File::open(folder.join(".tmp-lately")).expect("a file").try_lock();
+            assert!(tried.is_err(), "the fixture: no locks");
+            assert!(bytes_of(&machine.find(&pinned).expect("the wheel")) == wheel.bytes());
+            assert_eq!(machine.find(&pinned).expect("the wheel").source, Source::Cache);
+        });
+        assert_eq!(server.requests().len(), 1);
+        // What another process may be writing right now stays.
+        let left = files_under(&folder);
+        assert_eq!(left, [".tmp-lately".to_owned(), wheel.file()]);
     }
 }
 

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         fails_with_nothing_and_names_every_place_and_the_remedy,
         builds_with_nothing_where_no_artifacts_are_wanted,
         builds_nothing_twice,
+        a_build_without_cudas_runtime_looks_again_once_it_is_there_and_its_program_says_why_it_is_not,
         a_program_calls_the_kernels_that_its_project_pins,
         a_program_carries_its_kernels_in_itself_where_that_is_wanted,
         a_project_names_its_lock_in_cargos_configuration,
@@ -462,6 +463,38 @@ fn a_kernel_that_registers_something_while_it_is_loaded_is_not_loaded() {
     said(&output, &["answer: ", "cannot be loaded as a module", "TVMFFIFunctionSetGlobal", "Module::open"]);
 }
 
+/// Where cargo shows no warning, as of every dependency that is no path.
+fn a_build_without_cudas_runtime_looks_again_once_it_is_there_and_its_program_says_why_it_is_not() {
+    let dependent = Dependent::new();
+    dependent.write("examples/kernels.rs", KERNEL_USER);
+    let folder = dependent.wheels();
+    let (wheel, _) = WHEELS.iter().find(|(wheel, _)| wheel.optional).expect("the wheel of CUDA's runtime");
+    let (there, away) = (folder.join(&wheel.file), dependent.path(&wheel.file));
+    let variables = [(env::WHEEL_DIR, folder.into()), (env::CARGO_OFFLINE, "true".into())];
+    let run = || dependent.cargo(&["run", "--offline", "--verbose", "--example", "kernels"], &variables, "");
+    fs::rename(&there, &away).expect("away");
+    let reason = format!(
+        "the build found no wheel of nvidia_cuda_runtime {} (the network was not asked, since CARGO_NET_OFFLINE was set)",
+        wheel.version
+    );
+    let first = run();
+    said(&first, &["Compiling flashinfer-rs", &format!("missing: {reason}")]);
+    // Where this machine has another one, that is used.
+    let driver = text(&first);
+    assert!(!driver.contains("libcudart.so.13 was not found") || driver.matches(&reason).count() == 2, "{driver}");
+    said(&run(), &["Fresh flashinfer-rs", &reason]);
+
+    let vendored = format!("from nvidia_cuda_runtime {} (pinned", wheel.version);
+    fs::copy(&away, &there).expect("there");
+    said(&run(), &["Compiling flashinfer-rs", &vendored]);
+    said(&run(), &["Fresh flashinfer-rs", &vendored]);
+
+    fs::remove_file(&there).expect("gone");
+    said(&run(), &["Compiling flashinfer-rs", &reason]);
+    fs::copy(&away, dependent.folder.join(&wheel.file)).expect("beside the manifest");
+    said(&run(), &["Compiling flashinfer-rs", &vendored]);
+}
+
 /// A folder under another name, until this is dropped.
 struct Renamed<'a> {
     from: &'a Path,
@@ -513,7 +546,9 @@ fn a_project_that_is_moved_runs_without_a_build_or_says_how_to_get_one() {
         let _ = fs::remove_dir_all(entry.path().join("out/lib"));
     }
     let stripped = run(&renamed.to);
-    for part in ["Fresh flashinfer-rs", "libtvm_ffi.so was not found", "cargo clean -p flashinfer-rs"] {
+    for part in
+        ["Fresh flashinfer-rs", "libtvm_ffi.so was not found", "cargo clean -p flashinfer-rs", "`cargo install`"]
+    {
         assert!(stripped.contains(part), "this does not say `{part}`:\n{stripped}");
     }
 }

@@ -551,6 +551,161 @@ mod the_ladder {
     }
 }
 
+/// A wheel that somebody else may write, between the moment when its digest is known and the one when it is read.
+mod a_wheel_that_changes_after_it_was_hashed {
+    use super::*;
+    use std::io::{BufReader, Write};
+    use std::os::unix::fs::MetadataExt;
+
+    use support::wheels::{GDN, NORM};
+    use vendoring::local::Record;
+    use vendoring::source::Supply;
+    use vendoring::wheel::Wheel as Archive;
+
+    /// That what is extracted is what was hashed, though the file that was found is another wheel by then.
+    #[track_caller]
+    fn makes_no_difference(machine: &Machine, source: Source) {
+        let (wheel, pin) = (Wheel::jit_cache(), Wheel::jit_cache().pin().url("https://example.invalid/a.whl"));
+        let pinned = pin.parsed();
+        let members: Vec<_> = pinned.members.iter().collect();
+        let Supply::Wheel(found) = machine.supply(&pinned, &members).expect("the wheel") else { panic!("a wheel") };
+        assert_eq!(found.source, source);
+        // In place, as whoever holds it open does it; well-formed, as whoever attacks makes it.
+        let mut file = fs::File::options().write(true).truncate(true).open(&found.path).expect("the file");
+        file.write_all(&wheel.clone().rebuilt().bytes()).expect("another wheel");
+        let mut archive = Archive::open(BufReader::new(found.file), "the wheel").expect("the wheel");
+        for (member, path) in members.into_iter().zip([NORM, GDN]) {
+            let extracted = archive.extract(member, &machine.lib_dir()).expect("the member");
+            assert_eq!(fs::read(extracted.path).expect("the library"), wheel.member(path));
+        }
+    }
+
+    #[test]
+    fn in_the_cache_makes_no_difference() {
+        let (machine, pin) = (Machine::new(), Wheel::jit_cache().pin().url("https://example.invalid/a.whl"));
+        machine.place(machine.cached(&pin.parsed()), Wheel::jit_cache().bytes());
+        makes_no_difference(&machine, Source::Cache);
+    }
+
+    #[test]
+    fn in_a_folder_makes_no_difference() {
+        let machine = Machine::new();
+        let path = machine.place(Path::new("wheels").join(Wheel::jit_cache().file()), Wheel::jit_cache().bytes());
+        makes_no_difference(&machine.with(env::WHEEL_DIR, path.parent().expect("a folder")), Source::Directory);
+    }
+
+    #[test]
+    fn that_a_variable_names_makes_no_difference() {
+        let machine = Machine::new();
+        let path = machine.place("given.whl", Wheel::jit_cache().bytes());
+        makes_no_difference(&machine.with(env::JIT_CACHE_WHEEL, path), Source::Override);
+    }
+
+    #[test]
+    fn that_was_built_here_makes_no_difference() {
+        let mut machine = Machine::new();
+        let wheel = Wheel::jit_cache();
+        let path = machine.place("checkout/dist/built.whl", wheel.bytes());
+        let record = Record::new(wheel.distribution, TARGET, &path, sha256(&wheel.bytes()));
+        record.write(&machine.path("checkout")).expect("the record");
+        machine.checkout = Some(machine.path("checkout"));
+        makes_no_difference(&machine, Source::Local);
+    }
+
+    /// Of a wheel of gigabytes, which is copied as far as it is wanted.
+    #[test]
+    fn is_copied_no_further_than_it_is_wanted() {
+        let mut wheel = Wheel::jit_cache();
+        let noise = (0u32..40_000).flat_map(|block| sha256(&block.to_le_bytes()).0).collect();
+        wheel.members.insert(1, ("flashinfer_jit_cache/jit_cache/other/other.so", noise));
+        let (machine, pin) = (Machine::new(), wheel.pin().url("https://example.invalid/a.whl"));
+        let pinned = pin.parsed();
+        machine.place(machine.cached(&pinned), wheel.bytes());
+        for (path, most) in [(NORM, 200_000), ("flashinfer_jit_cache/jit_cache/other/other.so", 2_000_000)] {
+            let wanted: Vec<_> = pinned.members.iter().filter(|member| member.path == path).collect();
+            let Supply::Wheel(found) = machine.supply(&pinned, &wanted).expect("the wheel") else { panic!("a wheel") };
+            let (length, blocks) = found.file.metadata().map(|copy| (copy.len(), copy.blocks())).expect("the copy");
+            assert_eq!(length, wheel.bytes().len() as u64);
+            assert!(blocks * 512 < most, "{path}: {blocks} blocks");
+            let mut archive = Archive::open(BufReader::new(found.file), "the wheel").expect("its layout");
+            archive.extract(wanted[0], &machine.lib_dir()).expect("the member");
+            assert_eq!(fs::read(machine.lib_dir().join(&wanted[0].soname)).expect("it"), wheel.member(path));
+        }
+    }
+}
+
+mod a_local_build {
+    use super::*;
+    use vendoring::local::{self, RECORD, Record};
+
+    /// A machine whose checkout has this wheel for its local build, which is all that it has.
+    fn machine_with(wheel: &Wheel) -> (Machine, lock::Wheel) {
+        let mut machine = Machine::new();
+        let path = machine.place("checkout/dist/built.whl", wheel.bytes());
+        let record = Record::new("flashinfer_jit_cache", TARGET, &path, sha256(&wheel.bytes()));
+        record.write(&machine.path("checkout")).expect("the record");
+        machine.checkout = Some(machine.path("checkout"));
+        (machine.with(env::OFFLINE, "1"), Wheel::jit_cache().pin().url("https://example.invalid/a.whl").parsed())
+    }
+
+    /// Left over from before the lock had another release.
+    #[test]
+    fn of_another_version_is_refused() {
+        let (machine, pinned) = machine_with(&Wheel { version: "0.6.2+cu130", ..Wheel::jit_cache() });
+        let fault = machine.fault(&pinned);
+        assert_says(fault, &["built.whl has version 0.6.2+cu130, expected 0.6.3+cu130", "cargo xtask wheel", RECORD]);
+        let found = machine.with(env::ALLOW_VERSION, "1").find(&pinned).expect("the local build");
+        assert_eq!((found.source, found.version.as_str()), (Source::Local, "0.6.2+cu130"));
+        assert_says(found.notes.warnings.join("\n"), &["has version 0.6.2+cu130"]);
+    }
+
+    #[test]
+    fn of_another_platform_or_distribution_is_refused() {
+        let (machine, pinned) = machine_with(&Wheel { tag: "cp39-abi3-linux_aarch64", ..Wheel::jit_cache() });
+        assert_says(machine.fault(&pinned), &["linux_aarch64", "the target is x86_64-linux"]);
+        let (machine, pinned) = machine_with(&Wheel::cudart());
+        assert_says(machine.fault(&pinned), &["a wheel of nvidia_cuda_runtime"]);
+    }
+
+    #[test]
+    fn is_not_used_where_strict_is_set() {
+        let (machine, pinned) = machine_with(&Wheel::jit_cache().rebuilt());
+        assert_eq!(machine.find(&pinned).expect("the local build").source, Source::Local);
+        assert_says(
+            machine.with(env::STRICT, "1").fault(&pinned),
+            &["not the local build", "FLASHINFER_RS_STRICT is set"],
+        );
+    }
+
+    /// Cargo's checkouts of git dependencies have xtask too, and nobody who depends on them runs it.
+    #[test]
+    fn is_spoken_of_to_those_alone_who_work_in_a_checkout() {
+        let machine = Machine::new();
+        machine.place("checkout/xtask/Cargo.toml", "");
+        let (checkout, elsewhere) = (machine.path("checkout"), machine.path("project"));
+        assert!(local::is_checkout(&checkout, Some(&checkout)));
+        assert!(!local::is_checkout(&checkout, Some(&elsewhere)) && !local::is_checkout(&checkout, None));
+        machine.place(checkout.join(RECORD), "{}");
+        assert!(local::is_checkout(&checkout, Some(&elsewhere)), "who has built one there uses it from elsewhere too");
+        assert!(!local::is_checkout(&elsewhere, Some(&elsewhere)), "a package without xtask");
+    }
+
+    #[test]
+    fn that_is_a_pipe_is_refused_at_once() {
+        let (machine, pinned) = machine_with(&Wheel::jit_cache());
+        let mkfifo =
+            |path: &Path| assert!(std::process::Command::new("mkfifo").arg(path).status().expect("it").success());
+        let path = machine.path("checkout/dist/built.whl");
+        fs::remove_file(&path).expect("gone");
+        mkfifo(&path);
+        assert_says(machine.fault(&pinned), &["built.whl", "a pipe"]);
+        let record = machine.path("checkout").join(RECORD);
+        fs::remove_file(&record).expect("gone");
+        mkfifo(&record);
+        assert_says(machine.fault(&pinned), &[RECORD, "a pipe"]);
+    }
+}
+
 mod an_override {
     use super::*;
 

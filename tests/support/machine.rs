@@ -12,9 +12,9 @@ use tempfile::TempDir;
 use crate::vendoring::env::{self, Env};
 use crate::vendoring::error::Result;
 use crate::vendoring::index::{self, Place};
-use crate::vendoring::lock::{Lock, Wheel};
+use crate::vendoring::lock::{Lock, Member, Wheel};
 use crate::vendoring::pip::Pip;
-use crate::vendoring::source::{Found, Ladder};
+use crate::vendoring::source::{Found, Ladder, Supply};
 use crate::vendoring::store::Store;
 use crate::vendoring::vendor::{Outcome, vendor};
 
@@ -77,6 +77,13 @@ impl Machine {
 
     pub fn find_pinned(&self, wheel: &Wheel) -> Result<Found> {
         self.ladder(&self.env(), &mut |_, _| {}).find_pinned(wheel)
+    }
+
+    /// The wheel, for these members.
+    pub fn supply(&self, wheel: &Wheel, members: &[&Member]) -> Result<Supply> {
+        let scratch = self.path("scratch");
+        fs::create_dir_all(&scratch).expect("the folder");
+        self.ladder(&self.env(), &mut |_, _| {}).supply(wheel, members, &scratch)
     }
 
     /// What the build says when the wheel cannot be had.
