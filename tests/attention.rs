@@ -1,5 +1,10 @@
 //! Attention on the host: what the oracle computes, what specifications, batches and calls refuse, and the modules' names.
 
+#[cfg(feature = "bench")]
+#[path = "support/torch.rs"]
+#[allow(dead_code, reason = "whether torch is there is said by whoever asks for the test")]
+mod torch;
+
 use flashinfer_rs::attention::{
     AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, DecodeTable, Kind, LatentQueries, Workspace,
     XqaDecode,
@@ -705,6 +710,45 @@ fn queries_in_8_bits_and_their_scales_are_what_they_stand_for() {
         "o",
         "BF16, as the specification says",
     );
+}
+
+/// The oracle beside another one.
+#[cfg(feature = "bench")]
+#[test]
+#[ignore = "wants python3 with torch"]
+fn torch_computes_what_the_reference_does() {
+    start();
+    let folder = tempfile::tempdir().unwrap();
+    let mut files = Vec::new();
+    for (name, heads, causal) in [("causal", (6, 2), true), ("whole", (4, 4), false)] {
+        let requests: &[(i64, i64)] = &[(5, 5), (3, 90), (1, 1), (1, 333)];
+        let spec = AttentionSpec::ragged(DType::F32, heads, (64, 64)).causal(causal).sm_scale(0.2).build().unwrap();
+        let mut batch = Batch::ragged();
+        requests.iter().for_each(|(queries, keys)| batch.push_ragged(*queries, *keys).unwrap());
+        let (rows, keys) = (batch.rows(), batch.keys());
+        let (q_shape, kv_shape) = ([rows, heads.0, 64], [keys, heads.1, 64]);
+        let count = |shape: &[i64; 3]| shape.iter().product::<i64>() as usize;
+        let (q, k, v) = (noise(count(&q_shape), 1), noise(count(&kv_shape), 2), noise(count(&kv_shape), 3));
+        let (mut o, mut lse) = (vec![0f32; q.len()], vec![0f32; (rows * heads.0) as usize]);
+        let tensor = |values, shape: &[i64]| TensorRef::from_slice::<f32>(values, shape).unwrap();
+        Workspace::on_host(spec)
+            .plan(&batch)
+            .unwrap()
+            .run_ragged(
+                &mut TensorMut::from_slice(&mut o, &q_shape).unwrap(),
+                Some(&mut TensorMut::from_slice(&mut lse, &[rows, heads.0]).unwrap()),
+                &tensor(&q, &q_shape),
+                (&tensor(&k, &kv_shape), &tensor(&v, &kv_shape)),
+                &AttentionOptions::default(),
+            )
+            .unwrap();
+        let file = folder.path().join(format!("{name}.safetensors"));
+        let computed =
+            torch::Computed { heads, size: 64, causal, scale: 0.2, requests, q: &q, k: &k, v: &v, o: &o, lse: &lse };
+        computed.write(&file);
+        files.push(file);
+    }
+    torch::compare(&files.iter().map(std::path::PathBuf::as_path).collect::<Vec<_>>());
 }
 
 #[test]

@@ -1,11 +1,15 @@
 //! Attention on a GPU, against the reference in f64. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --release --features
-//! cudarc,attention,attention-mla,attention-sinks,attention-fp8-kv --test attention_gpu` runs it, within 60 seconds. A test is for
-//! one module, whose name is part of its own; where that was not vendored, it is reported as ignored.
+//! cudarc,attention,attention-mla,attention-sinks,attention-fp8-kv,bench --test attention_gpu` runs it, within 60 seconds. A test is for
+//! one module, whose name is part of its own; where that was not vendored, it is reported as ignored. So is the one beside torch where
+//! `python3` has no torch.
 
 #[path = "support/data.rs"]
 mod data;
 #[path = "support/gpu.rs"]
 mod gpu;
+#[cfg(feature = "bench")]
+#[path = "support/torch.rs"]
+mod torch;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -73,6 +77,10 @@ fn cases() -> Vec<Case> {
         add("keys_of_8_bits", eight, Backend::Fa2, by_type([eight_bits::<bf16>, eight_bits::<f16>]));
         let eight = AttentionSpec::decode(dtype, (8, 2), 128, 16).kv_dtype(DType::F8E4M3);
         add("keys_of_8_bits_decoded", eight, Backend::CudaCores, by_type([eight_bits::<bf16>, eight_bits::<f16>]));
+        for backend in [Backend::Fa2, Backend::Fa3] {
+            let ragged = AttentionSpec::ragged(dtype, (8, 2), (128, 128)).causal(true);
+            add("one_sequence", ragged, backend, by_type([one_sequence::<bf16>, one_sequence::<f16>]));
+        }
     }
     let decode = AttentionSpec::decode(DType::BF16, (8, 2), 128, 16);
     let paged = AttentionSpec::paged(DType::BF16, (8, 2), 128, 16).causal(true);
@@ -89,11 +97,24 @@ fn cases() -> Vec<Case> {
     {
         add("a_graph_planned_anew_answers_the_bits_of_plain_runs", facts, backend, replanned);
     }
+    for backend in [Backend::Fa2, Backend::Fa3] {
+        let ragged = AttentionSpec::ragged(DType::BF16, (8, 2), (128, 128)).causal(true);
+        add("a_graph_without_pages_is_planned_anew", ragged, backend, replanned_ragged);
+    }
     let mla = AttentionSpec::mla(DType::BF16, 16, 16).sm_scale(0.07).causal(true);
     for backend in [Backend::Fa2, Backend::Fa3] {
         add("a_graph_of_latent_attention_is_planned_anew", mla, backend, replanned_latent);
     }
     add("parts_of_a_context_merge_into_the_whole", paged.causal(false), Backend::Fa2, merged);
+    // Behind all others: of these kernels some forms, which are refused, never end.
+    for (out, tests) in [(DType::BF16, [eight_bit_queries::<bf16> as fn(&Gpu, _), eight_bit_queries_ragged::<bf16>]),
+        (DType::F16, [eight_bit_queries::<f16>, eight_bit_queries_ragged::<f16>])]
+    {
+        let paged = AttentionSpec::paged(DType::F8E4M3, (8, 2), 128, 16).causal(true).out_dtype(out);
+        let ragged = AttentionSpec::ragged(DType::F8E4M3, (8, 2), (128, 128)).causal(true).out_dtype(out);
+        add("queries_of_8_bits_one_after_the_other", ragged, Backend::Fa3, tests[1]);
+        add("queries_of_8_bits_over_pages", paged, Backend::Fa3, tests[0]);
+    }
     cases
 }
 
@@ -111,7 +132,18 @@ fn main() -> ExitCode {
         };
         Trial::test(format!("{}: {module}", case.name), body).with_ignored_flag(!there)
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    #[cfg_attr(not(feature = "bench"), allow(unused_mut, reason = "the crate writes files with bench alone"))]
+    let mut trials: Vec<_> = trials.collect();
+    #[cfg(feature = "bench")]
+    {
+        let body = || {
+            beside_torch(&Gpu::open());
+            Ok(())
+        };
+        let trial = Trial::test("torch_computes_the_same", body).with_ignored_flag(!asked || !torch::is_there());
+        trials.push(trial);
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 /// Whether the module was vendored, and whether there are as many GPUs as the test needs.
@@ -152,30 +184,42 @@ fn below(random: &mut Random, end: i64) -> i64 {
     ((random.uniform() * end as f64) as i64).min(end - 1)
 }
 
-/// Queries, and a cache where pages that no request has are full of NaN. The second request shares the first one's pages, as far
-/// as both go.
+/// The pages of each request, scattered. The second request shares the first one's, as far as both go.
+fn scattered(random: &mut Random, spec: &AttentionSpec, requests: &[(i64, i64)]) -> Vec<Vec<i32>> {
+    let counts = requests.iter().map(|(_, keys)| ((keys + spec.page_size() - 1) / spec.page_size()) as usize);
+    let mut free: Vec<i32> = (0..(counts.clone().sum::<usize>() + SPARE) as i32).collect();
+    for i in 0..free.len() {
+        let other = i + below(random, (free.len() - i) as i64) as usize;
+        free.swap(i, other);
+    }
+    let mut pages: Vec<Vec<i32>> = counts.map(|count| free.drain(..count).collect()).collect();
+    if let [first, second, ..] = &mut pages[..] {
+        let shared = first.len().min(second.len());
+        second[..shared].copy_from_slice(&first[..shared]);
+    }
+    pages
+}
+
+/// Pages that no request has.
+const SPARE: usize = 3;
+
+/// The pages that [`input`] has for each request.
+#[cfg(feature = "bench")]
+fn pages_of_requests(seed: u64, spec: &AttentionSpec, requests: &[(i64, i64)]) -> Vec<Vec<i32>> {
+    scattered(&mut Random(seed), spec, requests)
+}
+
+/// Queries, and a cache where pages that no request has are full of NaN.
 fn input<T: Number>(seed: u64, spec: &AttentionSpec, requests: &[(i64, i64)]) -> Input<T> {
     let mut random = Random(seed);
     let page_size = spec.page_size();
-    let used: i64 = requests.iter().map(|(_, keys)| (keys + page_size - 1) / page_size).sum();
-    let pages = used + 3;
-    let mut free: Vec<i32> = (0..pages as i32).collect();
-    for i in 0..free.len() {
-        let other = i + below(&mut random, (free.len() - i) as i64) as usize;
-        free.swap(i, other);
-    }
+    let each = scattered(&mut random, spec, requests);
+    let pages = (each.iter().map(Vec::len).sum::<usize>() + SPARE) as i64;
     let mut batch = Batch::paged(page_size, pages).unwrap();
-    let mut first: Vec<i32> = Vec::new();
     let mut taken = vec![false; pages as usize];
-    for (request, &(queries, keys)) in requests.iter().enumerate() {
-        let mut own: Vec<i32> = free.drain(..((keys + page_size - 1) / page_size) as usize).collect();
-        if request == 1 {
-            let shared = first.len().min(own.len());
-            own[..shared].copy_from_slice(&first[..shared]);
-        }
+    for (&(queries, keys), own) in requests.iter().zip(&each) {
         own.iter().for_each(|page| taken[*page as usize] = true);
-        batch.push(queries, &own, keys).unwrap();
-        first = own;
+        batch.push(queries, own, keys).unwrap();
     }
     let (q_heads, kv_heads) = spec.heads();
     let (size, per_page) = (spec.head_dims().0, (page_size * kv_heads * spec.head_dims().0) as usize);
@@ -537,6 +581,169 @@ fn eight_bits<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
     }
 }
 
+/// What 8 bits cost: weights are rounded to 8 bits too.
+const OF_8_BITS: f64 = 6e-2;
+
+/// Results and logarithms beside the reference's, of 8-bit queries, keys and values.
+fn assert_8_bits<T: Number>(
+    gpu: &Gpu,
+    what: &str,
+    o: &CudaSlice<T>,
+    lse: &CudaSlice<f32>,
+    expected: &[T],
+    exact: &[f32],
+) {
+    assert_close(what, &widened(&gpu.stream.clone_dtoh(o).unwrap()), &widened(expected), OF_8_BITS);
+    assert_logarithms(what, &gpu.stream.clone_dtoh(lse).unwrap(), exact, 5e-2);
+}
+
+fn eight_bit_options() -> AttentionOptions<'static> {
+    AttentionOptions::default().with_q_scale(0.5).with_k_scale(0.75).with_v_scale(2.0)
+}
+
+/// 8-bit queries over pages; in those that no request has every number is NaN. `T` is the results' type.
+fn eight_bit_queries<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let stream = &gpu.stream;
+    let lengths: [Requests; 4] =
+        [&[(1, 1), (3, 17), (16, 16)], &[(40, 200), (1, 5)], &[(5, 2500), (130, 130)], &[(150, 400), (1, 129)]];
+    for (seed, requests) in lengths.into_iter().enumerate() {
+        for causal in [true, false] {
+            let spec = facts.causal(causal).build().unwrap();
+            let ((q_heads, _), size) = (spec.heads(), spec.head_dims().0);
+            let input = input::<T>(seed as u64, &spec, requests);
+            let mut random = Random(seed as u64 + 5);
+            let mut bytes = |of: &[T]| -> Vec<u8> {
+                // The NaN of 8 bits where the generator has its own.
+                of.iter().map(|x| if Into::<f64>::into(*x).is_nan() { 0x7F } else { eight_bit(&mut random) }).collect()
+            };
+            let (mut q, mut k, mut v) = (bytes(&input.q), bytes(&input.k), bytes(&input.v));
+            let rows = input.batch.rows();
+            let (o_shape, cache_shape) = ([rows, q_heads, size], shape(&spec, input.pages));
+            let options = eight_bit_options();
+            let mut expected = vec![T::default(); (rows * q_heads * size) as usize];
+            let mut exact = vec![0f32; (rows * q_heads) as usize];
+            {
+                let raw = |bytes: &mut Vec<u8>, shape: &[i64]| {
+                    // SAFETY: as many bytes as the shape says, which outlive the tensor.
+                    unsafe { TensorMut::from_raw(bytes.as_mut_ptr().cast(), Device::Cpu, DType::F8E4M3, shape, None) }.unwrap()
+                };
+                let (q, k, v) = (raw(&mut q, &o_shape), raw(&mut k, &cache_shape), raw(&mut v, &cache_shape));
+                let cache = PagedKvCache::new(k, v, spec.layout()).unwrap();
+                let mut results = TensorMut::from_slice(&mut expected, &o_shape).unwrap();
+                let mut logarithms = TensorMut::from_slice(&mut exact, &[rows, q_heads]).unwrap();
+                let mut host = Workspace::on_host(spec);
+                let plan = host.plan(&input.batch).unwrap();
+                plan.run(&mut results, Some(&mut logarithms), &q.as_ref(), &cache, &options).unwrap();
+            }
+            let up = |bytes: &[u8]| stream.clone_htod(bytes).unwrap();
+            let (q, mut k, mut v) = (up(&q), up(&k), up(&v));
+            let mut o = stream.clone_htod(&vec![T::POISON; expected.len()]).unwrap();
+            let mut lse = stream.clone_htod(&vec![f32::NAN; exact.len()]).unwrap();
+            {
+                let [k, v] = [&mut k, &mut v]
+                    .map(|bytes| TensorMut::from_cudarc_bytes(stream, bytes, DType::F8E4M3, &cache_shape).unwrap());
+                let q = TensorRef::from_cudarc_bytes(stream, &q, DType::F8E4M3, &o_shape).unwrap();
+                let cache = PagedKvCache::new(k, v, spec.layout()).unwrap();
+                let mut results = TensorMut::from_cudarc(stream, &mut o, &o_shape).unwrap();
+                let mut logarithms = TensorMut::from_cudarc(stream, &mut lse, &[rows, q_heads]).unwrap();
+                let mut workspace = Workspace::new(spec, Largest::new(requests.len() as i64, rows), stream).unwrap();
+                let plan = workspace.plan(&input.batch).unwrap();
+                plan.run(&mut results, Some(&mut logarithms), &q, &cache, &options).unwrap();
+            }
+            assert_8_bits(gpu, &format!("{spec:?} of {requests:?}"), &o, &lse, &expected, &exact);
+        }
+    }
+}
+
+fn eight_bit_queries_ragged<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let stream = &gpu.stream;
+    for (seed, requests) in LENGTHS.into_iter().enumerate() {
+        for causal in [true, false] {
+            let spec = facts.causal(causal).build().unwrap();
+            let ((q_heads, kv_heads), size) = (spec.heads(), spec.head_dims().0);
+            let mut batch = Batch::ragged();
+            requests.iter().for_each(|&(queries, keys)| batch.push_ragged(queries, keys).unwrap());
+            let (rows, keys) = (batch.rows(), batch.keys());
+            let mut random = Random(seed as u64 + 5);
+            let mut bytes = |count: i64| -> Vec<u8> { (0..count).map(|_| eight_bit(&mut random)).collect() };
+            let (q_shape, kv_shape) = ([rows, q_heads, size], [keys, kv_heads, size]);
+            let product = |shape: &[i64; 3]| shape.iter().product::<i64>();
+            let (q, k, v) = (bytes(product(&q_shape)), bytes(product(&kv_shape)), bytes(product(&kv_shape)));
+            let options = eight_bit_options();
+            let mut expected = vec![T::default(); q.len()];
+            let mut exact = vec![0f32; (rows * q_heads) as usize];
+            // SAFETY: as many bytes as the shape says, which outlive the tensor.
+            let raw = |bytes: &[u8], shape: &[i64]| unsafe {
+                TensorRef::from_raw(bytes.as_ptr().cast(), Device::Cpu, DType::F8E4M3, shape, None).unwrap()
+            };
+            let mut host = Workspace::on_host(spec);
+            host.plan(&batch)
+                .unwrap()
+                .run_ragged(
+                    &mut TensorMut::from_slice(&mut expected, &q_shape).unwrap(),
+                    Some(&mut TensorMut::from_slice(&mut exact, &[rows, q_heads]).unwrap()),
+                    &raw(&q, &q_shape),
+                    (&raw(&k, &kv_shape), &raw(&v, &kv_shape)),
+                    &options,
+                )
+                .unwrap();
+            let up = |bytes: &[u8]| stream.clone_htod(bytes).unwrap();
+            let (q, k, v) = (up(&q), up(&k), up(&v));
+            let mut o = stream.clone_htod(&vec![T::POISON; expected.len()]).unwrap();
+            let mut lse = stream.clone_htod(&vec![f32::NAN; exact.len()]).unwrap();
+            {
+                let on_gpu =
+                    |bytes, shape: &[i64]| TensorRef::from_cudarc_bytes(stream, bytes, DType::F8E4M3, shape).unwrap();
+                let (q, k, v) = (on_gpu(&q, &q_shape), on_gpu(&k, &kv_shape), on_gpu(&v, &kv_shape));
+                let mut workspace = Workspace::new(spec, Largest::new(requests.len() as i64, rows), stream).unwrap();
+                workspace
+                    .plan(&batch)
+                    .unwrap()
+                    .run_ragged(
+                        &mut TensorMut::from_cudarc(stream, &mut o, &q_shape).unwrap(),
+                        Some(&mut TensorMut::from_cudarc(stream, &mut lse, &[rows, q_heads]).unwrap()),
+                        &q,
+                        (&k, &v),
+                        &options,
+                    )
+                    .unwrap();
+            }
+            assert_8_bits(gpu, &format!("{spec:?} of {requests:?}"), &o, &lse, &expected, &exact);
+        }
+    }
+}
+
+/// One sequence at once, beside the reference.
+fn one_sequence<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
+    let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
+    let mut workspace = Workspace::new(spec, Largest::new(1, 300), stream).unwrap();
+    let mut host = Workspace::on_host(spec);
+    for (seed, (queries, keys)) in [(1, 1), (1, 3000), (70, 70), (300, 900)].into_iter().enumerate() {
+        let mut random = Random(seed as u64);
+        let (q_shape, kv_shape) = ([queries, 8, 128], [keys, 2, 128]);
+        let (q, k, v): (Vec<T>, Vec<T>, Vec<T>) = (
+            random.normal(queries as usize * 1024),
+            random.normal(keys as usize * 256),
+            random.normal(keys as usize * 256),
+        );
+        let options = AttentionOptions::default();
+        let mut expected = vec![T::default(); q.len()];
+        let read = |values, shape: &[i64]| TensorRef::from_slice::<T>(values, shape).unwrap();
+        let mut results = TensorMut::from_slice(&mut expected, &q_shape).unwrap();
+        let (kv, one) = ((read(&k, &kv_shape), read(&v, &kv_shape)), read(&q, &q_shape));
+        host.run_single(&mut results, None, &one, (&kv.0, &kv.1), &options).unwrap();
+        let up = |values: &[T]| stream.clone_htod(values).unwrap();
+        let (q, k, v) = (up(&q), up(&k), up(&v));
+        let mut o = up(&vec![T::POISON; expected.len()]);
+        let read = |buffer, shape: &[i64]| TensorRef::from_cudarc::<T>(stream, buffer, shape).unwrap();
+        let mut results = TensorMut::from_cudarc(stream, &mut o, &q_shape).unwrap();
+        let (kv, one) = ((read(&k, &kv_shape), read(&v, &kv_shape)), read(&q, &q_shape));
+        workspace.run_single(&mut results, None, &one, (&kv.0, &kv.1), &options).unwrap();
+        let found = widened(&stream.clone_dtoh(&o).unwrap());
+        assert_close(&format!("{queries} over {keys}"), &found, &widened(&expected), tolerance(T::DTYPE));
+    }
+}
+
 fn latent<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
     let stream = &gpu.stream;
     let first = facts.build().unwrap();
@@ -845,6 +1052,72 @@ fn replanned(gpu: &Gpu, facts: AttentionBuilder) {
     assert!(bits(stream.clone_dtoh(&graph.buffers().unwrap().2).unwrap()) == before);
 }
 
+/// As [`replanned`], of keys that lie one after the other, in tensors with room for more of them.
+fn replanned_ragged(gpu: &Gpu, facts: AttentionBuilder) {
+    const KEYS: i64 = 4000;
+    let (spec, stream, rows) = (facts.build().unwrap(), &gpu.stream, 90i64);
+    let mut random = Random(9);
+    let count = (KEYS * 2 * 128) as usize;
+    let (k, v): (Vec<bf16>, Vec<bf16>) = (random.normal(count), random.normal(count));
+    let q: Vec<bf16> = random.normal((rows * 8 * 128) as usize);
+    let up = |values: &[bf16]| stream.clone_htod(values).unwrap();
+    let mut draw = || {
+        let mut batch = Batch::ragged();
+        for _ in 0..1 + below(&mut random, 6) {
+            let queries = 1 + below(&mut random, 15);
+            let longest = [10, 600][below(&mut random, 2) as usize];
+            batch.push_ragged(queries, queries + below(&mut random, longest)).unwrap();
+        }
+        batch
+    };
+    let captured = |batch: &Batch| {
+        let plan = GraphPlan::new(spec, GraphRoom::ragged(6, rows, KEYS as usize), batch, stream).unwrap();
+        let o = up(&vec![bf16::POISON; q.len()]);
+        let mut graph = LaunchGraph::new(stream, (plan, up(&q), o, up(&k), up(&v))).unwrap();
+        graph
+            .capture(|s, (plan, q, mut o, k, v)| {
+                let (q, mut o) = (q.read(&[rows, 8, 128])?, o.write(&[rows, 8, 128])?);
+                let (k, v) = (k.read(&[KEYS, 2, 128])?, v.read(&[KEYS, 2, 128])?);
+                plan.run_ragged(&mut o, None, &q, (&k, &v), &AttentionOptions::default(), s)
+            })
+            .unwrap();
+        graph
+    };
+    let mut graph = captured(&draw());
+    graph.launch().unwrap();
+    for round in 0..24 {
+        let batch = draw();
+        graph.buffers().unwrap().0.replan(&batch).unwrap();
+        graph.launch().unwrap();
+        if round % 6 != 0 {
+            continue;
+        }
+        let used = (batch.rows() * 8 * 128) as usize;
+        let found = stream.clone_dtoh(&graph.buffers().unwrap().2.slice(..used)).unwrap();
+        let mut other = captured(&batch);
+        other.launch().unwrap();
+        let expected = stream.clone_dtoh(&other.buffers().unwrap().2.slice(..used)).unwrap();
+        assert!(found == expected, "round {round}, {batch:?}");
+        // And the reference's, but for rounding.
+        let mut exact = vec![bf16::ZERO; used];
+        let (o_shape, kv_shape) = ([batch.rows(), 8, 128], [batch.keys(), 2, 128]);
+        let keys = (batch.keys() * 256) as usize;
+        let read = |values, shape: &[i64]| TensorRef::from_slice::<bf16>(values, shape).unwrap();
+        let mut host = Workspace::on_host(spec);
+        host.plan(&batch)
+            .unwrap()
+            .run_ragged(
+                &mut TensorMut::from_slice(&mut exact, &o_shape).unwrap(),
+                None,
+                &read(&q[..used], &o_shape),
+                (&read(&k[..keys], &kv_shape), &read(&v[..keys], &kv_shape)),
+                &AttentionOptions::default(),
+            )
+            .unwrap();
+        assert_close(&format!("round {round}"), &widened(&found), &widened(&exact), tolerance(DType::BF16));
+    }
+}
+
 fn replanned_latent(gpu: &Gpu, facts: AttentionBuilder) {
     const PAGES: i64 = 200;
     let (spec, stream) = (facts.build().unwrap(), &gpu.stream);
@@ -944,4 +1217,66 @@ fn pages_of(input: &Input<bf16>) -> Vec<i32> {
     }
     free.truncate(40);
     free
+}
+
+/// What every backend answers for batches of two types beside torch's scaled_dot_product_attention, in one process of Python's.
+#[cfg(feature = "bench")]
+fn beside_torch(gpu: &Gpu) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut files = Vec::new();
+    for dtype in [DType::BF16, DType::F16] {
+        for (kind, backend) in [
+            (Kind::Paged, Backend::Fa2),
+            (Kind::Paged, Backend::Fa3),
+            (Kind::Decode, Backend::Fa2),
+            (Kind::Decode, Backend::CudaCores),
+        ] {
+            let facts = match kind {
+                Kind::Decode => AttentionSpec::decode(dtype, (8, 2), 128, 16),
+                _ => AttentionSpec::paged(dtype, (8, 2), 128, 16).causal(true),
+            };
+            let spec = facts.backend(backend).build().unwrap();
+            if !is_there(&spec.module(backend), "") {
+                continue;
+            }
+            let file = folder.path().join(format!("{dtype}-{kind:?}-{backend:?}.safetensors"));
+            match dtype {
+                DType::BF16 => write_for_torch::<bf16>(gpu, spec, &file),
+                _ => write_for_torch::<f16>(gpu, spec, &file),
+            }
+            files.push(file);
+        }
+    }
+    assert!(!files.is_empty(), "there is no module of heads of 128");
+    torch::compare(&files.iter().map(std::path::PathBuf::as_path).collect::<Vec<_>>());
+}
+
+#[cfg(feature = "bench")]
+fn write_for_torch<T: Number>(gpu: &Gpu, spec: AttentionSpec, file: &std::path::Path) {
+    let requests: Requests = match spec.kind() {
+        Kind::Decode => &[(1, 1), (1, 3000), (1, 16), (1, 333)],
+        _ => &[(70, 70), (40, 200), (1, 3000), (5, 900)],
+    };
+    let input = input::<T>(7, &spec, requests);
+    let options = AttentionOptions::default();
+    let (rows, heads, size) = (input.batch.rows(), spec.heads(), spec.head_dims().0);
+    let mut on = OnGpu::new(&gpu.stream, &spec, &input);
+    let mut workspace = Workspace::new(spec, Largest::new(requests.len() as i64, rows), &gpu.stream).unwrap();
+    let plan = workspace.plan(&input.batch).unwrap();
+    on.run(&gpu.stream, &plan, &spec, input.pages, &options);
+    let (o, lse) = (gpu.stream.clone_dtoh(&on.o).unwrap(), gpu.stream.clone_dtoh(&on.lse).unwrap());
+    // The keys of each request one after the other, by the pages that the batch was made with.
+    let per_page = (spec.page_size() * heads.1 * size) as usize;
+    let ordered = |cache: &[T]| -> Vec<T> {
+        let mut pages = pages_of_requests(7, &spec, requests).into_iter();
+        let tokens = requests.iter().flat_map(|(_, keys)| {
+            let own = pages.next().unwrap();
+            let all = own.iter().flat_map(|page| &cache[*page as usize * per_page..][..per_page]);
+            all.copied().take((keys * heads.1 * size) as usize).collect::<Vec<_>>()
+        });
+        tokens.collect()
+    };
+    let (k, v) = (ordered(&input.k), ordered(&input.v));
+    let (causal, scale) = (spec.kind() != Kind::Decode, spec.sm_scale());
+    torch::Computed { heads, size, causal, scale, requests, q: &input.q, k: &k, v: &v, o: &o, lse: &lse }.write(file);
 }

@@ -83,7 +83,7 @@ fn programs(root: &Path) -> Result<Vec<Program>> {
         let Some(name) = name.filter(|_| path.extension().is_some_and(|extension| extension == "rs")) else { continue };
         let text = fs::read_to_string(&path).map_err(|e| Error::io("reading", &path, &e))?;
         // What runs without a GPU may be named after that.
-        if !text.contains("gpu::main(") {
+        if !text.contains("gpu::main(") && !text.contains("gpu::RUN") {
             continue;
         }
         let name = Cow::<str>::Owned(name.to_owned());
