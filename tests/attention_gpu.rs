@@ -107,9 +107,10 @@ fn cases() -> Vec<Case> {
     }
     add("parts_of_a_context_merge_into_the_whole", paged.causal(false), Backend::Fa2, merged);
     // Behind all others: of these kernels some forms, which are refused, never end.
-    for (out, tests) in [(DType::BF16, [eight_bit_queries::<bf16> as fn(&Gpu, _), eight_bit_queries_ragged::<bf16>]),
-        (DType::F16, [eight_bit_queries::<f16>, eight_bit_queries_ragged::<f16>])]
-    {
+    for (out, tests) in [
+        (DType::BF16, [eight_bit_queries::<bf16> as fn(&Gpu, _), eight_bit_queries_ragged::<bf16>]),
+        (DType::F16, [eight_bit_queries::<f16>, eight_bit_queries_ragged::<f16>]),
+    ] {
         let paged = AttentionSpec::paged(DType::F8E4M3, (8, 2), 128, 16).causal(true).out_dtype(out);
         let ragged = AttentionSpec::ragged(DType::F8E4M3, (8, 2), (128, 128)).causal(true).out_dtype(out);
         add("queries_of_8_bits_one_after_the_other", ragged, Backend::Fa3, tests[1]);
@@ -625,7 +626,8 @@ fn eight_bit_queries<T: Number>(gpu: &Gpu, facts: AttentionBuilder) {
             {
                 let raw = |bytes: &mut Vec<u8>, shape: &[i64]| {
                     // SAFETY: as many bytes as the shape says, which outlive the tensor.
-                    unsafe { TensorMut::from_raw(bytes.as_mut_ptr().cast(), Device::Cpu, DType::F8E4M3, shape, None) }.unwrap()
+                    unsafe { TensorMut::from_raw(bytes.as_mut_ptr().cast(), Device::Cpu, DType::F8E4M3, shape, None) }
+                        .unwrap()
                 };
                 let (q, k, v) = (raw(&mut q, &o_shape), raw(&mut k, &cache_shape), raw(&mut v, &cache_shape));
                 let cache = PagedKvCache::new(k, v, spec.layout()).unwrap();

@@ -589,7 +589,7 @@ mod pips_settings {
             server.on(PAGE, [Reply::ok(text).header("Content-Type", "application/vnd.pypi.simple.v1+json")]);
             let machine = Machine::new().with("PIP_INDEX_URL", server.url("/simple"));
             let found = machine.find(&by_index().parsed()).expect("the wheel");
-            assert!(!found.notes.join("").contains("withdrawn"), "{rest}: {:?}", found.notes);
+            assert!(!found.notes.warnings.join("").contains("withdrawn"), "{rest}: {:?}", found.notes);
         }
     }
 }

@@ -64,7 +64,8 @@ impl<T: Element> Computed<'_, T> {
 
 /// Whether `python3` has torch.
 pub fn is_there() -> bool {
-    let python = Command::new("python3").args(["-c", "import torch"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let python =
+        Command::new("python3").args(["-c", "import torch"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     python.is_ok_and(|status| status.success())
 }
 
