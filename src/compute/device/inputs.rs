@@ -412,7 +412,7 @@ mod tests {
         let logits = g.matmul_f32(&attended, &head).unwrap();
         let token = g.argmax(&logits).unwrap();
         let mut next = |g: &mut GraphBuilder, ids: &mut StepInput, positions: &mut StepInput| {
-            g.advance(&token, ids, positions, &mut lengths, (PER_ROW * PAGE_SIZE) as u32).unwrap();
+            g.advance(&token, ids, positions, &mut lengths, (PAGE_SIZE * PER_ROW) as u32).unwrap();
         };
         match swapped {
             false => next(&mut g, &mut ids, &mut positions),

@@ -18,6 +18,7 @@ use crate::buffers::device;
 use crate::data::tensor::numbers;
 use crate::error::{FlashInferError, Result, driver, driver_in};
 use crate::graph::{Chained, GraphSet};
+use crate::matmul::Selections;
 use crate::owner::{CurrentContext, record, refuse_capture};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
@@ -159,8 +160,23 @@ impl DeviceRun {
     /// steered by what is no step input, and a graph that was built for the host;
     /// [`WorkspaceTooSmall`](GraphError::WorkspaceTooSmall); [`Mismatch`](GraphError::Mismatch) for an input whose padding is no
     /// index that its kernels may be given; [`ArtifactMissing`](FlashInferError::ArtifactMissing) for a kernel that was not
-    /// vendored; as for [`GraphSet::new`]; [`Cuda`](FlashInferError::Cuda).
+    /// vendored; [`CublasLtMissing`](FlashInferError::CublasLtMissing) where the graph has products; as for [`GraphSet::new`];
+    /// [`Cuda`](FlashInferError::Cuda).
     pub fn new(graph: &Graph, buckets: &Buckets, stream: &Arc<CudaStream>) -> Result<Self> {
+        Self::with_selections(graph, buckets, stream, &mut Selections::new())
+    }
+
+    /// As [`new`](Self::new), with the algorithms of products that were chosen before. Those that have none are measured and added,
+    /// so that another run can have the same, and compute the same bits.
+    ///
+    /// # Errors
+    /// As there, and for selections as for [`MatMul::new`](crate::matmul::MatMul::new).
+    pub fn with_selections(
+        graph: &Graph,
+        buckets: &Buckets,
+        stream: &Arc<CudaStream>,
+        selections: &mut Selections,
+    ) -> Result<Self> {
         if graph.target() != Target::Gpu {
             let (op, reason) = (format!("graph {:?}", graph.name()), "it was built for the host".to_owned());
             let remedy = "build it by GraphBuilder::new, which checks what the kernels take";
@@ -172,8 +188,13 @@ impl DeviceRun {
         let _current = CurrentContext::bind(context)?;
         let inputs = Inputs::new(graph, buckets.largest())?;
         let mut model = Model::new(graph, buckets, &inputs, on)?;
-        let bytes = model.bytes.map(|bytes| bytes.saturating_add(BEHIND));
-        enough_memory(stream, bytes.iter().fold(0, |sum, bytes| sum.saturating_add(*bytes)))?;
+        let with_room_behind = |model: &Model| model.bytes.map(|bytes| bytes.saturating_add(BEHIND));
+        let sum = |bytes: [u64; BLOCKS]| bytes.iter().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
+        // Before products are measured, which takes memory for a time, and again with what they ask for.
+        enough_memory(stream, sum(with_room_behind(&model)))?;
+        model.load(stream, selections)?;
+        let bytes = with_room_behind(&model);
+        enough_memory(stream, sum(bytes))?;
         let allocated = driver_in(context, "allocating a compute graph's memory");
         let mut blocks = Vec::with_capacity(BLOCKS);
         for bytes in bytes {
@@ -643,11 +664,12 @@ impl Model {
                 before = Some(next.handle);
             }
             let planned = self.kernels(at, node);
-            if (kernels, others) != (planned, 0) {
+            let as_many = if self.is_free(node) { kernels >= planned } else { (kernels, others) == (planned, 0) };
+            if !as_many {
                 let captured = format!("{kernels}, and {others} copies or fills");
                 return Err(differs(name(), &format!("{planned} kernels"), &captured));
             }
-            if early && !self.starts_early(at, node, pdl) {
+            if early && !self.starts_early(at, node, pdl) && !self.is_free(node) {
                 return Err(differs(name(), &"a start behind the end of the node ahead", &"one before that"));
             }
         }

@@ -1,5 +1,10 @@
 //! A graph's plans at their addresses on a GPU, and the launches of their nodes.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
 use super::super::builder::operands;
 use super::super::error::GraphError;
 use super::super::graph::{Access, Graph, Node, Origin};
@@ -12,9 +17,10 @@ use crate::attention::{AttentionOptions, AttentionSpec, DecodeFacts, XqaKernel};
 use crate::contract::Operand;
 use crate::engine::Entry;
 use crate::error::{FlashInferError, Result};
+use crate::matmul::{MatMul, MatMulSpec, Selections};
 use crate::owner::Owner;
 use crate::stream::Stream;
-use crate::tensor::{DType, Device, Layout};
+use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
 
 /// The blocks of memory that a run has.
 pub(super) const WEIGHTS: usize = 0;
@@ -36,6 +42,8 @@ enum Way {
     Row,
     /// By one of XQA's kernels.
     Attention(usize),
+    /// By a product for each plan.
+    Product,
 }
 
 /// Numbers that never change: 0, then each larger by a step.
@@ -59,10 +67,15 @@ pub(super) struct Model {
     places: Vec<u64>,
     ways: Vec<Way>,
     attention: Vec<XqaKernel>,
+    /// Products of each size, and for each plan which one a node's is.
+    products: Vec<MatMul>,
+    chosen: Vec<Vec<usize>>,
     steady: Vec<Steady>,
-    /// XQA's counters, and queries that lie in a row, in the run's own block.
+    /// XQA's counters, and queries that lie one after the other, in the run's own block.
     counters: Span,
     queries: Span,
+    /// Scratch memory of products, of which one runs at a time.
+    workspace: Span,
     pub(super) bytes: [u64; BLOCKS],
     pub(super) device: Device,
     /// Where the blocks begin, once they are there.
@@ -78,6 +91,10 @@ fn unserved(graph: &Graph, node: usize, reason: String, remedy: &'static str) ->
     GraphError::UnsupportedKernel { op: graph.node_name(node), reason, remedy }.into()
 }
 
+fn is_product(kind: OpKind) -> bool {
+    matches!(kind, OpKind::MatMul | OpKind::MatMulBias | OpKind::MatMulAdd)
+}
+
 /// What a decode attention's kernel is chosen by.
 fn attention_spec(graph: &Graph, node: usize) -> Result<AttentionSpec> {
     let specs = graph.given(&graph.nodes[node]);
@@ -91,7 +108,7 @@ fn attention_spec(graph: &Graph, node: usize) -> Result<AttentionSpec> {
 }
 
 impl Model {
-    /// Plans, proves and sizes all of it, and loads the kernels. Nothing is allocated.
+    /// Plans, proves and sizes all of it.
     pub(super) fn new(graph: &Graph, buckets: &Buckets, inputs: &Inputs, device: Device) -> Result<Self> {
         let (plans, arena) = Plan::for_buckets(graph, buckets)?;
         plans.iter().try_for_each(|plan| plan.verify(graph))?;
@@ -117,7 +134,7 @@ impl Model {
             early
         });
         let nothing = Span { offset: 0, bytes: 0 };
-        let mut model = Self {
+        let model = Self {
             graph: graph.clone(),
             buckets: buckets.clone(),
             early: early.collect(),
@@ -125,21 +142,28 @@ impl Model {
             places,
             ways: Vec::new(),
             attention: Vec::new(),
+            products: Vec::new(),
+            chosen: Vec::new(),
             steady: Vec::new(),
             counters: nothing,
             queries: nothing,
+            workspace: nothing,
             bytes,
             device,
             blocks: [0; BLOCKS],
         };
-        model.choose_ways()?;
         Ok(model)
     }
 
-    fn choose_ways(&mut self) -> Result<()> {
+    /// Loads the kernels, and chooses the products' algorithms, which is measured on the stream.
+    pub(super) fn load(&mut self, stream: &Arc<CudaStream>, selections: &mut Selections) -> Result<()> {
+        self.choose_products(stream, selections)?;
         let (mut specs, mut counters, mut queries) = (Vec::<AttentionSpec>::new(), 0u64, 0u64);
         for node in 0..self.graph.nodes.len() {
-            let way = if self.graph.nodes[node].operation.kind == OpKind::DecodeAttention {
+            let kind = self.graph.nodes[node].operation.kind;
+            let way = if is_product(kind) {
+                Way::Product
+            } else if kind == OpKind::DecodeAttention {
                 let refused = |error: FlashInferError| match error {
                     FlashInferError::InvalidArgument { found, expected, .. } => {
                         let remedy = "choose sizes that XQA has a kernel for";
@@ -172,8 +196,73 @@ impl Model {
         let own = self.bytes[OWN];
         self.counters = Span { offset: own, bytes: aligned(counters) };
         self.queries = Span { offset: self.counters.end(), bytes: aligned(queries) };
-        self.bytes[OWN] = self.queries.end();
+        let workspace = self.products.iter().map(|product| product.workspace_bytes() as u64).max().unwrap_or(0);
+        self.workspace = Span { offset: self.queries.end(), bytes: aligned(workspace) };
+        self.bytes[OWN] = self.workspace.end();
         Ok(())
+    }
+
+    fn choose_products(&mut self, stream: &Arc<CudaStream>, selections: &mut Selections) -> Result<()> {
+        let mut known: HashMap<MatMulSpec, usize> = HashMap::new();
+        for plan in 0..self.plans.len() {
+            let mut chosen = vec![usize::MAX; self.graph.nodes.len()];
+            for (node, chosen) in chosen.iter_mut().enumerate() {
+                if !is_product(self.graph.nodes[node].operation.kind) {
+                    continue;
+                }
+                let refused = |error: FlashInferError| match error {
+                    FlashInferError::InvalidArgument { argument, found, expected, .. } => {
+                        let reason = format!("its product's {argument} is {found}, and must be {expected}");
+                        unserved(&self.graph, node, reason, "choose other sizes, or copy what are columns first")
+                    }
+                    other => other,
+                };
+                let spec = self.product_spec(plan, node).map_err(refused)?;
+                *chosen = match known.get(&spec) {
+                    Some(&product) => product,
+                    None => {
+                        self.products.push(MatMul::new(spec, stream, selections).map_err(refused)?);
+                        known.insert(spec, self.products.len() - 1);
+                        self.products.len() - 1
+                    }
+                };
+            }
+            self.chosen.push(chosen);
+        }
+        Ok(())
+    }
+
+    /// The sizes of a node's product.
+    fn product_spec(&self, plan: usize, node: usize) -> Result<MatMulSpec> {
+        let (graph, batch) = (&self.graph, self.plans[plan].batch);
+        let Node { operation, accesses, .. } = &graph.nodes[node];
+        let specs = graph.given(&graph.nodes[node]);
+        let size = |dim: Dim| i64::try_from(dim.at(batch)).unwrap_or(i64::MAX);
+        let (x, weight) = (&specs[0].shape, &specs[1].shape);
+        let whole = &graph.tensors[accesses[0].tensor].spec.shape;
+        let stride = whole.last().copied().map_or(0, size);
+        let mut spec =
+            MatMulSpec::new(specs[0].dtype, size(x[0]), size(weight[0]), size(x[1]))?.with_row_stride(stride)?;
+        if operation.is_on("f32_out") && specs[0].dtype != DType::F32 {
+            spec = spec.with_f32_out()?;
+        }
+        match operation.kind {
+            OpKind::MatMulBias => spec.with_bias(),
+            OpKind::MatMulAdd if self.is_part(plan, &accesses[2]) => {
+                let found = "columns of something larger".to_owned();
+                let expected = "a value of its own, since rows of results lie one after the other".to_owned();
+                Err(FlashInferError::InvalidArgument { function: "matmul_add", argument: "residual", found, expected })
+            }
+            OpKind::MatMulAdd => spec.with_residual(),
+            _ => Ok(spec),
+        }
+    }
+
+    /// Whether an operand's rows do not lie one after the other.
+    fn is_part(&self, plan: usize, access: &Access) -> bool {
+        let rows = &self.graph.tensors[access.tensor].spec.shape;
+        let width = rows.iter().skip(1).fold(1u64, |product, dim| product.saturating_mul(dim.at(1)));
+        self.plans[plan].batch > 1 && access.columns.is_some_and(|columns| columns.width != width)
     }
 
     /// That a node's row has its kernel here, and what it needs of the run's own memory.
@@ -323,6 +412,12 @@ impl Model {
         self.graph.nodes[node].operation.facts().kernels + u32::from(copies)
     }
 
+    /// Whether what a node launches is for a library to choose: cuBLASLt may divide a product, and sum its parts by another
+    /// kernel behind a fill, of which one may start early as it sees fit.
+    pub(super) fn is_free(&self, node: usize) -> bool {
+        matches!(self.ways[node], Way::Product)
+    }
+
     /// Queues a node of a plan.
     ///
     /// # Safety
@@ -339,6 +434,8 @@ impl Model {
                 // while it is needed. Columns lie within their tensors, which the builder saw to.
                 unsafe { self.call(&call, |argument| self.argument(plan, node, &specs, argument), stream, early) }
             }
+            // SAFETY: the caller's promise.
+            Way::Product => unsafe { self.multiply(plan, node, stream) },
             // SAFETY: the caller's promise.
             Way::Attention(kernel) => unsafe { self.attend(plan, node, &self.attention[kernel], stream) },
         }
@@ -362,10 +459,7 @@ impl Model {
 
     /// Whether an attention's queries do not lie one after the other.
     fn copies_queries(&self, plan: usize, node: usize) -> bool {
-        let access = &self.graph.nodes[node].accesses[0];
-        let whole = self.graph.tensors[access.tensor].spec.shape.get(1..).unwrap_or(&[]);
-        let width = whole.iter().fold(1u64, |product, dim| product.saturating_mul(dim.constant().unwrap_or(0)));
-        self.plans[plan].batch > 1 && access.columns.is_some_and(|columns| columns.width != width)
+        self.is_part(plan, &self.graph.nodes[node].accesses[0])
     }
 
     /// The call that copies an attention's queries, columns of something larger, to where they lie one after the other.
@@ -432,6 +526,35 @@ impl Model {
         // SAFETY: the caller's promise. The workspace is as large as the kernel asks for, by `attention_sizes`, and the node's
         // own by the plan; the counters are as many as the kernels ask for, were zeros, and one stream has them.
         unsafe { kernel.call(&operands, facts, &AttentionOptions::default(), &scratch, stream) }
+    }
+
+    /// # Safety
+    /// As for [`launch`](Self::launch).
+    unsafe fn multiply(&self, plan: usize, node: usize, stream: Stream<'_>) -> Result<()> {
+        let Node { operation, accesses, .. } = &self.graph.nodes[node];
+        let product = &self.products[self.chosen[plan][node]];
+        let spec = product.spec();
+        let (rows, columns, inner) = (spec.rows(), spec.columns(), spec.inner());
+        // Of one row nothing lies apart.
+        let strides = [spec.row_stride(), 1];
+        let data = self.layout(plan, &accesses[0]).data();
+        let x = Layout::build(data, self.device, spec.dtype(), &[rows, inner], Some(&strides), None);
+        let weight = self.layout(plan, &accesses[1]);
+        let bias = (operation.kind == OpKind::MatMulBias).then(|| self.layout(plan, &accesses[2]));
+        let Some(out) = accesses.last() else { unreachable!("every product has operands") };
+        let data = self.layout(plan, out).data();
+        let out = Layout::build(data, self.device, spec.out(), &[rows, columns], None, None);
+        let workspace = self.vector(OWN, self.workspace.offset, DType::U8, self.workspace.bytes);
+        // SAFETY: the caller's promise, and the plan's proof: what is written is nothing else that is needed. The workspace is for
+        // products alone, of which one ends before the next starts on the stream.
+        unsafe {
+            let read = |layout| TensorRef::from_layout(layout, Owner::NONE);
+            let (x, weight, bias) = (read(x), read(weight), bias.map(read));
+            let mut out = TensorMut::from_layout(out, Owner::NONE);
+            let mut workspace = TensorMut::from_layout(workspace, Owner::NONE);
+            let workspace = (product.workspace_bytes() > 0).then_some(&mut workspace);
+            product.run(&mut out, &x, &weight, bias.as_ref(), workspace, stream)
+        }
     }
 
     /// The node's tensors that it wrote and that hold numbers which may be infinite.
