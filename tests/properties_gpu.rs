@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use data::{Number, Random, relative_error, widened};
 use flashinfer_rs::kernels::activation::{ActivationOptions, gelu_and_mul, gelu_tanh_and_mul, silu_and_mul};
+use flashinfer_rs::kernels::decode::{self, Among, DecodeOptions, Step};
 use flashinfer_rs::kernels::gdn::{GdnOptions, GdnPrefillContext, GdnTensors, HEAD_SIZE, gdn_prefill};
 use flashinfer_rs::kernels::norm::{
     NormOptions, fused_add_rmsnorm, fused_add_rmsnorm_quant, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm,
@@ -115,6 +116,29 @@ const CALLS: &[(&str, rows::Function)] = &[
     ("gelu_tanh_and_mul", |call, s| {
         let options = activation_options(call);
         gelu_tanh_and_mul(&mut call.write("out"), &call.read("input"), &options, s)
+    }),
+    ("embedding", |call, s| {
+        let (ids, table, scale) = (call.read("ids"), call.read("table"), call.number("scale"));
+        decode::embedding(&mut call.write("out"), &ids, &table, scale, &decode_options(call), s)
+    }),
+    ("add", |call, s| decode::add(&mut call.write("a"), &call.read("b"), &decode_options(call), s)),
+    ("mul", |call, s| decode::mul(&mut call.write("a"), &call.read("b"), &decode_options(call), s)),
+    ("sigmoid_gate", |call, s| decode::sigmoid_gate(&mut call.write("a"), &call.read("b"), &decode_options(call), s)),
+    ("silu", |call, s| decode::silu(&mut call.write("a"), &decode_options(call), s)),
+    ("copy", |call, s| decode::copy(&mut call.write("out"), &call.read("input"), &decode_options(call), s)),
+    ("softmax_rows", |call, s| {
+        decode::softmax_rows(&mut call.write("a"), call.number("temperature"), &decode_options(call), s)
+    }),
+    ("argmax", |call, s| decode::argmax(&mut call.write("token"), &call.read("logits"), &decode_options(call), s)),
+    ("advance", |call, s| {
+        let (token, capacity) = (call.read("token"), call.whole("capacity"));
+        let (ids, positions, lengths) = (call.write("ids"), call.write("positions"), call.write("lengths"));
+        decode::advance(&token, &mut Step { ids, positions, lengths }, capacity, &decode_options(call), s)
+    }),
+    ("sample", |call, s| {
+        let among = Among::new(call.whole("top_k").try_into().unwrap(), call.number("top_p"));
+        let (probs, number) = (call.read("probs"), call.read("number"));
+        decode::sample(&mut call.write("token"), &probs, &number, among, &decode_options(call), s)
     }),
     ("packbits", |call, s| {
         let order = if call.word("bitorder") == c"big" { BitOrder::Big } else { BitOrder::Little };
@@ -268,6 +292,10 @@ const UNORDERED: &[(&str, rows::Function)] = &[
         radix_topk_ragged_transform(&mut call.write("output_indices"), &input, &offsets, &rows, top_k, s)
     }),
 ];
+
+fn decode_options(call: &mut rows::Call<'_>) -> DecodeOptions {
+    DecodeOptions::default().with_pdl(call.on("enable_pdl"))
+}
 
 fn activation_options(call: &mut rows::Call<'_>) -> ActivationOptions {
     ActivationOptions::default().with_pdl(call.on("enable_pdl"))

@@ -617,9 +617,12 @@ fn broken(row: &'static Row, random: &mut Random, plans: &mut Plans) -> Option<(
                     Some(("the type", (!is_lead).then_some(name)))
                 }
                 3 => {
+                    // A tensor that is alone may be anywhere.
+                    if row.tensors().count() < 2 {
+                        return None;
+                    }
                     plan.on_host = true;
-                    let follows = is_lead || row.tensors().count() < 2;
-                    Some(("the device", (!follows).then_some(name)))
+                    Some(("the device", (!is_lead).then_some(name)))
                 }
                 4 => {
                     let bytes = match spec.alignment {
