@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ureq::tls::{PemItem, RootCerts, TlsConfig};
-use url::Url;
 
 use super::credentials::{Login, Netrc, without};
 use super::env::{Env, Named};
 use super::error::{Error, Result, refuse};
 use super::proxy::{Chosen, Proxies};
 use super::report::say;
+use super::url::Url;
 
 /// To find a host's address.
 const RESOLVE: Duration = Duration::from_secs(10);

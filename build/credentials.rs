@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use percent_encoding::percent_decode_str;
-use url::Url;
 
 use super::env::Env;
 use super::error::{Error, Result, refuse};
+use super::url::Url;
 
 /// A user and a password, as they go over the wire.
 #[derive(Clone, PartialEq, Eq)]

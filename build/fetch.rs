@@ -6,13 +6,12 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use url::Url;
-
 use super::client::{Answer, BACK_OFF, Part};
 pub use super::client::{Client, redacted};
 use super::digest::{Digest, Hasher};
 use super::error::{Error, Result, refuse};
 use super::report::say;
+use super::url::Url;
 
 /// What a file of unknown size may have at the most: twice the largest wheel known.
 const UNKNOWN_SIZE: u64 = 4 << 30;

@@ -6,13 +6,13 @@ use html5gum::{Token, Tokenizer};
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use url::Url;
 
 use super::digest::Digest;
 use super::env::{Env, Named};
 use super::error::{Error, Result, refuse};
 use super::fetch::{Client, redacted};
 use super::pip::Pip;
+use super::url::Url;
 
 const ACCEPT: &str = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1";
 /// A page lists a project's every file; the largest known are a few MB.
@@ -76,8 +76,10 @@ pub fn places(package: &str, env: &Env, pip: &Pip<'_>) -> Result<Vec<Place>> {
         for Named { value, from } in indexes(env, pip, &purl) {
             let mut url = address(&value, &from)?;
             let project = normalized(purl.name).replace('_', "-");
-            if let Ok(mut path) = url.path_segments_mut() {
-                path.pop_if_empty().push(&project).push("");
+            // With a slash behind: a page for the project, and what it links to lies below.
+            for segment in [&project, ""] {
+                url.push(segment)
+                    .map_err(|()| Error::Refused(format!("{from} holds no address of a folder; correct it")))?;
             }
             places.push(Place::Page { url: url.into(), from });
         }

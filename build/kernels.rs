@@ -11,7 +11,6 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Instant;
 
 use serde::{Deserialize, Deserializer};
-use url::Url;
 
 use super::digest::{Digest, hash, hash_reader};
 use super::emit;
@@ -21,6 +20,7 @@ use super::fetch::{Client, Expected, redacted, summary};
 use super::lock::{self, Lock, Member, plain_name};
 use super::source::{Ladder, NO_CACHE, Source};
 use super::store::{Store, open_file, publish_bytes, read_text};
+use super::url::Url;
 use super::vendor::place;
 use super::wheel::Extracted;
 
@@ -219,7 +219,7 @@ fn inside<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Str
 pub fn file_address(folder: &str, part: Part) -> Result<String> {
     let wrong = || Error::Refused(format!("{} is not the address of a folder; correct it", redacted(folder)));
     let mut url = Url::parse(folder).map_err(|_| wrong())?;
-    url.path_segments_mut().map_err(|()| wrong())?.pop_if_empty().push(part.file());
+    url.push(part.file()).map_err(|()| wrong())?;
     Ok(url.into())
 }
 

@@ -25,5 +25,6 @@ pub mod report;
 pub mod snapshot;
 pub mod source;
 pub mod store;
+pub mod url;
 pub mod vendor;
 pub mod wheel;

@@ -2,10 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use url::{Host, Url};
-
 use super::env::{Env, Named};
 use super::error::{Error, Result};
+use super::url::{Host, Url};
 
 /// The proxies of this machine.
 #[derive(Debug, Default)]

@@ -457,7 +457,7 @@ impl Ladder<'_> {
         members: &[&Member],
     ) -> Result<Notes> {
         let link = index::find(client, page, &wheel.file, &wheel.sha256)?;
-        let mut notes = match url::Url::parse(&link.url).map(|url| url.to_file_path()) {
+        let mut notes = match super::url::Url::parse(&link.url).map(|url| url.to_file_path()) {
             Ok(Ok(path)) => copy_in(store, &path, wheel)?,
             _ => told(self.fetch_url(client, store, &link.url, wheel, members)?),
         };
@@ -534,7 +534,7 @@ impl Ladder<'_> {
         }
         let mirrored = |source: &lock::Source| match source {
             lock::Source::Url(url) => {
-                let path = url::Url::parse(url).map(|url| url.path().to_owned()).unwrap_or_default();
+                let path = super::url::Url::parse(url).map(|url| url.path().to_owned()).unwrap_or_default();
                 Some(lock::Source::Url(format!("{}{path}", mirror.trim_end_matches('/'))))
             }
             lock::Source::Index(_) => None,

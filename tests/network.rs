@@ -942,7 +942,7 @@ mod pip {
     }
 
     /// A folder as pip's variable takes it, which is divided at blanks.
-    fn spelt(folder: &std::path::Path) -> String {
+    fn spelt(folder: &Path) -> String {
         let path = folder.display().to_string();
         if path.contains(' ') { format!("file://{}", path.replace(' ', "%20")) } else { path }
     }
