@@ -20,6 +20,7 @@ use super::ranges;
 use super::report::say;
 use super::snapshot;
 use super::store::{Store, open_file};
+use super::url::Url;
 use super::wheel::{Extracted, Identity, Wheel as Archive, copy_from_place};
 
 /// Where a wheel came from.
@@ -457,7 +458,7 @@ impl Ladder<'_> {
         members: &[&Member],
     ) -> Result<Notes> {
         let link = index::find(client, page, &wheel.file, &wheel.sha256)?;
-        let mut notes = match super::url::Url::parse(&link.url).map(|url| url.to_file_path()) {
+        let mut notes = match Url::parse(&link.url).map(|url| url.to_file_path()) {
             Ok(Ok(path)) => copy_in(store, &path, wheel)?,
             _ => told(self.fetch_url(client, store, &link.url, wheel, members)?),
         };
@@ -534,7 +535,7 @@ impl Ladder<'_> {
         }
         let mirrored = |source: &lock::Source| match source {
             lock::Source::Url(url) => {
-                let path = super::url::Url::parse(url).map(|url| url.path().to_owned()).unwrap_or_default();
+                let path = Url::parse(url).map(|url| url.path().to_owned()).unwrap_or_default();
                 Some(lock::Source::Url(format!("{}{path}", mirror.trim_end_matches('/'))))
             }
             lock::Source::Index(_) => None,
@@ -646,8 +647,8 @@ fn copy_in(store: &Store, from: &Path, wheel: &Wheel) -> Result<Notes> {
 
 /// Whom an address is asked of; where all goes wrong, the whole of it is among what was looked at.
 fn host(url: &str) -> String {
-    let url = url::Url::parse(url).ok();
-    url.as_ref().and_then(url::Url::host_str).unwrap_or("nobody").to_owned()
+    let url = Url::parse(url).ok();
+    url.as_ref().and_then(Url::host_str).unwrap_or("nobody").to_owned()
 }
 
 /// A transfer under way, and how it failed: what decompresses cannot tell that from bad bytes, which no other source

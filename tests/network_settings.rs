@@ -15,9 +15,9 @@ use support::http::{Refusing, Reply, Server};
 use support::machine::{Machine, assert_says, bytes_of, pages};
 use support::proxy::Proxy;
 use support::wheels::{Pin, Wheel};
+use url::Url;
 use vendoring::env::Env;
 use vendoring::error::Result;
-use vendoring::url::Url;
 
 const RELEASE: &str = "/release.whl";
 const PURL: &str = "pkg:pypi/nvidia-cuda-runtime@13.0.96";
@@ -589,7 +589,7 @@ mod pips_settings {
             server.on(PAGE, [Reply::ok(text).header("Content-Type", "application/vnd.pypi.simple.v1+json")]);
             let machine = Machine::new().with("PIP_INDEX_URL", server.url("/simple"));
             let found = machine.find(&by_index().parsed()).expect("the wheel");
-            assert!(!found.notes.warnings.join("").contains("withdrawn"), "{rest}: {:?}", found.notes);
+            assert!(!found.notes.warnings.join("").contains("withdrawn"), "{rest}: {:?}", found.notes.warnings);
         }
     }
 }
