@@ -15,14 +15,16 @@ use crate::vendoring::store::publish_bytes;
 
 /// What no feature makes a difference to: tests of the build script, of the wheels, of what does not compile, and of TVM-FFI's
 /// objects, which take their time: a million of each.
-const WHATEVER_FEATURES: [&str; 11] = [
+const WHATEVER_FEATURES: [&str; 13] = [
     "addresses",
+    "build_script",
     "cache",
     "compile_fail",
     "hermetic",
     "hostile_wheels",
     "interop",
     "network",
+    "network_settings",
     "newer_tvm_ffi",
     "objects",
     "privileged",
