@@ -279,7 +279,7 @@ fn digest(path: &Path) -> Result<(Digest, u64)> {
 }
 
 /// Raised when the same key would stand for another wheel.
-const FORMAT: &str = "wheel 2";
+const FORMAT: &str = "wheel 3";
 
 /// What a wheel depends on: its objects, and all that links and packs them.
 fn wheel_key(toolchain: &Toolchain, parts: &[Part<'_>]) -> Result<Digest> {
