@@ -17,7 +17,7 @@ const HEAD: u64 = 1 << 12;
 const TAIL: u64 = 24;
 
 /// Reads a wheel to its end and answers its digest, with a copy that has the wanted members, and all else but most of the data
-/// of the others. The copy lies in `folder`, without a name. What cannot be read is unavailable; a copy that cannot be
+/// of the others; where none is wanted by its name, all. The copy lies in `folder`, without a name. What cannot be read is unavailable; a copy that cannot be
 /// written is refused.
 pub fn take(mut wheel: &File, name: &Path, wanted: &[&str], folder: &Path) -> Result<(Digest, File)> {
     let reading = |e: std::io::Error| Error::Unavailable(format!("reading {} failed: {e}", name.display()));
@@ -59,7 +59,7 @@ fn parts(mut wheel: &File, wanted: &[&str]) -> Vec<Range<u64>> {
     let Ok(directory) = layout::directory(&mut wheel) else { return vec![0..u64::MAX] };
     let mut parts: Vec<Range<u64>> = Vec::new();
     for (name, span) in directory.spans() {
-        let whole = span.end - span.start <= SMALL || wanted.iter().any(|wanted| wanted.as_bytes() == name);
+        let whole = span.end - span.start <= SMALL || wanted.is_empty() || wanted.iter().any(|wanted| wanted.as_bytes() == name);
         match whole {
             true => parts.push(span),
             false => parts.extend([span.start..span.start + HEAD, span.end - TAIL..span.end]),

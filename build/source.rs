@@ -122,8 +122,17 @@ impl Looked {
 struct Wanted<'a> {
     /// All of it, where there are none.
     members: &'a [&'a Member],
+    /// The wheel, though no more is read of it than these members.
+    as_wheel: bool,
     /// A folder of this build's own, for copies that nobody else can change and for what the cache cannot keep.
     scratch: Option<&'a Path>,
+}
+
+impl<'a> Wanted<'a> {
+    /// What may come without the rest of the wheel.
+    fn alone(&self) -> &'a [&'a Member] {
+        if self.as_wheel { &[] } else { self.members }
+    }
 }
 
 /// All that the ladder looks at.
@@ -155,7 +164,7 @@ impl Ladder<'_> {
     /// folder of this build's own: a wheel that is found is copied into there while it is hashed, as far as these members
     /// need it, so that they are taken out of what was hashed, whoever else may write the wheel.
     pub fn supply(&mut self, wheel: &Wheel, members: &[&Member], scratch: &Path) -> Result<Supply> {
-        self.look(wheel, Wanted { members, scratch: Some(scratch) })
+        self.look(wheel, Wanted { members, as_wheel: false, scratch: Some(scratch) })
     }
 
     fn look(&mut self, wheel: &Wheel, wanted: Wanted<'_>) -> Result<Supply> {
@@ -187,9 +196,13 @@ impl Ladder<'_> {
         Ok(Supply::Nowhere(self.nowhere(wheel, looked, env::wheel_override(&wheel.distribution))))
     }
 
-    /// As [`find`](Self::find), but only the pinned bytes will do: neither an override nor a local build is looked at.
-    pub fn find_pinned(&mut self, wheel: &Wheel) -> Result<Found> {
-        let (wanted, mut looked) = (Wanted::default(), Looked::default());
+    /// As [`find`](Self::find), but only the pinned bytes will do: neither an override nor a local build is looked at. What is
+    /// answered is a copy in `scratch`, as [`supply`](Self::supply) makes it, for the members that the lock has of the wheel; of
+    /// one without members, the whole.
+    pub fn find_pinned(&mut self, wheel: &Wheel, scratch: &Path) -> Result<Found> {
+        let members: Vec<&Member> = wheel.members.iter().collect();
+        let wanted = Wanted { members: &members, as_wheel: true, scratch: Some(scratch) };
+        let mut looked = Looked::default();
         if let Some(found) = self.in_directories(wheel, wanted, &mut looked)? {
             return Ok(found);
         }
@@ -311,7 +324,7 @@ impl Ladder<'_> {
             let how = if path.exists() { " (what is there has another digest)" } else { "" };
             looked.add(format!("the cache {}{how}", store.root().display()));
             let kept = |member: &&Member| Some(store.member_path(&member.sha256?, &member.soname));
-            looked.files.extend(wanted.members.iter().filter_map(kept).chain([path]));
+            looked.files.extend(wanted.alone().iter().filter_map(kept).chain([path]));
         }
         Ok(supply)
     }
@@ -353,13 +366,13 @@ impl Ladder<'_> {
         }
         let unusable = match self.store()? {
             None => None,
-            Some(store) => match store.check_writable(&wheel.sha256, wanted.members) {
+            Some(store) => match store.check_writable(&wheel.sha256, wanted.alone()) {
                 Ok(()) => return self.fetch_into(&store, wheel, wanted, looked),
                 Err(fault) => Some(fault),
             },
         };
         // Of a few members each build can fetch its own. A wheel of 2 GB that nobody keeps would be fetched again and again.
-        match wanted.scratch.filter(|_| ranges::possible(wanted.members)) {
+        match wanted.scratch.filter(|_| ranges::possible(wanted.alone())) {
             Some(scratch) => {
                 let fault =
                     unusable.map_or_else(|| format!("there is no cache: {NO_CACHE}"), |fault| fault.to_string());
@@ -388,7 +401,7 @@ impl Ladder<'_> {
                 return Ok(Some(supply));
             }
             for source in &sources {
-                match self.fetch(&client, store, source, wheel, wanted.members, looked) {
+                match self.fetch(&client, store, source, wheel, wanted.alone(), looked) {
                     Ok(Some(fetched)) => {
                         let mut supply = cached(store, wheel, wanted, Source::Network)?;
                         if let Some(Supply::Members { notes, .. } | Supply::Wheel(Found { notes, .. })) = &mut supply {
@@ -607,8 +620,8 @@ fn told(text: String) -> Notes {
 /// The members if they are all there, else the wheel.
 fn cached(store: &Store, wheel: &Wheel, wanted: Wanted<'_>, source: Source) -> Result<Option<Supply>> {
     let notes = Notes::default();
-    if !wanted.members.is_empty()
-        && let Some(files) = store.members(wanted.members)
+    if !wanted.alone().is_empty()
+        && let Some(files) = store.members(wanted.alone())
     {
         return Ok(Some(Supply::Members { files, source, notes }));
     }

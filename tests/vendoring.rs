@@ -612,6 +612,27 @@ mod a_wheel_that_changes_after_it_was_hashed {
         makes_no_difference(&machine, Source::Local);
     }
 
+    /// As `cargo xtask` takes what it compiles with, and the lock's digests.
+    #[test]
+    fn and_must_be_the_pinned_one_makes_no_difference() {
+        for listed in [true, false] {
+            let (machine, wheel) = (Machine::new(), Wheel::jit_cache());
+            let mut pinned = wheel.pin_with_places().url("https://example.invalid/a.whl").parsed();
+            let members = pinned.members.clone();
+            machine.place(machine.cached(&pinned), wheel.bytes());
+            if !listed {
+                pinned.members.clear();
+            }
+            let found = machine.find_pinned(&pinned).expect("the wheel");
+            fs::write(&found.path, wheel.clone().rebuilt().bytes()).expect("another wheel");
+            let mut archive = Archive::open(BufReader::new(found.file), "the wheel").expect("the wheel");
+            for member in &members {
+                let extracted = archive.extract(member, &machine.lib_dir()).expect("the member");
+                assert_eq!(fs::read(extracted.path).expect("the library"), wheel.member(&member.path));
+            }
+        }
+    }
+
     /// Of a wheel of gigabytes, which is copied as far as it is wanted.
     #[test]
     fn is_copied_no_further_than_it_is_wanted() {

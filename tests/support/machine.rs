@@ -76,14 +76,18 @@ impl Machine {
     }
 
     pub fn find_pinned(&self, wheel: &Wheel) -> Result<Found> {
-        self.ladder(&self.env(), &mut |_, _| {}).find_pinned(wheel)
+        self.ladder(&self.env(), &mut |_, _| {}).find_pinned(wheel, &self.scratch())
     }
 
     /// The wheel, for these members.
     pub fn supply(&self, wheel: &Wheel, members: &[&Member]) -> Result<Supply> {
+        self.ladder(&self.env(), &mut |_, _| {}).supply(wheel, members, &self.scratch())
+    }
+
+    fn scratch(&self) -> PathBuf {
         let scratch = self.path("scratch");
         fs::create_dir_all(&scratch).expect("the folder");
-        self.ladder(&self.env(), &mut |_, _| {}).supply(wheel, members, &scratch)
+        scratch
     }
 
     /// What the build says when the wheel cannot be had.

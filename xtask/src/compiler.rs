@@ -458,7 +458,9 @@ fn unpack_whole(pinned: &Pinned, env: &Env, tree: &Path) -> Result<()> {
     let mut progress = shell::progress(&bar);
     let mut ladder = Ladder::new(env, &mut progress);
     // The ladder's override variables are about what is vendored, not about what it is compiled from.
-    let found = ladder.find_pinned(&wheel)?;
+    let scratch = shell::cache(env)?;
+    fs::create_dir_all(&scratch).map_err(|e| Error::io("creating the folder", &scratch, &e))?;
+    let found = ladder.find_pinned(&wheel, &scratch)?;
     bar.finish_and_clear();
     let broken = |e: zip::result::ZipError| Error::Refused(format!("{}: {e}; get it again", pinned.file));
     let mut archive = ZipArchive::new(BufReader::new(found.file)).map_err(broken)?;

@@ -122,7 +122,8 @@ fn set(table: &mut Table, key: &str, number: u64) -> Result<()> {
 fn by_wheel(wheel: &Wheel, env: &Env) -> Result<(u64, Vec<Facts>)> {
     let bar = shell::transfer_bar(&wheel.file);
     let mut progress = shell::progress(&bar);
-    let found = Ladder { workspace: Some(shell::root()), ..Ladder::new(env, &mut progress) }.find_pinned(wheel);
+    let mut ladder = Ladder { workspace: Some(shell::root()), ..Ladder::new(env, &mut progress) };
+    let found = ladder.find_pinned(wheel, &std::env::temp_dir());
     bar.finish_and_clear();
     let found = found?;
     let size = found.file.metadata().map_err(|e| Error::io("reading", &found.path, &e))?.len();
