@@ -7,6 +7,8 @@
 #[cfg(feature = "compute")]
 pub(crate) mod decode;
 #[cfg(feature = "cudarc")]
+pub(crate) mod gemv;
+#[cfg(feature = "cudarc")]
 mod rows;
 
 #[cfg(feature = "cudarc")]

@@ -15,7 +15,8 @@ use crate::contract::{Operand, Row};
 use crate::cublaslt::{Addresses, Candidate, CublasLt, Handle, Product};
 use crate::cuda::device_name;
 use crate::engine::ordered_like;
-use crate::error::Result;
+use crate::error::{FlashInferError, Result};
+use crate::glue::gemv::FewRows;
 use crate::indices::refuse;
 use crate::owner::{CurrentContext, refuse_capture};
 use crate::runtime::FlashInferRuntime;
@@ -40,6 +41,7 @@ pub(crate) struct PlannedMatMul {
 #[derive(Debug, Clone, Copy)]
 enum Kernel {
     CublasLt(Lt, Candidate),
+    FewRows(FewRows),
 }
 
 /// cuBLASLt, and its handle for a device.
@@ -65,13 +67,16 @@ impl Lt {
         let handle = match handles.get(&device) {
             Some(handle) => *handle,
             None => {
-                let cudart = runtime.cudart()?;
-                let handle = cudart.without_breaking_captures(|| library.handle())?;
+                let handle = library.handle()?;
                 handles.insert(device, handle);
                 handle
             }
         };
         Ok(Self { library, handle })
+    }
+
+    fn offered(self, product: &Product) -> Result<Vec<Candidate>> {
+        self.library.candidates(self.handle, product, MOST_WORKSPACE)
     }
 }
 
@@ -82,6 +87,15 @@ impl PlannedMatMul {
         check_context(NEW, "stream", stream.context(), stream.context())?;
         refuse_capture(NEW, stream)?;
         let runtime = FlashInferRuntime::global()?;
+        runtime.cudart()?.without_breaking_captures(|| Self::chosen(runtime, spec, stream, selections))
+    }
+
+    fn chosen(
+        runtime: &'static FlashInferRuntime,
+        spec: MatMulSpec,
+        stream: &CudaStream,
+        selections: &mut Selections,
+    ) -> Result<Self> {
         let on = device(stream.context());
         let id = runtime.checked_device(on)?;
         let _current = CurrentContext::bind(stream.context())?;
@@ -111,6 +125,7 @@ impl PlannedMatMul {
     pub(crate) fn workspace_bytes(&self) -> usize {
         match self.by {
             Kernel::CublasLt(_, candidate) => candidate.workspace,
+            Kernel::FewRows(_) => 0,
         }
     }
 
@@ -118,16 +133,25 @@ impl PlannedMatMul {
         self.device
     }
 
+    /// Whether the kernel waits for the one ahead of it before it reads or writes anything but the weight and the bias, so that it may
+    /// be launched programmatically dependent.
+    pub(crate) fn waits(&self) -> bool {
+        matches!(self.by, Kernel::FewRows(_))
+    }
+
     /// Queues the product on `stream`, captured where that captures.
     ///
     /// With a residual it is added to what `out` holds. `bias` is null without one, `workspace` may be where no bytes of it are used.
+    /// With `pdl`, a kernel that [waits](Self::waits) is launched programmatically dependent, and reads the weight and the bias ahead of
+    /// its wait. It lets the kernel behind it start right behind that wait.
     ///
     /// # Safety
     /// The addresses must be memory of the plan's device, valid until the stream has come so far (of a captured launch: for as long
     /// as the graph can be launched): of tensors as [`MatMul::run`](super::MatMul::run) describes them, aligned as it says, with
     /// a workspace of [`workspace_bytes`](Self::workspace_bytes) that nothing else uses meanwhile; `out` and the workspace must overlap nothing else.
-    /// `stream` must be a live stream of the device.
-    pub(crate) unsafe fn launch(&self, at: &Addresses, stream: Stream<'_>) -> Result<()> {
+    /// `stream` must be a live stream of the device. With `pdl` the kernel ahead, and those that it may itself run beside, must not
+    /// write the weight or the bias.
+    pub(crate) unsafe fn launch(&self, at: &Addresses, stream: Stream<'_>, pdl: bool) -> Result<()> {
         let runtime = FlashInferRuntime::global()?;
         let Device::Cuda(id) = self.device else { unreachable!("a stream is of a GPU") };
         let id = id as i32;
@@ -145,6 +169,18 @@ impl PlannedMatMul {
                     return Ok(());
                 }
                 Err(runtime.diagnosed(lt.library.error("cublasLtMatmul", status), id, 0, stream))
+            }
+            Kernel::FewRows(kernel) => {
+                // SAFETY: it is one for this product on this device, as `candidates` and `ready` see to; the rest is the caller's
+                // promise.
+                let code = unsafe { kernel.launch(runtime, &self.product, at, stream.as_raw(), pdl) }?;
+                if code == 0 {
+                    return Ok(());
+                }
+                let cudart = runtime.cudart()?;
+                let error = cudart.error("cudaLaunchKernel", code);
+                cudart.forget_stale_error();
+                Err(runtime.diagnosed(error, id, code, stream))
             }
         }
     }
@@ -167,7 +203,8 @@ impl PlannedMatMul {
         };
         // SAFETY: the tensors were checked against the row and the specification, which the product is made of; what is written is
         // borrowed mutably, so that it overlaps nothing. Whoever made the tensors vouched for their memory.
-        ordered_like(row, operands, || unsafe { self.launch(&at, stream) })
+        // Not programmatically dependent: the kernel ahead may have written the weight.
+        ordered_like(row, operands, || unsafe { self.launch(&at, stream, false) })
     }
 }
 
@@ -176,6 +213,7 @@ impl Kernel {
     fn stored(self) -> By {
         match self {
             Self::CublasLt(lt, candidate) => By::CublasLt { version: lt.library.version(), candidate },
+            Self::FewRows(kernel) => By::FewRows(kernel),
         }
     }
 }
@@ -201,16 +239,20 @@ fn product(spec: &MatMulSpec) -> Product {
     }
 }
 
-/// All that compute a product on a device, which is the current one.
+/// All that compute a product on a device, which is the current one. Without cuBLASLt those of this crate's own, where there are any.
 fn candidates(runtime: &'static FlashInferRuntime, id: i32, product: &Product) -> Result<Vec<Kernel>> {
-    let lt = Lt::on(runtime, id)?;
-    let offered = offered(runtime, lt, product)?;
-    Ok(offered.into_iter().map(|candidate| Kernel::CublasLt(lt, candidate)).collect())
-}
-
-fn offered(runtime: &'static FlashInferRuntime, lt: Lt, product: &Product) -> Result<Vec<Candidate>> {
-    let cudart = runtime.cudart()?;
-    cudart.without_breaking_captures(|| lt.library.candidates(lt.handle, product, MOST_WORKSPACE))
+    let own: Vec<FewRows> = FewRows::of(product, runtime.compute_capability(id)?).collect();
+    own.iter().try_for_each(|kernel| kernel.prepare(runtime, product.dtype))?;
+    let mut all: Vec<Kernel> = own.into_iter().map(Kernel::FewRows).collect();
+    match Lt::on(runtime, id) {
+        Ok(lt) => {
+            let offered = lt.offered(product)?;
+            all.extend(offered.into_iter().map(|candidate| Kernel::CublasLt(lt, candidate)));
+        }
+        Err(FlashInferError::CublasLtMissing { .. }) if !all.is_empty() => {}
+        Err(error) => return Err(error),
+    }
+    Ok(all)
 }
 
 /// What was chosen before, where this machine has it.
@@ -224,11 +266,19 @@ fn ready(by: By, runtime: &'static FlashInferRuntime, id: i32, product: &Product
                 return refuse(NEW, "selections", found, expected);
             }
             // What was read is never run by itself.
-            if offered(runtime, lt, product)?.contains(&candidate) {
+            if lt.offered(product)?.contains(&candidate) {
                 return Ok(Kernel::CublasLt(lt, candidate));
             }
             let found = format!("an algorithm for {spec} that cuBLASLt does not offer");
             refuse(NEW, "selections", found, "one of those that it offers: select again, with Selections::new")
+        }
+        By::FewRows(kernel) => {
+            if FewRows::of(product, runtime.compute_capability(id)?).any(|known| known == kernel) {
+                kernel.prepare(runtime, product.dtype)?;
+                return Ok(Kernel::FewRows(kernel));
+            }
+            let found = format!("{} for {spec}", kernel.name());
+            refuse(NEW, "selections", found, "a kernel for this product: select again, with Selections::new")
         }
     }
 }

@@ -4,6 +4,7 @@ use super::{MatMulSpec, TYPES};
 use crate::cublaslt::{Algorithm, Candidate};
 use crate::data::json::{Cursor, Document, Json, field, text};
 use crate::error::Result;
+use crate::glue::gemv::FewRows;
 use crate::indices::refuse;
 use crate::tensor::DType;
 
@@ -61,6 +62,8 @@ pub(crate) struct Chosen {
 pub(crate) enum By {
     /// An algorithm of this release of cuBLASLt.
     CublasLt { version: usize, candidate: Candidate },
+    /// A kernel of this crate's own.
+    FewRows(FewRows),
 }
 
 impl Selections {
@@ -134,6 +137,7 @@ impl Selections {
                     field("algorithm", text(&hexadecimal(&candidate.algorithm))),
                     field("workspace", number(candidate.workspace as i64)),
                 ]),
+                By::FewRows(kernel) => fields.push(field("kernel", text(&kernel.name()))),
             }
             Json::Object(fields)
         });
@@ -212,7 +216,7 @@ fn known(of: &Cursor<'_>, names: &[&str]) -> Result<()> {
 }
 
 fn product(item: &Cursor<'_>) -> Result<(MatMulSpec, Chosen)> {
-    const FIELDS: [&str; 12] = [
+    const FIELDS: [&str; 13] = [
         "rows",
         "columns",
         "inner",
@@ -225,6 +229,7 @@ fn product(item: &Cursor<'_>) -> Result<(MatMulSpec, Chosen)> {
         "cublaslt",
         "algorithm",
         "workspace",
+        "kernel",
     ];
     known(item, &FIELDS)?;
     let dtype = item.need("dtype")?;
@@ -254,13 +259,31 @@ fn product(item: &Cursor<'_>) -> Result<(MatMulSpec, Chosen)> {
     if !(microseconds.is_finite() && microseconds >= 0.0) {
         return Err(time.refuse(microseconds.to_string(), "a number from 0 on", "correct the value"));
     }
+    let by = match item.get("kernel") {
+        Some(kernel) => own(item, &kernel)?,
+        None => of_cublaslt(item)?,
+    };
+    Ok((spec, Chosen { by, microseconds }))
+}
+
+/// A kernel of this crate's own.
+fn own(item: &Cursor<'_>, kernel: &Cursor<'_>) -> Result<By> {
+    if let Some(other) = ["cublaslt", "algorithm", "workspace"].into_iter().find_map(|name| item.get(name)) {
+        return Err(other.refuse("a field of cuBLASLt's beside a kernel", "one of the two", "remove the other"));
+    }
+    match FewRows::named(&kernel.word()?) {
+        Some(kernel) => Ok(By::FewRows(kernel)),
+        None => Err(kernel.refuse("another kernel", "one that this crate has", AGAIN)),
+    }
+}
+
+fn of_cublaslt(item: &Cursor<'_>) -> Result<By> {
     let words = item.need("algorithm")?;
     let Some(algorithm) = algorithm(&words.text()?) else {
         return Err(words.refuse("another text", "128 hexadecimal digits", AGAIN));
     };
     let candidate = Candidate { algorithm, workspace: size(item, "workspace", super::gpu::MOST_WORKSPACE)? as usize };
-    let by = By::CublasLt { version: size(item, "cublaslt", u32::MAX.into())? as usize, candidate };
-    Ok((spec, Chosen { by, microseconds }))
+    Ok(By::CublasLt { version: size(item, "cublaslt", u32::MAX.into())? as usize, candidate })
 }
 
 fn hexadecimal(algorithm: &Algorithm) -> String {

@@ -154,11 +154,11 @@ impl Bench {
         let (bytes, count) = self.weights;
         let weight = self.at.weight.wrapping_byte_add((turn % count * bytes) as usize);
         let at = Addresses { weight, ..self.at };
-        // SAFETY: cast as CUDA's runtime has it; the stream is live for as long as this is.
+        // SAFETY: the stream is live for as long as this is.
         let stream = unsafe { Stream::from_raw(self.stream.stream().cast()) };
         // SAFETY: the memory is the bench's, as large as the product's tensors, each at a multiple of 256 bytes, with as large a
         // workspace as any candidate's; one stream uses it, and it is freed behind what was launched.
-        unsafe { planned.launch(&at, stream) }
+        unsafe { planned.launch(&at, stream, false) }
     }
 
     /// The fastest, by its place, and its time in microseconds; none where none can be launched.

@@ -49,6 +49,7 @@ fn compile(folder: &Path) {
     let over_the_driver = [&*here, "-l:libcuda.so.1"];
     native::compile("ordering/driver.c", "libcuda.so.1", &["-pthread"], folder);
     native::compile("ordering/runtime.c", "libcudart.so.13", &over_the_driver, folder);
+    native::compile("ordering/cublaslt.c", "libcublasLt.so.13", &over_the_driver, folder);
     let kernels = native::compile("ordering/kernels.c", "norm.so", &over_the_driver, folder);
     for library in ["gdn_prefill_sm90.so", "sampling.so"] {
         fs::copy(&kernels, folder.join(library)).unwrap();
