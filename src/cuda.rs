@@ -429,11 +429,10 @@ impl Cudart {
         Ok(edges.map(|((from, to), data)| GraphEdge { from, to, programmatic: data.kind != 0 }).collect())
     }
 
-    /// What a stream that captures would let its next node wait for: the one node, or nothing where there is none or are
-    /// several.
+    /// The graph that a stream captures, still without an owner; nothing where it captures none.
     #[cfg(feature = "cudarc")]
     #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs compare it with their plans"))]
-    pub(crate) fn last_captured(&self, stream: *mut c_void) -> Result<Option<usize>> {
+    pub(crate) fn graph_that_is_captured(&self, stream: *mut c_void) -> Result<Option<*mut c_void>> {
         let graphs = self.graphs()?;
         let (mut status, mut id, mut graph, mut count) = (0, 0, ptr::null_mut(), 0);
         let (mut nodes, mut edges) = (ptr::null(), ptr::null());
@@ -442,11 +441,7 @@ impl Cudart {
             (graphs.capture_info)(stream, &mut status, &mut id, &mut graph, &mut nodes, &mut edges, &mut count)
         };
         self.check("cudaStreamGetCaptureInfo", code)?;
-        if status != 1 || count != 1 || nodes.is_null() {
-            return Ok(None);
-        }
-        // SAFETY: as many nodes as were told, which stay until the stream captures the next.
-        Ok(Some(unsafe { *nodes }))
+        Ok((status == 1 && !graph.is_null()).then_some(graph))
     }
 
     #[cfg(feature = "cudarc")]

@@ -24,7 +24,9 @@ use crate::philox::{Drawing, Drawn, Philox};
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Element, Layout, TensorMut, TensorRef};
 
-pub(crate) use capture::{Chained, Executable, PrivateStream};
+#[cfg(feature = "compute")]
+pub(crate) use capture::{Chained, captured_so_far};
+pub(crate) use capture::{Executable, PrivateStream};
 pub use set::GraphSet;
 
 /// Where a capture happens: what its tensors are made for.

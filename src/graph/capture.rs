@@ -1,6 +1,6 @@
 //! One capture: the stream that it happens on, what was captured, and what can be launched.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ptr;
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use crate::draws;
 use crate::error::{Result, driver};
 use crate::owner::CurrentContext;
 use crate::runtime::FlashInferRuntime;
+use crate::stream::Stream;
 
 /// A stream that nobody else can queue anything on.
 pub(crate) struct PrivateStream {
@@ -76,15 +77,31 @@ pub(crate) struct Graph {
     handle: CUgraph,
 }
 
-/// One of a captured graph's nodes, of which each waits for the one ahead of it alone.
+/// One of a captured graph's nodes, of which each waits for the one ahead of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Chained {
-    /// CUDA's handle, by which it is known while the graph is captured too.
-    pub(crate) handle: usize,
     /// Whether it is a kernel, and no copy or fill.
     pub(crate) kernel: bool,
     /// Whether it may start before the one ahead of it has ended.
     pub(crate) early: bool,
+}
+
+/// How many nodes a stream has captured so far.
+#[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs compare it with their plans"))]
+pub(crate) fn captured_so_far(runtime: &FlashInferRuntime, stream: Stream<'_>) -> Result<usize> {
+    match runtime.cudart()?.graph_that_is_captured(stream.as_raw())? {
+        Some(graph) => count_nodes(graph.cast()),
+        None => Ok(0),
+    }
+}
+
+fn count_nodes(graph: CUgraph) -> Result<usize> {
+    let mut count = 0;
+    // SAFETY: the graph is live, or being captured, when it may be asked too; without a place for the nodes only their number is
+    // answered.
+    let code = unsafe { sys::cuGraphGetNodes(graph, ptr::null_mut(), &mut count) };
+    code.result().map_err(driver("cuGraphGetNodes"))?;
+    Ok(count)
 }
 
 impl Graph {
@@ -92,50 +109,47 @@ impl Graph {
         self.handle
     }
 
-    /// The nodes in their order; nothing where they are no chain.
+    /// The nodes in their order; nothing where one does not wait for the one ahead of it. That one waits for others too is nothing
+    /// to the order.
     #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs compare it with their plans"))]
     pub(crate) fn chain(&self, runtime: &FlashInferRuntime) -> Result<Option<Vec<Chained>>> {
         let edges = runtime.cudart()?.graph_edges(self.handle.cast())?;
-        let count = self.nodes()?;
+        let mut count = self.nodes()?;
         let mut nodes: Vec<CUgraphNode> = vec![ptr::null_mut(); count];
-        let mut written = count;
         // SAFETY: the graph is live, and there is a place for each node.
-        let code = unsafe { sys::cuGraphGetNodes(self.handle, nodes.as_mut_ptr(), &mut written) };
+        let code = unsafe { sys::cuGraphGetNodes(self.handle, nodes.as_mut_ptr(), &mut count) };
         code.result().map_err(driver("cuGraphGetNodes"))?;
-        let mut next: HashMap<usize, (usize, bool)> = HashMap::with_capacity(count);
-        let mut first: HashSet<usize> = nodes.iter().map(|node| node.addr()).collect();
+        let places: HashMap<usize, usize> = nodes.iter().enumerate().map(|(i, node)| (node.addr(), i)).collect();
+        let (mut follow, mut ahead) = (vec![Vec::new(); nodes.len()], vec![0; nodes.len()]);
         for edge in &edges {
-            let twice = next.insert(edge.from, (edge.to, edge.programmatic)).is_some();
-            if twice || !first.remove(&edge.to) {
+            let (Some(&from), Some(&to)) = (places.get(&edge.from), places.get(&edge.to)) else { return Ok(None) };
+            follow[from].push((to, edge.programmatic));
+            ahead[to] += 1;
+        }
+        // One node at a time has nothing ahead of it but those that came before: the one behind waits for it, and for nothing else.
+        let mut open: Vec<(usize, bool)> = (0..nodes.len()).filter(|&i| ahead[i] == 0).map(|i| (i, false)).collect();
+        let mut chain = Vec::with_capacity(nodes.len());
+        while let Some((i, early)) = open.pop() {
+            if !open.is_empty() {
                 return Ok(None);
             }
-        }
-        let mut chain = Vec::with_capacity(count);
-        let mut at = match (first.len(), first.into_iter().next()) {
-            (1, Some(first)) => Some((first, false)),
-            (0, None) if count == 0 => None,
-            _ => return Ok(None),
-        };
-        while let Some((handle, early)) = at {
-            let Some(node) = nodes.iter().find(|node| node.addr() == handle).filter(|_| chain.len() < count) else {
-                return Ok(None);
-            };
             let mut kind = CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
             // SAFETY: a node of a live graph; one number is written.
-            let code = unsafe { sys::cuGraphNodeGetType(*node, &mut kind) };
+            let code = unsafe { sys::cuGraphNodeGetType(nodes[i], &mut kind) };
             code.result().map_err(driver("cuGraphNodeGetType"))?;
-            chain.push(Chained { handle, kernel: kind == CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL, early });
-            at = next.get(&handle).copied();
+            chain.push(Chained { kernel: kind == CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL, early });
+            for &(to, programmatic) in &follow[i] {
+                ahead[to] -= 1;
+                if ahead[to] == 0 {
+                    open.push((to, programmatic));
+                }
+            }
         }
-        Ok((chain.len() == count).then_some(chain))
+        Ok((chain.len() == nodes.len()).then_some(chain))
     }
 
     pub(super) fn nodes(&self) -> Result<usize> {
-        let mut count = 0;
-        // SAFETY: the graph is live; without a place for the nodes only their number is answered.
-        let code = unsafe { sys::cuGraphGetNodes(self.handle, ptr::null_mut(), &mut count) };
-        code.result().map_err(driver("cuGraphGetNodes"))?;
-        Ok(count)
+        count_nodes(self.handle)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::attention::buffer_address;
 use crate::buffers::device;
 use crate::data::tensor::numbers;
 use crate::error::{FlashInferError, Result, driver, driver_in};
-use crate::graph::{Chained, GraphSet};
+use crate::graph::{Chained, GraphSet, captured_so_far};
 use crate::matmul::Selections;
 use crate::owner::{CurrentContext, record, refuse_capture};
 use crate::runtime::FlashInferRuntime;
@@ -453,7 +453,6 @@ impl DeviceRun {
 
     fn capture_plan(&mut self, at: usize) -> Result<()> {
         let runtime = FlashInferRuntime::global()?;
-        let cudart = runtime.cudart()?;
         let (model, pdl) = (&self.model, self.pdl);
         let (graph, batch) = (model.graph.name().to_owned(), model.plans[at].batch);
         let (marks, found) = (RefCell::new(Vec::with_capacity(model.graph.nodes.len())), RefCell::new(None));
@@ -464,7 +463,7 @@ impl DeviceRun {
                     // SAFETY: the set owns the blocks, and captures for its own launches; what nodes find their way by is checked
                     // before each of these.
                     unsafe { model.launch(at, node, stream, pdl) }.map_err(|error| model.failed(node, error))?;
-                    marks.borrow_mut().push(cudart.last_captured(stream.as_raw())?);
+                    marks.borrow_mut().push(captured_so_far(runtime, stream)?);
                 }
                 Ok(())
             },
@@ -634,14 +633,8 @@ impl Model {
         }
     }
 
-    /// Compares what was captured with a plan: `marks` has the last node that CUDA had captured behind each of the plan's.
-    fn compare(
-        &self,
-        at: usize,
-        pdl: bool,
-        marks: &[Option<usize>],
-        chain: Option<Vec<Chained>>,
-    ) -> Result<CapturedStep> {
+    /// Compares what was captured with a plan: `marks` says behind each of the plan's nodes how many CUDA had captured.
+    fn compare(&self, at: usize, pdl: bool, marks: &[usize], chain: Option<Vec<Chained>>) -> Result<CapturedStep> {
         let plan = &self.plans[at];
         let differs = |node: String, planned: &dyn fmt::Display, captured: &dyn fmt::Display| -> FlashInferError {
             let (graph, batch) = (self.graph.name().to_owned(), plan.batch);
@@ -651,30 +644,27 @@ impl Model {
         let Some(chain) = chain else {
             return Err(differs("its order".to_owned(), &"one node behind the other", &"branches"));
         };
-        let (mut rest, mut before) = (chain.iter(), None);
-        for (&node, &mark) in plan.order.iter().zip(marks) {
+        let mut start = 0;
+        for (&node, &end) in plan.order.iter().zip(marks) {
             let name = || self.graph.node_name(node);
-            let (mut kernels, mut others, mut early) = (0, 0, false);
-            while mark != before {
-                let Some(next) = rest.next() else {
-                    return Err(differs(name(), &"a place in the order", &"none"));
-                };
-                early |= next.early && kernels + others == 0;
-                *if next.kernel { &mut kernels } else { &mut others } += 1;
-                before = Some(next.handle);
-            }
-            let planned = self.kernels(at, node);
+            let Some(own) = chain.get(start..end) else {
+                return Err(differs(name(), &"a place in the order", &"none"));
+            };
+            start = end;
+            let kernels = own.iter().filter(|node| node.kernel).count();
+            let (planned, others) = (self.kernels(at, node) as usize, own.len() - kernels);
             let as_many = if self.is_free(node) { kernels >= planned } else { (kernels, others) == (planned, 0) };
             if !as_many {
-                let captured = format!("{kernels}, and {others} copies or fills");
-                return Err(differs(name(), &format!("{planned} kernels"), &captured));
+                let captured = format!("kernels: {kernels}, copies and fills: {others}");
+                return Err(differs(name(), &format!("kernels: {planned}"), &captured));
             }
+            let early = own.first().is_some_and(|first| first.early);
             if early && !self.starts_early(at, node, pdl) && !self.is_free(node) {
                 return Err(differs(name(), &"a start behind the end of the node ahead", &"one before that"));
             }
         }
-        if rest.next().is_some() {
-            return Err(differs("its end".to_owned(), &"nothing", &"more nodes"));
+        if start != chain.len() {
+            return Err(differs("its end".to_owned(), &format!("{start} nodes"), &chain.len()));
         }
         let of = |wanted: fn(&Chained) -> bool| chain.iter().filter(|node| wanted(node)).count();
         Ok(CapturedStep { nodes: chain.len(), kernels: of(|node| node.kernel), programmatic: of(|node| node.early) })
