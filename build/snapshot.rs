@@ -59,7 +59,9 @@ fn parts(mut wheel: &File, wanted: &[&str]) -> Vec<Range<u64>> {
     let Ok(directory) = layout::directory(&mut wheel) else { return vec![0..u64::MAX] };
     let mut parts: Vec<Range<u64>> = Vec::new();
     for (name, span) in directory.spans() {
-        let whole = span.end - span.start <= SMALL || wanted.is_empty() || wanted.iter().any(|wanted| wanted.as_bytes() == name);
+        let whole = span.end - span.start <= SMALL
+            || wanted.is_empty()
+            || wanted.iter().any(|wanted| wanted.as_bytes() == name);
         match whole {
             true => parts.push(span),
             false => parts.extend([span.start..span.start + HEAD, span.end - TAIL..span.end]),

@@ -43,7 +43,7 @@ fn rows_are_gathered_by_their_ids_and_scaled() {
     let options = options();
     let table: Vec<f32> = (0..12).map(|i| i as f32).collect();
     let table = TensorRef::from_slice(&table, &[4, 3]).unwrap();
-    let mut gather = |ids: [i32; 2]| {
+    let gather = |ids: [i32; 2]| {
         let mut out = [f32::NAN; 6];
         let result = embedding(
             &mut TensorMut::from_slice(&mut out, &[2, 3]).unwrap(),

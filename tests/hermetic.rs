@@ -66,7 +66,9 @@ static WHEELS: LazyLock<Vec<(Wheel, PathBuf)>> = LazyLock::new(|| {
     let mut silent = |_, _| {};
     let mut ladder = Ladder::new(&env, &mut silent);
     let small = lock.for_target(&target).filter(|wheel| SMALL.contains(&wheel.distribution.as_str()));
-    let find = |wheel: &Wheel| (wheel.clone(), ladder.find_pinned(wheel, &std::env::temp_dir()).expect("the pinned wheel").path);
+    let find = |wheel: &Wheel| {
+        (wheel.clone(), ladder.find_pinned(wheel, &std::env::temp_dir()).expect("the pinned wheel").path)
+    };
     small.map(find).collect()
 });
 

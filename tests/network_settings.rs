@@ -15,9 +15,9 @@ use support::http::{Refusing, Reply, Server};
 use support::machine::{Machine, assert_says, bytes_of, pages};
 use support::proxy::Proxy;
 use support::wheels::{Pin, Wheel};
-use url::Url;
 use vendoring::env::Env;
 use vendoring::error::Result;
+use vendoring::url::Url;
 
 const RELEASE: &str = "/release.whl";
 const PURL: &str = "pkg:pypi/nvidia-cuda-runtime@13.0.96";

@@ -171,7 +171,7 @@ pub(super) struct OnStream {
     tables_at: u64,
     prepared: Box<Prepared>,
     /// What upstream answered to the last plan.
-    info: Option<Object>,
+    info: Option<Numbered>,
     graph: bool,
 }
 
@@ -194,6 +194,16 @@ const LAST_PAGE_LEN: usize = 5;
 unsafe impl Send for Prepared {}
 // SAFETY: as above.
 unsafe impl Sync for Prepared {}
+
+/// A plan's integers, as the list of TVM-FFI's that the planner answered and the launchers take.
+#[derive(Debug)]
+struct Numbered(Object);
+
+// SAFETY: a list of whole numbers, which no thread changes, and which TVM-FFI counts and releases from any thread: it holds nothing
+// that belongs to one.
+unsafe impl Send for Numbered {}
+// SAFETY: as above.
+unsafe impl Sync for Numbered {}
 
 pub(super) fn integers(array: &Array) -> Vec<i64> {
     array.iter().map(|any| any.to::<i64>().unwrap_or(i64::MIN)).collect()
@@ -363,13 +373,13 @@ impl OnStream {
     /// Plans a batch of one query or more.
     pub(super) fn plan(&mut self, spec: &AttentionSpec, batch: &Batch) -> Result<()> {
         self.info = None;
-        self.info = Some(self.planned(spec, batch, batch.rows())?.into());
+        self.info = Some(Numbered(self.planned(spec, batch, batch.rows())?.into()));
         Ok(())
     }
 
     /// What upstream answered to the last plan.
     pub(super) fn integers(&self) -> Vec<i64> {
-        let array = self.info.clone().and_then(|info| Any::from(info).to::<Array>().ok());
+        let array = self.info.as_ref().and_then(|info| Any::from(info.0.clone()).to::<Array>().ok());
         array.map(|array| integers(&array)).unwrap_or_default()
     }
 
@@ -499,7 +509,7 @@ impl OnStream {
 
     /// What runs the last plan; nothing where there is none.
     pub(super) fn launch(&self) -> Option<Launch<'_>> {
-        self.info.as_ref().map(|info| self.launch_of(info))
+        self.info.as_ref().map(|info| self.launch_of(&info.0))
     }
 
     /// As [`launch`](Self::launch), by what upstream answered.
