@@ -38,10 +38,10 @@ __device__ __forceinline__ u32 cluster_rank() {
     return rank;
 }
 
-// All threads of all blocks of the cluster come here, and see what any of them wrote before.
+// All threads of all blocks of the cluster come here, those of a warp not at once, and see what any of them wrote before.
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // The same place of shared memory in another block of the cluster.
