@@ -202,6 +202,11 @@ pub use stream::{DeviceStream, Stream};
 pub use tensor::{DType, Device, Element, MAX_NDIM, PackedTensor, TensorMut, TensorRef};
 
 /// README's code compiles.
-#[cfg(all(doctest, feature = "cudarc", feature = "bench"))]
+#[cfg(all(doctest, feature = "cudarc", feature = "bench", feature = "compute"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// So does that of docs/compute-graph.md.
+#[cfg(all(doctest, feature = "cudarc", feature = "compute"))]
+#[doc = include_str!("../docs/compute-graph.md")]
+struct ComputeGraphs;

@@ -45,7 +45,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Find or build the wheels, then build and run examples/quickstart.rs
+    /// Find or build the wheels, then build and run examples/quickstart.rs and a tiny decoder of examples/decoder
     Demo,
     /// Find or build the wheels, then run every test with all features, and with the default ones those that it matters
     /// to; with arguments, the first alone

@@ -21,22 +21,26 @@ pub const JIT_CACHE: &str = "flashinfer_jit_cache";
 
 /// `cargo xtask demo`
 pub fn demo() -> Result<()> {
-    let mut command = shell::cargo();
-    command.args(["run", "--locked", "--example", "quickstart"]);
+    // The decoder's feature for both, so that the crate is compiled once.
+    let mut features = "cudarc,compute";
+    let mut without = &[][..];
     if let Some(capability) = compute_capability() {
         // What the quick start calls, as far as the GPU can run it: the rest takes half an hour to build.
         let wanted = features::default_ones()?.into_iter();
         let wanted = wanted.filter(|feature| feature == "norm" || feature == recipes::SLOW && is_hopper(&capability));
         say("there is a GPU: finding its kernels, or building them from source");
         kernels(&wanted.collect::<Vec<_>>())?;
-        command.args(["--features", "cudarc"]);
-    } else if has_kernels(&Env::process())? {
-        command.args(["--features", "cudarc"]);
-    } else {
+    } else if !has_kernels(&Env::process())? {
         say("no kernels at hand and no GPU to run them: building without, the host reference needs libtvm_ffi.so only");
-        command.args(["--no-default-features", "--features", "cudart,cudarc"]);
+        (features, without) = ("cudart,cudarc,compute", &["--no-default-features"]);
     }
-    shell::run(&mut command)
+    // The decoder on the host: what it would take on a GPU is not all built here.
+    for (example, arguments) in [("quickstart", &[][..]), ("decoder", &["--", "--on", "host"])] {
+        let mut command = shell::cargo();
+        command.args(["run", "--locked", "--example", example]).args(without);
+        shell::run(command.args(["--features", features]).args(arguments))?;
+    }
+    Ok(())
 }
 
 /// `cargo xtask test`
