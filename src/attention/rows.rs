@@ -388,3 +388,64 @@ fn within_a_page(layout: &crate::tensor::Layout) -> Option<i64> {
 
 /// The place of the results among the arguments.
 pub(super) const RESULT: usize = O;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::FlashInferError;
+    use crate::owner::Owner;
+    use crate::tensor::Layout;
+
+    /// A tensor that nobody reads, so that it may be of any size.
+    fn layout(shape: &[i64], strides: Option<&[i64]>) -> Layout {
+        let address = std::ptr::without_provenance_mut(0x1000);
+        Layout::build(address, crate::tensor::Device::Cuda(0), DType::BF16, shape, strides, None)
+    }
+
+    /// What is refused of queries, keys and values of these layouts, and why.
+    fn refused(row: &'static Row, [q, k, v]: [&Layout; 3], pages: bool, most: i64) -> Option<(&'static str, String)> {
+        let owner = Owner::NONE;
+        let [q, k, v] = [q, k, v].map(|layout| Operand::Tensor(layout, &owner));
+        match check_reach(row, &[q, k, v, q, Operand::Absent, Operand::Absent], pages, most) {
+            Ok(()) => None,
+            Err(FlashInferError::InvalidArgument { argument, expected, .. }) => Some((argument, expected)),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn what_32_bits_do_not_count_is_refused() {
+        let (few, far) = (layout(&[4, 64, 128], None), layout(&[1 << 20, 64, 128], None));
+        let keys = |tokens| layout(&[tokens, 8, 128], None);
+        let names = |row, layouts, pages, most, argument, says: &str| {
+            let (found, expected) = refused(row, layouts, pages, most).unwrap();
+            assert!(found == argument && expected.contains(says), "{found}: {expected}");
+        };
+        // Of keys that lie one after the other the whole, to the last element.
+        let near = keys((1 << 22) - 1);
+        assert_eq!(refused(RAGGED, [&few, &near, &near], false, i64::MAX), None);
+        let (long, longer) = (keys((1 << 22) + 1), keys(1 << 30));
+        names(RAGGED, [&far, &near, &near], false, i64::MAX, "q", "the tensor to reach at most 4294967295");
+        names(RAGGED, [&few, &long, &near], false, i64::MAX, "k", "the tensor to reach");
+        names(RAGGED, [&few, &near, &longer], false, i64::MAX, "v", "the tensor to reach");
+        // A few tokens far apart are far too.
+        let spread = layout(&[3, 8, 128], Some(&[1 << 31, 128, 1]));
+        names(RAGGED, [&few, &spread, &near], false, i64::MAX, "k", "the tensor to reach");
+        // Of a paged cache each page; of a latent one the whole too, and of XQA's as many heads.
+        let cache = layout(&[1 << 26, 16, 8, 128], None);
+        assert_eq!(refused(PAGED, [&few, &cache, &cache], true, i64::MAX), None);
+        let page = layout(&[2, 3, 8, 128], Some(&[1 << 40, 1 << 31, 128, 1]));
+        names(PAGED, [&few, &page, &page], true, i64::MAX, "paged_k_cache", "each page to reach at most 4294967295");
+        let latent = layout(&[(1 << 19) + 1, 16, 512], None);
+        names(
+            MLA,
+            [&few, &latent, &latent],
+            true,
+            u32::MAX.into(),
+            "ckv_cache",
+            "the cache to reach at most 4294967295",
+        );
+        let fits = layout(&[1 << 18, 16, 512], None);
+        assert_eq!(refused(MLA, [&few, &fits, &fits], true, u32::MAX.into()), None);
+    }
+}

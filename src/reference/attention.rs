@@ -235,7 +235,8 @@ function!(attention_mla, |args| {
     let (indices, last) = (args.tensor(indices)?, args.tensor(last)?);
     let pages = Pages { indices, last, pages: ckv.size(0)?, page_size: ckv.size(1)? };
     let base = if args.bool(natural)? { std::f64::consts::E } else { 2.0 };
-    let facts = Facts { causal: args.bool(causal)?, window: -1, cap: 0.0, scale: args.float(scale)?, v_scale: 1.0, base };
+    let facts =
+        Facts { causal: args.bool(causal)?, window: -1, cap: 0.0, scale: args.float(scale)?, v_scale: 1.0, base };
     let (compressed, rotary) = (ckv.size(2)?, kpe.size(2)?);
     let size = compressed + rotary;
     for request in 0..requests.count()? {
