@@ -1,8 +1,5 @@
 //! The network as a specification: which bytes are asked for, what is made of answers that are wrong, cut short or
 //! refused, and where an index is looked for. No network beyond loopback; every test has its own machine and server.
-//!
-//! That https never becomes http is not tested here: it would take a TLS server with a certificate that the platform
-//! trusts.
 
 #[path = "../build/mod.rs"]
 mod vendoring;

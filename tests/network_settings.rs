@@ -8,12 +8,14 @@ mod support {
     pub mod http;
     pub mod machine;
     pub mod proxy;
+    pub mod tls;
     pub mod wheels;
 }
 
 use support::http::{Refusing, Reply, Server};
 use support::machine::{Machine, assert_says, bytes_of, pages};
 use support::proxy::Proxy;
+use support::tls::{self, Encrypted};
 use support::wheels::{Pin, Wheel};
 use vendoring::env::Env;
 use vendoring::error::Result;
@@ -243,6 +245,32 @@ mod certificates {
             );
         }
         assert!(server.requests().is_empty());
+    }
+
+    #[test]
+    fn of_pip_are_trusted_and_no_others() {
+        let server = index();
+        server.admit("alice", "hunter2", 404);
+        let face = Encrypted::face_of(&server);
+        let address = face.url("/simple").replace("//", "//alice:hunter2@");
+        let machine = || Machine::new().with("PIP_INDEX_URL", &address);
+        let fault = machine().with("PIP_TRUSTED_HOST", "127.0.0.1").fault(&by_index().parsed());
+        assert_says(&fault, &["certificate", "SSL_CERT_FILE", "PIP_TRUSTED_HOST has no effect here"]);
+        assert!(server.requests().is_empty(), "a password for who knows whom");
+        gets(&machine().with("PIP_CERT", tls::authority()), &by_index());
+        let proxy = Proxy::start();
+        gets(&machine().with("PIP_CERT", tls::authority()).with("https_proxy", proxy.url("http")), &by_index());
+        assert_eq!(proxy.asked(), [face.authority(), face.authority()]);
+    }
+
+    #[test]
+    fn are_not_done_without_after_a_redirect() {
+        let (server, plain) = (Server::start(), index());
+        server.on(PAGE, [Reply::redirect(&plain.url(PAGE))]);
+        let machine = Machine::new().with("PIP_INDEX_URL", Encrypted::face_of(&server).url("/simple"));
+        let fault = machine.with("PIP_CERT", tls::authority()).fault(&by_index().parsed());
+        assert_says(fault, &["from https down to http", "correct the address"]);
+        assert!(plain.requests().is_empty());
     }
 
     #[test]
