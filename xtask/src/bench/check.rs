@@ -39,7 +39,7 @@ pub fn command() -> Result<()> {
     compile(&shell::root().join("tests/fixtures/cudart.c"), &cudart, &["-shared", "-fPIC", soname])?;
     provision::kernels(&["norm".to_owned()])?;
     say("building in release mode");
-    let (executables, libraries) = bundle::collect(&bundle::build(&bundle::INSTRUCTIONS)?);
+    let (executables, libraries) = crate::messages::collect(&bundle::build(&bundle::INSTRUCTIONS)?);
     let Some(rust) = executables.get("instructions") else { refuse!("cargo built no instructions") };
     let Some(libraries) = libraries else { refuse!("cargo did not say where the build script put the libraries") };
     shell::copy(&libraries.join("libtvm_ffi.so"), &folder.join("libtvm_ffi.so"))?;

@@ -266,7 +266,7 @@ fn packed(suite: &Suite, bundle: &Path, command: impl Fn(&str) -> String) -> Pla
 fn built(suite: &Suite, command: impl Fn(&str) -> String) -> Result<Place> {
     provision::kernels(&crate::recipes::usual()?)?;
     say("building in release mode");
-    let (executables, libraries) = bundle::collect(&bundle::build(suite.rust)?);
+    let (executables, libraries) = crate::messages::collect(&bundle::build(suite.rust)?);
     let name = suite.rust.name();
     let Some(rust) = executables.get(name) else { refuse!("cargo built no {name}") };
     let Some(libraries) = libraries else { refuse!("cargo did not say where the build script put the libraries") };
