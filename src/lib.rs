@@ -132,6 +132,7 @@ mod loader_elsewhere;
 pub mod log;
 pub mod matmul;
 mod module;
+mod narrow;
 pub mod object;
 mod open;
 mod owner;

@@ -2,13 +2,13 @@
 
 use std::ffi::c_void;
 
-use half::{bf16, f16};
 
 use crate::contract::{Contents, Dimensions, Dtype, From, Kind, Operand, Role, Row, Tensor};
 use crate::cuda::Buffer;
 use crate::data::tensor::numbers;
 use crate::engine::Entry;
 use crate::error::Result;
+use crate::narrow;
 use crate::owner::Owner;
 use crate::reference;
 use crate::runtime::FlashInferRuntime;
@@ -233,8 +233,8 @@ fn number(seed: u64, i: u64) -> f64 {
 
 fn round_to(value: f64, dtype: DType) -> f64 {
     match dtype {
-        DType::F16 => f16::from_f64(value).to_f64(),
-        DType::BF16 => bf16::from_f64(value).to_f64(),
+        DType::F16 => narrow::to_f16(value).to_f64(),
+        DType::BF16 => narrow::to_bf16(value).to_f64(),
         _ => value,
     }
 }
@@ -242,8 +242,8 @@ fn round_to(value: f64, dtype: DType) -> f64 {
 pub(crate) fn encode(values: &[f64], dtype: DType) -> Vec<u8> {
     let bytes = |&value: &f64| -> Vec<u8> {
         match dtype {
-            DType::F16 => f16::from_f64(value).to_le_bytes().to_vec(),
-            DType::BF16 => bf16::from_f64(value).to_le_bytes().to_vec(),
+            DType::F16 => narrow::to_f16(value).to_le_bytes().to_vec(),
+            DType::BF16 => narrow::to_bf16(value).to_le_bytes().to_vec(),
             DType::F32 => (value as f32).to_le_bytes().to_vec(),
             DType::F64 => value.to_le_bytes().to_vec(),
             DType::I32 => (value as i32).to_le_bytes().to_vec(),

@@ -10,6 +10,7 @@ use super::plan::{Plan, Span};
 use crate::data::tensor::numbers;
 use crate::error::Result;
 use crate::module::Module;
+use crate::narrow;
 use crate::object::Arg;
 use crate::owner::Owner;
 use crate::reference;
@@ -282,8 +283,8 @@ impl Backend for HostRun<'_> {
 /// Writes a number as an element of a type, rounded once.
 pub(super) fn store(element: &mut [u8], dtype: DType, value: f64) {
     match dtype {
-        DType::F16 => element.copy_from_slice(&half::f16::from_f64(value).to_ne_bytes()),
-        DType::BF16 => element.copy_from_slice(&half::bf16::from_f64(value).to_ne_bytes()),
+        DType::F16 => element.copy_from_slice(&narrow::to_f16(value).to_ne_bytes()),
+        DType::BF16 => element.copy_from_slice(&narrow::to_bf16(value).to_ne_bytes()),
         DType::F32 => element.copy_from_slice(&(value as f32).to_ne_bytes()),
         DType::F64 => element.copy_from_slice(&value.to_ne_bytes()),
         DType::U8 => element[0] = value as u8,

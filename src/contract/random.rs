@@ -10,6 +10,7 @@ use super::{Contents, Dimensions, Dtype, From, Kind, Operand, Role, Row, Strides
 use crate::engine::Entry;
 use crate::error::{FlashInferError, Result};
 use crate::kernels;
+use crate::narrow;
 use crate::owner::Owner;
 use crate::runtime::{FlashInferRuntime, RuntimeConfig};
 use crate::stream::Stream;
@@ -237,8 +238,8 @@ fn fill(address: *mut u8, count: usize, dtype: DType, number: f64) {
         unsafe {
             match dtype {
                 DType::F32 => place.cast::<f32>().write(number as f32),
-                DType::F16 => place.cast::<f16>().write(f16::from_f64(number)),
-                DType::BF16 => place.cast::<bf16>().write(bf16::from_f64(number)),
+                DType::F16 => place.cast::<f16>().write(narrow::to_f16(number)),
+                DType::BF16 => place.cast::<bf16>().write(narrow::to_bf16(number)),
                 DType::I32 => place.cast::<i32>().write(number as i32),
                 DType::I64 => place.cast::<i64>().write(number as i64),
                 DType::U8 => place.write(number as u8),

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use super::dtype::DataType;
 use super::error::unfit;
 use crate::error::Result;
+use crate::narrow;
 use crate::tensor::{DType, Device, TensorMut, TensorRef};
 #[cfg(feature = "bench")]
 use crate::{object::Tensor, tensor::is_row_major};
@@ -184,8 +185,8 @@ impl HostTensor {
         match self.dtype {
             DataType::Float64 => self.put(i, value.to_ne_bytes()),
             DataType::Float32 => self.put(i, (value as f32).to_ne_bytes()),
-            DataType::Float16 => self.put(i, f16::from_f64(value).to_ne_bytes()),
-            DataType::Bfloat16 => self.put(i, bf16::from_f64(value).to_ne_bytes()),
+            DataType::Float16 => self.put(i, narrow::to_f16(value).to_ne_bytes()),
+            DataType::Bfloat16 => self.put(i, narrow::to_bf16(value).to_ne_bytes()),
             DataType::Float8E4m3fn => self.put(i, [E4M3.code(value)]),
             DataType::Float8E5m2 => self.put(i, [E5M2.code(value)]),
             DataType::Float4E2m1 => {

@@ -20,6 +20,7 @@ use crate::error::Result;
 use crate::ffi::abi::{Any, SafeCall, type_index};
 use crate::ffi::dlpack::{self, DLTensor};
 use crate::module::Module;
+use crate::narrow;
 use crate::runtime::FlashInferRuntime;
 use crate::tensor::DType;
 
@@ -361,8 +362,8 @@ impl HostTensor<'_> {
         // SAFETY: as for `at`; that the tensor may be written is its maker's word too.
         unsafe {
             match self.dtype {
-                DType::F16 => self.data.cast::<f16>().offset(offset).write_unaligned(f16::from_f64(value)),
-                DType::BF16 => self.data.cast::<bf16>().offset(offset).write_unaligned(bf16::from_f64(value)),
+                DType::F16 => self.data.cast::<f16>().offset(offset).write_unaligned(narrow::to_f16(value)),
+                DType::BF16 => self.data.cast::<bf16>().offset(offset).write_unaligned(narrow::to_bf16(value)),
                 DType::F32 => self.data.cast::<f32>().offset(offset).write_unaligned(value as f32),
                 DType::U8 => self.data.cast::<u8>().offset(offset).write(value as u8),
                 DType::I32 => self.data.cast::<i32>().offset(offset).write_unaligned(value as i32),
