@@ -73,7 +73,7 @@ const fn made(name: &'static str) -> OperandFacts {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PdlBefore {
-    /// It waits before it touches anything: the edge to it may be programmatic.
+    /// It waits before it touches anything that a graph may write: the edge to it may be programmatic.
     Waits,
     /// It never waits, or reads something before: the edge to it must be full.
     Full,
@@ -766,8 +766,8 @@ table! {
         summary: "out = x · weightᵀ",
         operands: &[part("x"), read("weight"), made("out")],
         parameters: &["f32_out"],
-        before: PdlBefore::Full,
-        after: PdlAfter::AtEnd,
+        // Kernels of this crate's own read the weight and the bias ahead of their wait, which nothing in a graph writes. cuBLASLt's are
+        // never launched so that they may start early, and what is behind one starts when it has ended.
         rule: |c| rule_matmul(c, false, false),
         host: Some(host::matmul),
         flops: matmul_flops,
@@ -778,8 +778,6 @@ table! {
         summary: "out = x · weightᵀ + bias",
         operands: &[part("x"), read("weight"), read("bias"), made("out")],
         parameters: &["f32_out"],
-        before: PdlBefore::Full,
-        after: PdlAfter::AtEnd,
         rule: |c| rule_matmul(c, true, false),
         host: Some(host::matmul_bias),
         flops: matmul_flops,
@@ -789,8 +787,6 @@ table! {
         name: "matmul_add",
         summary: "residual ← residual + x · weightᵀ",
         operands: &[part("x"), read("weight"), over("residual")],
-        before: PdlBefore::Full,
-        after: PdlAfter::AtEnd,
         rule: |c| rule_matmul(c, false, true),
         host: Some(host::matmul_add),
         flops: matmul_flops,

@@ -116,12 +116,14 @@ fn a_run_names_the_node_that_reads_memory_which_was_taken_away() {
 #[test]
 fn a_kernel_that_does_not_wait_never_starts_early() {
     let mut g = GraphBuilder::new("early", 4);
-    let x = g.input("x", DType::BF16, [Dim::BATCH, Dim::fixed(64)], Pad::Value(0)).unwrap();
-    let norm = g.weight("norm", DType::BF16, [Dim::fixed(64)]).unwrap();
-    let w = g.weight("w", DType::BF16, [Dim::fixed(64), Dim::fixed(64)]).unwrap();
+    let x = g.input("x", DType::BF16, [Dim::BATCH, Dim::fixed(256)], Pad::Value(0)).unwrap();
+    let positions = g.input("positions", DType::I32, [Dim::BATCH], Pad::Value(0)).unwrap();
+    let norm = g.weight("norm", DType::BF16, [Dim::fixed(256)]).unwrap();
+    let cos_sin = g.weight("cos_sin", DType::F32, [Dim::fixed(40), Dim::fixed(128)]).unwrap();
     let a = g.rmsnorm(&x, &norm, 1e-6).unwrap();
     let b = g.rmsnorm(&a, &norm, 1e-6).unwrap();
-    let c = g.matmul(&b, &w).unwrap();
+    let (queries, keys) = (Columns::new(0..128).heads(1), Columns::new(128..256).heads(1));
+    let c = g.rope(b, [queries, keys], &cos_sin, &positions, false).unwrap();
     g.output("c", c).unwrap();
     let graph = g.finish().unwrap();
     let mut plan = Plan::new(&graph, 1).unwrap();

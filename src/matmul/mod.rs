@@ -270,6 +270,15 @@ impl MatMul {
         }
     }
 
+    /// Whether its kernel waits for the one ahead of it by itself, so that it may be launched to start early.
+    #[cfg(all(feature = "cudarc", feature = "compute"))]
+    pub(crate) fn waits(&self) -> bool {
+        match &self.place {
+            Place::Host => false,
+            Place::Gpu(planned) => planned.waits(),
+        }
+    }
+
     /// The product. Asynchronous on `stream`.
     ///
     /// | tensor | shape | dtype | |
@@ -295,6 +304,27 @@ impl MatMul {
         workspace: Option<&mut TensorMut<'_>>,
         stream: Stream<'_>,
     ) -> Result<()> {
+        // Not early: the kernel ahead may be the one that writes the weight.
+        // SAFETY: a launch that is not early asks for nothing.
+        unsafe { self.run_early(out, x, weight, bias, workspace, stream, false) }
+    }
+
+    /// As [`run`](Self::run). An `early` launch of a kernel that [waits](Self::waits) for the one ahead of it may start before that
+    /// has ended (programmatic dependent launch), and reads the weight and the bias meanwhile.
+    ///
+    /// # Safety
+    /// Where it is early, nothing that was queued before and may not have ended yet may write the weight or the bias.
+    #[allow(clippy::too_many_arguments, reason = "a product's tensors, and how it is launched")]
+    pub(crate) unsafe fn run_early(
+        &self,
+        out: &mut TensorMut<'_>,
+        x: &TensorRef<'_>,
+        weight: &TensorRef<'_>,
+        bias: Option<&TensorRef<'_>>,
+        workspace: Option<&mut TensorMut<'_>>,
+        stream: Stream<'_>,
+        #[cfg_attr(not(feature = "cudarc"), expect(unused_variables, reason = "only kernels start early"))] early: bool,
+    ) -> Result<()> {
         let workspace = workspace.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let operands =
             [x.operand(), weight.operand(), bias.map_or(Operand::Absent, TensorRef::operand), out.operand(), workspace];
@@ -315,7 +345,8 @@ impl MatMul {
             // SAFETY: the call keeps its row, and nothing in the tensors steers the reference.
             Place::Host => unsafe { entry.call_checked(&operands, &checked, stream) },
             #[cfg(feature = "cudarc")]
-            Place::Gpu(planned) => planned.run(entry.row, &operands, stream),
+            // SAFETY: the caller's promise.
+            Place::Gpu(planned) => unsafe { planned.run(entry.row, &operands, stream, early) },
         }
     }
 }

@@ -401,9 +401,12 @@ impl Model {
     /// Whether a node starts early, where programmatic dependent launch is on: where its edge allows it and its kernel has the
     /// option.
     pub(super) fn starts_early(&self, plan: usize, node: usize, pdl: bool) -> bool {
-        pdl && self.early[plan][node]
-            && matches!(self.ways[node], Way::Row)
-            && self.row(plan, node).is_some_and(|call| call.arguments.contains(&RowArgument::Pdl))
+        let has_option = || match self.ways[node] {
+            Way::Row => self.row(plan, node).is_some_and(|call| call.arguments.contains(&RowArgument::Pdl)),
+            Way::Product => self.products[self.chosen[plan][node]].waits(),
+            Way::Attention(_) => false,
+        };
+        pdl && self.early[plan][node] && has_option()
     }
 
     /// How many kernels a node launches.
@@ -435,7 +438,7 @@ impl Model {
                 unsafe { self.call(&call, |argument| self.argument(plan, node, &specs, argument), stream, early) }
             }
             // SAFETY: the caller's promise.
-            Way::Product => unsafe { self.multiply(plan, node, stream) },
+            Way::Product => unsafe { self.multiply(plan, node, stream, pdl && self.early[plan][node]) },
             // SAFETY: the caller's promise.
             Way::Attention(kernel) => unsafe { self.attend(plan, node, &self.attention[kernel], stream) },
         }
@@ -530,7 +533,7 @@ impl Model {
 
     /// # Safety
     /// As for [`launch`](Self::launch).
-    unsafe fn multiply(&self, plan: usize, node: usize, stream: Stream<'_>) -> Result<()> {
+    unsafe fn multiply(&self, plan: usize, node: usize, stream: Stream<'_>, early: bool) -> Result<()> {
         let Node { operation, accesses, .. } = &self.graph.nodes[node];
         let product = &self.products[self.chosen[plan][node]];
         let spec = product.spec();
@@ -545,15 +548,15 @@ impl Model {
         let data = self.layout(plan, out).data();
         let out = Layout::build(data, self.device, spec.out(), &[rows, columns], None, None);
         let workspace = self.vector(OWN, self.workspace.offset, DType::U8, self.workspace.bytes);
-        // SAFETY: the caller's promise, and the plan's proof: what is written is nothing else that is needed. The workspace is for
-        // products alone, of which one ends before the next starts on the stream.
+        // SAFETY: the caller's promise, and the plan's proof: what is written is nothing else that is needed, and no weight. The
+        // workspace is for products alone; those that use it are cuBLASLt's, of which one ends before the next starts on the stream.
         unsafe {
             let read = |layout| TensorRef::from_layout(layout, Owner::NONE);
             let (x, weight, bias) = (read(x), read(weight), bias.map(read));
             let mut out = TensorMut::from_layout(out, Owner::NONE);
             let mut workspace = TensorMut::from_layout(workspace, Owner::NONE);
             let workspace = (product.workspace_bytes() > 0).then_some(&mut workspace);
-            product.run(&mut out, &x, &weight, bias.as_ref(), workspace, stream)
+            product.run_early(&mut out, &x, &weight, bias.as_ref(), workspace, stream, early)
         }
     }
 
