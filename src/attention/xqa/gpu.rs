@@ -145,8 +145,9 @@ impl XqaKernel {
             Some(layout) => *layout,
             None => unreachable!("the row has it"),
         };
-        let [pages, lengths] = [rows::XQA_PAGES, rows::XQA_LENGTHS].map(|at| tensor(at).pack());
-        let [q, o] = [Q, RESULT].map(|at| tensor(at).pack());
+        // What is packed points to the layout's sizes, which stay until the call was made.
+        let whole = [rows::XQA_PAGES, rows::XQA_LENGTHS, Q, RESULT].map(tensor);
+        let [pages, lengths, q, o] = whole.each_ref().map(Layout::pack);
         let caches = [K, V].map(|at| by_tokens(&tensor(at), spec.layout()));
         let [k, v] = caches.each_ref().map(Layout::pack);
         let [semaphores, scratch] = [semaphores.pack(), scratch.pack()];
