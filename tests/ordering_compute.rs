@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::compute::{
-    Backend, Buckets, DeviceRun, Dim, Graph, GraphBuilder, GraphError, HostRun, Link, Pad, Plan, Target,
+    Backend, Buckets, Columns, DeviceRun, Dim, Graph, GraphBuilder, GraphError, HostRun, Link, Pad, Plan, Rule, Target,
+    fuse,
 };
 use flashinfer_rs::{DType, FlashInferError};
 use half::bf16;
@@ -35,6 +36,34 @@ fn norms() -> Graph {
     let (normed, sum) = g.fused_add_rmsnorm(c, a, &second, 1e-6).unwrap();
     g.output("normed", normed).unwrap();
     g.output("sum", sum).unwrap();
+    g.finish().unwrap()
+}
+
+/// All of a decoder but its products: ids to tokens, over a paged cache of two pages of 16 tokens for each row.
+fn decoder() -> Graph {
+    let mut g = GraphBuilder::new("decoder", 4);
+    let [mut ids, mut positions, mut lengths] = [("ids", 0), ("positions", 0), ("lengths", 1)]
+        .map(|(name, pad)| g.input(name, DType::I32, [Dim::BATCH], Pad::Value(pad)).unwrap());
+    let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(2)], Pad::Reserved(0)).unwrap();
+    let embedding = g.weight("embedding", DType::BF16, [fixed(128), fixed(512)]).unwrap();
+    let cos_sin = g.weight("cos_sin", DType::F32, [fixed(40), fixed(128)]).unwrap();
+    let [q_norm, k_norm] = ["q_norm", "k_norm"].map(|name| g.weight(name, DType::BF16, [fixed(128)]).unwrap());
+    let norm = g.weight("norm", DType::BF16, [fixed(256)]).unwrap();
+    let cache = [fixed(9), fixed(16), fixed(1), fixed(128)];
+    let [mut k_cache, mut v_cache] = ["k_cache", "v_cache"].map(|name| g.state(name, DType::BF16, cache).unwrap());
+    let (q, k) = (Columns::new(0..256).heads(2), Columns::new(256..384).heads(1));
+    let v = Columns::new(384..512).heads(1);
+    let x = g.embedding(&ids, &embedding, 1.0).unwrap();
+    let x = g.head_rmsnorm(x, q, &q_norm, 1e-6).unwrap();
+    let x = g.head_rmsnorm(x, k, &k_norm, 1e-6).unwrap();
+    let x = g.rope(x, [q, k], &cos_sin, &positions, false).unwrap();
+    g.append((x.columns(k), x.columns(v)), &positions, &table, (&mut k_cache, &mut v_cache)).unwrap();
+    let attended = g.decode_attention(x.columns(q), (&k_cache, &v_cache), &table, &lengths, 0.1).unwrap();
+    let normed = g.rmsnorm(&attended, &norm, 1e-6).unwrap();
+    let logits = g.silu_and_mul(&normed).unwrap();
+    let token = g.argmax(&logits).unwrap();
+    g.advance(&token, &mut ids, &mut positions, &mut lengths, 32).unwrap();
+    g.output("token", token).unwrap();
     g.finish().unwrap()
 }
 
@@ -335,6 +364,55 @@ fn what_cannot_run_here_is_refused_before_anything_is_allocated() {
             GraphError::BucketTooSmall { rows: 8, largest: 4 }
         ));
         assert_eq!(driver.live(), live);
+    });
+}
+
+#[test]
+fn a_decoders_steps_are_ordered_and_stay_within_its_pages() {
+    with_driver("a_decoders_steps_are_ordered_and_stay_within_its_pages", |driver| {
+        let [a, b] = streams();
+        let (graph, applied) = fuse(&decoder(), &[Rule::QkNormRopeAppend]).unwrap();
+        assert_eq!(applied.len(), 1);
+        // Embedding, two norms, rope, append, attention, norm, activation, token, advance; the four in the middle as one.
+        for (graph, kernels) in [(decoder(), 10), (graph, 7)] {
+            let mut run = DeviceRun::new(&graph, &buckets(&[1, 2, 4]), &a).unwrap();
+            for (name, elements) in [("embedding", 128 * 512), ("q_norm", 128), ("k_norm", 128), ("norm", 256)] {
+                run.weight(name, &vec![bf16::ONE; elements]).unwrap();
+            }
+            run.weight("cos_sin", &[0f32; 40 * 128]).unwrap();
+            run.capture().unwrap();
+            for bucket in [1, 2, 4] {
+                // Queries that are columns of something larger lie apart where there are several rows, and are copied.
+                let expected = kernels + u32::from(bucket > 1);
+                assert_eq!(run.kernels(bucket).unwrap(), expected);
+                let step = run.captured(bucket).unwrap();
+                assert_eq!((step.nodes, step.kernels), (expected as usize, expected as usize));
+                assert!(step.programmatic > 0);
+            }
+            driver.ordered("steps, and the cache's views", || {
+                for rows in [1, 3] {
+                    run.set_rows(rows as u64).unwrap();
+                    run.input("ids", &vec![5; rows]).unwrap();
+                    run.input("positions", &vec![2; rows]).unwrap();
+                    run.input("lengths", &vec![3; rows]).unwrap();
+                    run.input("page_table", &vec![8; 2 * rows]).unwrap();
+                    match refused(run.run(31)) {
+                        GraphError::ContextTooLong { row: 0, length: 33, capacity: 32 } => {}
+                        other => panic!("{other}"),
+                    }
+                    run.run(20).unwrap();
+                    b.clone_dtoh(&run.view::<bf16>("k_cache").unwrap()).unwrap();
+                    (0..9).for_each(|_| run.step().unwrap());
+                    run.run(1).unwrap();
+                    assert!(matches!(refused(run.run(1)), GraphError::ContextTooLong { .. }));
+                    assert!(matches!(refused(run.step()), GraphError::ContextTooLong { .. }));
+                    for _ in 0..30 {
+                        assert_eq!(run.next_result::<i32>().unwrap().unwrap().values.len(), rows);
+                    }
+                    assert!(run.next_result::<i32>().unwrap().is_none());
+                }
+            });
+        }
     });
 }
 

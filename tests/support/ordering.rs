@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::CUcontext;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
-use flashinfer_rs::{FlashInferError, FlashInferRuntime, RuntimeConfig};
+use flashinfer_rs::attention::{AttentionSpec, XqaDecode};
+use flashinfer_rs::{DType, FlashInferError, FlashInferRuntime, RuntimeConfig};
 use libloading::os::unix::Library;
 
 use crate::native;
@@ -51,7 +52,10 @@ fn compile(folder: &Path) {
     native::compile("ordering/runtime.c", "libcudart.so.13", &over_the_driver, folder);
     native::compile("ordering/cublaslt.c", "libcublasLt.so.13", &over_the_driver, folder);
     let kernels = native::compile("ordering/kernels.c", "norm.so", &over_the_driver, folder);
-    for library in ["gdn_prefill_sm90.so", "sampling.so"] {
+    // XQA's for two heads of queries to one of keys.
+    let xqa = AttentionSpec::decode(DType::BF16, (2, 1), 128, 16).build().and_then(|spec| XqaDecode::module_of(&spec));
+    let xqa = format!("{}.so", xqa.unwrap());
+    for library in ["gdn_prefill_sm90.so", "sampling.so", "rope.so", "page.so", "silu_and_mul.so", &xqa] {
         fs::copy(&kernels, folder.join(library)).unwrap();
     }
     std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcuda.so")).unwrap();
