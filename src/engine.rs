@@ -14,7 +14,6 @@ use crate::error::{FlashInferError, Result};
 use crate::ffi::abi::Any;
 use crate::ffi::dlpack::DLTensor;
 use crate::first_call::{self, Ran};
-use crate::kernels::decode;
 use crate::log::{self, Way};
 use crate::module::{Function, Module};
 use crate::object::Arg;
@@ -92,7 +91,7 @@ impl Entry {
 
     /// The library, or the functions that launch kernels of this crate's own.
     fn module(self) -> Result<&'static Module> {
-        match self.is_own() {
+        match self.row.is_own() {
             false => FlashInferRuntime::global()?.module(self.row.library),
             #[cfg(feature = "compute")]
             true => crate::glue::decode::module(),
@@ -105,14 +104,9 @@ impl Entry {
         }
     }
 
-    /// Whether it is a kernel of this crate's own, and no library has it.
-    fn is_own(self) -> bool {
-        self.row.library == decode::LIBRARY
-    }
-
     /// Whether this program was built with it.
     pub(crate) fn is_there(self) -> bool {
-        if self.is_own() { cfg!(feature = "compute") } else { artifact::vendored(self.row.library).is_some() }
+        if self.row.is_own() { cfg!(feature = "compute") } else { artifact::vendored(self.row.library).is_some() }
     }
 
     /// The function that serves tensors on `device`: the library's, or the reference on the host.

@@ -1,4 +1,10 @@
-//! Kernels of a decode step without a GPU: numbers on the host against plain loops, and what is refused.
+//! Kernels of a decode step without a GPU: numbers on the host against plain loops, what is refused, and what is launched over
+//! a CUDA runtime that launches nothing.
+
+#[path = "support/failing.rs"]
+mod failing;
+#[path = "support/native.rs"]
+mod native;
 
 use flashinfer_rs::kernels::decode::{
     Among, Appended, DecodeOptions, HeadNorm, Step, add, advance, argmax, copy, embedding, is_supported, mul,
@@ -421,4 +427,155 @@ fn nothing_is_done_for_no_rows() {
     silu(&mut a, &options, HOST).unwrap();
     softmax_rows(&mut a, 1.0, &options, HOST).unwrap();
     argmax(&mut token, &TensorRef::from_slice(&[0f32; 0], &[0, 7]).unwrap(), &options, HOST).unwrap();
+}
+
+/// Every kernel by its row's name, over tensors that are claimed to be on a GPU.
+#[cfg(feature = "compute")]
+fn every_kernel(options: DecodeOptions, mut with: impl FnMut(&str, &mut dyn FnMut() -> Result<()>)) {
+    let read = |address, dtype, shape: &[i64]| failing::read(0, address, dtype, shape);
+    let write = |address, dtype, shape: &[i64]| failing::write(0, address, dtype, shape);
+    let (half, float, whole, s) = (DType::BF16, DType::F32, DType::I32, Stream::NULL);
+    let (mut a, b) = (write(0x1000, half, &[3, 1024]), read(0x2000, half, &[3, 1024]));
+    let (ids, table) = (read(0x3000, whole, &[3]), read(0x4000, half, &[50, 1024]));
+    let mut token = write(0x5000, whole, &[3]);
+    with("embedding", &mut || embedding(&mut a, &ids, &table, 2.0, &options, s));
+    with("add", &mut || add(&mut a, &b, &options, s));
+    with("mul", &mut || mul(&mut a, &b, &options, s));
+    with("sigmoid_gate", &mut || sigmoid_gate(&mut a, &b, &options, s));
+    with("silu", &mut || silu(&mut a, &options, s));
+    let mut wide = write(0x6000, float, &[3, 1024]);
+    with("copy", &mut || copy(&mut wide, &b, &options, s));
+    with("softmax_rows", &mut || softmax_rows(&mut a, 0.5, &options, s));
+    with("argmax", &mut || argmax(&mut token, &b, &options, s));
+    let (probs, number) = (read(0x7000, float, &[3, 77]), read(0x8000, float, &[3]));
+    with("sample", &mut || sample(&mut token, &probs, &number, Among::new(5, 0.5), &options, s));
+    let mut step = Step {
+        ids: write(0x9000, whole, &[3]),
+        positions: write(0xA000, whole, &[3]),
+        lengths: write(0xB000, whole, &[3]),
+    };
+    with("advance", &mut || advance(&ids, &mut step, 12, &options, s));
+    let mut q = write(0xC000, half, &[3, 16, 128]);
+    let mut appended = Appended {
+        k: read(0xD000, half, &[3, 8, 128]),
+        v: read(0xE000, half, &[3, 8, 128]),
+        cos_sin: read(0xF000, float, &[100, 128]),
+        positions: read(0x10000, whole, &[3]),
+        page_table: read(0x11000, whole, &[3, 4]),
+        k_cache: write(0x12000, half, &[20, 16, 8, 128]),
+        v_cache: write(0x13000, half, &[20, 16, 8, 128]),
+        interleave: false,
+    };
+    let weight = read(0x14000, half, &[128]);
+    let norm = HeadNorm { q_weight: &weight, k_weight: &weight, eps: 1e-6 };
+    with("rope_append", &mut || rope_append(&mut q, &mut appended, &options, s));
+    with("qk_norm_rope_append", &mut || qk_norm_rope_append(&mut q, norm, &mut appended, &options, s));
+}
+
+#[cfg(feature = "compute")]
+#[test]
+fn every_kernel_tells_of_a_launch_that_fails() {
+    native::isolated("every_kernel_tells_of_a_launch_that_fails", || {
+        let cuda = failing::Cuda::stand_in(&[]);
+        for pdl in [false, true] {
+            every_kernel(DecodeOptions::default().with_pdl(pdl), |name, call| {
+                cuda.tells(name, call);
+                assert_eq!(cuda.get("last_pdl") == 1, pdl, "{name}");
+            });
+        }
+        cuda.assert_all_told(&["decode.ptx"]);
+    });
+}
+
+#[cfg(feature = "compute")]
+#[test]
+fn kernels_are_launched_for_their_types_with_blocks_for_every_row_and_made_ready_once() {
+    native::isolated("kernels_are_launched_for_their_types_with_blocks_for_every_row_and_made_ready_once", || {
+        let cuda = failing::Cuda::stand_in(&[]);
+        cuda.set("launch_fails_with", 0);
+        let blocks = || ["last_grid", "last_grid_y", "last_block"].map(|name| cuda.get(name));
+        let mut seen = Vec::new();
+        every_kernel(DecodeOptions::default(), |name, call| {
+            call().unwrap();
+            seen.push((name.to_owned(), cuda.text("last_own"), blocks()));
+        });
+        let expected = [
+            ("embedding", "embedding_bf16", [3, 1, 128]),
+            ("add", "add_bf16", [3, 1, 128]),
+            ("mul", "mul_bf16", [3, 1, 128]),
+            ("sigmoid_gate", "sigmoid_gate_bf16", [3, 1, 128]),
+            ("silu", "silu_bf16", [3, 1, 128]),
+            ("copy", "copy_bf16_f32", [3, 1, 128]),
+            ("softmax_rows", "softmax_rows_bf16", [24, 1, 1024]),
+            ("argmax", "argmax_bf16", [24, 1, 1024]),
+            ("sample", "sample", [24, 1, 1024]),
+            ("advance", "advance", [1, 1, 128]),
+            // Heads of queries, keys and values, four to a block.
+            ("rope_append", "rope_append_bf16", [3, 8, 128]),
+            ("qk_norm_rope_append", "qk_norm_rope_append_bf16", [3, 8, 128]),
+        ];
+        assert_eq!(seen, expected.map(|(row, kernel, blocks)| (row.to_owned(), kernel.to_owned(), blocks)));
+        let ready = cuda.get("prepared");
+        assert_eq!(ready, 12, "each is made ready ahead of its first launch");
+        every_kernel(DecodeOptions::default(), |_, call| call().unwrap());
+        assert_eq!(cuda.get("prepared"), ready);
+        // Of another type, of rows that are no eights, and of large heads.
+        let s = Stream::NULL;
+        let options = DecodeOptions::default();
+        silu(&mut failing::write(0, 0x1000, DType::F32, &[2, 1025]), &options, s).unwrap();
+        assert_eq!((cuda.text("last_own"), blocks()), ("silu_f32".to_owned(), [2, 9, 128]));
+        argmax(
+            &mut failing::write(0, 0x1000, DType::I32, &[1]),
+            &failing::read(0, 0x2000, DType::F16, &[1, 151_936]),
+            &options,
+            s,
+        )
+        .unwrap();
+        assert_eq!((cuda.text("last_own"), blocks()), ("argmax_f16".to_owned(), [8, 1, 1024]));
+    });
+}
+
+/// What a kernel is given, as the source of the kernel has it.
+#[cfg(feature = "compute")]
+#[test]
+fn arguments_are_those_of_the_kernels_source() {
+    native::isolated("arguments_are_those_of_the_kernels_source", || {
+        let cuda = failing::Cuda::stand_in(&[]);
+        cuda.set("launch_fails_with", 0);
+        cuda.set("kept_args", 9);
+        let mut seen = Vec::new();
+        every_kernel(DecodeOptions::default().with_pdl(true), |name, call| {
+            // One more would be read past the last.
+            let count = match name {
+                "embedding" => 9,
+                "add" | "mul" | "sigmoid_gate" | "copy" | "advance" => 6,
+                "softmax_rows" | "argmax" => 5,
+                "silu" => 4,
+                "sample" => 7,
+                _ => 1,
+            };
+            cuda.set("kept_args", count);
+            call().unwrap();
+            let args = cuda.words("last_args");
+            seen.push((name.to_owned(), args[..count as usize].to_vec()));
+        });
+        let low = |word: u64| word & 0xFFFF_FFFF;
+        let args = |name: &str| &seen.iter().find(|(seen, _)| seen == name).unwrap().1;
+        let of = args("embedding");
+        assert_eq!(of[..5], [0x1000, 1024, 0x3000, 0x4000, 1024]);
+        assert_eq!([low(of[5]), low(of[6]), low(of[7]), low(of[8])], [50, 1024, u64::from(2f32.to_bits()), 1]);
+        let of = args("copy");
+        assert_eq!((&of[..4], low(of[4]), low(of[5])), (&[0x6000, 1024, 0x2000, 1024][..], 1024, 1));
+        let of = args("softmax_rows");
+        let factor = u64::from(((1f64.exp().log2() / 0.5) as f32).to_bits());
+        assert_eq!((&of[..2], low(of[2]), low(of[3]), low(of[4])), (&[0x1000, 1024][..], 1024, factor, 1));
+        let of = args("argmax");
+        assert_eq!((&of[..3], low(of[3]), low(of[4])), (&[0x5000, 0x2000, 1024][..], 1024, 1));
+        let of = args("sample");
+        assert_eq!((&of[..4], low(of[4]), low(of[5])), (&[0x5000, 0x7000, 77, 0x8000][..], 77, 5));
+        assert_eq!(of[6], 1 << 43, "half of what 1 is");
+        let of = args("advance");
+        assert_eq!((&of[..4], low(of[4]), low(of[5])), (&[0x3000, 0x9000, 0xA000, 0xB000][..], 3, 12));
+        assert_eq!(args("rope_append")[..], [0xC000]);
+    });
 }

@@ -28,6 +28,9 @@ pub const MAX_DIMENSIONS: usize = 12;
 /// The sizes of a row's dimensions in a call, in the row's order.
 pub type Dimensions = [i64; MAX_DIMENSIONS];
 
+/// What rows have for a library whose kernels no library has: this crate carries them itself, as PTX.
+pub(crate) const OWN: &str = "decode.ptx";
+
 /// A kernel's contract.
 #[derive(Debug)]
 pub struct Row {
@@ -35,7 +38,7 @@ pub struct Row {
     pub kernel: &'static str,
     /// The function's name in the library.
     pub function: &'static str,
-    /// The vendored library that has it.
+    /// The vendored library that has it, or what stands for one.
     pub library: &'static str,
     /// The Cargo feature that vendors the library.
     pub feature: &'static str,
@@ -405,6 +408,11 @@ pub enum Convention {
 }
 
 impl Row {
+    /// Whether it is a kernel of this crate's own.
+    pub(crate) fn is_own(&self) -> bool {
+        self.library == OWN
+    }
+
     /// The tensor arguments, with their places.
     pub fn tensors(&self) -> impl Iterator<Item = (usize, &'static str, &'static Tensor)> {
         self.arguments.iter().enumerate().filter_map(|(i, argument)| match &argument.kind {

@@ -57,8 +57,7 @@ pub fn index(rows: &[&Row]) -> String {
     );
     for row in rows {
         let Row { kernel, library, feature, .. } = row;
-        let _ =
-            writeln!(text, "| [{kernel}](#{}) | `{library}` | `{feature}` | {} |", anchor(kernel), gpus(row.runs_on));
+        let _ = writeln!(text, "| [{kernel}](#{}) | `{library}` | `{feature}` | {} |", anchor(kernel), gpus(row));
     }
     for row in rows {
         let _ = writeln!(text, "\n## {}\n\n{}\n", row.kernel, row.summary);
@@ -122,8 +121,11 @@ pub fn index(rows: &[&Row]) -> String {
     text
 }
 
-fn gpus(runs_on: RunsOn) -> String {
-    match runs_on {
+fn gpus(row: &Row) -> String {
+    match row.runs_on {
+        RunsOn::AtLeast(major, minor) if row.is_own() => {
+            format!("compute capability {major}.{minor} and above")
+        }
         RunsOn::AtLeast(major, minor) => {
             format!("compute capability {major}.{minor} and above, as far as the wheel has them")
         }

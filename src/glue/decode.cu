@@ -577,6 +577,7 @@ struct Turned {
     f32 eps;
     u32 interleave;
 };
+static_assert(sizeof(Turned) == 184, "as the other side asserts");
 
 // A warp for each head of queries, of keys and of values of each row. `PAIRS` pairs of elements for each lane. A row whose
 // position has no angles or no page, or whose page is none, stays as it is, and nothing is written for it.

@@ -6,10 +6,10 @@ use std::ffi::{CStr, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use crate::contract::OWN;
 use crate::cuda::{Blocks, Kernel};
 use crate::error::Result;
 use crate::ffi::abi::SafeCall;
-use crate::kernels::decode::LIBRARY;
 use crate::module::Module;
 use crate::reference::{Args, Raised, Strided, function};
 use crate::runtime::FlashInferRuntime;
@@ -110,7 +110,7 @@ const FUNCTIONS: &[(&str, SafeCall)] = &[
 pub(crate) fn module() -> Result<&'static Module> {
     static MODULE: OnceLock<Module> = OnceLock::new();
     let runtime = FlashInferRuntime::global()?;
-    Ok(MODULE.get_or_init(|| Module::here(LIBRARY, FUNCTIONS.to_vec(), runtime.api())))
+    Ok(MODULE.get_or_init(|| Module::here(OWN, FUNCTIONS.to_vec(), runtime.api())))
 }
 
 /// The kernels, loaded. A handle serves every device and thread.
@@ -352,7 +352,8 @@ struct Turned {
     interleave: u32,
 }
 
-const _: () = assert!(size_of::<Turned>() == 10 * 8 + 8 * 8 + 10 * 4);
+/// As decode.cu asserts.
+const _: () = assert!(size_of::<Turned>() == 184);
 
 function!(rope_append, |args| {
     let [q, k, v, cos_sin, positions, page_table, k_cache, v_cache, interleave, pdl] = args.exactly()?;

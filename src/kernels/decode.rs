@@ -29,9 +29,6 @@ use crate::error::Result;
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, TensorMut, TensorRef};
 
-/// What the rows call the library that is none: this crate carries the kernels itself.
-pub(crate) const LIBRARY: &str = "decode.ptx";
-
 const MOST: i64 = i32::MAX as i64;
 /// Rows that have a cluster of eight blocks each.
 const MOST_ROWS: i64 = (1 << 28) - 1;
@@ -87,10 +84,10 @@ const TOKENS: &[i64] = &[1000, 1, 32_768, 77];
 const DECODE: Row = Row {
     kernel: "",
     function: "",
-    library: LIBRARY,
+    library: OWN,
     feature: "compute",
     summary: "",
-    source: "of this crate, `src/glue/decode.cu`",
+    source: "`src/glue/decode.cu`, this crate's own",
     runs_on: RunsOn::AtLeast(9, 0),
     arguments: &[],
     lead: 0,

@@ -4,7 +4,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
-use std::ffi::c_void;
+use std::ffi::{CStr, c_char, c_void};
 use std::fs;
 
 use flashinfer_rs::contract::Reports;
@@ -50,6 +50,20 @@ impl Cuda {
     pub fn get(&self, name: &str) -> i32 {
         // SAFETY: a variable of this type that nothing else uses meanwhile.
         unsafe { *self.variable(name) }
+    }
+
+    /// A text of the fixture's.
+    pub fn text(&self, name: &str) -> String {
+        // SAFETY: an array of this type, which ends with a zero byte, that nothing else uses meanwhile.
+        let text =
+            unsafe { CStr::from_ptr((*self.library.get::<*const [c_char; 64]>(name.as_bytes()).unwrap()).cast()) };
+        text.to_string_lossy().into_owned()
+    }
+
+    /// An array of the fixture's.
+    pub fn words(&self, name: &str) -> [u64; 16] {
+        // SAFETY: an array of this type that nothing else uses meanwhile.
+        unsafe { **self.library.get::<*const [u64; 16]>(name.as_bytes()).unwrap() }
     }
 
     /// Gives a variable of the fixture's another value.
