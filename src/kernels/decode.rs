@@ -21,7 +21,7 @@
 //! was not launched.
 
 use crate::contract::{
-    Alignment, Argument, Attributes, Contents, Convention, Dimension, Dtype, Extent, From, Kind, Operand, Pdl,
+    Alignment, Argument, Attributes, Contents, Convention, Dimension, Dtype, Extent, From, Kind, OWN, Operand, Pdl,
     Relation, Reports, Role, Row, RunsOn, Size, Strides, Tensor,
 };
 use crate::engine::{Entry, call, kernels};
