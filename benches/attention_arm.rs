@@ -231,7 +231,7 @@ impl Bench {
         if what == "plan" {
             let mut plans = |times| {
                 for _ in 0..times {
-                    drop(black_box(workspace.plan(black_box(batch))?));
+                    black_box(workspace.plan(black_box(batch))?);
                 }
                 Ok(())
             };

@@ -2,7 +2,6 @@
 
 use std::ffi::c_void;
 
-
 use crate::contract::{Contents, Dimensions, Dtype, From, Kind, Operand, Role, Row, Tensor};
 use crate::cuda::Buffer;
 use crate::data::tensor::numbers;

@@ -1,15 +1,10 @@
 //! The scratch memory on a GPU, the planner's call, and the launchers' calls.
-//!
-//! The planner fills lists in page-locked memory and queues a copy of them to the GPU, without waiting for it: were that memory
-//! written again before the copy is made, kernels would find other lists. So there are several slots of it, and events behind their
-//! copies, which are waited for before a slot is used again. An event stands for the copies of several plans, since recording one
-//! costs as much as a copy does.
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::result as cuda;
-use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtrMut};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut};
 
 use crate::buffers::{check_context, device, refuse_per_thread};
 use crate::contract::{Operand, Row, RunsOn};
@@ -19,13 +14,13 @@ use crate::ffi::dlpack::DLTensor;
 use crate::indices::refuse;
 use crate::module::Function;
 use crate::object::{Any, Arg, Array, Object};
-use crate::owner::{CurrentContext, event_of, record, refuse_capture};
-use crate::page_locked::Pinned;
+use crate::owner::{CurrentContext, event_of, refuse_capture};
 use crate::runtime::FlashInferRuntime;
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Layout};
 
 use super::batch::Batch;
+use super::ring::Ring;
 use super::rows::{self, K, Q, RESULT, V};
 use super::run::Numbers;
 use super::sizes::{Gpu, Largest, check_largest, sizes};
@@ -33,120 +28,6 @@ use super::spec::{AttentionSpec, Backend, Kind, MLA_DIMS};
 
 /// The name that errors of a workspace carry.
 const WORKSPACE: &str = "Workspace";
-
-/// How many slots there are: of lists that are short, and of others. An event is recorded once half of them are on their way.
-const SLOTS: (usize, usize) = (8, 4);
-const SHORT: usize = 1 << 20;
-
-/// What one plan is copied from.
-#[derive(Debug)]
-struct Slot {
-    lists: Pinned,
-    tables: Pinned,
-    copies: Copies,
-}
-
-/// What is known of a slot's copies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Copies {
-    Made,
-    /// On their way, ahead of no event yet.
-    Queued,
-    /// On their way, ahead of this event.
-    Ahead(usize),
-}
-
-/// The slots, which plans take in turn.
-#[derive(Debug)]
-struct Ring {
-    slots: Vec<Slot>,
-    /// As many as there are slots, of which one that no slot is ahead of is always left.
-    events: Vec<CudaEvent>,
-    next: usize,
-    stream: Arc<CudaStream>,
-}
-
-impl Ring {
-    /// With the context current.
-    fn new(stream: &Arc<CudaStream>, lists: usize, tables: usize) -> Result<Self> {
-        let context = stream.context();
-        let count = if lists <= SHORT { SLOTS.0 } else { SLOTS.1 };
-        let slot = |_| -> Result<Slot> {
-            let (lists, tables) = (Pinned::new(context, lists)?, Pinned::new(context, 4 * tables)?);
-            Ok(Slot { lists, tables, copies: Copies::Made })
-        };
-        let slots = (0..count).map(slot).collect::<Result<_>>()?;
-        let event = |_| context.new_event(None).map_err(driver("cuEventCreate"));
-        let events = (0..count).map(event).collect::<Result<_>>()?;
-        Ok(Self { slots, events, next: 0, stream: Arc::clone(stream) })
-    }
-
-    /// The next slot, once its copies are made, with tables of so many numbers.
-    fn take(&mut self, tables: usize) -> Result<usize> {
-        let at = self.next;
-        if self.slots[at].copies == Copies::Queued {
-            // Only where what recorded an event failed.
-            self.record()?;
-        }
-        if let Copies::Ahead(event) = self.slots[at].copies {
-            // SAFETY: the event is live.
-            let waited = unsafe { cuda::event::synchronize(self.events[event].cu_event()) };
-            waited.map_err(driver_in(self.stream.context(), "waiting for an earlier plan's copy"))?;
-            self.slots.iter_mut().filter(|slot| slot.copies == Copies::Ahead(event)).for_each(Slot::made);
-        }
-        let slot = &mut self.slots[at];
-        if slot.tables.len() < 4 * tables {
-            slot.tables = Pinned::new(self.stream.context(), 4 * tables.next_power_of_two())?;
-        }
-        self.next = (at + 1) % self.slots.len();
-        Ok(at)
-    }
-
-    /// That copies of a slot may be on their way from now on, and an event behind them where it is time for one.
-    fn queued(&mut self, at: usize) -> Result<()> {
-        self.slots[at].copies = Copies::Queued;
-        let queued = self.slots.iter().filter(|slot| slot.copies == Copies::Queued).count();
-        if queued < self.slots.len() / 2 { Ok(()) } else { self.record() }
-    }
-
-    /// Records an event behind all copies. Where that fails, nothing would tell when they are made, so they are waited for.
-    fn record(&mut self) -> Result<()> {
-        let is_free = |event: &usize| self.slots.iter().all(|slot| slot.copies != Copies::Ahead(*event));
-        let Some(event) = (0..self.events.len()).find(is_free) else {
-            unreachable!("each slot is ahead of one event at most, and one is ahead of none")
-        };
-        let (copies, result) = match record(&self.events[event], &self.stream) {
-            Ok(()) => (Copies::Ahead(event), Ok(())),
-            Err(error) => {
-                let context = self.stream.context();
-                // SAFETY: the stream is live. In a context that is lost nothing is copied any more.
-                let waited = unsafe { cuda::stream::synchronize(self.stream.cu_stream()) };
-                waited.map_err(driver_in(context, "waiting for a plan's copies"))?;
-                (Copies::Made, Err(driver_in(context, "recording a plan's copies")(error)))
-            }
-        };
-        self.slots.iter_mut().filter(|slot| slot.copies == Copies::Queued).for_each(|slot| slot.copies = copies);
-        result
-    }
-}
-
-impl Slot {
-    fn made(&mut self) {
-        self.copies = Copies::Made;
-    }
-}
-
-impl Drop for Ring {
-    fn drop(&mut self) {
-        if self.slots.iter().all(|slot| slot.copies == Copies::Made) {
-            return;
-        }
-        let _current = CurrentContext::bind(self.stream.context());
-        // SAFETY: the stream is live. In a context that is lost nothing is copied any more.
-        let waited = unsafe { cuda::stream::synchronize(self.stream.cu_stream()) };
-        self.stream.context().record_err(waited);
-    }
-}
 
 /// A workspace's part on a GPU.
 #[derive(Debug)]
@@ -170,8 +51,6 @@ pub(super) struct OnStream {
     /// Where those are.
     tables_at: u64,
     prepared: Box<Prepared>,
-    /// What upstream answered to the last plan.
-    info: Option<Numbered>,
     graph: bool,
 }
 
@@ -195,18 +74,14 @@ unsafe impl Send for Prepared {}
 // SAFETY: as above.
 unsafe impl Sync for Prepared {}
 
-/// A plan's integers, as the list of TVM-FFI's that the planner answered and the launchers take.
-#[derive(Debug)]
-struct Numbered(Object);
-
-// SAFETY: a list of whole numbers, which no thread changes, and which TVM-FFI counts and releases from any thread: it holds nothing
-// that belongs to one.
-unsafe impl Send for Numbered {}
-// SAFETY: as above.
-unsafe impl Sync for Numbered {}
-
 pub(super) fn integers(array: &Array) -> Vec<i64> {
     array.iter().map(|any| any.to::<i64>().unwrap_or(i64::MIN)).collect()
+}
+
+/// Those of a plan's answer.
+pub(super) fn integers_of(info: &Object) -> Vec<i64> {
+    let array = Any::from(info.clone()).to::<Array>();
+    array.map(|array| integers(&array)).unwrap_or_default()
 }
 
 /// How long the tables of a batch are, in numbers: each starts at a multiple of four, so that kernels may read several at once.
@@ -320,7 +195,7 @@ impl OnStream {
         let ring = Ring::new(stream, needed.int as usize, tables.len())?;
         let prepared = Prepared::new(on, &mut float, &mut int);
         let stream = Arc::clone(stream);
-        let (pdl, kind, eight_bits, info) = (spec.pdl(), spec.kind(), spec.has_8_bit_queries(), None);
+        let (pdl, kind, eight_bits) = (spec.pdl(), spec.kind(), spec.has_8_bit_queries());
         Ok(Self {
             stream,
             device: on,
@@ -337,7 +212,6 @@ impl OnStream {
             ring,
             tables_at,
             prepared,
-            info,
             graph,
         })
     }
@@ -370,17 +244,9 @@ impl OnStream {
         (&mut self.float, &mut self.int, &mut self.tables)
     }
 
-    /// Plans a batch of one query or more.
-    pub(super) fn plan(&mut self, spec: &AttentionSpec, batch: &Batch) -> Result<()> {
-        self.info = None;
-        self.info = Some(Numbered(self.planned(spec, batch, batch.rows())?.into()));
-        Ok(())
-    }
-
-    /// What upstream answered to the last plan.
-    pub(super) fn integers(&self) -> Vec<i64> {
-        let array = self.info.as_ref().and_then(|info| Any::from(info.0.clone()).to::<Array>().ok());
-        array.map(|array| integers(&array)).unwrap_or_default()
+    /// Plans a batch of one query or more; what upstream answered, which stays with the caller's thread.
+    pub(super) fn plan(&mut self, spec: &AttentionSpec, batch: &Batch) -> Result<Object> {
+        self.planned(spec, batch, batch.rows()).map(Object::from)
     }
 
     /// As [`plan`](Self::plan), of a graph's batch, which has the rows that the graph was captured with.
@@ -399,7 +265,7 @@ impl OnStream {
             self.tables_at = buffer_address(&mut self.tables) as u64;
         }
         let at = self.ring.take(len)?;
-        write_tables(batch, self.ring.slots[at].tables.words());
+        write_tables(batch, self.ring.tables(at));
         self.prepared.set_tables(self.tables_at as *mut c_void, batch.requests(), batch.kv_indices.len());
         let result = self.copy_tables(at, len).and_then(|()| {
             // SAFETY: the slot's memory is as long as the lists, and nothing copies from it.
@@ -416,7 +282,7 @@ impl OnStream {
     }
 
     fn copy_tables(&mut self, at: usize, len: usize) -> Result<()> {
-        let from = &self.ring.slots[at].tables.words()[..len];
+        let from = &self.ring.tables(at)[..len];
         // SAFETY: both hold so many numbers; the slot's memory is not written before the event behind the copy.
         let copied = unsafe { cuda::memcpy_htod_async(self.tables_at, from, self.stream.cu_stream()) };
         copied.map_err(driver_in(self.stream.context(), "copying a batch's tables"))
@@ -437,7 +303,7 @@ impl OnStream {
             let data = array.as_ptr().cast_mut().cast();
             Layout::build(data, Device::Cpu, DType::I32, &[array.len() as i64], None, None)
         };
-        let lists = self.ring.slots[at].lists.layout();
+        let lists = self.ring.lists(at);
         let arrays = [on_host(&batch.qo_indptr), on_host(&batch.kv_indptr), on_host(&batch.kv_len)];
         let pinned = lists.pack();
         let [qo_indptr, kv_indptr, kv_len] = arrays.each_ref().map(Layout::pack);
@@ -486,7 +352,7 @@ impl OnStream {
         let _current = CurrentContext::bind(self.stream.context())?;
         let copied = self.copy_tables(slot, self.tables.len()).and_then(|()| {
             let (to, bytes) = (self.prepared.layouts[INT].data() as u64, self.int.len());
-            let from = self.ring.slots[slot].lists.part(0, bytes);
+            let from = self.ring.planned(slot, bytes);
             // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
             let copied = unsafe { cuda::memcpy_htod_async(to, from, self.stream.cu_stream()) };
             copied.map_err(driver_in(self.stream.context(), "copying a plan's lists"))
@@ -495,25 +361,13 @@ impl OnStream {
         copied
     }
 
-    /// The slot that the last plan was copied from.
-    pub(super) fn last_slot(&self) -> usize {
-        (self.ring.next + self.ring.slots.len() - 1) % self.ring.slots.len()
+    /// The slots that plans are copied from.
+    pub(super) fn ring(&mut self) -> &mut Ring {
+        &mut self.ring
     }
 
-    /// Keeps a slot from being the next one.
-    pub(super) fn skip(&mut self, slot: usize) {
-        if self.ring.next == slot {
-            self.ring.next = (slot + 1) % self.ring.slots.len();
-        }
-    }
-
-    /// What runs the last plan; nothing where there is none.
-    pub(super) fn launch(&self) -> Option<Launch<'_>> {
-        self.info.as_ref().map(|info| self.launch_of(&info.0))
-    }
-
-    /// As [`launch`](Self::launch), by what upstream answered.
-    pub(super) fn launch_of<'a>(&'a self, info: &'a Object) -> Launch<'a> {
+    /// What runs the last plan, by what upstream answered.
+    pub(super) fn launch<'a>(&'a self, info: &'a Object) -> Launch<'a> {
         let Self { run, backend, eight_bits, device, pdl, .. } = self;
         let (tensors, hopper) = (&self.prepared.tensors, self.gpu.capability >= (9, 0));
         Launch { info, tensors, run, backend: *backend, eight_bits: *eight_bits, device: *device, pdl: *pdl, hopper }

@@ -153,7 +153,7 @@ impl GraphPlan {
         let (integers, slot, was_launched, spoiled) = (Vec::new(), 0, false, false);
         let mut plan = Self { spec, room, cache, memory, integers, slot, planned, launched, was_launched, spoiled };
         plan.integers = plan.plan(batch)?;
-        (plan.slot, plan.spoiled) = (plan.memory.last_slot(), false);
+        (plan.slot, plan.spoiled) = (plan.memory.ring().last(), false);
         Ok(plan)
     }
 
@@ -228,7 +228,7 @@ impl GraphPlan {
     fn planned(&self, info: &Object, stream: Stream<'_>, run: impl FnOnce(&Planned<'_>) -> Result<()>) -> Result<()> {
         let (spec, rows) = (&self.spec, self.room.rows);
         let pages = self.cache.map_or(self.room.pages as i64, |(_, pages)| pages);
-        let place = Place::Gpu(self.memory.launch_of(info));
+        let place = Place::Gpu(self.memory.launch(info));
         run(&Planned { spec, rows, pages, stream, place, known: None })
     }
 
@@ -338,8 +338,8 @@ impl GraphPlanMut<'_> {
     pub fn replan(&mut self, batch: &Batch) -> Result<()> {
         let plan = &mut *self.plan;
         // Its copy may be needed again.
-        plan.memory.skip(plan.slot);
-        let (before, was_spoiled) = (plan.memory.last_slot(), plan.spoiled);
+        plan.memory.ring().skip(plan.slot);
+        let (before, was_spoiled) = (plan.memory.ring().last(), plan.spoiled);
         let result = plan.plan(batch).and_then(|found| match found == plan.integers {
             true => Ok(()),
             false => refuse(
@@ -351,12 +351,12 @@ impl GraphPlanMut<'_> {
         });
         match result {
             Ok(()) => {
-                plan.slot = plan.memory.last_slot();
+                plan.slot = plan.memory.ring().last();
                 plan.spoiled = false;
                 Ok(())
             }
             // Nothing was copied.
-            Err(error) if plan.memory.last_slot() == before => {
+            Err(error) if plan.memory.ring().last() == before => {
                 plan.spoiled = was_spoiled;
                 Err(error)
             }

@@ -62,6 +62,8 @@ mod batch;
 mod gpu;
 #[cfg(feature = "cudarc")]
 mod graph;
+#[cfg(feature = "cudarc")]
+mod ring;
 #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
 mod rows;
 #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]

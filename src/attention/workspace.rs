@@ -103,10 +103,7 @@ impl Workspace {
                 match batch.rows() {
                     // Upstream divides by the number of requests.
                     0 => What::Nothing,
-                    _ => {
-                        memory.plan(&self.spec, batch)?;
-                        What::Gpu
-                    }
+                    _ => What::Gpu(memory.plan(&self.spec, batch)?),
                 }
             }
         };
@@ -179,9 +176,9 @@ enum What {
     #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
     Nothing,
     Host,
-    /// The workspace's last plan.
+    /// What upstream answered to the workspace's last plan.
     #[cfg(feature = "cudarc")]
-    Gpu,
+    Gpu(crate::object::Object),
 }
 
 impl Plan<'_> {
@@ -198,10 +195,10 @@ impl Plan<'_> {
     /// What upstream's planner answered: offsets into the workspace, sizes of launches and flags, whose meaning is each module's own.
     /// Empty on the host.
     pub fn integers(&self) -> Vec<i64> {
-        match (&self.planned, &self.workspace.memory) {
+        match &self.planned {
+            What::Nothing | What::Host => Vec::new(),
             #[cfg(feature = "cudarc")]
-            (What::Gpu, Memory::Gpu(memory)) => memory.integers(),
-            _ => Vec::new(),
+            What::Gpu(info) => super::gpu::integers_of(info),
         }
     }
 
@@ -210,7 +207,7 @@ impl Plan<'_> {
         let (stream, place) = match (&self.planned, &self.workspace.memory) {
             (What::Host, Memory::Host(batch)) => (Stream::NULL, Place::Host(batch)),
             #[cfg(feature = "cudarc")]
-            (What::Gpu, Memory::Gpu(memory)) => (memory.stream(), Place::Gpu(memory.launch()?)),
+            (What::Gpu(info), Memory::Gpu(memory)) => (memory.stream(), Place::Gpu(memory.launch(info))),
             _ => return None,
         };
         Some(Planned { spec, rows, pages, stream, place, known: Some(&self.known) })
@@ -221,7 +218,7 @@ impl Plan<'_> {
     ///
     /// | tensor | shape | dtype | |
     /// |---|---|---|---|
-    /// | `o` | `[rows, q_heads, head_dim]` | the specification's | written; contiguous |
+    /// | `o` | `[rows, q_heads, head_dim]` | the specification's `out_dtype` | written; contiguous |
     /// | `lse` | `[rows, q_heads]` | F32 | written, optional; contiguous |
     /// | `q` | `[rows, q_heads, head_dim]` | the specification's | read; rows anywhere |
     /// | `cache` | the batch's number of pages or more | the specification's `kv_dtype` | read |
@@ -248,7 +245,7 @@ impl Plan<'_> {
     ///
     /// | tensor | shape | dtype | |
     /// |---|---|---|---|
-    /// | `o` | `[rows, q_heads, head_dim of v]` | the specification's | written; contiguous |
+    /// | `o` | `[rows, q_heads, head_dim of v]` | the specification's `out_dtype` | written; contiguous |
     /// | `lse` | `[rows, q_heads]` | F32 | written, optional; contiguous |
     /// | `q` | `[rows, q_heads, head_dim]` | the specification's | read; rows anywhere |
     /// | `k` | `[keys, kv_heads, head_dim]` | the specification's `kv_dtype` | read; rows anywhere |

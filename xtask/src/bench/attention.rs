@@ -200,9 +200,7 @@ fn questions() -> Vec<Question> {
         let with_torch = if once { ALL } else { PAGED };
         all.push(ask(&case.plan, CLOSE, ROUNDS));
         all.push(ask(&case.plan, &["flashinfer"], 1));
-        if case.kind == Kind::Decode {
-            all.push(ask(&case.tables, &["c"], 1));
-        }
+        all.push(ask(&case.tables, &["c"], 1));
         all.push(ask(&case.run, CLOSE, if case.batch < BOUNDED_BATCH { 1 } else { ROUNDS }));
         all.push(ask(&case.run, if once { &["flashinfer", "torch"] } else { &["flashinfer"] }, 1));
         all.push(ask(&case.gpu, with_torch, 1));
@@ -267,13 +265,11 @@ static COMPARISONS: LazyLock<Vec<Comparison>> = LazyLock::new(|| {
             });
         }
         all.push(ratio(format!("host: plan, ours / c, {what}"), &case.plan, Limit::AtMost(1.2)));
-        if case.kind == Kind::Decode {
-            all.push(Comparison {
-                what: format!("host: plan, ours / c with the tables, {what}").into(),
-                formula: Formula::Ratio(("ours", &case.plan), ("c", &case.tables)),
-                limit: Limit::Open,
-            });
-        }
+        all.push(Comparison {
+            what: format!("host: plan, ours / c with the tables, {what}").into(),
+            formula: Formula::Ratio(("ours", &case.plan), ("c", &case.tables)),
+            limit: Limit::AtMost(1.2),
+        });
         let bounded = if case.batch < BOUNDED_BATCH { Limit::Open } else { Limit::AtMost(1.06) };
         all.push(ratio(format!("host: run, ours / c, {what}"), &case.run, bounded));
         all.push(ratio(format!("GPU: ours / c, {what}"), &case.gpu, Limit::NearOne(0.02)));
