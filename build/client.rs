@@ -43,8 +43,16 @@ pub struct Client {
     certificates: Certificates,
     netrc: Arc<Result<Netrc>>,
     shared: Arc<Mutex<Shared>>,
-    /// By proxy, how long it waits for a connection, and whether it knows whom to trust.
-    agents: Mutex<HashMap<(Option<String>, Duration, bool), ureq::Agent>>,
+    agents: Mutex<HashMap<Settings, ureq::Agent>>,
+}
+
+/// In what one agent differs from another.
+#[derive(PartialEq, Eq, Hash)]
+struct Settings {
+    proxy: Option<String>,
+    connect: Duration,
+    /// Whether it knows whom to trust.
+    encrypted: bool,
 }
 
 /// What is learnt while a build asks.
@@ -356,7 +364,7 @@ impl Client {
     fn agent(&self, proxy: Option<Chosen>, connect: Duration, url: &Url) -> Result<ureq::Agent> {
         let mut agents = self.agents.lock().unwrap_or_else(PoisonError::into_inner);
         let encrypted = url.scheme() == "https" || proxy.as_ref().is_some_and(|chosen| chosen.is_encrypted());
-        let key = (proxy.as_ref().map(|chosen| chosen.shown.clone()), connect, encrypted);
+        let key = Settings { proxy: proxy.as_ref().map(|chosen| chosen.shown.clone()), connect, encrypted };
         if let Some(agent) = agents.get(&key) {
             return Ok(agent.clone());
         }

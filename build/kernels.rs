@@ -18,7 +18,8 @@ use super::env::{self, Env};
 use super::error::{Error, Result, refuse};
 use super::fetch::{Client, Expected, redacted, summary};
 use super::lock::{self, Lock, Member, plain_name};
-use super::source::{Ladder, NO_CACHE, Source};
+use super::report::say;
+use super::source::{Ladder, NO_CACHE, Source, host};
 use super::store::{Store, open_file, publish_bytes, read_text};
 use super::url::Url;
 use super::vendor::place;
@@ -514,6 +515,7 @@ impl Ladder<'_> {
     /// Fetches into the cache, whose lock for this kernel is held, and answers what to tell the user.
     fn fetch_kernel(&mut self, client: &Client, store: &Store, folder: &str, kernel: &Kernel) -> Result<String> {
         let (started, library) = (Instant::now(), kernel.library()?);
+        say(format_args!("fetching the kernel {} from {}", kernel.name, host(folder)));
         let mut bytes = 0;
         for pin in &kernel.files {
             let member = kernel.member(pin);

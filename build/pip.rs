@@ -20,8 +20,15 @@ const UNHEEDED: [(&str, &str); 2] = [
 /// What pip is told.
 pub struct Pip<'a> {
     env: &'a Env,
-    /// Sections, keys and values of each file, the strongest file first.
-    files: Vec<(PathBuf, Vec<(String, String, String)>)>,
+    /// The strongest file first.
+    files: Vec<(PathBuf, Vec<Entry>)>,
+}
+
+/// A line of a configuration file, with what goes on with it.
+struct Entry {
+    section: String,
+    key: String,
+    value: String,
 }
 
 impl<'a> Pip<'a> {
@@ -44,9 +51,10 @@ impl<'a> Pip<'a> {
             SECTIONS.iter().find_map(|section| {
                 self.files.iter().find_map(|(path, entries)| {
                     // A key that is there twice has the value that it is given last.
-                    let entry = entries.iter().rev().find(|(s, k, v)| s == section && k == key && !v.is_empty());
-                    entry
-                        .map(|(.., value)| Named { value: value.clone(), from: format!("{key} in {}", path.display()) })
+                    let fits =
+                        |entry: &&Entry| entry.section == *section && entry.key == key && !entry.value.is_empty();
+                    let entry = entries.iter().rev().find(fits)?;
+                    Some(Named { value: entry.value.clone(), from: format!("{key} in {}", path.display()) })
                 })
             })
         })
@@ -102,8 +110,8 @@ fn files_of(env: &Env) -> Vec<PathBuf> {
 
 /// Sections, keys and values, as Python's configparser reads them: what is indented goes on with the value before, and a
 /// comment has a line of its own. Keys are spelt as pip's options are.
-fn parse(text: &str) -> Vec<(String, String, String)> {
-    let mut entries: Vec<(String, String, String)> = Vec::new();
+fn parse(text: &str) -> Vec<Entry> {
+    let mut entries: Vec<Entry> = Vec::new();
     let (mut section, mut indent) = (String::new(), None);
     for line in text.lines() {
         let trimmed = line.trim();
@@ -112,7 +120,7 @@ fn parse(text: &str) -> Vec<(String, String, String)> {
         }
         let column = line.len() - line.trim_start().len();
         if indent.is_some_and(|indent| column > indent)
-            && let Some((.., value)) = entries.last_mut()
+            && let Some(Entry { value, .. }) = entries.last_mut()
         {
             value.push('\n');
             value.push_str(trimmed);
@@ -121,7 +129,8 @@ fn parse(text: &str) -> Vec<(String, String, String)> {
             indent = None;
         } else if let Some((key, value)) = trimmed.split_once(['=', ':']) {
             let key = key.trim().to_ascii_lowercase().replace('_', "-");
-            entries.push((section.clone(), key.trim_start_matches('-').to_owned(), value.trim().to_owned()));
+            let key = key.trim_start_matches('-').to_owned();
+            entries.push(Entry { section: section.clone(), key, value: value.trim().to_owned() });
             indent = Some(column);
         }
     }

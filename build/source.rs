@@ -659,7 +659,7 @@ fn copy_in(store: &Store, from: &Path, wheel: &Wheel) -> Result<Notes> {
 }
 
 /// Whom an address is asked of; where all goes wrong, the whole of it is among what was looked at.
-fn host(url: &str) -> String {
+pub(super) fn host(url: &str) -> String {
     let url = Url::parse(url).ok();
     url.as_ref().and_then(Url::host_str).unwrap_or("nobody").to_owned()
 }
