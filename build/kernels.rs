@@ -31,7 +31,7 @@ const SUFFIX: &str = ".kernel.so";
 pub const TEXT_LIMIT: u64 = 16 << 20;
 /// What Git leaves in the place of a file that Git LFS keeps.
 pub const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
-const REMEDY: &str = "correct the entry, or let `cargo xtask kernel add` write it";
+const REMEDY: &str = "correct the entry, or let `cargo xtask kernel add`, in a checkout of flashinfer-rs, write it";
 
 /// One kernel for one target.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -477,7 +477,7 @@ impl Ladder<'_> {
                     Err(Error::Unavailable(fault)) => looked.push(fault),
                     Err(Error::Refused(fault)) => refuse!(
                         "the kernel {}, which {} pins: {fault}; if it was replaced there and you trust what it is now, pin \
-                         that by `cargo xtask kernel add --replace`",
+                         that by `cargo xtask kernel add --replace`, in a checkout of flashinfer-rs",
                         kernel.name,
                         lock.display()
                     ),
@@ -560,7 +560,7 @@ fn open(folder: &Path, pin: &Pin, kernel: &Kernel, lock: &Path) -> Result<(PathB
     }
     refuse!(
         "{shown}, of the kernel {name}, has {size} bytes and sha256 {sha256}, expected {} and {}, as {by} pins it; restore \
-         it, or pin what is there by `cargo xtask kernel add --replace`",
+         it, or pin what is there by `cargo xtask kernel add --replace`, in a checkout of flashinfer-rs",
         pin.size,
         pin.sha256
     )

@@ -56,8 +56,8 @@ pub fn take(mut wheel: &File, name: &Path, wanted: &[&str], folder: &Path) -> Re
 
 /// What is to be copied, in order. All of what is no archive, so that the reason can be found in the copy.
 fn parts(mut wheel: &File, wanted: &[&str]) -> Vec<Range<u64>> {
-    let Ok(directory) = layout::directory(&mut wheel) else { return vec![0..u64::MAX] };
-    let mut parts: Vec<Range<u64>> = Vec::new();
+    let (mut parts, all) = (Vec::new(), 0..u64::MAX);
+    let Ok(directory) = layout::directory(&mut wheel) else { return Vec::from([all]) };
     for (name, span) in directory.spans() {
         let whole = span.end - span.start <= SMALL
             || wanted.is_empty()
@@ -68,7 +68,7 @@ fn parts(mut wheel: &File, wanted: &[&str]) -> Vec<Range<u64>> {
         }
     }
     parts.push(directory.start()..u64::MAX);
-    parts.sort_by_key(|part| part.start);
+    parts.sort_by_key(|part: &Range<u64>| part.start);
     // A damaged directory may have them overlap.
     parts.dedup_by(|next, part| {
         let overlap = next.start <= part.end;

@@ -141,7 +141,7 @@ fn missing(name: &str) -> FlashInferError {
     let vendored: Vec<String> = KERNELS.iter().map(|kernel| kernel.name.to_owned()).collect();
     let remedy = match ELSEWHERE {
         [] => "pin it by a [[kernel]] entry in a lock file that FLASHINFER_RS_KERNELS names when the program is built \
-               (docs/kernel-lock.md), which `cargo xtask kernel add` writes"
+               (docs/kernel-lock.md), which `cargo xtask kernel add`, in a checkout of flashinfer-rs, writes"
             .to_owned(),
         reasons => reasons.join("; "),
     };
