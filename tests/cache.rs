@@ -323,7 +323,11 @@ mod locks {
         let (digest, path, _lock) = held(&machine);
         let store = Store::new(machine.cache()).with_patience(PATIENCE);
         let (started, done) = (Instant::now(), std::cell::Cell::new(false));
-        let fault = store.locked(&digest, || Ok(done.set(true))).expect_err("held by another").to_string();
+        let work = || {
+            done.set(true);
+            Ok(())
+        };
+        let fault = store.locked(&digest, work).expect_err("held by another").to_string();
         assert!((PATIENCE..DEADLINE / 4).contains(&started.elapsed()), "{:?}", started.elapsed());
         assert!(!done.get(), "two at once");
         let holder = format!("process {} has held {}", std::process::id(), path.display());
