@@ -170,10 +170,7 @@ pub struct Link {
 /// Finds `file` on the page. Its link's digest, where there is one, must be the pinned one.
 pub fn find(client: &Client, page: &str, file: &str, pinned: &Digest) -> Result<Link> {
     let shown = redacted(page);
-    let (at, content_type, text) = match Url::parse(page).ok().filter(|url| url.scheme() == "file") {
-        Some(url) => local_page(url)?,
-        None => client.text(page, ACCEPT, PAGE_LIMIT)?,
-    };
+    let (at, content_type, text) = fetched(client, page)?;
     let Some(link) = parse(&at, &content_type, &text, file)? else {
         return Err(Error::Unavailable(format!("{shown} lists no {file}")));
     };
@@ -181,6 +178,21 @@ pub fn find(client: &Client, page: &str, file: &str, pinned: &Digest) -> Result<
         return Err(Error::Unavailable(format!("{shown} lists {file} with sha256 {found}, expected {pinned}")));
     }
     Ok(link)
+}
+
+/// Every file that a page lists, by its name.
+pub fn list(client: &Client, page: &str) -> Result<Vec<(String, Link)>> {
+    let (at, content_type, text) = fetched(client, page)?;
+    let all = entries(&at, &content_type, &text)?;
+    all.into_iter().map(|entry| Ok((entry.file.clone(), resolved(&at, entry)?))).collect()
+}
+
+/// A page: where it came from in the end, its type, its text.
+fn fetched(client: &Client, page: &str) -> Result<(Url, String, String)> {
+    match Url::parse(page).ok().filter(|url| url.scheme() == "file") {
+        Some(url) => local_page(url),
+        None => client.text(page, ACCEPT, PAGE_LIMIT),
+    }
 }
 
 /// A page on this machine; of a folder its `index.html`, as pip has it.
@@ -202,9 +214,24 @@ fn local_page(url: Url) -> Result<(Url, String, String)> {
 
 /// The link to `file` on a page, JSON or HTML, that came from `page`.
 pub fn parse(page: &Url, content_type: &str, text: &str, file: &str) -> Result<Option<Link>> {
+    let found = entries(page, content_type, text)?.into_iter().find(|entry| entry.file == file);
+    found.map(|entry| resolved(page, entry)).transpose()
+}
+
+/// A link as it is written, and what it is relative to.
+struct Entry {
+    file: String,
+    base: Url,
+    link: Link,
+}
+
+fn entries(page: &Url, content_type: &str, text: &str) -> Result<Vec<Entry>> {
     let json = content_type.contains("json") || text.trim_start().starts_with('{');
-    let found = if json { in_json(page, text, file)? } else { in_html(page, text, file) };
-    let Some((base, Link { url: href, sha256, yanked })) = found else { return Ok(None) };
+    if json { in_json(page, text) } else { Ok(in_html(page, text)) }
+}
+
+fn resolved(page: &Url, Entry { file, base, link }: Entry) -> Result<Link> {
+    let Link { url: href, sha256, yanked } = link;
     let mut url = match base.join(&href) {
         Ok(url) if matches!(url.scheme(), "http" | "https") => url,
         Ok(url) if url.scheme() == "file" && page.scheme() == "file" => url,
@@ -212,7 +239,7 @@ pub fn parse(page: &Url, content_type: &str, text: &str, file: &str) -> Result<O
     };
     let in_fragment = url.fragment().and_then(|f| f.strip_prefix("sha256=")).map(str::to_ascii_lowercase);
     url.set_fragment(None);
-    Ok(Some(Link { url: url.into(), sha256: sha256.or(in_fragment), yanked }))
+    Ok(Link { url: url.into(), sha256: sha256.or(in_fragment), yanked })
 }
 
 #[derive(Deserialize)]
@@ -238,10 +265,7 @@ enum Yanked {
     Other(#[allow(dead_code, reason = "serde takes anything for it")] IgnoredAny),
 }
 
-/// A link as it is written, with what it is relative to.
-type Found = Option<(Url, Link)>;
-
-fn in_json(page: &Url, text: &str, file: &str) -> Result<Found> {
+fn in_json(page: &Url, text: &str) -> Result<Vec<Entry>> {
     let parsed: Page = match serde_json::from_str(text) {
         Ok(parsed) => parsed,
         Err(e) => {
@@ -249,21 +273,21 @@ fn in_json(page: &Url, text: &str, file: &str) -> Result<Found> {
             return Err(Error::Unavailable(format!("{shown} is not a simple index page: {e}")));
         }
     };
-    let found = parsed.files.into_iter().find(|entry| entry.filename.as_deref() == Some(file));
-    let link = found.and_then(|entry| {
+    let all = parsed.files.into_iter().filter_map(|entry| {
         let yanked = match entry.yanked {
             Some(Yanked::Flag(yanked)) => yanked.then(String::new),
             Some(Yanked::Reason(reason)) => Some(reason).filter(|reason| !reason.is_empty()),
             Some(Yanked::Other(_)) | None => None,
         };
         let sha256 = entry.hashes.and_then(|mut hashes| hashes.remove("sha256").flatten());
-        Some((page.clone(), Link { url: entry.url?, sha256: sha256.map(|text| text.to_ascii_lowercase()), yanked }))
+        let link = Link { url: entry.url?, sha256: sha256.map(|text| text.to_ascii_lowercase()), yanked };
+        Some(Entry { file: entry.filename?, base: page.clone(), link })
     });
-    Ok(link)
+    Ok(all.collect())
 }
 
-fn in_html(page: &Url, text: &str, file: &str) -> Found {
-    let mut base = None;
+fn in_html(page: &Url, text: &str) -> Vec<Entry> {
+    let (mut base, mut all) = (None, Vec::new());
     for Ok(token) in Tokenizer::new(text) {
         let Token::StartTag(tag) = token else { continue };
         let Some(href) = tag.attributes.get(b"href".as_slice()) else { continue };
@@ -271,23 +295,23 @@ fn in_html(page: &Url, text: &str, file: &str) -> Found {
         match tag.name.as_slice() {
             // The first one counts; pages have it in their heads.
             b"base" if base.is_none() => base = page.join(&href).ok(),
-            b"a" if names(&href, file) => {
+            b"a" => {
                 let yanked = tag.attributes.get(b"data-yanked".as_slice());
                 let yanked = yanked.map(|reason| String::from_utf8_lossy(reason).into_owned());
-                let base = base.unwrap_or_else(|| page.clone());
-                return Some((base, Link { url: href, sha256: None, yanked }));
+                let base = base.clone().unwrap_or_else(|| page.clone());
+                all.push(Entry { file: file_of(&href), base, link: Link { url: href, sha256: None, yanked } });
             }
             _ => {}
         }
     }
-    None
+    all
 }
 
-/// Whether a link leads to a file of this name.
-fn names(href: &str, file: &str) -> bool {
+/// The name of the file that a link leads to.
+fn file_of(href: &str) -> String {
     let path = href.split(['#', '?']).next().unwrap_or_default();
     let last = path.rsplit('/').next().unwrap_or_default();
-    percent_decode_str(last).decode_utf8_lossy() == file
+    percent_decode_str(last).decode_utf8_lossy().into_owned()
 }
 
 /// A distribution's name in the one spelling that all its spellings have in common.

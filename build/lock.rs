@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::digest::Digest;
+use super::env;
 use super::error::{Error, Result, refuse};
 use super::kernels::{self, Kernel};
 
@@ -35,6 +36,8 @@ pub struct Wheel {
     pub version: String,
     /// `<arch>-<os>`, as in `CARGO_CFG_TARGET_ARCH` and `CARGO_CFG_TARGET_OS`.
     pub target: String,
+    /// Which one of several wheels of this distribution for this target: what GPUs it is for, where each has its own.
+    pub variant: Option<String>,
     pub file: String,
     #[serde(deserialize_with = "digest")]
     pub sha256: Digest,
@@ -201,9 +204,25 @@ impl Lock {
             if let Err(fault) = wheel.check() {
                 refuse!("{name}: wheel {} for {}: {fault}; {remedy}", wheel.file, wheel.target);
             }
-            let twin = |other: &Wheel| other.distribution == wheel.distribution && other.target == wheel.target;
-            if lock.wheels[..i].iter().any(twin) {
-                refuse!("{name} pins {} twice for {}; {remedy}", wheel.distribution, wheel.target);
+            let others = || lock.wheels[..i].iter().filter(|other| other.target == wheel.target);
+            let is_twin = |other: &Wheel| other.distribution == wheel.distribution && other.variant == wheel.variant;
+            if others().any(is_twin) {
+                let variant = wheel.variant.as_ref().map(|variant| format!(", variant {variant}")).unwrap_or_default();
+                refuse!("{name} pins {} twice for {}{variant}; {remedy}", wheel.distribution, wheel.target);
+            }
+            // One folder has all of a target's libraries, and the dynamic linker tells them apart by these names alone.
+            for member in &wheel.members {
+                let has = |other: &&Wheel| other.members.iter().any(|theirs| theirs.soname == member.soname);
+                if let Some(other) = others().find(has) {
+                    refuse!(
+                        "{name}: {} and {} both have {} for {}, and a build vendors one library of a name; keep the wheel \
+                         that is meant",
+                        other.file,
+                        wheel.file,
+                        member.soname,
+                        wheel.target
+                    );
+                }
             }
         }
         kernels::check(&lock.kernels, name)?;
@@ -216,6 +235,18 @@ impl Lock {
 }
 
 impl Wheel {
+    /// The environment variable that names such a wheel directly. Of a distribution that has no name of its own there, it is
+    /// the distribution's.
+    pub fn variable(&self) -> String {
+        let shouted = |text: &str| text.to_ascii_uppercase().replace(|c: char| !c.is_ascii_alphanumeric(), "_");
+        let known = env::wheel_override(&self.distribution).map(str::to_owned);
+        let plain = known.unwrap_or_else(|| format!("FLASHINFER_RS_{}_WHEEL", shouted(&self.distribution)));
+        match &self.variant {
+            Some(variant) => format!("{}_{}_WHEEL", plain.trim_end_matches("_WHEEL"), shouted(variant)),
+            None => plain,
+        }
+    }
+
     /// Members that a set of features wants.
     pub fn wanted<'a>(&'a self, has_feature: &dyn Fn(&str) -> bool) -> Vec<&'a Member> {
         let wanted = |member: &&Member| match (&member.name, member.feature.as_deref()) {

@@ -21,6 +21,7 @@ pub mod modules;
 pub mod pip;
 pub mod proxy;
 pub mod ranges;
+pub mod releases;
 pub mod report;
 pub mod snapshot;
 pub mod source;

@@ -17,6 +17,7 @@ use super::local::{self, Record};
 use super::lock::{self, Member, Wheel};
 use super::pip::Pip;
 use super::ranges;
+use super::releases::{self, Difference};
 use super::report::say;
 use super::snapshot;
 use super::store::{Store, open_file};
@@ -193,7 +194,7 @@ impl Ladder<'_> {
             Err(fault) if wheel.optional => looked.add_brief(fault.to_string(), FETCHING),
             Err(fault) => return Err(fault),
         }
-        Ok(Supply::Nowhere(self.nowhere(wheel, looked, env::wheel_override(&wheel.distribution))))
+        Ok(Supply::Nowhere(self.nowhere(wheel, looked, Some(&wheel.variable()))))
     }
 
     /// As [`find`](Self::find), but only the pinned bytes will do: neither an override nor a local build is looked at. What is
@@ -222,15 +223,15 @@ impl Ladder<'_> {
     }
 
     fn by_override(&self, wheel: &Wheel, wanted: Wanted<'_>, looked: &mut Looked) -> Result<Option<Found>> {
-        let Some(name) = env::wheel_override(&wheel.distribution) else { return Ok(None) };
-        let Some(path) = self.env.own_path(name)? else {
+        let name = wheel.variable();
+        let Some(path) = self.env.own_path(&name)? else {
             looked.add(format!("{name} (not set)"));
             return Ok(None);
         };
         let (file, sha256) = open(&path, &format!("the wheel that {name} names"), wanted)?;
         let identity = Archive::open(&file, path.display().to_string())?.identity()?;
         let given = format!("{name}={}", path.display());
-        let mut warnings = self.check_identity(&given, &identity, wheel)?;
+        let mut warnings = self.check_identity(&given, &identity, wheel, wanted)?;
         if sha256 != wheel.sha256 {
             if self.env.flag(env::STRICT) {
                 refuse!(
@@ -247,7 +248,7 @@ impl Ladder<'_> {
     }
 
     /// That a wheel which need not be the pinned one is of its kind; `given` says how it was named.
-    fn check_identity(&self, given: &str, found: &Identity, wheel: &Wheel) -> Result<Vec<String>> {
+    fn check_identity(&self, given: &str, found: &Identity, wheel: &Wheel, wanted: Wanted<'_>) -> Result<Vec<String>> {
         if found.distribution != wheel.distribution {
             refuse!(
                 "{given} is a wheel of {}, expected {}; name the right file",
@@ -281,7 +282,27 @@ impl Ladder<'_> {
                 env::ALLOW_VERSION
             );
         }
-        Ok(vec![format!("{given} has version {}, this crate was written for {}", found.version, wheel.version)])
+        let mut warning =
+            format!("{given} has version {}, this crate was written for {}", found.version, wheel.version);
+        let every = wheel.members.iter().filter(|_| wanted.members.is_empty());
+        let libraries = wanted.members.iter().copied().chain(every).map(|member| member.soname.as_str());
+        if wheel.distribution == releases::DISTRIBUTION {
+            match releases::difference(&wheel.version, &found.version, libraries) {
+                Difference::Changed(changes) => refuse!(
+                    "{given} has version {}, and what this crate calls is not as in {}: {}; name a wheel of that version, or \
+                     turn off the Cargo features that want these libraries",
+                    found.version,
+                    wheel.version,
+                    changes.join("; ")
+                ),
+                Difference::Unknown(what) => {
+                    warning +=
+                        &format!("; {what}, and a call with other arguments than a kernel's own fails or goes wrong")
+                }
+                Difference::None => {}
+            }
+        }
+        Ok(vec![warning])
     }
 
     fn in_directories(&self, wheel: &Wheel, wanted: Wanted<'_>, looked: &mut Looked) -> Result<Option<Found>> {
@@ -301,11 +322,12 @@ impl Ladder<'_> {
             }
             let (file, sha256) = open(&path, "the wheel", wanted)?;
             if sha256 != wheel.sha256 {
-                let remedy = match env::wheel_override(&wheel.distribution) {
-                    Some(name) => format!("replace it, or name it by {name} if you mean it"),
-                    None => "replace it".to_owned(),
-                };
-                refuse!("{} has sha256 {sha256}, expected {}; {remedy}", path.display(), wheel.sha256);
+                refuse!(
+                    "{} has sha256 {sha256}, expected {}; replace it, or name it by {} if you mean it",
+                    path.display(),
+                    wheel.sha256,
+                    wheel.variable()
+                );
             }
             let (source, version, notes) = (Source::Directory, wheel.version.clone(), Notes::default());
             return Ok(Some(Found { file, path, source, sha256, version, notes }));
@@ -350,7 +372,7 @@ impl Ladder<'_> {
         }
         let identity = Archive::open(&file, record.path.display().to_string())?.identity()?;
         let given = format!("the local build {}", record.path.display());
-        let warnings = self.check_identity(&given, &identity, wheel).map_err(|fault| {
+        let warnings = self.check_identity(&given, &identity, wheel, wanted).map_err(|fault| {
             Error::Refused(format!("{fault}; or run `cargo xtask wheel` again, or delete {}", local::RECORD))
         })?;
         let notes = Notes { warnings, ..Notes::default() };
@@ -643,9 +665,10 @@ fn relatives(folder: &Path, wheel: &Wheel) -> String {
     let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.retain(|name| name.starts_with(&format!("{}-", wheel.distribution)) && name.ends_with(".whl"));
     names.sort();
-    match (names.first(), env::wheel_override(&wheel.distribution)) {
-        (Some(name), Some(variable)) => format!(" (has {name}, which is not the pinned one; {variable} would use it)"),
-        _ => String::new(),
+    let variable = wheel.variable();
+    match names.first() {
+        Some(name) => format!(" (has {name}, which is not the pinned one; {variable} would use it)"),
+        None => String::new(),
     }
 }
 

@@ -784,13 +784,13 @@ mod a_host {
         good.on("/one.whl", [whole(&apart()).with_ranges()]);
         good.on("/two.whl", [whole(&second())]);
         // By ranges and as a whole, one wheel and the next: nobody waits for that host a second time.
-        let pins = [
+        let mut pins = [
             apart().pin_with_places().url(silent.url("/one.whl")).url(good.url("/one.whl")),
             second().pin().url(silent.url("/two.whl")).url(good.url("/two.whl")),
         ];
-        let mut lock = wheels::lock(&pins);
         // Two libraries of one name would be one file.
-        lock.wheels[1].members.iter_mut().for_each(|member| member.soname.insert_str(0, "second-"));
+        pins[1].members.iter_mut().for_each(|member| member.soname.insert_str(0, "second-"));
+        let lock = wheels::lock(&pins);
         let rows = Machine::new().vendor(&lock, FEATURES).expect("the members").rows;
         assert_eq!(rows.len(), 4);
         assert_eq!(silent.paths(), ["/one.whl", "/one.whl"], "once more, and no more");

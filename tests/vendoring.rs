@@ -269,6 +269,19 @@ mod the_lock {
     fn that_pins_a_wheel_twice_is_refused() {
         let pin = Wheel::jit_cache().pin().url("https://example.invalid/a.whl");
         refused(&wheels::lock_text([&pin, &pin]), "pins flashinfer_jit_cache twice for x86_64-linux");
+        // Of several wheels for one target, as for GPUs of several kinds, one is built with, since their libraries' names are the same.
+        let both = wheels::lock_text([&pin, &pin]);
+        let (first, second) = both.split_at(both.rfind("[[wheel]]").expect("a wheel"));
+        let both = format!("{first}{}", second.replacen("file =", "variant = \"sm80\"\nfile =", 1));
+        refused(&both, "both have norm.so for x86_64-linux");
+        let renamed = both.replacen("soname = \"norm.so\"", "soname = \"other.so\"", 1);
+        let renamed = renamed.replacen("soname = \"gdn_prefill_sm90.so\"", "soname = \"another.so\"", 1);
+        let lock = Lock::parse(&renamed, "test.lock").expect("libraries of different names");
+        let variables: Vec<_> = lock.wheels.iter().map(|wheel| wheel.variable()).collect();
+        assert_eq!(variables, ["FLASHINFER_RS_JIT_CACHE_WHEEL", "FLASHINFER_RS_JIT_CACHE_SM80_WHEEL"]);
+        let mut foreign = lock.wheels[0].clone();
+        foreign.distribution = "some_kernels".to_owned();
+        assert_eq!(foreign.variable(), "FLASHINFER_RS_SOME_KERNELS_WHEEL");
     }
 
     #[test]
@@ -778,6 +791,38 @@ mod an_override {
         let machine = machine_with(&Wheel { version: "0.6.4", ..Wheel::jit_cache() }.bytes());
         let found = machine.with(env::ALLOW_VERSION, "1").find(&pinned()).expect("the wheel");
         assert_says(found.notes.warnings.join("\n"), &["version 0.6.4", "0.6.3+cu130"]);
+    }
+
+    #[test]
+    fn of_a_release_whose_kernels_take_other_arguments_is_refused_with_what_differs() {
+        let bytes = Wheel { version: "0.6.8+cu130", ..Wheel::jit_cache() }.bytes();
+        let fault = machine_with(&bytes).with(env::ALLOW_VERSION, "1").fault(&pinned());
+        assert_says(
+            &fault,
+            &[
+                "version 0.6.8+cu130",
+                "not as in 0.6.3+cu130",
+                "norm.so since 0.6.7: rmsnorm_quant",
+                "gdn_prefill_sm90.so since 0.6.8",
+                "turn off the Cargo features",
+            ],
+        );
+        // What the build does not want is no reason.
+        let machine = machine_with(&Wheel { version: "0.6.7+cu130", ..Wheel::jit_cache() }.bytes());
+        let (machine, lock) = (
+            machine.with(env::ALLOW_VERSION, "1"),
+            wheels::lock([&Wheel::jit_cache().pin().url("https://example.invalid/a.whl")]),
+        );
+        machine.vendor(&lock, &["gdn-prefill"]).expect("what did not change");
+        let fault = machine.vendor(&lock, &["norm"]).err().expect("what did").to_string();
+        assert_says(fault, &["norm.so since 0.6.7"]);
+    }
+
+    #[test]
+    fn of_a_release_that_nobody_compared_is_taken_and_that_is_said() {
+        let machine = machine_with(&Wheel { version: "0.6.2+cu130", ..Wheel::jit_cache() }.bytes());
+        let found = machine.with(env::ALLOW_VERSION, "1").find(&pinned()).expect("the wheel");
+        assert_says(found.notes.warnings.join("\n"), &["only the releases from 0.6.3 to 0.6.16 were compared"]);
     }
 
     #[test]

@@ -444,6 +444,7 @@ impl Pinned {
 
 fn unpack_whole(pinned: &Pinned, env: &Env, tree: &Path) -> Result<()> {
     let wheel = lock::Wheel {
+        variant: None,
         distribution: pinned.distribution.clone(),
         version: pinned.version.clone(),
         target: shell::target(),

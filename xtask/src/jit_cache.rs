@@ -23,10 +23,10 @@ use crate::vendoring::digest::{Digest, hash, hash_reader};
 use crate::vendoring::env::Env;
 use crate::vendoring::error::{Error, Result, refuse};
 use crate::vendoring::local::Record;
+use crate::vendoring::lock::Lock;
+use crate::vendoring::releases::DISTRIBUTION;
 use crate::vendoring::store::{publish, publish_bytes};
 
-const DISTRIBUTION: &str = "flashinfer_jit_cache";
-const VERSION: &str = "0.6.3+cu130";
 /// What is built for where nothing is asked for.
 const HOPPER: &str = "9.0a";
 
@@ -148,7 +148,7 @@ pub fn command(names: &[String], arch: &[String], with: Option<&Path>, out: Opti
 /// Builds a wheel of these families or modules, or finds it built; records it as the checkout's local build. A module that lies
 /// in the folder `with`, built elsewhere, is taken from there.
 pub fn build(names: &[String], arch: &[String], with: Option<&Path>, env: &Env) -> Result<PathBuf> {
-    let recipes = Recipes::read()?;
+    let (recipes, version) = (Recipes::read()?, version()?);
     let modules = recipes.select(names)?;
     let arch = architectures(arch, env)?;
     let toolchain = compiler::prepare(env)?;
@@ -180,8 +180,8 @@ pub fn build(names: &[String], arch: &[String], with: Option<&Path>, env: &Env) 
             objects.extend(made.by_ref().take(counts.next().unwrap_or_default()));
         }
     }
-    let folder = cache.join("wheels").join(wheel_key(&toolchain, &parts)?.to_string());
-    let wheel = folder.join(format!("{DISTRIBUTION}-{VERSION}-{}.whl", tag()));
+    let folder = cache.join("wheels").join(wheel_key(&toolchain, &version, &parts)?.to_string());
+    let wheel = folder.join(format!("{DISTRIBUTION}-{version}-{}.whl", tag()));
     if !is_built(&wheel) {
         let mut linked = Vec::new();
         for part in &parts {
@@ -191,7 +191,7 @@ pub fn build(names: &[String], arch: &[String], with: Option<&Path>, env: &Env) 
             };
             linked.push((part.module.name.as_str(), bytes));
         }
-        publish(&wheel, |file| write(file, &linked))?;
+        publish(&wheel, |file| write(file, &version, &linked))?;
         Built { sha256: digest(&wheel)?.0.to_string() }.write(&wheel)?;
     }
     let (sha256, size) = digest(&wheel)?;
@@ -281,13 +281,22 @@ fn digest(path: &Path) -> Result<(Digest, u64)> {
 /// Raised when the same key would stand for another wheel.
 const FORMAT: &str = "wheel 3";
 
+/// The version of the pinned wheel, in whose place this one is used.
+fn version() -> Result<String> {
+    let path = shell::root().join("artifacts.lock");
+    match Lock::read(&path)?.wheels.into_iter().find(|wheel| wheel.distribution == DISTRIBUTION) {
+        Some(wheel) => Ok(wheel.version),
+        None => refuse!("{} pins no wheel of {DISTRIBUTION}; restore it", path.display()),
+    }
+}
+
 /// What a wheel depends on: its objects, and all that links and packs them.
-fn wheel_key(toolchain: &Toolchain, parts: &[Part<'_>]) -> Result<Digest> {
+fn wheel_key(toolchain: &Toolchain, version: &str, parts: &[Part<'_>]) -> Result<Digest> {
     let libraries = toolchain.library_dirs.iter().map(|folder| folder.join("libcudart.so"));
     let runtime = libraries.filter(|path| path.is_file()).map(|path| Ok(digest(&path)?.0.to_string()));
     let mut all = vec![
         FORMAT.to_owned(),
-        VERSION.to_owned(),
+        version.to_owned(),
         tag(),
         toolchain.identity.clone(),
         toolchain.environment_text(),
@@ -342,11 +351,11 @@ fn tag() -> String {
 }
 
 /// Writes the wheel, byte for byte the same for the same modules.
-fn write(file: &mut fs::File, modules: &[(&str, Vec<u8>)]) -> Result<()> {
-    let info = format!("{DISTRIBUTION}-{VERSION}.dist-info");
+fn write(file: &mut fs::File, version: &str, modules: &[(&str, Vec<u8>)]) -> Result<()> {
+    let info = format!("{DISTRIBUTION}-{version}.dist-info");
     let metadata = format!(
-        "Metadata-Version: 2.1\nName: flashinfer-jit-cache\nVersion: {VERSION}\nSummary: FlashInfer kernels compiled from \
-         the source package 0.6.3 by flashinfer-rs' xtask\nLicense: Apache-2.0\n"
+        "Metadata-Version: 2.1\nName: flashinfer-jit-cache\nVersion: {version}\nSummary: FlashInfer kernels compiled from \
+         its source package by flashinfer-rs' xtask\nLicense: Apache-2.0\n"
     );
     let wheel = format!("Wheel-Version: 1.0\nGenerator: flashinfer-rs xtask\nRoot-Is-Purelib: false\nTag: {}\n", tag());
     let mut members: Vec<(String, Vec<u8>)> = modules

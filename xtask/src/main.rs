@@ -21,6 +21,7 @@ mod messages;
 mod pin;
 mod provision;
 mod recipes;
+mod release;
 mod shell;
 mod stress;
 #[path = "../../src/attention/uri.rs"]
@@ -109,6 +110,16 @@ enum Command {
         /// Another lock file
         #[arg(long)]
         file: Option<PathBuf>,
+        /// Propose a lock for another release of FlashInfer, from the index pages that the lock names: what it says of wheels
+        /// is theirs, what it says of members is left out, for `cargo xtask lock --file` to fill in
+        #[arg(long, conflicts_with_all = ["check", "from_record"])]
+        release: Option<String>,
+        /// Which one of a release's wheels for one target, by what its file's name has besides
+        #[arg(long, requires = "release")]
+        variant: Option<String>,
+        /// Where to write the proposal; default: standard output
+        #[arg(long, requires = "release")]
+        out: Option<PathBuf>,
     },
     /// Compile this crate's own CUDA kernels, src/glue/*.cu, to the PTX that is checked in beside them
     Glue {
@@ -176,7 +187,11 @@ fn run(command: Command) -> Result<()> {
         Command::Bench(options) => bench::command(options),
         #[cfg(not(feature = "bench"))]
         Command::Bench { .. } | Command::GpuBundle { .. } => with_bench(),
-        Command::Lock { check, from_record, file } => lock::command(&lock::Options { check, from_record, file }),
+        Command::Lock { file, release: Some(release), variant, out, .. } => {
+            let wanted = release::Wanted { release: &release, variant: variant.as_deref() };
+            release::command(&wanted, file.as_deref(), out.as_deref())
+        }
+        Command::Lock { check, from_record, file, .. } => lock::command(&lock::Options { check, from_record, file }),
         Command::Glue { check } => glue::command(check),
         Command::Kernel(command) => kernel::command(&command),
         Command::Interop { to } => interop::command(to.as_deref()),

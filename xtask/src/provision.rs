@@ -17,7 +17,7 @@ use crate::vendoring::modules;
 use crate::vendoring::source::{Found, Ladder, Source};
 use crate::vendoring::wheel::Wheel as Archive;
 
-pub const JIT_CACHE: &str = "flashinfer_jit_cache";
+pub use crate::vendoring::releases::DISTRIBUTION as JIT_CACHE;
 
 /// `cargo xtask demo`
 pub fn demo() -> Result<()> {
