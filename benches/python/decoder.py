@@ -3,6 +3,7 @@
     decoder.py weights NAME FOLDER      config.json and random weights of a shape: normal, norms around 1
     decoder.py reference FOLDER [CASE]  logits of a model in F32, and how far its own BF16 is from them, into
                                         FOLDER/reference.safetensors; a CASE is SEQUENCESxCONTEXT, 1x64 for example
+    decoder.py prepare NAME FOLDER      both
     decoder.py [--probe] ARM            an arm of `cargo xtask bench --decoder`, as arms.py says
 
 The arms:
@@ -11,10 +12,10 @@ The arms:
     hf-compile-BxCONTEXT  the same step with its argmax under torch.compile(mode="reduce-overhead", fullgraph=True)
     hf-flex-BxCONTEXT     the same with flex_attention, which reads keys and values once for each group of queries
 
-Each of those that are compiled has a process of its own, so that they compile at the same time. They answer
+Each of those that are compiled has a process of its own, so that they compile at the same time, for the model that DECODER_FIRST
+names, or Qwen3-0.6B. They answer
 
     step MODEL BATCH CONTEXT STEPS     ns of a step, between events around so many that were queued
-    host MODEL BATCH CONTEXT STEPS     ns of a step, on the host alone
     kernels MODEL BATCH CONTEXT STEPS  kernels of a step, of torch's profiler
 
 MODEL is a folder of DECODER_MODELS, or one of the shapes here with random weights.
@@ -139,15 +140,11 @@ def write_reference(folder, cases):
         model = load(folder, torch.bfloat16)
         for case in cases:
             expected = found[f"{case}.logits"].to(device())
-            own = forced(model, tokens[case].to(device()), expected_context(case))
+            own = forced(model, tokens[case].to(device()), int(case.split("x")[1]))
             error = (own - expected).norm(dim=-1) / expected.norm(dim=-1)
             found[f"{case}.error.hf-eager"] = error.cpu().contiguous()
             print(f"{case}: transformers' bf16 is off by {error.square().mean().sqrt():.2e}", file=sys.stderr)
     save_file(found, Path(folder, "reference.safetensors"))
-
-
-def expected_context(case):
-    return int(case.split("x")[1])
 
 
 class Decoder:
@@ -215,19 +212,6 @@ def gpu_ns(decoder, count):
     return statistics.median(values)
 
 
-def host_ns(decoder, count):
-    """Few enough that no queue is full: what is waited for is not the host's."""
-    values = []
-    for _ in range(REPETITIONS):
-        decoder.rewind()
-        torch.cuda.synchronize()
-        begin = time.perf_counter_ns()
-        decoder.steps(min(count, 4))
-        values.append((time.perf_counter_ns() - begin) / min(count, 4))
-        torch.cuda.synchronize()
-    return statistics.median(values)
-
-
 def kernels(decoder):
     from torch.profiler import ProfilerActivity, profile
 
@@ -260,19 +244,14 @@ class Arm:
 
     def asked(self, request):
         what, model, *numbers = request
-        if what not in ("step", "host", "kernels"):
+        if what not in ("step", "kernels"):
             return "-"
         rows, context, steps = map(int, numbers)
         if self.case and self.case != f"{rows}x{context}":
             return "-"
         # One room for all, so that no question compiles anew.
         self.set_up(model, rows, context, 128)
-        match what:
-            case "step":
-                return f"{gpu_ns(self.decoder, steps):.1f}"
-            case "host":
-                return f"{host_ns(self.decoder, steps):.1f}"
-        return str(kernels(self.decoder))
+        return f"{gpu_ns(self.decoder, steps):.1f}" if what == "step" else str(kernels(self.decoder))
 
 
 def start(name):
@@ -286,18 +265,20 @@ def start(name):
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["weights", name, folder] if name in SHAPES:
+        case ["weights" | "prepare" as what, name, folder] if name in SHAPES:
             import torch
             import transformers
 
             write_weights(name, folder)
+            if what == "prepare":
+                write_reference(folder, CASES)
         case ["reference", folder, *cases]:
             import torch
             import transformers
 
             write_reference(folder, cases or CASES)
-        case ["weights", *_]:
-            sys.exit(f"usage: decoder.py weights {'|'.join(SHAPES)} FOLDER")
+        case ["weights" | "prepare", *_]:
+            sys.exit(f"usage: decoder.py weights|prepare {'|'.join(SHAPES)} FOLDER")
         case _:
             os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
             # Until it is ready.
