@@ -49,7 +49,7 @@ use gate::Reference;
 use session::{Engine, Inputs, Launch, Session, Slip};
 use weights::{Random, Source};
 
-const PAGE_SIZE: u64 = 64;
+const PAGE_SIZE: u64 = 16;
 /// Steps that a context has room for.
 const ROOM: u64 = 128;
 const TIMINGS: usize = 5;

@@ -45,7 +45,7 @@ usage: decoder [OPTION VALUE]...
   --prompt IDS        token ids with commas, the same for each sequence; default: 12 random ones for each
   --tokens N          to decode; default: 16
   --context N         tokens that a sequence has room for; default: prompt and tokens
-  --page-size N       tokens of a page; default: 64
+  --page-size N       tokens of a page; default: 16
   --fuse RULES        all, none, some of pack,gated,add,qk,residual, or all but some: -pack,-qk; default: all
   --temperature T     draws tokens in place of the likeliest; with --top-k N and --top-p P of some alone
   --launch HOW        on a GPU: eager, graph or pdl (a graph whose kernels may start early); default: pdl
@@ -90,7 +90,7 @@ impl Arguments {
             prompt: None,
             tokens: 16,
             context: None,
-            page_size: 64,
+            page_size: 16,
             rules: Rule::ALL.to_vec(),
             temperature: None,
             top_k: 0,

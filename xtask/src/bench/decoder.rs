@@ -211,7 +211,7 @@ fn markdown(machine: &Machine, samples: &Samples) -> String {
     let copy = copy_rate(samples).map_or("not measured".to_owned(), |rate| format!("{rate:.0} GB/s"));
     let mut text = format!(
         "# A decoder's step\n\nbf16, random weights of the models' shapes, greedy, caches full of random keys and values, ours in pages of \
-         64 tokens in any order. One process per arm, all alive at once and on one core, asked in turn in each of {} blocks. Every value \
+         16 tokens in any order. One process per arm, all alive at once and on one core, asked in turn in each of {} blocks. Every value \
          is in [decoder.csv](decoder.csv).\n\n`{}`\n\n{}\n| arm | what |\n|---|---|\n",
         machine.blocks,
         machine.command,
