@@ -36,9 +36,6 @@ constexpr u32 STEP = 32;
 constexpr u32 ADD = 1;
 constexpr u32 F32_OUT = 2;
 
-__device__ __forceinline__ void wait_for_those_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_those_behind_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 __device__ __forceinline__ f32 to_f32(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ f32 to_f32(f16 x) { return __half2float(x); }
 __device__ __forceinline__ void put(bf16* to, f32 x) { *to = __float2bfloat16_rn(x); }
@@ -54,6 +51,11 @@ template <>
 __device__ __forceinline__ f16 nothing<f16>() {
     return __ushort_as_half(0);
 }
+
+// What a GPU alone can do, in whose place a test on the host puts the same by other means.
+
+__device__ __forceinline__ void wait_for_those_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_those_behind_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // 16 bytes of the weight, which are used once and written by nobody.
 __device__ __forceinline__ uint4 once(const void* from) {
@@ -82,7 +84,9 @@ __device__ __forceinline__ void multiply<f16>(f32 (&sums)[4], u32 a0, u32 a1, u3
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// `inner` is a multiple of 8, and all rows start at multiples of 16 bytes. `rows` are ROWS at most, a multiple of 8. `bias` may be
+// Until here.
+
+// `inner` is a multiple of 8, and all rows start at multiples of 16 bytes. `rows` are at most ROWS, which is a multiple of 8. `bias` may be
 // null. With ADD the product is added to what `out` holds, with F32_OUT that is of F32, without ADD and bias.
 template <typename T, u32 ROWS, u32 LOADS>
 __device__ __forceinline__ void few_rows(
