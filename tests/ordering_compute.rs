@@ -3,6 +3,8 @@
 
 #[path = "support/counting.rs"]
 mod counting;
+#[path = "compute/model.rs"]
+mod model;
 #[path = "support/native.rs"]
 mod native;
 #[path = "support/ordering.rs"]
@@ -12,11 +14,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::compute::{
-    Backend, Buckets, Columns, DeviceRun, Dim, Graph, GraphBuilder, GraphError, HostRun, Link, Pad, Plan, Rule, Target,
-    fuse,
+    Backend, Buckets, Columns, DeviceRun, Dim, Graph, GraphBuilder, GraphError, HostRun, Link, Pad, PageAllocator,
+    Plan, Rule, Target, fuse,
 };
+use flashinfer_rs::matmul::Selections;
 use flashinfer_rs::{DType, FlashInferError};
 use half::bf16;
+use model::Config;
 use ordering::with_driver;
 
 const COLUMNS: u64 = 64;
@@ -413,6 +417,69 @@ fn a_decoders_steps_are_ordered_and_stay_within_its_pages() {
                 }
             });
         }
+    });
+}
+
+/// A model with its products, of which those of few rows are this crate's own and the others cuBLASLt's.
+#[test]
+fn a_models_steps_are_ordered_with_products_of_either_kind() {
+    with_driver("a_models_steps_are_ordered_with_products_of_either_kind", |driver| {
+        let [a, _b] = streams();
+        let config = Config {
+            layers: 2,
+            hidden: 64,
+            q_heads: 2,
+            kv_heads: 1,
+            head: 128,
+            inner: 64,
+            vocab: 128,
+            qk_norm: true,
+            page_size: 16,
+            pages: 1 + 16 * 2,
+            per_row: 2,
+            dtype: DType::BF16,
+            target: Target::Gpu,
+        };
+        let unfused = config.graph(16).unwrap();
+        let (fused, applied) = fuse(&unfused, &Rule::ALL).unwrap();
+        assert!(applied.len() >= 10, "{applied:?}");
+        let mut selections = Selections::new();
+        for (name, graph) in [("unfused", &unfused), ("fused", &fused)] {
+            let run = DeviceRun::with_selections(graph, &buckets(&[1, 4, 16]), &a, &mut selections);
+            let mut run = run.unwrap();
+            for (name, values) in config.weights(1) {
+                run.weight(&name, &values.into_iter().map(bf16::from_f64).collect::<Vec<_>>()).unwrap();
+            }
+            let angles: Vec<f32> = config.cos_sin().into_iter().map(|x| x as f32).collect();
+            run.weight("cos_sin", &angles).unwrap();
+            let mut programmatic = Vec::new();
+            for pdl in [false, true] {
+                run.set_pdl(pdl);
+                driver.ordered(&format!("{name}, captured"), || run.capture().unwrap());
+                for bucket in [1, 4, 16] {
+                    let (step, kernels) = (run.captured(bucket).unwrap(), run.kernels(bucket).unwrap() as usize);
+                    assert!(step.kernels >= kernels, "{name} at {bucket}: {step:?}, planned {kernels}");
+                    programmatic.push(step.programmatic);
+                }
+            }
+            assert_eq!(programmatic[..3], [0; 3], "{name}");
+            assert!(programmatic[3..].iter().all(|edges| *edges > 0), "{name}: {programmatic:?}");
+            for rows in [1usize, 3, 11] {
+                run.set_rows(rows as u64).unwrap();
+                let mut pages = PageAllocator::new(33, 16, 16, 2);
+                (0..rows).for_each(|row| pages.grow(row, 32).unwrap());
+                run.input("ids", &vec![5; rows]).unwrap();
+                run.input("positions", &vec![0; rows]).unwrap();
+                run.input("lengths", &vec![1; rows]).unwrap();
+                run.input("page_table", &pages.table(rows)).unwrap();
+                driver.ordered(&format!("{name}, {rows} rows"), || {
+                    run.run(3).unwrap();
+                    run.step().unwrap();
+                    assert_eq!(run.read("logits").unwrap().len(), rows * 128);
+                });
+            }
+        }
+        assert!(!selections.is_empty());
     });
 }
 

@@ -135,7 +135,6 @@ impl PlannedMatMul {
 
     /// Whether the kernel waits for the one ahead of it before it reads or writes anything but the weight and the bias, so that it may
     /// be launched programmatically dependent.
-    #[cfg(feature = "compute")]
     pub(crate) fn waits(&self) -> bool {
         matches!(self.by, Kernel::FewRows(_))
     }
@@ -186,16 +185,16 @@ impl PlannedMatMul {
         }
     }
 
-    /// Queues the product of tensors that were checked.
+    /// Queues the product of tensors that were checked; with `pdl` as [`launch`](Self::launch).
     ///
     /// # Safety
-    /// As for [`MatMul::run_early`](super::MatMul::run_early).
+    /// With `pdl` the kernel ahead, and those that it may itself run beside, must not write the weight or the bias.
     pub(super) unsafe fn run(
         &self,
         row: &'static Row,
         operands: &[Operand<'_, '_>; 5],
         stream: Stream<'_>,
-        early: bool,
+        pdl: bool,
     ) -> Result<()> {
         let needed = self.workspace_bytes();
         let given = operands[WORKSPACE].layout().map_or(0, |layout| layout.size(0));
@@ -212,9 +211,9 @@ impl PlannedMatMul {
             workspace: address(WORKSPACE),
         };
         // SAFETY: the tensors were checked against the row and the specification, which the product is made of; what is written is
-        // borrowed mutably, so that it overlaps nothing. Whoever made the tensors vouched for their memory; the rest is the caller's
-        // promise.
-        ordered_like(row, operands, || unsafe { self.launch(&at, stream, early) })
+        // borrowed mutably, so that it overlaps nothing. Whoever made the tensors vouched for their memory.
+        // What is ahead is the caller's promise.
+        ordered_like(row, operands, || unsafe { self.launch(&at, stream, pdl && self.waits()) })
     }
 }
 

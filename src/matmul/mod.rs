@@ -270,15 +270,6 @@ impl MatMul {
         }
     }
 
-    /// Whether its kernel waits for the one ahead of it by itself, so that it may be launched to start early.
-    #[cfg(all(feature = "cudarc", feature = "compute"))]
-    pub(crate) fn waits(&self) -> bool {
-        match &self.place {
-            Place::Host => false,
-            Place::Gpu(planned) => planned.waits(),
-        }
-    }
-
     /// The product. Asynchronous on `stream`.
     ///
     /// | tensor | shape | dtype | |
@@ -304,17 +295,22 @@ impl MatMul {
         workspace: Option<&mut TensorMut<'_>>,
         stream: Stream<'_>,
     ) -> Result<()> {
-        // Not early: the kernel ahead may be the one that writes the weight.
-        // SAFETY: a launch that is not early asks for nothing.
+        // SAFETY: not programmatically dependent, since the kernel ahead may have written the weight.
         unsafe { self.run_early(out, x, weight, bias, workspace, stream, false) }
     }
 
-    /// As [`run`](Self::run). An `early` launch of a kernel that [waits](Self::waits) for the one ahead of it may start before that
-    /// has ended (programmatic dependent launch), and reads the weight and the bias meanwhile.
+    /// Whether its kernel may be launched programmatically dependent, and lets the kernel behind it start before it has ended.
+    #[cfg(feature = "cudarc")]
+    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs know what is ahead"))]
+    pub(crate) fn waits(&self) -> bool {
+        matches!(&self.place, Place::Gpu(planned) if planned.waits())
+    }
+
+    /// As [`run`](Self::run); with `early` programmatically dependent, where its kernel [waits](Self::waits).
     ///
     /// # Safety
-    /// Where it is early, nothing that was queued before and may not have ended yet may write the weight or the bias.
-    #[allow(clippy::too_many_arguments, reason = "a product's tensors, and how it is launched")]
+    /// With `early` the kernel ahead, and those that it may itself run beside, must not write the weight or the bias.
+    #[allow(clippy::too_many_arguments, reason = "a call's tensors, its stream, and how it is launched")]
     pub(crate) unsafe fn run_early(
         &self,
         out: &mut TensorMut<'_>,
@@ -323,7 +319,7 @@ impl MatMul {
         bias: Option<&TensorRef<'_>>,
         workspace: Option<&mut TensorMut<'_>>,
         stream: Stream<'_>,
-        #[cfg_attr(not(feature = "cudarc"), expect(unused_variables, reason = "only kernels start early"))] early: bool,
+        early: bool,
     ) -> Result<()> {
         let workspace = workspace.as_deref().map_or(Operand::Absent, TensorMut::operand);
         let operands =
@@ -342,8 +338,11 @@ impl MatMul {
             return refuse(entry.row.function, entry.row.arguments[X].name, format!("on {}", checked.device), expected);
         }
         match &self.place {
-            // SAFETY: the call keeps its row, and nothing in the tensors steers the reference.
-            Place::Host => unsafe { entry.call_checked(&operands, &checked, stream) },
+            Place::Host => {
+                let _ = early;
+                // SAFETY: the call keeps its row, and nothing in the tensors steers the reference.
+                unsafe { entry.call_checked(&operands, &checked, stream) }
+            }
             #[cfg(feature = "cudarc")]
             // SAFETY: the caller's promise.
             Place::Gpu(planned) => unsafe { planned.run(entry.row, &operands, stream, early) },

@@ -1,4 +1,5 @@
 //! Dense decoders as graphs, and the same in plain loops.
+#![allow(dead_code, reason = "each test uses its own part")]
 
 use flashinfer_rs::compute::{Columns, Dim, Graph, GraphBuilder, HostRun, Pad, PageAllocator, Target};
 use flashinfer_rs::{DType, Result};

@@ -653,13 +653,13 @@ impl Model {
             start = end;
             let kernels = own.iter().filter(|node| node.kernel).count();
             let (planned, others) = (self.kernels(at, node) as usize, own.len() - kernels);
-            let as_many = if self.is_free(node) { kernels >= planned } else { (kernels, others) == (planned, 0) };
+            let as_many = if self.is_free(at, node) { kernels >= planned } else { (kernels, others) == (planned, 0) };
             if !as_many {
                 let captured = format!("kernels: {kernels}, copies and fills: {others}");
                 return Err(differs(name(), &format!("kernels: {planned}"), &captured));
             }
             let early = own.first().is_some_and(|first| first.early);
-            if early && !self.starts_early(at, node, pdl) && !self.is_free(node) {
+            if early && !self.starts_early(at, node, pdl) && !self.is_free(at, node) {
                 return Err(differs(name(), &"a start behind the end of the node ahead", &"one before that"));
             }
         }

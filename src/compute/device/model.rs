@@ -8,8 +8,8 @@ use cudarc::driver::CudaStream;
 use super::super::builder::operands;
 use super::super::error::GraphError;
 use super::super::graph::{Access, Graph, Node, Origin};
-use super::super::operation::{Given, OpKind, Operation, RowArgument, RowCall};
-use super::super::plan::{ALIGNMENT, Link, Plan, Span};
+use super::super::operation::{Given, OpKind, Operation, PdlAfter, PdlBefore, RowArgument, RowCall};
+use super::super::plan::{ALIGNMENT, Plan, Span};
 use super::super::shape::{Columns, Dim, Spec};
 use super::super::step::Buckets;
 use super::inputs::Inputs;
@@ -61,7 +61,7 @@ pub(super) struct Model {
     pub(super) graph: Graph,
     pub(super) buckets: Buckets,
     pub(super) plans: Vec<Plan>,
-    /// For each plan, whether a node may start before the one ahead of it has ended.
+    /// For each plan, whether a node may start before the one ahead of it has ended, with programmatic dependent launch.
     early: Vec<Vec<bool>>,
     /// Where a weight, a state or an input begins in its block.
     places: Vec<u64>,
@@ -128,16 +128,11 @@ impl Model {
             bytes[block] = bytes[block].saturating_add(aligned(tensor.spec.bytes(largest)));
         }
         (bytes[ARENA], bytes[INPUTS]) = (arena, inputs.bytes());
-        let early = plans.iter().map(|plan| {
-            let mut early = vec![false; graph.nodes.len()];
-            plan.edges.iter().for_each(|edge| early[edge.to] |= edge.link == Link::Programmatic);
-            early
-        });
         let nothing = Span { offset: 0, bytes: 0 };
         let model = Self {
             graph: graph.clone(),
             buckets: buckets.clone(),
-            early: early.collect(),
+            early: Vec::new(),
             plans,
             places,
             ways: Vec::new(),
@@ -199,7 +194,40 @@ impl Model {
         let workspace = self.products.iter().map(|product| product.workspace_bytes() as u64).max().unwrap_or(0);
         self.workspace = Span { offset: self.queries.end(), bytes: aligned(workspace) };
         self.bytes[OWN] = self.workspace.end();
+        self.early = (0..self.plans.len()).map(|plan| self.early_nodes(plan)).collect();
         Ok(())
+    }
+
+    /// Which nodes of a plan may start before the one ahead of them has ended: those whose kernel waits by itself before it touches
+    /// what others write, behind one that lets them. That is what the plan's edges say, but for products: which kernel a product is,
+    /// is known here alone. Attention is never launched so, and lets others start whatever is ahead of it.
+    fn early_nodes(&self, plan: usize) -> Vec<bool> {
+        let (graph, order) = (&self.graph, &self.plans[plan].order);
+        let product_waits = |node: usize| self.products[self.chosen[plan][node]].waits();
+        let lets = |node: usize| match self.ways[node] {
+            Way::Row => graph.nodes[node].operation.facts().after != PdlAfter::AtEnd,
+            Way::Attention(_) => true,
+            Way::Product => product_waits(node),
+        };
+        let waits = |node: usize| match self.ways[node] {
+            Way::Row => {
+                let has_option = |call: RowCall| call.arguments.contains(&RowArgument::Pdl);
+                let waits = graph.nodes[node].operation.facts().before == PdlBefore::Waits;
+                waits && self.row(plan, node).is_some_and(has_option)
+            }
+            // Not XQA's kernel, but the one that copies its queries.
+            Way::Attention(_) => self.copies_queries(plan, node),
+            // Ahead of its wait it reads what no node writes.
+            Way::Product => {
+                let Node { operation, accesses, .. } = &graph.nodes[node];
+                let read = if operation.kind == OpKind::MatMulBias { 1..3 } else { 1..2 };
+                let steady = |access: &Access| graph.tensors[access.tensor].origin == Origin::Weight;
+                product_waits(node) && accesses[read].iter().all(steady)
+            }
+        };
+        let mut early = vec![false; graph.nodes.len()];
+        order.windows(2).for_each(|pair| early[pair[1]] = lets(pair[0]) && waits(pair[1]));
+        early
     }
 
     fn choose_products(&mut self, stream: &Arc<CudaStream>, selections: &mut Selections) -> Result<()> {
@@ -398,15 +426,9 @@ impl Model {
         }
     }
 
-    /// Whether a node starts early, where programmatic dependent launch is on: where its edge allows it and its kernel has the
-    /// option.
+    /// Whether a node may start early.
     pub(super) fn starts_early(&self, plan: usize, node: usize, pdl: bool) -> bool {
-        let has_option = || match self.ways[node] {
-            Way::Row => self.row(plan, node).is_some_and(|call| call.arguments.contains(&RowArgument::Pdl)),
-            Way::Product => self.products[self.chosen[plan][node]].waits(),
-            Way::Attention(_) => false,
-        };
-        pdl && self.early[plan][node] && has_option()
+        pdl && self.early[plan][node]
     }
 
     /// How many kernels a node launches.
@@ -417,8 +439,8 @@ impl Model {
 
     /// Whether what a node launches is for a library to choose: cuBLASLt may divide a product, and sum its parts by another
     /// kernel behind a fill, of which one may start early as it sees fit.
-    pub(super) fn is_free(&self, node: usize) -> bool {
-        matches!(self.ways[node], Way::Product)
+    pub(super) fn is_free(&self, plan: usize, node: usize) -> bool {
+        matches!(self.ways[node], Way::Product) && !self.products[self.chosen[plan][node]].waits()
     }
 
     /// Queues a node of a plan.
@@ -428,19 +450,19 @@ impl Model {
     /// with the stream, of the context that is current. What nodes find their way by must be within the bounds that [`Inputs`]
     /// keeps, and the run's own block must hold [`steady_bytes`](Self::steady_bytes) and zeros behind, but for what launches left.
     pub(super) unsafe fn launch(&self, plan: usize, node: usize, stream: Stream<'_>, pdl: bool) -> Result<()> {
+        let early = self.starts_early(plan, node, pdl);
         match self.ways[node] {
             Way::Row => {
                 let Some(call) = self.row(plan, node) else { unreachable!("it was there when the run was made") };
                 let specs = self.graph.given(&self.graph.nodes[node]);
-                let early = pdl && self.early[plan][node];
                 // SAFETY: the caller's promise. The plan was proven: values lie within the arena, and none is overwritten
                 // while it is needed. Columns lie within their tensors, which the builder saw to.
                 unsafe { self.call(&call, |argument| self.argument(plan, node, &specs, argument), stream, early) }
             }
             // SAFETY: the caller's promise.
-            Way::Product => unsafe { self.multiply(plan, node, stream, pdl && self.early[plan][node]) },
+            Way::Product => unsafe { self.multiply(plan, node, stream, early) },
             // SAFETY: the caller's promise.
-            Way::Attention(kernel) => unsafe { self.attend(plan, node, &self.attention[kernel], stream) },
+            Way::Attention(kernel) => unsafe { self.attend(plan, node, &self.attention[kernel], stream, early) },
         }
     }
 
@@ -483,7 +505,14 @@ impl Model {
 
     /// # Safety
     /// As for [`launch`](Self::launch).
-    unsafe fn attend(&self, plan: usize, node: usize, kernel: &XqaKernel, stream: Stream<'_>) -> Result<()> {
+    unsafe fn attend(
+        &self,
+        plan: usize,
+        node: usize,
+        kernel: &XqaKernel,
+        stream: Stream<'_>,
+        early: bool,
+    ) -> Result<()> {
         let accesses = &self.graph.nodes[node].accesses;
         let batch = self.plans[plan].batch;
         let specs = self.graph.given(&self.graph.nodes[node]);
@@ -503,7 +532,7 @@ impl Model {
             };
             // SAFETY: the caller's promise; the place is as large as the queries of the largest batch, and the attention of an
             // earlier layer, which read it, is ahead on the stream.
-            unsafe { self.call(&call, layout, stream, false) }?;
+            unsafe { self.call(&call, layout, stream, early) }?;
             build(copied, specs[0].dtype, &queries)
         } else {
             // At the first column, and one after the other: of one row, or all of a tensor's columns.
@@ -548,8 +577,8 @@ impl Model {
         let data = self.layout(plan, out).data();
         let out = Layout::build(data, self.device, spec.out(), &[rows, columns], None, None);
         let workspace = self.vector(OWN, self.workspace.offset, DType::U8, self.workspace.bytes);
-        // SAFETY: the caller's promise, and the plan's proof: what is written is nothing else that is needed, and no weight. The
-        // workspace is for products alone; those that use it are cuBLASLt's, of which one ends before the next starts on the stream.
+        // SAFETY: the caller's promise, and the plan's proof: what is written is nothing else that is needed, and no node writes a
+        // weight. The workspace is for products alone; those that have one start behind the end of the node ahead.
         unsafe {
             let read = |layout| TensorRef::from_layout(layout, Owner::NONE);
             let (x, weight, bias) = (read(x), read(weight), bias.map(read));
