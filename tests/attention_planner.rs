@@ -625,6 +625,7 @@ fn run(machine: &Machine, spec: AttentionSpec, queries: i64, sinks: bool) {
         )
         .unwrap();
         let q = TensorRef::from_cudarc(stream, &q, &[rows, q_heads, size]).unwrap();
+        let good = q.clone();
         let mut o = TensorMut::from_cudarc(stream, &mut o, &[rows, q_heads, size]).unwrap();
         let mut lse = TensorMut::from_cudarc(stream, &mut lse, &[rows, q_heads]).unwrap();
         let options = match sinks {
@@ -654,9 +655,30 @@ fn run(machine: &Machine, spec: AttentionSpec, queries: i64, sinks: bool) {
         let error = plan.run(&mut o, None, &q, &cache, &options).unwrap_err().to_string();
         assert!(error.contains("the call's stream"), "{error}");
         let host = vec![bf16::ZERO; (rows * q_heads * size) as usize];
-        let q = TensorRef::from_slice(&host, &[rows, q_heads, size]).unwrap();
-        let error = plan.run(&mut o, None, &q, &cache, &options).unwrap_err().to_string();
+        let on_host = TensorRef::from_slice(&host, &[rows, q_heads, size]).unwrap();
+        let error = plan.run(&mut o, None, &on_host, &cache, &options).unwrap_err().to_string();
         assert!(error.contains("memory of cpu"), "{error}");
+        // Nor does a good call let others through that differ from it: in type, in size, in strides and in where they are.
+        let count = (rows * q_heads * size) as usize;
+        let (wide, halves) = (zeros(2 * count as i64 + 8), stream.alloc_zeros::<half::f16>(count).unwrap());
+        let whole = [rows, q_heads, size];
+        let odd = wide.slice(1..=count);
+        let strided = TensorRef::from_cudarc_strided(stream, &wide, &whole, &[q_heads * size, size, 2]);
+        let wrong = [
+            (TensorRef::from_cudarc(stream, &halves, &whole), "q"),
+            (TensorRef::from_cudarc(stream, &wide, &[rows + 1, q_heads, size]), "rows"),
+            (TensorRef::from_cudarc(stream, &wide, &[rows, q_heads, size / 2]), "head_dim"),
+            (TensorRef::from_cudarc(stream, &odd, &whole), "q"),
+            (strided, "q"),
+        ];
+        for (wrong, name) in wrong {
+            plan.run(&mut o, None, &good, &cache, &options).unwrap();
+            match plan.run(&mut o, None, &wrong.unwrap(), &cache, &options) {
+                Err(FlashInferError::InvalidArgument { argument, .. }) if argument == name || argument == "o" => {}
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+        plan.run(&mut o, None, &good, &cache, &options).unwrap();
     }
     // Where nothing tells when copies are made, the host waits for the stream, and it is an error.
     let mut workspace = Workspace::new(spec, Largest::new(2, rows), stream).unwrap();
