@@ -89,6 +89,17 @@ impl Entry {
         once(&self.state.on_gpu, || self.module()?.function(self.row.function))
     }
 
+    /// Looks the function up, and makes a kernel of this crate's own ready on a GPU, so that its first launch does not have to, in a
+    /// capture perhaps.
+    #[cfg(all(feature = "cudarc", feature = "compute"))]
+    pub(crate) fn prepare(self, device: Device) -> Result<()> {
+        self.function()?;
+        match device {
+            Device::Cuda(id) if self.row.is_own() => crate::glue::decode::prepare(id as i32),
+            _ => Ok(()),
+        }
+    }
+
     /// The library, or the functions that launch kernels of this crate's own.
     fn module(self) -> Result<&'static Module> {
         match self.row.is_own() {

@@ -152,6 +152,15 @@ impl Loaded {
     }
 }
 
+/// Makes all kernels ready on a device, so that no launch has to, in a capture perhaps.
+#[cfg(feature = "cudarc")]
+pub(crate) fn prepare(device: i32) -> Result<()> {
+    let runtime = FlashInferRuntime::global()?;
+    let loaded = Loaded::get(runtime)?;
+    let _current = runtime.cudart()?.set_current(device)?;
+    (0..NAMES.len()).try_for_each(|which| loaded.kernel(runtime, which, device).map(drop))
+}
+
 /// An error of this crate's as one that is raised.
 fn raised(error: &crate::FlashInferError) -> Raised {
     ("RuntimeError", error.to_string())

@@ -325,7 +325,7 @@ impl Model {
             let reason = format!("{} does not run on {}", entry.row.kernel, self.device);
             return Err(unserved(&self.graph, node, reason, "run it on another GPU"));
         }
-        entry.function().map(drop)
+        entry.prepare(self.device)
     }
 
     /// That a node's workspace in the arena has so many bytes.
