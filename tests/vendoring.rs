@@ -1340,7 +1340,7 @@ mod bad_bytes {
         assert_says(fault.to_string(), &[&server.url(&release(&Wheel::jit_cache()))]);
         assert_says(fault.to_string(), parts);
         let part = format!("wheels/{}/{}.part", pinned.sha256, pinned.file);
-        assert_eq!(files_under(&machine.cache()), [part.clone()]);
+        assert_eq!(files_under(&machine.cache()), [part.as_str()]);
         assert_eq!(fs::read(machine.cache().join(part)).expect("the part"), &good()[..700]);
         assert_eq!(server.requests().len(), requests, "requests");
     }
