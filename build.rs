@@ -90,7 +90,7 @@ fn build() -> Result<()> {
     emit::rerun(&[], &env.names_read());
     let kernels = result?;
     let watched = outcome.watch.iter().chain(&kernels.watch).chain(&record).chain(&users);
-    let absent = emit::watch_absent(&out_dir, &outcome.absent)?;
+    let absent = emit::watch_absent(&out_dir, &outcome.absent);
     emit::rerun(&watched.chain(&absent).map(PathBuf::as_path).collect::<Vec<_>>(), &[]);
     outcome.told.iter().chain(&kernels.told).for_each(say);
     for row in &outcome.rows {

@@ -140,29 +140,29 @@ pub fn rerun(files: &[&Path], variables: &[String]) {
 /// Cargo takes a file that is not there for one that has changed, and would run the build each time. Of a folder it looks at all
 /// that lies in it, and passes over a link that leads nowhere. One that leads to something is newer than the build, which made
 /// it: so the build runs again once one of the files appears.
+///
+/// None either where links cannot be made: then nothing is watched.
 #[cfg(unix)]
-pub fn watch_absent(out_dir: &Path, absent: &[PathBuf]) -> Result<Option<PathBuf>> {
+pub fn watch_absent(out_dir: &Path, absent: &[PathBuf]) -> Option<PathBuf> {
     let folder = out_dir.join("absent");
-    let failed = |e: std::io::Error| Error::io("writing to the folder", &folder, &e);
-    match std::fs::remove_dir_all(&folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
-        _ if absent.is_empty() => return Ok(None),
-        _ => {}
+    let _ = std::fs::remove_dir_all(&folder);
+    if absent.is_empty() {
+        return None;
     }
-    std::fs::create_dir_all(&folder).map_err(failed)?;
+    std::fs::create_dir(&folder).ok()?;
     for (i, path) in absent.iter().enumerate() {
-        std::os::unix::fs::symlink(path, folder.join(i.to_string())).map_err(failed)?;
+        std::os::unix::fs::symlink(path, folder.join(i.to_string())).ok()?;
     }
     // The folder itself is no news.
     let past = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
-    std::fs::File::open(&folder).and_then(|opened| opened.set_modified(past)).map_err(failed)?;
-    Ok(Some(folder))
+    std::fs::File::open(&folder).and_then(|opened| opened.set_modified(past)).ok()?;
+    Some(folder)
 }
 
 /// Elsewhere links are not for everybody.
 #[cfg(not(unix))]
-pub fn watch_absent(_: &Path, _: &[PathBuf]) -> Result<Option<PathBuf>> {
-    Ok(None)
+pub fn watch_absent(_: &Path, _: &[PathBuf]) -> Option<PathBuf> {
+    None
 }
 
 /// A warning is one line to cargo, which shows those of path dependencies alone.

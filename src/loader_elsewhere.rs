@@ -103,6 +103,10 @@ pub(crate) fn sealed(_: &str, _: &[u8]) -> std::result::Result<File, String> {
     Err(REASON.to_owned())
 }
 
+pub(crate) fn embedding_refused(name: &str, reason: String) -> FlashInferError {
+    FlashInferError::EmbeddingRefused { library: name.to_owned(), reason, remedy: REMEDY }
+}
+
 pub(crate) fn global_address(_: &CStr) -> Option<usize> {
     None
 }
@@ -140,6 +144,11 @@ mod tests {
             let text = fault.to_string();
             assert!(text.contains("norm.so") && text.contains("run the program on x86_64 or aarch64 Linux"), "{text}");
         }
-        assert!(sealed("norm.so", b"").is_err() && global_address(c"TVMFFIEnvSetStream").is_none());
+        let fault = embedding_refused("norm.so", sealed("norm.so", b"").expect_err("nothing can be loaded"));
+        assert!(
+            matches!(fault, FlashInferError::EmbeddingRefused { .. }) && fault.to_string().contains(REMEDY),
+            "{fault}"
+        );
+        assert!(global_address(c"TVMFFIEnvSetStream").is_none());
     }
 }
