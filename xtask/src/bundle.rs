@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::BENCH_FEATURE;
 use crate::bench;

@@ -80,7 +80,7 @@ fn tested(features: &[String]) -> Result<Vec<&String>> {
 /// Runs the tests that a feature can make a difference to: with the default features, or with these alone.
 pub fn test(features: Option<&str>) -> Result<()> {
     let mut cargo = shell::cargo();
-    cargo.args(["test", "--quiet", "--lib"]);
+    cargo.args(["test", "--locked", "--quiet", "--lib"]);
     if let Some(features) = features {
         cargo.args(["--no-default-features", "--features", features]);
     }
@@ -116,7 +116,14 @@ pub fn command() -> Result<()> {
     }
     // Without kernels: no wheel is needed for that.
     let mut cargo = shell::cargo();
-    cargo.env(SKIP_VENDOR, "1").args(["check", "--quiet", "--no-default-features", "--features", &features.join(",")]);
+    cargo.env(SKIP_VENDOR, "1").args([
+        "check",
+        "--locked",
+        "--quiet",
+        "--no-default-features",
+        "--features",
+        &features.join(","),
+    ]);
     shell::run(&mut cargo)?;
     let root = shell::root();
     for feature in CUDARC {

@@ -12,6 +12,9 @@ mod compiler;
 mod elf;
 mod features;
 mod glue;
+#[cfg(test)]
+#[path = "../../tests/support/http.rs"]
+mod http;
 mod install;
 mod interop;
 mod jit_cache;

@@ -47,7 +47,7 @@ pub fn demo() -> Result<()> {
 pub fn test(args: &[String]) -> Result<()> {
     kernels(&recipes::quick()?)?;
     let mut command = shell::cargo();
-    command.args(["test", "--workspace", "--all-features"]);
+    command.args(["test", "--locked", "--workspace", "--all-features"]);
     if !args.is_empty() {
         command.arg("--").args(args);
         return shell::run(&mut command);

@@ -6,12 +6,10 @@ use tempfile::TempDir;
 
 use super::*;
 
-#[path = "../../../tests/support/http.rs"]
-mod http;
 #[path = "../../../tests/support/wheels.rs"]
 mod wheels;
 
-use http::{Reply, Server};
+use crate::http::{Reply, Server};
 
 const METADATA: &str = "Entry Symbol: answer\nDefinition: gemm_n16\nSolution: by_hand\n";
 const DEFINITION: &str = "{\"name\": \"gemm_n16\", \"axes\": {}}";

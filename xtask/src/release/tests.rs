@@ -2,10 +2,7 @@
 
 use super::*;
 
-#[path = "../../../tests/support/http.rs"]
-mod http;
-
-use http::{Reply, Server};
+use crate::http::{Reply, Server};
 
 const PAGE: &str = "/whl/cu130/flashinfer-jit-cache/";
 const DIGEST: &str = "abababababababababababababababababababababababababababababababab";
