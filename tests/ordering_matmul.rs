@@ -350,3 +350,49 @@ fn without_cublaslt_few_rows_are_multiplied_and_for_more_it_is_said_what_to_do()
         assert_eq!(selections.len(), 1);
     });
 }
+
+/// Kernels of this crate's own wait for the kernel ahead by themselves, cuBLASLt's are not known to.
+#[cfg(feature = "compute")]
+#[test]
+fn a_captured_steps_products_start_early_where_their_kernel_waits() {
+    use flashinfer_rs::compute::{Buckets, DeviceRun, Dim, GraphBuilder, Pad};
+
+    with_driver("a_captured_steps_products_start_early_where_their_kernel_waits", |driver| {
+        let [stream, other] = streams();
+        let lt = Lt::open();
+        let mut g = GraphBuilder::new("products", 64);
+        let x = g.input("x", DType::BF16, [Dim::BATCH, Dim::fixed(64)], Pad::Value(0)).unwrap();
+        let norm = g.weight("norm", DType::BF16, [Dim::fixed(64)]).unwrap();
+        let w = g.weight("w", DType::BF16, [Dim::fixed(64), Dim::fixed(64)]).unwrap();
+        let normed = g.rmsnorm(&x, &norm, 1e-6).unwrap();
+        let product = g.matmul(&normed, &w).unwrap();
+        let again = g.rmsnorm(&product, &norm, 1e-6).unwrap();
+        let sum = g.matmul_add(&again, &w, product).unwrap();
+        g.output("sum", sum).unwrap();
+        let graph = g.finish().unwrap();
+        driver.ordered("steps with products", || {
+            let mut run = DeviceRun::new(&graph, &Buckets::new(&[4, 64]).unwrap(), &stream).unwrap();
+            run.weight("norm", &[bf16::ONE; 64]).unwrap();
+            run.weight("w", &[bf16::ONE; 64 * 64]).unwrap();
+            for (pdl, early) in [(true, [3, 1]), (false, [0, 0])] {
+                run.set_pdl(pdl);
+                run.capture().unwrap();
+                for (bucket, early) in [4, 64].into_iter().zip(early) {
+                    let step = run.captured(bucket).unwrap();
+                    assert_eq!((step.kernels, step.programmatic), (4, early), "{bucket}, {pdl}");
+                }
+                for (rows, own) in [(3, true), (40, false)] {
+                    run.set_rows(rows).unwrap();
+                    run.input("x", &vec![bf16::ONE; rows as usize * 64]).unwrap();
+                    let (kernels, products) = (driver.queued()[0], lt.read::<i32>("lt_products"));
+                    run.step().unwrap();
+                    run.run(2).unwrap();
+                    let (kernels, products) = (driver.queued()[0] - kernels, lt.read::<i32>("lt_products") - products);
+                    assert_eq!((kernels, products), (4, if own { 0 } else { 2 }));
+                }
+            }
+        });
+        drop([stream, other]);
+        assert_eq!(driver.live(), [0; 5], "nothing is left");
+    });
+}
