@@ -46,7 +46,7 @@
 //!   `gemma_rmsnorm_cudarc` and `gdn_prefill_sm90_cudarc_with_options`.
 //! - For many small launches: [`FlashInferRuntime::on`], which sets a stream once for a series of calls; [`Prepared`], a call
 //!   that is checked once; and with the feature `cudarc` `LaunchGraph`, a series that is captured into a CUDA
-//!   graph and replayed with one launch.
+//!   graph and replayed with one launch, and `GraphSet`, several of them over one set of buffers.
 //! - [`log`]: logs of calls and dumps of what they are given, as the environment asks for them.
 //! - [`Module`], [`Function`], [`Arg`] and [`Value`]: any TVM-FFI function of any module; [`object`] has its arrays, maps,
 //!   tensors, functions and errors.
@@ -75,7 +75,7 @@
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
-//! | `compute` | no | compute graphs: a model's steps built, checked, fused and planned as data, and run on the host |
+//! | `compute` | no | compute graphs: a model's steps built, checked, fused and planned as data, run on the host and, with `cudarc`, on a GPU |
 //! | `tracing` | no | logs as events of `tracing` too |
 //! | `bench` | no | FlashInfer-Bench: definitions, solutions, workloads and traces; kernels bound, run and timed; and what `FLASHINFER_RS_TRACE_DUMP` writes |
 //!

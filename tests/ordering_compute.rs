@@ -441,11 +441,19 @@ fn a_models_steps_are_ordered_with_products_of_either_kind() {
             target: Target::Gpu,
         };
         let unfused = config.graph(16).unwrap();
-        let (fused, applied) = fuse(&unfused, &Rule::ALL).unwrap();
-        assert!(applied.len() >= 10, "{applied:?}");
+        let sets: [(&str, &[Rule]); 6] = [
+            ("as it is", &[]),
+            ("packed", &[Rule::PackProducts]),
+            ("packed and gated", &[Rule::PackProducts, Rule::GatedActivation]),
+            ("packed and turned", &[Rule::PackProducts, Rule::QkNormRopeAppend]),
+            ("with sums in products", &[Rule::ResidualProduct]),
+            ("fused", &Rule::ALL),
+        ];
         let mut selections = Selections::new();
-        for (name, graph) in [("unfused", &unfused), ("fused", &fused)] {
-            let run = DeviceRun::with_selections(graph, &buckets(&[1, 4, 16]), &a, &mut selections);
+        for (name, rules) in sets {
+            let (graph, applied) = fuse(&unfused, rules).unwrap();
+            assert!(applied.len() >= 2 * rules.len(), "{name}: {applied:?}");
+            let run = DeviceRun::with_selections(&graph, &buckets(&[1, 4, 16]), &a, &mut selections);
             let mut run = run.unwrap();
             for (name, values) in config.weights(1) {
                 run.weight(&name, &values.into_iter().map(bf16::from_f64).collect::<Vec<_>>()).unwrap();

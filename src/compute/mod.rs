@@ -31,7 +31,8 @@
 //! - [`Plan`] orders the nodes and gives each value its place in one arena, whose exact size is known before anything is
 //!   allocated. [`Plan::verify`] proves the plan by an algorithm of its own.
 //! - A [`Backend`] runs it. [`HostRun`] does so on the host, inside the planned arena, with memory that is free
-//!   filled with NaN.
+//!   filled with NaN. With the feature `cudarc` `DeviceRun` does so on a GPU: node by node, or as one launch of what was
+//!   captured for each bucket.
 //! - [`Graph::dot`], [`Graph::json`] and [`Graph::markdown`] export it.
 //! - [`StepBlock`] and [`Buckets`] say where a step's inputs lie, and what stands in rows that nobody asked for.
 //!
