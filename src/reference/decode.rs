@@ -134,7 +134,7 @@ function!(sample, |args| {
     for row in 0..probs.size(0)? {
         probs.read(&[row], &mut numbers)?;
         // What is no number is none of a probability.
-        numbers.iter_mut().for_each(|x| *x = x.max(0.0).min(1.0));
+        numbers.iter_mut().for_each(|x| *x = if x.is_nan() { 0.0 } else { x.clamp(0.0, 1.0) });
         token.set(&[row], drawn(&numbers, number.at(&[row])?, top_k, top_p) as f64)?;
     }
     Ok(())
