@@ -231,6 +231,21 @@ impl Batch {
         }
     }
 
+    /// Makes this one a copy of another, in the memory that it has.
+    pub(super) fn copy_from(&mut self, other: &Self) {
+        (self.pages, self.short_of_keys, self.not_one_query) = (other.pages, other.short_of_keys, other.not_one_query);
+        for (to, from) in [
+            (&mut self.qo_indptr, &other.qo_indptr),
+            (&mut self.kv_indptr, &other.kv_indptr),
+            (&mut self.kv_indices, &other.kv_indices),
+            (&mut self.last_page_len, &other.last_page_len),
+            (&mut self.kv_len, &other.kv_len),
+        ] {
+            to.clear();
+            to.extend_from_slice(from);
+        }
+    }
+
     /// Takes all requests out; the memory stays.
     pub fn clear(&mut self) {
         self.qo_indptr.truncate(1);

@@ -94,6 +94,8 @@ pub struct GraphPlan {
     /// The tokens of a page and the pages of the cache; nothing for keys that lie one after the other.
     cache: Option<(i64, i64)>,
     memory: OnStream,
+    /// Memory for a batch that is filled up.
+    filled: Batch,
     /// What the planner answered when it was made.
     integers: Vec<i64>,
     /// Where the plan was copied from that is on the GPU.
@@ -151,7 +153,9 @@ impl GraphPlan {
         let event = || stream.context().new_event(None).map_err(driver("cuEventCreate"));
         let (planned, launched) = (event()?, event()?);
         let (integers, slot, was_launched, spoiled) = (Vec::new(), 0, false, false);
-        let mut plan = Self { spec, room, cache, memory, integers, slot, planned, launched, was_launched, spoiled };
+        let filled = Batch::ragged();
+        let mut plan =
+            Self { spec, room, cache, memory, filled, integers, slot, planned, launched, was_launched, spoiled };
         plan.integers = plan.plan(batch)?;
         (plan.slot, plan.spoiled) = (plan.memory.ring().last(), false);
         Ok(plan)
@@ -169,7 +173,7 @@ impl GraphPlan {
 
     /// Copies a batch's lists and tables to the GPU; what the planner answered.
     fn plan(&mut self, batch: &Batch) -> Result<Vec<i64>> {
-        let filled = self.filled(batch)?;
+        self.fill(batch)?;
         let stream = Arc::clone(self.memory.owned_stream());
         let context = stream.context();
         let _current = CurrentContext::bind(context)?;
@@ -179,14 +183,14 @@ impl GraphPlan {
         // Until the plan is known to be one of the graph's, and what is launched next to come behind it.
         self.spoiled = true;
         let integers =
-            self.memory.planned(&self.spec, &filled, self.room.rows).map(|array| super::gpu::integers(&array));
+            self.memory.planned(&self.spec, &self.filled, self.room.rows).map(|array| super::gpu::integers(&array));
         // Also of what failed: copies may be on their way.
         record(&self.planned, &stream).map_err(driver_in(context, "recording a plan's copies"))?;
         integers
     }
 
-    /// A batch with as many requests as the graph has, and as many pages.
-    fn filled(&self, batch: &Batch) -> Result<Batch> {
+    /// Keeps the batch with as many requests as the graph has, and as many pages.
+    fn fill(&mut self, batch: &Batch) -> Result<()> {
         let GraphRoom { requests, rows, pages, reserved_page } = self.room;
         check_batch(&self.spec, Largest::new(requests, rows), batch, self.memory.multiprocessors())?;
         if batch.cache() != self.cache {
@@ -214,15 +218,14 @@ impl GraphPlan {
                 format!("{each} of each request, as there is room for"),
             );
         }
-        let mut filled = batch.clone();
+        self.filled.copy_from(batch);
         let queries = if matches!(self.spec.kind(), Kind::Paged | Kind::Ragged) { 0 } else { each };
         for _ in batch.requests()..requests as usize {
-            filled.fill_up(queries, reserved_page);
+            self.filled.fill_up(queries, reserved_page);
         }
-        filled.kv_indices.resize(filled_pages(&self.spec, self.room), reserved_page);
+        self.filled.kv_indices.resize(filled_pages(&self.spec, self.room), reserved_page);
         // What is filled up counts too.
-        check_batch(&self.spec, Largest::new(requests, rows), &filled, self.memory.multiprocessors())?;
-        Ok(filled)
+        check_batch(&self.spec, Largest::new(requests, rows), &self.filled, self.memory.multiprocessors())
     }
 
     fn planned(&self, info: &Object, stream: Stream<'_>, run: impl FnOnce(&Planned<'_>) -> Result<()>) -> Result<()> {

@@ -94,7 +94,7 @@ impl Workspace {
         let planned = match &mut self.memory {
             Memory::Host(kept) => {
                 check_batch(&self.spec, self.largest, batch, 0)?;
-                kept.clone_from(batch);
+                kept.copy_from(batch);
                 What::Host
             }
             #[cfg(feature = "cudarc")]
