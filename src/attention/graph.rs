@@ -331,8 +331,8 @@ pub struct GraphPlanMut<'a> {
 
 impl GraphPlanMut<'_> {
     /// Plans another batch for the launches to come: copied asynchronously, behind the launches that were made and ahead of those to
-    /// come. The host waits only where copies of the third plan before it, or of earlier ones, have not been made yet. After an error the graph has
-    /// the plan that it had.
+    /// come. The host waits only where copies of the third plan before it, or of earlier ones, have not been made yet. After an
+    /// error the graph has the plan that it had; where that could not be copied again, nothing is launched before it is.
     ///
     /// # Errors
     /// As for [`Workspace::plan`](super::Workspace::plan); [`InvalidArgument`](crate::FlashInferError::InvalidArgument) for a batch that
