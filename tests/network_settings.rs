@@ -339,6 +339,19 @@ mod credentials {
         assert!(to(&server).is_some());
     }
 
+    /// Another port is another host.
+    #[test]
+    fn of_an_address_are_not_sent_to_where_that_redirects_elsewhere() {
+        let (server, other) = (Server::start(), index());
+        server.on(PAGE, [Reply::redirect(&other.url(PAGE))]);
+        server.on(RELEASE, [Reply::redirect(&other.url(&file()))]);
+        gets(&as_alice(&server), &by_index());
+        gets(&Machine::new(), &Wheel::cudart().pin().url(server.url_as("alice", "hunter2", RELEASE)));
+        let sent = |server: &Server| server.requests().iter().filter(|r| r.header("Authorization").is_some()).count();
+        assert_eq!((sent(&server), server.requests().len()), (2, 2));
+        assert_eq!((sent(&other), other.requests().len()), (0, 3));
+    }
+
     #[test]
     fn of_two_indexes_on_one_host_are_those_of_the_nearer_one() {
         let server = Server::start();
