@@ -980,7 +980,7 @@ mod pip {
     fn find_links_that_lack_the_file_leave_the_index() {
         let server = index(page(""));
         let machine = configured(&server);
-        let empty = machine.path("empty");
+        let empty = spelt(&machine.path("empty"));
         found(&machine.with("PIP_FIND_LINKS", empty));
     }
 
