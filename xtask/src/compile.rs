@@ -252,11 +252,25 @@ fn jobs(memory: u64, env: &Env) -> Result<usize> {
     }
 }
 
-/// What the kernel thinks can be taken without swapping, in bytes.
+/// What can be taken without swapping, in bytes: of the machine, and of what a container is limited to.
 fn available_memory() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+    });
+    machine.into_iter().chain(left_in(Path::new("/sys/fs/cgroup"))).min()
+}
+
+/// What a control group's limit leaves, in bytes; none where there is no limit.
+fn left_in(group: &Path) -> Option<u64> {
+    let text = |name: &str| fs::read_to_string(group.join(name)).ok();
+    let number = |name: &str| text(name)?.trim().parse::<u64>().ok();
+    // Of the file cache the group can do without what it did not use lately.
+    let unused = text("memory.stat").and_then(|text| {
+        text.lines().find_map(|line| line.strip_prefix("inactive_file ")).and_then(|bytes| bytes.parse::<u64>().ok())
+    });
+    let used = number("memory.current")?.saturating_sub(unused.unwrap_or(0));
+    Some(number("memory.max")?.saturating_sub(used))
 }
 
 #[cfg(test)]
@@ -420,6 +434,22 @@ echo again >>COUNT
         let (object, _) = machine.compiled();
         assert_eq!(mode(&object), mode(&plain));
         assert_eq!(mode(&record(&machine.store(), &machine.object().key)), mode(&plain));
+    }
+
+    #[test]
+    fn a_containers_limit_counts_less_what_is_used_of_it() {
+        let group = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, text: &str| fs::write(group.path().join(name), text).expect("a file");
+        assert_eq!(left_in(group.path()), None);
+        write("memory.current", "700\n");
+        write("memory.max", "max\n");
+        assert_eq!(left_in(group.path()), None, "no limit");
+        write("memory.max", "1000\n");
+        assert_eq!(left_in(group.path()), Some(300));
+        write("memory.stat", "anon 300\ninactive_file 400\nactive_file 100\n");
+        assert_eq!(left_in(group.path()), Some(700));
+        write("memory.current", "2000\n");
+        assert_eq!(left_in(group.path()), Some(0));
     }
 
     #[test]
