@@ -769,7 +769,7 @@ const ONLY: u64 = 0;
 
 impl<B: GraphBuffers> fmt::Debug for LaunchGraph<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LaunchGraph").field("nodes", &self.nodes()).finish_non_exhaustive()
+        f.debug_struct("LaunchGraph").field("nodes", &self.nodes()).field("pdl", &self.0.pdl()).finish_non_exhaustive()
     }
 }
 

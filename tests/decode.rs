@@ -363,7 +363,8 @@ fn queries_are_turned_in_place_and_keys_and_values_go_to_their_pages_and_nowhere
 
 #[test]
 fn a_place_that_there_is_not_is_an_error_before_anything_is_written() {
-    let wrong: [(fn(&mut Case), &str); 5] = [
+    type Change = fn(&mut Case);
+    let wrong: [(Change, &str); 5] = [
         (|case| case.positions[1] = 12, "12 at [1], expected an index below 12"),
         (|case| case.positions[1] = -1, "-1 at [1]"),
         (|case| case.positions[1] = i32::MIN, "at [1]"),

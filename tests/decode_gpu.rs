@@ -322,7 +322,6 @@ fn gathered(gpu: &Gpu) {
             let mut to = write(stream, &mut out, &shape);
             let (ids, table) = (read(stream, &ids, &[rows as i64]), read(stream, &on_gpu, &of_table));
             embedding(&mut to, &ids, &table, 4.5, &options(pdl), Stream::cudarc(stream)).unwrap();
-            drop(to);
             let found = widened(&stream.clone_dtoh(&out).unwrap());
             for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 let rounded = bf16::from_f32(*expected).to_f32();
@@ -401,7 +400,6 @@ fn distributions(gpu: &Gpu) {
             let mut on_gpu = stream.clone_htod(&logits).unwrap();
             let mut tensor = write(stream, &mut on_gpu, &[rows, columns]);
             softmax_rows(&mut tensor, temperature, &options(pdl), Stream::cudarc(stream)).unwrap();
-            drop(tensor);
             let found = stream.clone_dtoh(&on_gpu).unwrap();
             assert_close(&format!("{rows}, {columns}"), &found, &expected, 1e-5);
             for row in found.chunks(columns as usize) {
@@ -430,7 +428,6 @@ fn draw(stream: &Arc<CudaStream>, probs: &[f32], columns: usize, numbers: &[f32]
     let mut out = write(stream, &mut token, &[rows]);
     let (probs, number) = (read(stream, &on_gpu, &[rows, columns as i64]), read(stream, &by, &[rows]));
     sample(&mut out, &probs, &number, among, &options(pdl), Stream::cudarc(stream)).unwrap();
-    drop(out);
     let mut found = stream.clone_dtoh(&token).unwrap();
     assert_eq!(found.pop(), Some(-7), "behind the last");
     found
@@ -500,7 +497,6 @@ fn advanced(gpu: &Gpu) {
             };
             let tokens = read(stream, &on_gpu, &shape);
             advance(&tokens, &mut step, i64::from(capacity), &options(pdl), Stream::cudarc(stream)).unwrap();
-            drop(step);
             let found = state.map(|buffer| stream.clone_dtoh(&buffer).unwrap());
             assert_eq!(found, [ids.clone(), positions.clone(), lengths.clone()], "{rows} of {capacity}");
         }
@@ -520,7 +516,6 @@ where
     let mut found = stream.clone_htod(&vec![U::default(); input.len()]).unwrap();
     let mut out = write(stream, &mut found, &[rows, columns]);
     copy(&mut out, &read(stream, &on_gpu, &[rows, columns]), &options(true), Stream::cudarc(stream)).unwrap();
-    drop(out);
     let wide = |numbers: Vec<U>| numbers.into_iter().map(|x| Into::<f64>::into(x).to_bits()).collect::<Vec<_>>();
     assert!(wide(stream.clone_dtoh(&found).unwrap()) == wide(expected), "{rows}, {columns}");
 }
@@ -627,7 +622,6 @@ fn alone(gpu: &Gpu) {
         let shape = [(logits.len() / columns) as i64, columns as i64];
         let mut rows = write(stream, &mut on_gpu, &shape);
         softmax_rows(&mut rows, 0.8, &options(false), Stream::cudarc(stream)).unwrap();
-        drop(rows);
         stream.clone_dtoh(&on_gpu).unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
     };
     assert!(softmax(&logits)[3 * columns..4 * columns] == softmax(&logits[3 * columns..4 * columns])[..]);
@@ -655,7 +649,6 @@ fn every_gpu(_: &Gpu) {
             add(&mut a_rows, &b, &options(false), Stream::cudarc(stream)).unwrap();
             let after = result::ctx::get_current().unwrap();
             assert_eq!(after, Some(current.context().cu_ctx()), "after a call on cuda:{id}");
-            drop(a_rows);
             assert_eq!(stream.clone_dtoh(&a).unwrap(), [bf16::from_f32(turn as f32 + 2.0); 64], "cuda:{id}");
         }
     }

@@ -95,10 +95,12 @@ pub(super) struct Inputs {
     block: StepBlock,
     host: Vec<u8>,
     all: Vec<Input>,
-    /// For each node, the inputs that it is steered by, with what has been added to each by then within its step, and those
-    /// that it adds to.
-    used: Vec<(Vec<(usize, i64, i64)>, Vec<usize>)>,
+    /// For each node, the inputs that it is steered by, and those that it adds to.
+    used: Vec<(Vec<Steering>, Vec<usize>)>,
 }
+
+/// An input that a node is steered by, with what has been added to it by then within its step, and the end of what it may be.
+type Steering = (usize, i64, i64);
 
 /// A refusal of a graph whose kernels would be steered by what nobody checks.
 fn unsteered(graph: &Graph, node: usize, reason: String) -> crate::FlashInferError {
