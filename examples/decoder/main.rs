@@ -46,6 +46,8 @@ usage: decoder [OPTION VALUE]...
   --tokens N          to decode; default: 16
   --context N         tokens that a sequence has room for; default: prompt and tokens
   --page-size N       tokens of a page; default: 16
+  --rows N            tokens of a prompt at once: 1, 2, 4, 8, 16 or 32; default: 32 on a GPU, where more than 8 take cuBLASLt,
+                      and 8 on the host
   --fuse RULES        all, none, some of pack,gated,add,qk,residual, or all but some: -pack,-qk; default: all
   --temperature T     draws tokens in place of the likeliest; with --top-k N and --top-p P of some alone
   --launch HOW        on a GPU: eager, graph or pdl (a graph whose kernels may start early); default: pdl
@@ -66,6 +68,7 @@ struct Arguments {
     tokens: usize,
     context: Option<u64>,
     page_size: u64,
+    rows: Option<u64>,
     rules: Vec<Rule>,
     temperature: Option<f64>,
     top_k: u32,
@@ -91,6 +94,7 @@ impl Arguments {
             tokens: 16,
             context: None,
             page_size: 16,
+            rows: None,
             rules: Rule::ALL.to_vec(),
             temperature: None,
             top_k: 0,
@@ -141,6 +145,7 @@ impl Arguments {
                 }
                 "--tokens" => found.tokens = number(1, 1 << 20)? as usize,
                 "--context" => found.context = Some(number(1, 1 << 20)?),
+                "--rows" => found.rows = Some(number(1, 32)?),
                 "--page-size" => found.page_size = number(1, 1 << 10)?,
                 "--fuse" => {
                     found.rules = graph::rules(&value)
@@ -222,7 +227,8 @@ impl Arguments {
         let dtype = self.dtype.unwrap_or(if gpu { DType::BF16 } else { DType::F32 });
         let target = if gpu { Target::Gpu } else { Target::Host };
         // On the host every row of a batch takes its time, and eight are enough to see a prefill in chunks.
-        let rows = if gpu { Buckets::default().largest() } else { Buckets::default().of((sequences as u64).max(8))? };
+        let rows = self.rows.unwrap_or(if gpu { 32 } else { 8 });
+        let rows = Buckets::default().of(rows.max(sequences as u64))?;
         let sampling =
             self.temperature.map(|temperature| Sampling { temperature, top_k: self.top_k, top_p: self.top_p });
         Ok(Options {
