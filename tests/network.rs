@@ -990,7 +990,7 @@ mod pip {
         let machine = configured(&server);
         let other = Wheel::cudart().rebuilt().bytes();
         machine.place(format!("links/{}", Wheel::cudart().file()), &other);
-        let links = machine.path("links");
+        let links = spelt(&machine.path("links"));
         found(&machine.with("PIP_FIND_LINKS", links));
     }
 
