@@ -232,7 +232,7 @@ impl<B: GraphBuffers> GraphSet<B> {
 
     /// The buffers for launches of this crate's own on the stream, which are ordered as those of captures are.
     #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs are launched so"))]
-    pub(crate) fn for_launch(&mut self) -> Result<(&mut B::Owned, &Arc<CudaStream>)> {
+    pub(crate) fn launching(&mut self) -> Result<(&mut B::Owned, &Arc<CudaStream>)> {
         let _current = CurrentContext::bind(self.stream.context())?;
         refuse_capture("graph", &self.stream)?;
         self.take_over()?;

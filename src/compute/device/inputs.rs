@@ -95,12 +95,18 @@ pub(super) struct Inputs {
     block: StepBlock,
     host: Vec<u8>,
     all: Vec<Input>,
-    /// For each node, the inputs that it is steered by, and those that it adds to.
-    used: Vec<(Vec<Steering>, Vec<usize>)>,
+    used: Vec<Used>,
 }
 
-/// An input that a node is steered by, with what has been added to it by then within its step, and the end of what it may be.
-type Steering = (usize, i64, i64);
+/// What a node does with inputs.
+#[derive(Debug, Default)]
+struct Used {
+    /// Those that it is steered by, each with the least number that it may hold when the step begins, and the first that is too
+    /// large.
+    steered: Vec<(usize, i64, i64)>,
+    /// Those that it adds to.
+    added: Vec<usize>,
+}
 
 /// A refusal of a graph whose kernels would be steered by what nobody checks.
 fn unsteered(graph: &Graph, node: usize, reason: String) -> crate::FlashInferError {
@@ -165,7 +171,7 @@ impl Inputs {
                     below[token.tensor] = Some(i64::try_from(columns).unwrap_or(i64::MAX));
                 }
             }
-            used.push((steered, added));
+            used.push(Used { steered, added });
         }
         let mut inputs = Self { block, host: Vec::new(), all, used };
         inputs.bound(graph, &tokens)?;
@@ -176,7 +182,7 @@ impl Inputs {
     /// What each input may hold when a step begins, by all of its uses.
     fn bound(&mut self, graph: &Graph, tokens: &[(usize, usize, i64)]) -> Result<()> {
         let mut added = vec![0i64; self.all.len()];
-        for (steered, adds) in &mut self.used {
+        for Used { steered, added: adds } in &mut self.used {
             for (at, from, end) in steered {
                 // From here on, what it may hold when the step begins.
                 *end = end.saturating_sub(added[*at]);
@@ -295,7 +301,7 @@ impl Inputs {
 
     /// That a node may be launched by itself: its part of what [`check`](Self::check) looks at for a whole step.
     pub(super) fn check_node(&self, node: usize, added: &[i64]) -> Result<()> {
-        for &(at, from, end) in &self.used[node].0 {
+        for &(at, from, end) in &self.used[node].steered {
             let input = &self.all[at];
             // What was added within this step was taken off the end already.
             let then = input.largest.1.saturating_add(input.added).saturating_sub(added[at]);
@@ -308,7 +314,7 @@ impl Inputs {
 
     /// Counts what a node adds, once it was launched; and what was added within its step.
     pub(super) fn launched(&mut self, node: usize, added: &mut [i64]) {
-        for &at in &self.used[node].1 {
+        for &at in &self.used[node].added {
             self.all[at].added = self.all[at].added.saturating_add(1);
             added[at] += 1;
         }

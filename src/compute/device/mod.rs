@@ -374,7 +374,7 @@ impl DeviceRun {
         if !self.inputs.is_changed() {
             return Ok(());
         }
-        let (_, stream) = self.set.for_launch()?;
+        let (_, stream) = self.set.launching()?;
         let (block, changed) = self.inputs.changed();
         // SAFETY: the block of the run's own, as large as that of the host; its uses are those of the set, on this stream.
         unsafe { self.staging.copy(block, changed, self.model.blocks[INPUTS], stream) }?;
@@ -744,7 +744,7 @@ impl Backend for EagerRun<'_> {
         self.next = None;
         self.run.inputs.check_node(node, &self.added)?;
         let _current = CurrentContext::bind(self.run.set.stream().context())?;
-        let (_, stream) = self.run.set.for_launch()?;
+        let (_, stream) = self.run.set.launching()?;
         let stream = Stream::cudarc(stream);
         // SAFETY: the set owns the blocks, and orders what is launched on its stream with all other uses; what the node finds its
         // way by was checked when it was given and above, and is what the nodes ahead of it made of it in this step.
