@@ -66,6 +66,7 @@ impl Pinned {
     }
 
     /// The context that it was made in.
+    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "steps of compute graphs are copied so"))]
     pub(crate) fn context(&self) -> &Arc<CudaContext> {
         &self.context
     }

@@ -19,7 +19,7 @@ use super::spec::{AttentionSpec, Kind, element};
 #[cfg(feature = "cudarc")]
 mod gpu;
 
-#[cfg(feature = "cudarc")]
+#[cfg(all(feature = "cudarc", feature = "compute"))]
 pub(crate) use gpu::XqaKernel;
 #[cfg(feature = "cudarc")]
 pub use gpu::{CapturedXqa, GraphXqa};
