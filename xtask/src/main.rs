@@ -21,6 +21,7 @@ mod jit_cache;
 mod kernel;
 mod lock;
 mod messages;
+mod mutants;
 mod pin;
 mod provision;
 mod recipes;
@@ -90,6 +91,8 @@ enum Command {
     Cache(cache::CacheCommand),
     /// The long forms of the cache's tests: many builds at once, many kills
     Stress,
+    /// Change build/ in small ways, one at a time, and name the changes that no test notices
+    Mutants(mutants::Options),
     /// Measure what a launch costs, from Rust, C and Python, on a GPU
     #[cfg(feature = "bench")]
     Bench(bench::Options),
@@ -186,6 +189,7 @@ fn run(command: Command) -> Result<()> {
         Command::Cache(command) => cache::command(command),
         Command::Features => features::command(),
         Command::Stress => stress::command(),
+        Command::Mutants(options) => mutants::command(&options),
         #[cfg(feature = "bench")]
         Command::Bench(options) => bench::command(options),
         #[cfg(not(feature = "bench"))]
