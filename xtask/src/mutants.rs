@@ -159,7 +159,7 @@ pub fn command(options: &Options) -> Result<()> {
     shell::say(format!("kept in {}", folder.display()));
     match summary.with(Verdict::Missed).len() {
         0 => Ok(()),
-        missed => refuse!("no test notices {missed} changes: each wants a test, or a reason why it is none"),
+        missed => refuse!("no test notices {missed} of these changes: each wants a test, or a reason why it is none"),
     }
 }
 
@@ -197,12 +197,14 @@ fn sources() -> Result<BTreeMap<String, String>> {
 /// xtask; the tests are the other package's.
 fn mutants(files: &[String]) -> Command {
     let mut cargo = shell::cargo();
-    cargo.args(["mutants", "--package", "xtask", "--test-package", "flashinfer-rs", "--no-default-features"]);
+    cargo.args(["mutants", "--package", "xtask", "--no-default-features"]);
     match files {
         [] => _ = cargo.args(["--file", "**/build/*.rs"]),
         files => files.iter().for_each(|name| _ = cargo.args(["--file", &format!("**/build/{name}")])),
     }
-    // By `--cargo-arg` and not behind `--`: else every test is compiled for every change.
+    // Not by `--test-package`, which holds for the changes and not for the files as they are, that are tested first. And by
+    // `--cargo-arg`, not behind `--`: else every test is compiled for every change.
+    cargo.arg("--cargo-arg=--package=flashinfer-rs");
     for name in TESTS {
         cargo.arg(format!("--cargo-arg=--test={name}"));
     }
