@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use super::cargo::nameable;
 use super::digest::Digest;
-use super::env;
 use super::error::{Error, Result};
 use super::lock::{Lock, Wheel};
 use super::source::Source;
@@ -64,11 +63,7 @@ pub fn table(out_dir: &Path, rows: &[Row<'_>], missing: &[Missing], lock: &Lock,
     for (soname, feature) in features {
         let _ = writeln!(text, "    ({soname:?}, {feature:?}),");
     }
-    let _ = writeln!(
-        text,
-        "];\n\n/// The variable of the build that vendors whatever it names.\npub(crate) const MODULES: &str = {:?};",
-        env::MODULES
-    );
+    text += "];\n";
     if embed {
         rows.iter().for_each(|row| text += &embedding(&symbol(row.soname), &row.extracted, out_dir));
     }

@@ -7,6 +7,8 @@ use std::ffi::OsString;
 use std::path::{Component, PathBuf};
 
 use super::error::{Result, refuse};
+use super::names::JIT_CACHE;
+pub use super::names::{KERNELS, MODULES};
 
 pub const JIT_CACHE_WHEEL: &str = "FLASHINFER_RS_JIT_CACHE_WHEEL";
 pub const TVMFFI_WHEEL: &str = "FLASHINFER_RS_TVMFFI_WHEEL";
@@ -19,15 +21,16 @@ pub const CARGO_OFFLINE: &str = "CARGO_NET_OFFLINE";
 pub const STRICT: &str = "FLASHINFER_RS_STRICT";
 pub const ALLOW_VERSION: &str = "FLASHINFER_RS_ALLOW_VERSION";
 pub const MIRROR: &str = "FLASHINFER_RS_MIRROR";
-pub const MODULES: &str = "FLASHINFER_RS_MODULES";
-pub const KERNELS: &str = "FLASHINFER_RS_KERNELS";
 pub const SKIP_VENDOR: &str = "FLASHINFER_RS_SKIP_VENDOR";
+
+/// The distribution of TVM-FFI itself.
+pub const TVM_FFI: &str = "apache_tvm_ffi";
 
 /// The variable that names a wheel of this distribution directly.
 pub fn wheel_override(distribution: &str) -> Option<&'static str> {
     match distribution {
-        "flashinfer_jit_cache" => Some(JIT_CACHE_WHEEL),
-        "apache_tvm_ffi" => Some(TVMFFI_WHEEL),
+        JIT_CACHE => Some(JIT_CACHE_WHEEL),
+        TVM_FFI => Some(TVMFFI_WHEEL),
         "nvidia_cuda_runtime" => Some(CUDART_WHEEL),
         "nvidia_cublas" => Some(CUBLAS_WHEEL),
         _ => None,

@@ -18,6 +18,7 @@ pub mod layout;
 pub mod local;
 pub mod lock;
 pub mod modules;
+pub mod names;
 pub mod pip;
 pub mod proxy;
 pub mod ranges;

@@ -8,8 +8,8 @@
 use super::env::{Env, MODULES};
 use super::error::{Result, refuse};
 use super::lock::{Lock, Member};
+use super::names::JIT_CACHE;
 
-const JIT_CACHE: &str = "flashinfer_jit_cache";
 /// How many names a refusal proposes.
 const PROPOSED: usize = 3;
 

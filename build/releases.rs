@@ -2,7 +2,7 @@
 //! `FLASHINFER_RS_ALLOW_VERSION`, and a call with the arguments of another release is no error that anybody notices.
 
 /// Whose wheels these are.
-pub const DISTRIBUTION: &str = "flashinfer_jit_cache";
+pub use super::names::JIT_CACHE as DISTRIBUTION;
 
 /// A release: its three numbers.
 type Release = [u32; 3];

@@ -15,6 +15,7 @@ use super::fetch::{Client, Expected, Progress, redacted, summary};
 use super::index;
 use super::local::{self, Record};
 use super::lock::{self, Member, Wheel};
+use super::names;
 use super::pip::Pip;
 use super::ranges;
 use super::releases::{self, Difference};
@@ -37,10 +38,10 @@ pub enum Source {
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Override => "override",
+            Self::Override => names::OVERRIDE,
             Self::Directory => "directory",
             Self::Cache => "cache",
-            Self::Local => "local build",
+            Self::Local => names::LOCAL,
             Self::Network => "network",
         })
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::digest::Digest;
 use crate::error::{FlashInferError, Result};
+use crate::names::{self, MODULES};
 use crate::settings::LIB_DIR;
 use crate::uri::Uri;
 
@@ -16,9 +17,6 @@ const BESIDE_EXECUTABLE: &str = "lib/flashinfer-rs";
 
 /// CUDA's runtime, which kernels need.
 pub(crate) const CUDART: &str = "libcudart.so.13";
-
-/// The distribution whose libraries are kernel modules; those of the others are what modules need.
-const KERNELS: &str = "flashinfer_jit_cache";
 
 /// A library that the build vendored.
 #[derive(Debug)]
@@ -71,8 +69,8 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Pinned => "pinned",
-            Self::Override => "override",
-            Self::Local => "local build",
+            Self::Override => names::OVERRIDE,
+            Self::Local => names::LOCAL,
         })
     }
 }
@@ -169,7 +167,7 @@ pub(crate) fn refuse_what_is_no_module(name: &str, needed_by_modules: &[&str]) -
                 .to_owned(),
         ));
     }
-    if needed_by_modules.contains(&name) || vendored(name).is_some_and(|row| row.distribution != KERNELS) {
+    if needed_by_modules.contains(&name) || vendored(name).is_some_and(|row| row.distribution != names::JIT_CACHE) {
         return Err(refused(format!(
             "a kernel module, such as \"norm.so\"; {name} is a library that modules need, and \
              FlashInferRuntime::initialize loads it"

@@ -4,6 +4,7 @@ use std::ffi::c_int;
 use std::path::PathBuf;
 
 use crate::artifact::{CUDART, how_to_vendor};
+use crate::names::MODULES;
 
 /// This crate's results.
 pub type Result<T, E = FlashInferError> = std::result::Result<T, E>;
@@ -317,7 +318,7 @@ pub enum FlashInferError {
 
     /// There is no cuBLASLt, which multiplies matrices of more rows than this crate's own kernels do.
     #[error(
-        "libcublasLt.so.13 was not found; looked at: {}; build with FLASHINFER_RS_MODULES=cublasLt, which vendors it (370 MB), or \
+        "libcublasLt.so.13 was not found; looked at: {}; build with {MODULES}=cublasLt, which vendors it (370 MB), or \
          install CUDA 13's cuBLAS and name its folder by CUDA_HOME or LD_LIBRARY_PATH",
         .searched.join(", ")
     )]

@@ -132,6 +132,8 @@ mod loader_elsewhere;
 pub mod log;
 pub mod matmul;
 mod module;
+#[path = "../build/names.rs"]
+mod names;
 mod narrow;
 pub mod object;
 mod open;

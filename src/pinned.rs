@@ -12,6 +12,7 @@ use crate::digest::Digest;
 use crate::error::{FlashInferError, Result};
 use crate::loader::Library;
 use crate::module::{Module, nearest};
+use crate::names;
 use crate::open::Preflight;
 use crate::runtime::FlashInferRuntime;
 
@@ -140,9 +141,11 @@ static LOADED: Mutex<BTreeMap<&'static str, &'static Module>> = Mutex::new(BTree
 fn missing(name: &str) -> FlashInferError {
     let vendored: Vec<String> = KERNELS.iter().map(|kernel| kernel.name.to_owned()).collect();
     let remedy = match ELSEWHERE {
-        [] => "pin it by a [[kernel]] entry in a lock file that FLASHINFER_RS_KERNELS names when the program is built \
-               (docs/kernel-lock.md), which `cargo xtask kernel add`, in a checkout of flashinfer-rs, writes"
-            .to_owned(),
+        [] => format!(
+            "pin it by a [[kernel]] entry in a lock file that {} names when the program is built (docs/kernel-lock.md), which \
+             `cargo xtask kernel add`, in a checkout of flashinfer-rs, writes",
+            names::KERNELS
+        ),
         reasons => reasons.join("; "),
     };
     let nearest = nearest(name, &vendored).map(str::to_owned);

@@ -2052,7 +2052,6 @@ mod what_a_build_leaves {
                 "(&[\"libcudart.so.13\"], \"no \\\"cudart\\\"\"),",
                 "FEATURES: &[(&str, &str)] = &[",
                 "(\"norm.so\", \"norm\"),",
-                "MODULES: &str = \"FLASHINFER_RS_MODULES\";",
             ],
         );
     }

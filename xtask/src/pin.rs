@@ -28,7 +28,6 @@ use crate::vendoring::wheel::Wheel as Archive;
 
 /// Kernels for all architectures with debug information are far smaller than this.
 const LIBRARY_LIMIT: u64 = 4 << 30;
-const TVM_FFI: &str = "apache_tvm_ffi";
 /// What a lock begins with that is made here.
 const NEW: &str = "# FlashInfer-Bench kernels that builds of flashinfer-rs vendor, where FLASHINFER_RS_KERNELS names this file.\n\
                    # `cargo xtask kernel add` in a checkout of that crate writes the entries; docs/kernel-lock.md explains them.\n\
@@ -461,7 +460,9 @@ impl Handed {
     /// What the pinned libtvm_ffi.so has, where it can be had.
     fn tvm_ffi(&self, target: &str, env: &Env) -> Result<Option<BTreeSet<String>>> {
         let lock = Lock::read(&shell::root().join("artifacts.lock"))?;
-        let Some(wheel) = lock.for_target(target).find(|wheel| wheel.distribution == TVM_FFI) else { return Ok(None) };
+        let Some(wheel) = lock.for_target(target).find(|wheel| wheel.distribution == env::TVM_FFI) else {
+            return Ok(None);
+        };
         let members: Vec<&Member> = wheel.members.iter().collect();
         let mut silent = |_, _| {};
         let mut ladder = Ladder { workspace: Some(shell::root()), ..Ladder::new(env, &mut silent) };

@@ -296,7 +296,7 @@ fn a_library_that_needs_a_newer_tvm_ffi_is_refused_where_ours_is_at_hand() {
     let ours = project.path("libtvm_ffi.so");
     compile("tvm_ffi.c", &["-DWHOLE"], &ours);
     let wheel = wheels::Wheel {
-        distribution: TVM_FFI,
+        distribution: env::TVM_FFI,
         version: "0.1.3",
         tag: if elf::HOST == elf::X86_64 { "cp310-cp310-linux_x86_64" } else { "cp310-cp310-linux_aarch64" },
         members: vec![("tvm_ffi/lib/libtvm_ffi.so", fs::read(&ours).expect("the library"))],
