@@ -394,7 +394,7 @@ mod tests {
     #[test]
     fn cleaning_removes_everything_and_says_how_much() {
         let temp = cache();
-        assert_eq!(clean(temp.path()).expect("cleaned"), 5 + 3 + 6 + 6 + 6 + 5);
+        assert_eq!(clean(temp.path()).expect("cleaned"), 5 + 3 + 4 + 6 + 6 + 6 + 5);
         assert_eq!(fs::read_dir(temp.path()).expect("the cache folder").count(), 0);
     }
 
