@@ -142,6 +142,39 @@ fn steps_are_ordered_with_every_other_use() {
 }
 
 #[test]
+fn steps_on_a_thread_that_has_no_context_or_another_one_are_those_of_the_run_s() {
+    let name = "steps_on_a_thread_that_has_no_context_or_another_one_are_those_of_the_run_s";
+    with_driver(name, |driver| {
+        let context = CudaContext::new(0).unwrap();
+        for stream in [context.default_stream(), context.new_stream().unwrap()] {
+            let mut run = run(&stream);
+            run.follow("sum").unwrap();
+            run.capture().unwrap();
+            let mut steps = || {
+                let before = cudarc::driver::result::ctx::get_current().unwrap();
+                give(&mut run, 3);
+                run.run(2).unwrap();
+                run.step().unwrap();
+                assert_eq!(run.profile().unwrap().len(), 4);
+                run.synchronize().unwrap();
+                for _ in 0..4 {
+                    assert!(run.next_result::<bf16>().unwrap().is_some());
+                }
+                assert_eq!(cudarc::driver::result::ctx::get_current().unwrap(), before, "what was current stays so");
+            };
+            driver.ordered("on a thread without a context", || {
+                std::thread::scope(|threads| threads.spawn(&mut steps).join().unwrap());
+            });
+            driver.ordered("where another context is current", || {
+                let _other = driver.another_context();
+                steps();
+                context.bind_to_thread().unwrap();
+            });
+        }
+    });
+}
+
+#[test]
 fn every_bucket_is_captured_as_it_was_planned() {
     with_driver("every_bucket_is_captured_as_it_was_planned", |driver| {
         let [a, _b] = streams();

@@ -375,6 +375,8 @@ impl DeviceRun {
             return Ok(());
         }
         let (_, stream) = self.set.launching()?;
+        // The null stream is that of whichever context is current.
+        let _current = CurrentContext::bind(stream.context())?;
         let (block, changed) = self.inputs.changed();
         // SAFETY: the block of the run's own, as large as that of the host; its uses are those of the set, on this stream.
         unsafe { self.staging.copy(block, changed, self.model.blocks[INPUTS], stream) }?;
@@ -388,6 +390,7 @@ impl DeviceRun {
         let Some(Followed { tensor, ring }) = &mut self.followed else { return Ok(()) };
         let bytes = self.model.graph.tensors[*tensor].spec.bytes(self.rows) as usize;
         let from = self.model.address(self.at, *tensor);
+        let _current = CurrentContext::bind(self.set.stream().context())?;
         // SAFETY: an output's place in the arena, which has as many bytes and stays as it is until the next step; the ring is for
         // those of the largest batch; always the set's stream.
         unsafe { ring.push(from, bytes, self.set.stream()) }
@@ -415,6 +418,7 @@ impl DeviceRun {
     /// As for [`step`](Self::step).
     pub fn profile(&mut self) -> Result<Vec<NodeTime>> {
         let context = Arc::clone(self.stream().context());
+        let _current = CurrentContext::bind(&context)?;
         let event = |_| context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("cuEventCreate"));
         let events: Vec<CudaEvent> = (0..=self.model.graph.nodes.len()).map(event).collect::<Result<_>>()?;
         let mut eager = self.eager();
@@ -558,6 +562,7 @@ impl DeviceRun {
     /// [`ContextLost`](FlashInferError::ContextLost); [`Cuda`](FlashInferError::Cuda).
     pub fn synchronize(&self) -> Result<()> {
         let stream = self.set.stream();
+        let _current = CurrentContext::bind(stream.context())?;
         // SAFETY: the stream is live.
         let waited = unsafe { cuda::stream::synchronize(stream.cu_stream()) };
         waited.map_err(driver_in(stream.context(), "waiting for steps"))
@@ -689,6 +694,7 @@ impl EagerRun<'_> {
     fn record(&self, at: usize) -> Result<()> {
         let Some(events) = self.events else { return Ok(()) };
         let stream = self.run.set.stream();
+        let _current = CurrentContext::bind(stream.context())?;
         record(&events[at], stream).map_err(driver_in(stream.context(), "recording a node's time"))
     }
 
