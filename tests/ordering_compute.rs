@@ -301,6 +301,71 @@ fn results_come_back_in_the_order_of_the_steps() {
 }
 
 #[test]
+fn a_weight_that_others_are_packed_into_is_given_as_a_whole_or_by_its_parts() {
+    let name = "a_weight_that_others_are_packed_into_is_given_as_a_whole_or_by_its_parts";
+    with_driver(name, |_| {
+        let mut g = GraphBuilder::new("packed", 4);
+        let x = g.input("x", DType::BF16, [Dim::BATCH, fixed(64)], Pad::Value(1)).unwrap();
+        let parts = [("q", 16), ("k", 8)];
+        let qk = g.packed_weight("qk", DType::BF16, [fixed(24), fixed(64)], &parts).unwrap();
+        let y = g.matmul(&x, &qk).unwrap();
+        g.output("y", y).unwrap();
+        let [a, _b] = streams();
+        let mut run = DeviceRun::new(&g.finish().unwrap(), &buckets(&[1]), &a).unwrap();
+        let ones = [bf16::ONE; 24 * 64];
+        run.input("x", &ones[..64]).unwrap();
+        for wrong in [refused(run.weight("qk", &ones[1..])), refused(run.weight("qk", &[1f32; 24 * 64]))] {
+            assert!(matches!(wrong, GraphError::Mismatch { .. }), "{wrong}");
+        }
+        run.weight("k", &ones[..8 * 64]).unwrap();
+        assert!(matches!(refused(run.step()), GraphError::Missing { kind: "weight", name, .. } if name == "q"));
+        run.weight("qk", &ones).unwrap();
+        run.step().unwrap();
+    });
+}
+
+#[test]
+fn nothing_of_a_run_gets_into_a_capture_of_its_stream() {
+    with_driver("nothing_of_a_run_gets_into_a_capture_of_its_stream", |driver| {
+        type Call = fn(&mut DeviceRun) -> flashinfer_rs::Result<()>;
+        let calls: [(&str, Call); 5] = [
+            ("a weight", |run| run.weight("first", &[bf16::ONE; COLUMNS as usize])),
+            ("reading", |run| run.read("sum").map(drop)),
+            ("a step", DeviceRun::step),
+            ("captured steps", |run| run.run(1)),
+            ("waiting", |run| run.synchronize()),
+        ];
+        let [a, _b] = streams();
+        let mut run = run(&a);
+        run.capture().unwrap();
+        give(&mut run, 2);
+        run.run(1).unwrap();
+        for again in [false, true] {
+            for (case, call) in calls {
+                if !again {
+                    // So that nothing is left to be handed back.
+                    run.view::<bf16>("sum").unwrap();
+                }
+                let mode = cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+                a.begin_capture(mode).unwrap();
+                driver.refused(case, || call(&mut run));
+                let flags = cudarc::driver::sys::CUgraphInstantiate_flags(0);
+                let captured = a.end_capture(flags).expect("the capture goes on");
+                let mut nodes = 0;
+                if let Some(captured) = captured {
+                    // SAFETY: the graph is live; without a place for the nodes only their number is answered.
+                    unsafe {
+                        cudarc::driver::sys::cuGraphGetNodes(captured.cu_graph(), std::ptr::null_mut(), &mut nodes)
+                    };
+                }
+                assert_eq!(nodes, 0, "{case}");
+                run.run(1).unwrap();
+            }
+        }
+    });
+}
+
+#[test]
 fn steps_that_are_queued_allocate_nothing() {
     with_driver("steps_that_are_queued_allocate_nothing", |_| {
         let [a, _b] = streams();

@@ -274,11 +274,13 @@ impl DeviceRun {
         Ok((0..self.model.graph.nodes.len()).map(|node| self.model.kernels(at, node)).sum())
     }
 
-    /// Gives a weight. One that others are packed into is filled part by part, by their names.
+    /// Gives a weight. One that others are packed into is filled part by part, by their names, or as a whole by its own. It waits
+    /// until the values were copied, behind the steps that were queued.
     ///
     /// # Errors
     /// [`UnknownName`](GraphError::UnknownName); [`Mismatch`](GraphError::Mismatch) for another element type than the weight's,
-    /// and another number of elements; [`Cuda`](FlashInferError::Cuda).
+    /// and another number of elements; [`InvalidArgument`](FlashInferError::InvalidArgument) while the run's stream captures;
+    /// [`Cuda`](FlashInferError::Cuda).
     pub fn weight<T: Element>(&mut self, name: &str, values: &[T]) -> Result<()> {
         self.weight_bytes(name, T::DTYPE, as_bytes(values))
     }
@@ -289,7 +291,11 @@ impl DeviceRun {
     /// As there.
     pub fn weight_bytes(&mut self, name: &str, dtype: DType, bytes: &[u8]) -> Result<()> {
         let Some(at) = self.parts.iter().position(|part| part.name == name) else {
-            return self.model.graph.find("weight", name).map(|_| ());
+            // One that others are packed into, by its own name: all of them at once.
+            let tensor = self.model.graph.find("weight", name)?;
+            self.fill(tensor, name, (0, self.model.graph.tensors[tensor].spec.bytes(1)), dtype, bytes)?;
+            self.parts.iter_mut().filter(|part| part.tensor == tensor).for_each(|part| part.given = true);
+            return Ok(());
         };
         let Part { tensor, first, bytes: expected, .. } = self.parts[at];
         self.fill(tensor, name, (first, expected), dtype, bytes)?;
@@ -324,13 +330,15 @@ impl DeviceRun {
             let (found, expected) = (size(bytes.len() as u64, dtype), size(expected, spec.dtype));
             return Err(GraphError::Mismatch { kind, name: name.to_owned(), found, expected }.into());
         }
-        let (block, offset) = self.model.place(self.at, tensor);
-        let first = (offset + first) as usize;
-        let stream = Arc::clone(self.set.stream());
-        let mut views = self.set.buffers()?;
-        let mut place = views[block].slice_mut(first..first + bytes.len());
-        let copied = stream.memcpy_htod(bytes, &mut place);
-        copied.map_err(driver_in(stream.context(), "copying a weight or a state"))
+        let to = self.model.address(self.at, tensor) + first;
+        let (_, stream) = self.set.launching()?;
+        let _current = CurrentContext::bind(stream.context())?;
+        // SAFETY: so many bytes of the run's own block from there on, whose uses are those of the set, on this stream; what is copied
+        // stays until the stream was waited for below.
+        let copied = unsafe { cuda::memcpy_htod_async(to, bytes, stream.cu_stream()) };
+        let copied = copied.map_err(driver_in(stream.context(), "copying a weight or a state"));
+        // Of page-locked memory the copy may be on its way still, and nobody tells whoever owns that.
+        self.synchronize().and(copied)
     }
 
     /// Says how many rows the batch has from now on; answers the bucket that it runs at.
@@ -559,10 +567,12 @@ impl DeviceRun {
     /// Waits until all that was queued has run.
     ///
     /// # Errors
+    /// [`InvalidArgument`](FlashInferError::InvalidArgument) while the stream captures;
     /// [`ContextLost`](FlashInferError::ContextLost); [`Cuda`](FlashInferError::Cuda).
     pub fn synchronize(&self) -> Result<()> {
         let stream = self.set.stream();
         let _current = CurrentContext::bind(stream.context())?;
+        refuse_capture("DeviceRun", stream)?;
         // SAFETY: the stream is live.
         let waited = unsafe { cuda::stream::synchronize(stream.cu_stream()) };
         waited.map_err(driver_in(stream.context(), "waiting for steps"))
@@ -584,13 +594,15 @@ impl DeviceRun {
     }
 
     fn download(&mut self, tensor: usize, bytes: u64) -> Result<Vec<u8>> {
-        let (block, first) = self.model.place(self.at, tensor);
-        let stream = Arc::clone(self.set.stream());
-        let views = self.set.buffers()?;
-        let place = views[block].slice(first as usize..(first + bytes) as usize);
-        let failed = driver_in(stream.context(), "reading a tensor");
-        let values = stream.clone_dtoh(&place).map_err(&failed)?;
-        self.synchronize()?;
+        let from = self.model.address(self.at, tensor);
+        let mut values = vec![0; bytes as usize];
+        let (_, stream) = self.set.launching()?;
+        let _current = CurrentContext::bind(stream.context())?;
+        // SAFETY: so many bytes of the run's own block from there on, whose uses are those of the set, on this stream, which is waited
+        // for before the values are looked at or dropped.
+        let copied = unsafe { cuda::memcpy_dtoh_async(&mut values, from, stream.cu_stream()) };
+        let copied = copied.map_err(driver_in(stream.context(), "reading a tensor"));
+        self.synchronize().and(copied)?;
         Ok(values)
     }
 
