@@ -267,6 +267,8 @@ impl Inputs {
             }
             let pad = match graph.tensors[tensor].origin {
                 Origin::Input(super::super::step::Pad::Value(value)) => value,
+                // The device adds to it as to any other, where that is what it does with the input.
+                Origin::Input(super::super::step::Pad::Reserved(page)) => page.into(),
                 _ => i64::MIN,
             };
             input.largest = if pad > largest.1 { (rows, pad) } else { largest };
@@ -391,13 +393,16 @@ mod tests {
     /// A decoder's way of indices: embedding, append and attention, a token and the next step's inputs. `angles` is how many
     /// positions the table of angles has, where the keys are turned; `tokens` how many columns the logits have.
     fn decoder(angles: Option<u64>, tokens: u64, pad: i64, swapped: bool) -> Graph {
+        padded(angles, tokens, Pad::Value(pad), swapped)
+    }
+
+    fn padded(angles: Option<u64>, tokens: u64, pad: Pad, swapped: bool) -> Graph {
         let fixed = Dim::fixed;
         let mut g = GraphBuilder::new("steered", 4);
-        let column =
-            |g: &mut GraphBuilder, name, pad| g.input(name, DType::I32, [Dim::BATCH], Pad::Value(pad)).unwrap();
-        let mut ids = column(&mut g, "ids", 0);
+        let column = |g: &mut GraphBuilder, name, pad| g.input(name, DType::I32, [Dim::BATCH], pad).unwrap();
+        let mut ids = column(&mut g, "ids", Pad::Value(0));
         let mut positions = column(&mut g, "positions", pad);
-        let mut lengths = column(&mut g, "lengths", 1);
+        let mut lengths = column(&mut g, "lengths", Pad::Value(1));
         let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(PER_ROW)], Pad::Reserved(0)).unwrap();
         let weight = |g: &mut GraphBuilder, name, rows, columns| {
             g.weight(name, DType::BF16, [fixed(rows), fixed(columns)]).unwrap()
@@ -514,6 +519,16 @@ mod tests {
                 give(&mut inputs, &graph, "positions", &[5, 5, 5]).unwrap();
                 give(&mut inputs, &graph, "lengths", &[6, 6, 6]).unwrap();
             }
+        }
+    }
+
+    #[test]
+    fn what_pads_a_batch_grows_as_its_rows_do() {
+        for pad in [Pad::Value(30), Pad::Reserved(30)] {
+            let graph = padded(None, VOCABULARY, pad, false);
+            let inputs = given(&graph, &[0]);
+            inputs.check(&graph, 1, 2).unwrap();
+            assert!(matches!(refused(inputs.check(&graph, 1, 3)), GraphError::ContextTooLong { .. }), "{pad:?}");
         }
     }
 
