@@ -150,6 +150,11 @@ mod tracked {
 
     /// That nothing is captured on the stream: a graph would keep the addresses, not the buffers.
     pub(crate) fn refuse_capture(function: &'static str, stream: &CudaStream) -> Result<()> {
+        // One that exists in every context is that of the current one.
+        let _current = match is_of_any_context(stream.cu_stream()) {
+            true => Some(CurrentContext::bind(stream.context())?),
+            false => None,
+        };
         let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         // SAFETY: the stream is live, and one number is written through a pointer that is valid for the call.
         let code = unsafe { sys::cuStreamIsCapturing(stream.cu_stream(), &mut status) };

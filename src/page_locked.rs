@@ -17,6 +17,7 @@ pub(crate) struct Pinned {
     data: NonNull<u8>,
     bytes: usize,
     context: Arc<CudaContext>,
+    leaked: bool,
 }
 
 // SAFETY: memory of the host that this alone refers to.
@@ -36,7 +37,7 @@ impl Pinned {
         };
         // SAFETY: so many bytes were allocated. Zeros, since upstream may read behind what it wrote in an earlier plan.
         unsafe { data.write_bytes(0, bytes) };
-        Ok(Self { data, bytes, context: Arc::clone(context) })
+        Ok(Self { data, bytes, context: Arc::clone(context), leaked: false })
     }
 
     /// How many bytes there are.
@@ -65,10 +66,9 @@ impl Pinned {
         unsafe { slice::from_raw_parts_mut(self.data.as_ptr().add(first), count) }
     }
 
-    /// The context that it was made in.
-    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "steps of compute graphs are copied so"))]
-    pub(crate) fn context(&self) -> &Arc<CudaContext> {
-        &self.context
+    /// Never gives the memory back: a copy of it may be on its way for good.
+    pub(crate) fn leak(&mut self) {
+        self.leaked = true;
     }
 
     /// As a tensor of bytes.
@@ -79,6 +79,9 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        if self.leaked {
+            return;
+        }
         let _current = CurrentContext::bind(&self.context);
         // SAFETY: allocated by `new`, and given up here, once; whoever drops it waited for its copies.
         self.context.record_err(unsafe { cuda::free_host(self.data.as_ptr().cast()) });

@@ -301,6 +301,90 @@ fn results_come_back_in_the_order_of_the_steps() {
 }
 
 #[test]
+fn a_step_whose_result_was_not_copied_has_none_and_the_others_keep_their_numbers() {
+    with_driver("a_step_whose_result_was_not_copied_has_none_and_the_others_keep_their_numbers", |driver| {
+        let [a, _b] = streams();
+        let mut run = run(&a);
+        run.capture().unwrap();
+        give(&mut run, 3);
+        run.follow("sum").unwrap();
+        run.run(2).unwrap();
+        driver.fail_copies(1);
+        run.run(1).unwrap_err();
+        run.run(1).unwrap();
+        driver.fail_records(1);
+        run.step().unwrap_err();
+        run.step().unwrap();
+        for step in [0, 1, 3, 5] {
+            assert_eq!(run.next_result::<bf16>().unwrap().unwrap().step, step);
+        }
+        assert!(!run.has_result().unwrap() && run.next_result::<bf16>().unwrap().is_none());
+        // Of a ring that is full the oldest is given up also where nothing takes its place, since it was overwritten.
+        run.run(1024).unwrap();
+        driver.fail_records(1);
+        run.run(1).unwrap_err();
+        assert_eq!(run.next_result::<bf16>().unwrap().unwrap().step, 7);
+    });
+}
+
+/// Where neither an event is recorded behind a copy nor the copy waited for, nobody knows when it is made.
+#[test]
+fn page_locked_memory_is_neither_written_nor_freed_while_a_copy_of_it_may_be_on_its_way() {
+    let name = "page_locked_memory_is_neither_written_nor_freed_while_a_copy_of_it_may_be_on_its_way";
+    with_driver(name, |driver| {
+        let [a, _b] = streams();
+        let unknown = |followed: bool| {
+            let mut run = run(&a);
+            if followed {
+                run.follow("sum").unwrap();
+            }
+            give(&mut run, 2);
+            driver.fail_records(1);
+            driver.fail_waits(1);
+            if followed {
+                // The inputs' copy has its event, and the result's not.
+                let mut eager = run.eager();
+                driver.fail_records(0);
+                eager.begin().unwrap();
+                driver.fail_records(1);
+                let last = (0..4).map(|at| eager.node(at)).last().unwrap();
+                last.unwrap_err();
+            } else {
+                run.step().unwrap_err();
+            }
+            run
+        };
+        let numbers = |run: &mut DeviceRun, i: u8| {
+            run.input("x", &[bf16::from_f32(i.into()); 2 * COLUMNS as usize]).unwrap();
+        };
+        driver.ordered("the next inputs", || {
+            let mut run = unknown(false);
+            for i in 0..10 {
+                numbers(&mut run, i);
+                run.step().unwrap();
+            }
+        });
+        driver.ordered("the inputs' end", || drop(unknown(false)));
+        driver.ordered("the results' end", || drop(unknown(true)));
+        // For good, rather than too early.
+        driver.ordered("the end, when nothing is waited for", || {
+            let run = unknown(false);
+            driver.fail_waits(1);
+            drop(run);
+        });
+        driver.ordered("as ever", || {
+            let mut run = run(&a);
+            run.follow("sum").unwrap();
+            give(&mut run, 2);
+            for i in 0..10 {
+                numbers(&mut run, i);
+                run.step().unwrap();
+            }
+        });
+    });
+}
+
+#[test]
 fn a_weight_that_others_are_packed_into_is_given_as_a_whole_or_by_its_parts() {
     let name = "a_weight_that_others_are_packed_into_is_given_as_a_whole_or_by_its_parts";
     with_driver(name, |_| {
@@ -328,7 +412,8 @@ fn a_weight_that_others_are_packed_into_is_given_as_a_whole_or_by_its_parts() {
 fn nothing_of_a_run_gets_into_a_capture_of_its_stream() {
     with_driver("nothing_of_a_run_gets_into_a_capture_of_its_stream", |driver| {
         type Call = fn(&mut DeviceRun) -> flashinfer_rs::Result<()>;
-        let calls: [(&str, Call); 5] = [
+        let calls: [(&str, Call); 6] = [
+            ("a view", |run| run.view::<bf16>("sum").map(drop)),
             ("a weight", |run| run.weight("first", &[bf16::ONE; COLUMNS as usize])),
             ("reading", |run| run.read("sum").map(drop)),
             ("a step", DeviceRun::step),
@@ -514,6 +599,29 @@ fn a_decoders_steps_are_ordered_and_stay_within_its_pages() {
                     assert!(run.next_result::<i32>().unwrap().is_none());
                 }
             });
+        }
+    });
+}
+
+#[test]
+fn no_kernel_of_a_node_but_the_first_starts_early() {
+    with_driver("no_kernel_of_a_node_but_the_first_starts_early", |driver| {
+        let [a, _b] = streams();
+        // Of several rows queries are copied first, by a kernel that may start early; XQA reads what it writes.
+        for bucket in [4, 1] {
+            let mut run = DeviceRun::new(&decoder(), &buckets(&[bucket]), &a).unwrap();
+            run.capture().unwrap();
+            let captured = run.captured(bucket);
+            driver.early_attention(true);
+            match refused(run.capture()) {
+                GraphError::CapturedDiffers { node, planned, .. } => {
+                    assert_eq!((&node[..], planned.contains("kernels")), ("node 5, decode_attention", bucket > 1));
+                }
+                other => panic!("{other}"),
+            }
+            assert_eq!(run.captured(bucket), captured);
+            driver.early_attention(false);
+            run.capture().unwrap();
         }
     });
 }

@@ -14,12 +14,13 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
+use flashinfer_rs::attention::{Batch, Largest, Workspace};
 use flashinfer_rs::kernels::gdn::GdnPrefillContext;
 use flashinfer_rs::kernels::norm::{NormOptions, fused_add_rmsnorm};
 use flashinfer_rs::{CuSeqlens, FlashInferError, FlashInferRuntime, LaunchGraph, Result, Stream, TensorMut, TensorRef};
 use half::bf16;
 use launches::{LENGTH, Norms, Prefill, SHAPE, capture, graph, streams};
-use ordering::{with_driver, zeros};
+use ordering::{decode_spec, with_driver, zeros};
 
 #[test]
 fn memory_of_another_context_object_is_refused() {
@@ -155,6 +156,36 @@ fn a_call_runs_in_its_memorys_context_whatever_is_current() {
                     result => result.unwrap_or_else(|error| driver.fail(&case, error)),
                 });
             }
+        }
+    });
+}
+
+/// So are plans of attention, also on a null stream, of which each context has its own; and their lists are written only once the
+/// copies of what they held are made.
+#[test]
+fn plans_are_copied_in_their_workspace_s_context_whatever_is_current() {
+    with_driver("plans_are_copied_in_their_workspace_s_context_whatever_is_current", |driver| {
+        let context = CudaContext::new(0).unwrap();
+        let mut batch = Batch::paged(16, 100).unwrap();
+        batch.push(1, &[7, 3], 20).unwrap();
+        for stream in [context.default_stream(), context.new_stream().unwrap()] {
+            let plans = || {
+                let mut workspace = Workspace::new(decode_spec(), Largest::new(4, 4), &stream).unwrap();
+                let before = result::ctx::get_current().unwrap();
+                for _ in 0..40 {
+                    let made = workspace.plan(&batch).unwrap();
+                    assert_eq!(made.integers().len(), 1);
+                }
+                assert_eq!(result::ctx::get_current().unwrap(), before, "what was current stays so");
+            };
+            driver.ordered("on a thread without a context", || {
+                std::thread::scope(|threads| threads.spawn(plans).join().unwrap());
+            });
+            driver.ordered("where another context is current", || {
+                let _other = driver.another_context();
+                plans();
+                context.bind_to_thread().unwrap();
+            });
         }
     });
 }

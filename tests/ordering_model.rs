@@ -343,6 +343,73 @@ fn the_null_stream_orders_itself_with_blocking_streams_alone() {
 }
 
 #[test]
+fn page_locked_memory_that_is_used_while_a_copy_of_it_may_be_on_its_way_is_reported() {
+    let name = "page_locked_memory_that_is_used_while_a_copy_of_it_may_be_on_its_way_is_reported";
+    with_driver(name, |driver| {
+        let _context = CudaContext::new(0).unwrap();
+        let raw = Raw::new();
+        let memory = raw.allocate(raw.a);
+        let pinned = || {
+            // SAFETY: as for `Raw`; the memory is as large as is asked for, and written before it is read.
+            unsafe {
+                let pinned = result::malloc_host(BYTES, 0).unwrap().cast::<u8>();
+                pinned.write_bytes(0, BYTES);
+                std::slice::from_raw_parts_mut(pinned, BYTES)
+            }
+        };
+        // SAFETY: as for `Raw`.
+        let up = |from: &[u8]| unsafe { result::memcpy_htod_async(memory, from, raw.a) }.unwrap();
+        // SAFETY: as for `Raw`.
+        let down = |to: &mut [u8]| unsafe { result::memcpy_dtoh_async(to, memory, raw.a) }.unwrap();
+        // SAFETY: as for `Raw`; it is not used again.
+        let free = |pinned: &mut [u8]| unsafe { result::free_host(pinned.as_mut_ptr().cast()) }.unwrap();
+        let written = |wait: &dyn Fn()| {
+            driver.violations_of(|| {
+                let pinned = pinned();
+                up(pinned);
+                wait();
+                pinned[1] = 7;
+                up(pinned);
+                raw.synchronize(raw.a);
+                free(pinned);
+            })
+        };
+        let event = raw.event();
+        let too_early = "page-locked memory is written while a copy of it on stream 1 may be on its way";
+        assert_eq!(written(&|| {}), [too_early]);
+        // An event that was never recorded is reached at once.
+        // SAFETY: as for `Raw`.
+        assert_eq!(written(&|| unsafe { event::synchronize(event) }.unwrap()), [too_early]);
+        assert_eq!(written(&|| raw.synchronize(raw.a)), [""; 0]);
+        let reached = || {
+            raw.record(event, raw.a);
+            // SAFETY: as for `Raw`.
+            unsafe { event::synchronize(event) }.unwrap();
+        };
+        assert_eq!(written(&reached), [""; 0]);
+        let freed = |is_read: bool, wait: bool| {
+            driver.violations_of(|| {
+                let pinned = pinned();
+                if is_read {
+                    up(pinned)
+                } else {
+                    down(pinned)
+                }
+                if wait {
+                    raw.synchronize(raw.a);
+                }
+                free(pinned);
+            })
+        };
+        for is_read in [true, false] {
+            let too_early = "page-locked memory is freed while a copy of it on stream 1 may be on its way";
+            assert_eq!(freed(is_read, false), [too_early]);
+            assert_eq!(freed(is_read, true), [""; 0]);
+        }
+    });
+}
+
+#[test]
 fn memory_of_another_context_is_reported() {
     with_driver("memory_of_another_context_is_reported", |driver| {
         let first = CudaContext::new(0).unwrap();

@@ -146,12 +146,24 @@ impl Slot {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        if self.slots.iter().all(|slot| slot.copies == Copies::Made) {
-            return;
+        let context = self.stream.context();
+        let _current = CurrentContext::bind(context);
+        for Slot { lists, tables, copies } in &mut self.slots {
+            let waited = match *copies {
+                Copies::Made => continue,
+                // SAFETY: the event is live.
+                Copies::Ahead(event) => unsafe { cuda::event::synchronize(self.events[event].cu_event()) },
+                // SAFETY: the stream is live.
+                Copies::Queued => unsafe { cuda::stream::synchronize(self.stream.cu_stream()) },
+            };
+            match waited.map_err(driver_in(context, "waiting for a plan's copies")) {
+                // In a context that is lost nothing is copied any more. Else some may be on their way for good.
+                Err(error) if !error.is_fatal() => {
+                    lists.leak();
+                    tables.leak();
+                }
+                _ => {}
+            }
         }
-        let _current = CurrentContext::bind(self.stream.context());
-        // SAFETY: the stream is live. In a context that is lost nothing is copied any more.
-        let waited = unsafe { cuda::stream::synchronize(self.stream.cu_stream()) };
-        self.stream.context().record_err(waited);
     }
 }

@@ -251,6 +251,9 @@ impl<B: GraphBuffers> GraphSet<B> {
         if self.unreported {
             self.hand_back(false)?;
             self.unreported = false;
+        } else {
+            // What is done through views would be captured, and the next launch ordered behind what never happens.
+            refuse_capture("graph", &self.stream)?;
         }
         self.lent = true;
         let Some(buffers) = &mut self.buffers else { unreachable!("only what is taken apart has none") };

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::CUcontext;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
-use flashinfer_rs::attention::{AttentionSpec, XqaDecode};
+use flashinfer_rs::attention::{AttentionSpec, Backend, XqaDecode};
 use flashinfer_rs::{DType, FlashInferError, FlashInferRuntime, RuntimeConfig};
 use libloading::os::unix::Library;
 
@@ -52,15 +52,23 @@ fn compile(folder: &Path) {
     native::compile("ordering/runtime.c", "libcudart.so.13", &over_the_driver, folder);
     native::compile("ordering/cublaslt.c", "libcublasLt.so.13", &over_the_driver, folder);
     let kernels = native::compile("ordering/kernels.c", "norm.so", &over_the_driver, folder);
-    // XQA's for two heads of queries to one of keys.
-    let xqa = AttentionSpec::decode(DType::BF16, (2, 1), 128, 16).build().and_then(|spec| XqaDecode::module_of(&spec));
-    let xqa = format!("{}.so", xqa.unwrap());
-    for library in ["gdn_prefill_sm90.so", "sampling.so", "rope.so", "page.so", "silu_and_mul.so", &xqa] {
-        fs::copy(&kernels, folder.join(library)).unwrap();
+    let attention = [xqa(), decode_spec().module(Backend::CudaCores)];
+    for library in ["gdn_prefill_sm90", "sampling", "rope", "page", "silu_and_mul", &attention[0], &attention[1]] {
+        fs::copy(&kernels, folder.join(format!("{library}.so"))).unwrap();
     }
     std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcuda.so")).unwrap();
     let tvm_ffi = "libtvm_ffi.so";
     fs::copy(native::vendored_libraries().join(tvm_ffi), folder.join(tvm_ffi)).unwrap();
+}
+
+/// Decoding with two heads of queries to one of keys, over pages of 16 tokens.
+pub fn decode_spec() -> AttentionSpec {
+    AttentionSpec::decode(DType::BF16, (2, 1), 128, 16).build().unwrap()
+}
+
+/// The name of XQA's module for that.
+fn xqa() -> String {
+    XqaDecode::module_of(&decode_spec()).unwrap()
 }
 
 impl Driver {
@@ -186,6 +194,26 @@ impl Driver {
     /// Norms start before the kernel ahead of them has ended, whether they were asked to or not.
     pub fn always_early(&self, early: bool) {
         Self::set(&self.norm, "always_early", early.into());
+    }
+
+    /// XQA starts before the kernel ahead of it has ended, which it must never.
+    pub fn early_attention(&self, early: bool) {
+        Self::set(&self.driver, "ordering_early_attention", early.into());
+    }
+
+    /// The next copies between the host and a GPU fail.
+    pub fn fail_copies(&self, count: c_int) {
+        Self::set(&self.driver, "ordering_failing_copies", count);
+    }
+
+    /// The next events are not recorded.
+    pub fn fail_records(&self, count: c_int) {
+        Self::set(&self.driver, "ordering_failing_records", count);
+    }
+
+    /// The next waits for streams fail.
+    pub fn fail_waits(&self, count: c_int) {
+        Self::set(&self.driver, "ordering_failing_waits", count);
     }
 
     /// From now on every context is lost.

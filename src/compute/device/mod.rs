@@ -207,7 +207,7 @@ impl DeviceRun {
         for (address, block) in model.blocks.iter_mut().zip(&mut blocks) {
             *address = buffer_address(block) as u64;
         }
-        let staging = Staging::new(context, inputs.bytes() as usize)?;
+        let staging = Staging::new(stream, inputs.bytes() as usize)?;
         let Ok(blocks) = <[CudaSlice<u8>; BLOCKS]>::try_from(blocks) else { unreachable!("as many were allocated") };
         // Each call says for itself whether it may start early.
         let set = GraphSet::new(stream, blocks)?.with_pdl(false);
@@ -387,21 +387,22 @@ impl DeviceRun {
         let _current = CurrentContext::bind(stream.context())?;
         let (block, changed) = self.inputs.changed();
         // SAFETY: the block of the run's own, as large as that of the host; its uses are those of the set, on this stream.
-        unsafe { self.staging.copy(block, changed, self.model.blocks[INPUTS], stream) }?;
+        unsafe { self.staging.copy(block, changed, self.model.blocks[INPUTS]) }?;
         self.inputs.copied();
         Ok(())
     }
 
     /// Queues the copy of a step's result, and counts the step.
     fn end_step(&mut self) -> Result<()> {
+        let step = self.steps;
         self.steps += 1;
         let Some(Followed { tensor, ring }) = &mut self.followed else { return Ok(()) };
         let bytes = self.model.graph.tensors[*tensor].spec.bytes(self.rows) as usize;
         let from = self.model.address(self.at, *tensor);
         let _current = CurrentContext::bind(self.set.stream().context())?;
         // SAFETY: an output's place in the arena, which has as many bytes and stays as it is until the next step; the ring is for
-        // those of the largest batch; always the set's stream.
-        unsafe { ring.push(from, bytes, self.set.stream()) }
+        // those of the largest batch, and copies on the set's stream.
+        unsafe { ring.push(step, from, bytes) }
     }
 
     /// Runs one step, each node launched by itself, asynchronously.
@@ -536,9 +537,9 @@ impl DeviceRun {
 
     fn follow_tensor(&mut self, tensor: usize) -> Result<()> {
         let bytes = self.model.graph.tensors[tensor].spec.bytes(self.model.buckets.largest());
-        let context = Arc::clone(self.stream().context());
-        let _current = CurrentContext::bind(&context)?;
-        self.followed = Some(Followed { tensor, ring: Ring::new(&context, bytes as usize, self.steps)? });
+        let stream = self.set.stream();
+        let _current = CurrentContext::bind(stream.context())?;
+        self.followed = Some(Followed { tensor, ring: Ring::new(stream, bytes as usize)? });
         Ok(())
     }
 
@@ -674,9 +675,16 @@ impl Model {
                 let captured = format!("kernels: {kernels}, copies and fills: {others}");
                 return Err(differs(name(), &format!("kernels: {planned}"), &captured));
             }
-            let early = own.first().is_some_and(|first| first.early);
-            if early && !self.starts_early(at, node, pdl) && !self.is_free(at, node) {
+            if self.is_free(at, node) {
+                continue;
+            }
+            if own.first().is_some_and(|first| first.early) && !self.starts_early(at, node, pdl) {
                 return Err(differs(name(), &"a start behind the end of the node ahead", &"one before that"));
+            }
+            // What a node launches behind its first kernel reads what that wrote.
+            if own.iter().skip(1).any(|behind| behind.early) {
+                let planned = "kernels that each start behind the end of the one ahead";
+                return Err(differs(name(), &planned, &"one that starts before that"));
             }
         }
         if start != chain.len() {

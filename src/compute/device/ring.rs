@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result as cuda};
 
-use crate::error::{Result, driver, driver_in};
-use crate::owner::record;
+use crate::error::{Result, driver_in};
+use crate::owner::{CurrentContext, record};
 use crate::page_locked::Pinned;
 
 /// How many sets of inputs may be on their way before the host waits.
@@ -15,64 +15,102 @@ const STAGED: usize = 4;
 const MOST_RESULTS: usize = 1024;
 const MOST_BYTES: usize = 16 << 20;
 
-fn new_event(context: &Arc<CudaContext>) -> Result<CudaEvent> {
-    context.new_event(None).map_err(driver_in(context.as_ref(), "cuEventCreate"))
+/// What is known of the copies of a piece of page-locked memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// None is on its way.
+    Made,
+    /// Perhaps some are, all of them ahead of the event.
+    Ahead,
+    /// Perhaps some are, and no event is known to be behind them.
+    Unknown,
 }
 
-/// Records an event behind a copy of page-locked memory. Where it cannot be, the copy is waited for: nobody would know when the
-/// memory may be used again.
-fn record_behind(event: &CudaEvent, stream: &CudaStream) -> Result<()> {
-    record(event, stream).or_else(|error| {
-        let context = stream.context();
-        // SAFETY: the stream is live.
-        let waited = unsafe { cuda::stream::synchronize(stream.cu_stream()) };
-        waited.map_err(driver_in(context, "waiting for a step's copy"))?;
-        Err(driver_in(context, "recording a step's copy")(error))
-    })
+/// The copies of a piece of page-locked memory, and the event behind them.
+#[derive(Debug)]
+struct Copies {
+    behind: CudaEvent,
+    state: State,
+}
+
+impl Copies {
+    fn new(context: &Arc<CudaContext>) -> Result<Self> {
+        let behind = context.new_event(None).map_err(driver_in(context, "cuEventCreate"))?;
+        Ok(Self { behind, state: State::Made })
+    }
+
+    /// From here on copies may be on their way.
+    fn begin(&mut self) {
+        self.state = State::Unknown;
+    }
+
+    /// Records the event behind what was queued. Where it cannot be, the copies are waited for: nobody would know when the memory
+    /// may be used again. Where that fails too, it stays unknown.
+    fn end(&mut self, stream: &CudaStream) -> Result<()> {
+        match record(&self.behind, stream) {
+            Ok(()) => self.state = State::Ahead,
+            Err(error) => {
+                wait_for(stream, "waiting for a step's copy")?;
+                self.state = State::Made;
+                return Err(driver_in(stream.context(), "recording a step's copy")(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until none is on its way any more.
+    fn wait(&mut self, stream: &CudaStream, doing: &'static str) -> Result<()> {
+        match self.state {
+            State::Made => {}
+            State::Ahead => {
+                // SAFETY: the event is live.
+                let waited = unsafe { cuda::event::synchronize(self.behind.cu_event()) };
+                waited.map_err(driver_in(stream.context(), doing))?;
+            }
+            State::Unknown => wait_for(stream, doing)?,
+        }
+        self.state = State::Made;
+        Ok(())
+    }
+}
+
+/// Waits for a stream of the context that is current.
+fn wait_for(stream: &CudaStream, doing: &'static str) -> Result<()> {
+    // SAFETY: the stream is live.
+    let waited = unsafe { cuda::stream::synchronize(stream.cu_stream()) };
+    waited.map_err(driver_in(stream.context(), doing))
+}
+
+/// Waits for all copies of page-locked memory that is given up, which is leaked where nobody knows whether they were made.
+fn give_up<'c>(memory: &mut Pinned, copies: impl Iterator<Item = &'c mut Copies>, stream: &CudaStream) {
+    let _current = CurrentContext::bind(stream.context());
+    for copies in copies {
+        match copies.wait(stream, "waiting for copies of memory that is given up") {
+            // In a context that is lost nothing is copied any more.
+            Err(error) if !error.is_fatal() => memory.leak(),
+            _ => {}
+        }
+    }
 }
 
 /// Places that a step's inputs are copied from, each in turn.
 #[derive(Debug)]
 pub(super) struct Staging {
-    slots: Vec<Staged>,
+    slots: Vec<(Pinned, Copies)>,
     next: usize,
-}
-
-#[derive(Debug)]
-struct Staged {
-    memory: Pinned,
-    copied: CudaEvent,
-    on_its_way: bool,
-}
-
-impl Staged {
-    fn wait(&mut self) -> Result<()> {
-        if self.on_its_way {
-            // SAFETY: the event is live.
-            let waited = unsafe { cuda::event::synchronize(self.copied.cu_event()) };
-            waited.map_err(driver_in(self.memory.context(), "waiting for an earlier step's inputs"))?;
-            self.on_its_way = false;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Staged {
-    fn drop(&mut self) {
-        // In a context that is lost nothing is copied any more.
-        self.wait().ok();
-    }
+    stream: Arc<CudaStream>,
 }
 
 impl Staging {
-    /// For blocks of so many bytes, with the context current.
-    pub(super) fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
-        let slot =
-            |_| Ok(Staged { memory: Pinned::new(context, bytes)?, copied: new_event(context)?, on_its_way: false });
-        Ok(Self { slots: (0..STAGED).map(slot).collect::<Result<_>>()?, next: 0 })
+    /// For blocks of so many bytes, to be copied on this stream, whose context is current.
+    pub(super) fn new(stream: &Arc<CudaStream>, bytes: usize) -> Result<Self> {
+        let context = stream.context();
+        let slot = |_| Ok((Pinned::new(context, bytes)?, Copies::new(context)?));
+        Ok(Self { slots: (0..STAGED).map(slot).collect::<Result<_>>()?, next: 0, stream: Arc::clone(stream) })
     }
 
-    /// Queues copies of parts of a block, each so many bytes from a place on, to those places behind an address.
+    /// Queues copies of parts of a block, each so many bytes from a place on, to those places behind an address. The stream's context
+    /// is current.
     ///
     /// # Safety
     /// The address must be device memory of the block's size, valid until the stream has come so far, whose uses are ordered with
@@ -82,23 +120,29 @@ impl Staging {
         block: &[u8],
         parts: impl Iterator<Item = (usize, usize)>,
         to: u64,
-        stream: &CudaStream,
     ) -> Result<()> {
-        let slot = &mut self.slots[self.next];
-        slot.wait()?;
+        let (stream, (memory, copies)) = (&self.stream, &mut self.slots[self.next]);
+        copies.wait(stream, "waiting for an earlier step's inputs")?;
         self.next = (self.next + 1) % STAGED;
+        copies.begin();
         let mut queued = Ok(());
         for (first, count) in parts {
-            let from = slot.memory.part_mut(first, count);
+            let from = memory.part_mut(first, count);
             from.copy_from_slice(&block[first..first + count]);
-            slot.on_its_way = true;
             if queued.is_ok() {
-                // SAFETY: the caller's promise; the memory is written again only once the event behind the copies was reached.
+                // SAFETY: the caller's promise; the memory is written again only once the copies are known to be made.
                 queued = unsafe { cuda::memcpy_htod_async(to + first as u64, from, stream.cu_stream()) };
             }
         }
-        record_behind(&slot.copied, stream)?;
-        queued.map_err(driver("cuMemcpyHtoDAsync"))
+        // Whatever became of them, some may be on their way.
+        copies.end(stream)?;
+        queued.map_err(driver_in(stream.context(), "copying a step's inputs"))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        self.slots.iter_mut().for_each(|(memory, copies)| give_up(memory, std::iter::once(copies), &self.stream));
     }
 }
 
@@ -109,44 +153,57 @@ pub(super) struct Ring {
     memory: Pinned,
     /// Bytes between two places.
     stride: usize,
-    copied: Vec<CudaEvent>,
-    /// The bytes that each place has.
-    sizes: Vec<usize>,
-    /// The step that the oldest result is of, and the one that the next will be of.
+    places: Vec<Place>,
+    /// The oldest result and the one to come, counted from the ring's first.
     first: u64,
     next: u64,
+    stream: Arc<CudaStream>,
+}
+
+/// Where a result is.
+#[derive(Debug)]
+struct Place {
+    copies: Copies,
+    /// The step that it is of, which says more than its place does: a step whose result could not be copied has none.
+    step: u64,
+    bytes: usize,
 }
 
 impl Ring {
-    /// For results of so many bytes at the most, with the context current, from this step on.
-    pub(super) fn new(context: &Arc<CudaContext>, bytes: usize, step: u64) -> Result<Self> {
+    /// For results of so many bytes at the most, to be copied on this stream, whose context is current.
+    pub(super) fn new(stream: &Arc<CudaStream>, bytes: usize) -> Result<Self> {
+        let context = stream.context();
         let stride = bytes.max(1).next_multiple_of(64);
-        let places = (MOST_BYTES / stride).clamp(2, MOST_RESULTS);
-        let memory = Pinned::new(context, stride * places)?;
-        let copied = (0..places).map(|_| new_event(context)).collect::<Result<_>>()?;
-        Ok(Self { memory, stride, copied, sizes: vec![0; places], first: step, next: step })
+        let count = (MOST_BYTES / stride).clamp(2, MOST_RESULTS);
+        let memory = Pinned::new(context, stride * count)?;
+        let place = |_| Ok(Place { copies: Copies::new(context)?, step: 0, bytes: 0 });
+        let places = (0..count).map(place).collect::<Result<_>>()?;
+        Ok(Self { memory, stride, places, first: 0, next: 0, stream: Arc::clone(stream) })
     }
 
-    fn place(&self, step: u64) -> usize {
-        (step % self.copied.len() as u64) as usize
+    fn at(&self, result: u64) -> usize {
+        (result % self.places.len() as u64) as usize
     }
 
-    /// Queues the copy of a step's result.
+    /// Queues the copy of a step's result. After an error the step has none. The stream's context is current.
     ///
     /// # Safety
     /// The address must be device memory of so many bytes, as many as the ring is for at the most, valid until the stream has
-    /// come so far, and the stream always the same.
-    pub(super) unsafe fn push(&mut self, from: u64, bytes: usize, stream: &CudaStream) -> Result<()> {
-        let place = self.place(self.next);
-        let to = self.memory.part_mut(place * self.stride, bytes);
+    /// come so far.
+    pub(super) unsafe fn push(&mut self, step: u64, from: u64, bytes: usize) -> Result<()> {
+        let at = self.at(self.next);
+        // What the place has is given up, also where nothing takes its place: it may be overwritten.
+        self.first = self.first.max((self.next + 1).saturating_sub(self.places.len() as u64));
+        let (place, stream) = (&mut self.places[at], &self.stream);
+        place.copies.begin();
+        let to = self.memory.part_mut(at * self.stride, bytes);
         // SAFETY: the caller's promise; the host reads a place only once the event behind its copy was reached, and a copy to
         // a place that is used again is behind the one before on the stream.
         let queued = unsafe { cuda::memcpy_dtoh_async(to, from, stream.cu_stream()) };
-        queued.map_err(driver("cuMemcpyDtoHAsync"))?;
-        record_behind(&self.copied[place], stream)?;
-        self.sizes[place] = bytes;
+        place.copies.end(stream)?;
+        queued.map_err(driver_in(stream.context(), "copying a step's result"))?;
+        (place.step, place.bytes) = (step, bytes);
         self.next += 1;
-        self.first = self.first.max(self.next.saturating_sub(self.copied.len() as u64));
         Ok(())
     }
 
@@ -155,12 +212,11 @@ impl Ring {
         if self.first == self.next {
             return Ok(None);
         }
-        let (step, place) = (self.first, self.place(self.first));
-        // SAFETY: the event is live.
-        let waited = unsafe { cuda::event::synchronize(self.copied[place].cu_event()) };
-        waited.map_err(driver_in(self.memory.context(), "waiting for a step's result"))?;
+        let at = self.at(self.first);
+        let place = &mut self.places[at];
+        place.copies.wait(&self.stream, "waiting for a step's result")?;
         self.first += 1;
-        Ok(Some((step, self.memory.part(place * self.stride, self.sizes[place]))))
+        Ok(Some((place.step, self.memory.part(at * self.stride, place.bytes))))
     }
 
     /// Whether the oldest result has arrived.
@@ -168,18 +224,14 @@ impl Ring {
         if self.first == self.next {
             return Ok(false);
         }
-        let reached = self.copied[self.place(self.first)].try_is_complete();
-        reached.map_err(driver_in(self.memory.context(), "asking for a step's result"))
+        let reached = self.places[self.at(self.first)].copies.behind.try_is_complete();
+        reached.map_err(driver_in(self.stream.context(), "asking for a step's result"))
     }
 }
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        if self.next > 0 {
-            let last = &self.copied[self.place(self.next - 1)];
-            // The last copy is behind all others. In a context that is lost nothing is copied any more.
-            // SAFETY: the event is live.
-            unsafe { cuda::event::synchronize(last.cu_event()) }.ok();
-        }
+        let places = self.places.iter_mut().map(|place| &mut place.copies);
+        give_up(&mut self.memory, places, &self.stream);
     }
 }
