@@ -717,7 +717,8 @@ pub(crate) fn device_name(device: c_int) -> Option<String> {
             return None;
         }
     }
-    Some(CStr::from_bytes_until_nul(&name).ok()?.to_string_lossy().into_owned())
+    let name = CStr::from_bytes_until_nul(&name).ok()?.to_string_lossy().into_owned();
+    (!name.is_empty()).then_some(name)
 }
 
 /// Gives a thread its current device back.

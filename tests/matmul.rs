@@ -180,6 +180,52 @@ mod selections {
         assert!(Selections::parse(&Selections::new().to_json()).unwrap().is_empty());
     }
 
+    /// As whoever reads while another process writes may find them.
+    #[test]
+    fn cut_off_anywhere_are_refused() {
+        for stored in [stored(), Selections::parse(&stored()).unwrap().to_json()] {
+            for length in 0..stored.len() {
+                let cut = Selections::parse(&stored[..length]);
+                assert!(matches!(cut, Err(FlashInferError::Data(_))), "{length} of {} bytes: {cut:?}", stored.len());
+            }
+        }
+    }
+
+    /// Those that are taken can be stored again.
+    #[test]
+    fn with_any_byte_changed_are_refused_or_others() {
+        let stored = stored();
+        for (at, byte) in (0..stored.len()).flat_map(|at| b"09afAF \"\\{}[],:-.".iter().map(move |byte| (at, *byte))) {
+            let mut changed = stored.clone().into_bytes();
+            changed[at] = byte;
+            match Selections::parse(std::str::from_utf8(&changed).unwrap()) {
+                Ok(read) => assert_eq!(Selections::parse(&read.to_json()).unwrap(), read, "{byte:#x} at {at}"),
+                Err(FlashInferError::Data(_)) => {}
+                Err(other) => panic!("{byte:#x} at {at}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn as_many_as_there_may_be_are_read() {
+        let head =
+            "{\"version\": 1, \"gpu\": {\"name\": \"a GPU\", \"major\": 9, \"minor\": 0, \"multiprocessors\": 132}";
+        let product = |rows: usize| {
+            format!(
+                "{{\"rows\": {rows}, \"columns\": 8, \"inner\": 8, \"row_stride\": 8, \"dtype\": \"BF16\", \"f32_out\": \
+                 false, \"bias\": false, \"residual\": false, \"microseconds\": 1.0, \"cublaslt\": 1, \"algorithm\": \
+                 \"{}\", \"workspace\": 0}}",
+                "0".repeat(128)
+            )
+        };
+        let of = |count: usize| {
+            format!("{head}, \"products\": [{}]}}", (1..=count).map(product).collect::<Vec<_>>().join(","))
+        };
+        assert_eq!(Selections::parse(&of(1 << 16)).unwrap().len(), 1 << 16);
+        let more = format!("{head}, \"products\": [0{}]}}", ", 0".repeat(1 << 16));
+        assert!(Selections::parse(&more).unwrap_err().to_string().contains("at most 65536"));
+    }
+
     #[test]
     fn of_another_make_are_refused_with_the_place() {
         let stored = stored();

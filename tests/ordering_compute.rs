@@ -694,6 +694,15 @@ fn a_models_steps_are_ordered_with_products_of_either_kind() {
             }
         }
         assert!(!selections.is_empty());
+        // Those of another GPU are refused as what they are.
+        let others = selections.to_json().replace("\"a stand-in\"", "\"another\"");
+        let mut others = Selections::parse(&others).unwrap();
+        match DeviceRun::with_selections(&unfused, &buckets(&[1]), &a, &mut others) {
+            Err(FlashInferError::InvalidArgument { argument: "selections", found, .. }) => {
+                assert!(found.contains("made on another"), "{found}");
+            }
+            other => panic!("{other:?}"),
+        }
     });
 }
 

@@ -286,11 +286,17 @@ function!(copy, |args| {
     unsafe { launch(kernel, &out, blocks, &mut arguments, args.bool(pdl)?) }
 });
 
+/// What softmax's powers of two are multiplied by. Of a temperature so small that no F32 is as large, the largest one, with which
+/// whatever is less than the row's largest number becomes 0.
+fn factor(temperature: f64) -> f32 {
+    (std::f64::consts::LOG2_E / temperature).min(f32::MAX.into()) as f32
+}
+
 function!(softmax_rows, |args| {
     let [a, temperature, pdl] = args.exactly()?;
     let a = args.strided(a)?;
     let (count, mut columns, mut stride) = rows(&a);
-    let mut factor = (std::f64::consts::LOG2_E / args.float(temperature)?) as f32;
+    let mut factor = factor(args.float(temperature)?);
     let (mut to, mut wide) = (a.data, u32::from(aligned(&[&a])));
     let mut arguments = pointers![to, stride, columns, factor, wide];
     // SAFETY: as for `embedding`.
@@ -426,6 +432,14 @@ fn turned_append(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn softmax_s_factor_is_a_number_for_every_temperature_that_is_one() {
+        assert_eq!(factor(1.0), std::f32::consts::LOG2_E);
+        for temperature in [f64::from(f32::from_bits(1)), f32::MIN_POSITIVE.into(), 1e-3, f32::MAX.into()] {
+            assert!(factor(temperature).is_finite() && factor(temperature) > 0.0, "{temperature}");
+        }
+    }
 
     #[test]
     fn ptx_has_the_kernels_with_the_threads_that_they_are_launched_with() {

@@ -10,15 +10,16 @@ use crate::tensor::DType;
 
 /// The version of the JSON that is written and read.
 const VERSION: u64 = 1;
-/// The most products that a file may have.
-const MOST: usize = 100_000;
+/// The most products that a file may have: with 13 values each, as many as JSON may have.
+const MOST: usize = 1 << 16;
 const AGAIN: &str = "select again, with Selections::new, and store what it becomes";
 
 /// Which algorithm computes which product, on one kind of GPU: what [`MatMul::new`](super::MatMul::new) measured.
 ///
 /// As JSON they are stored and read back, so that another run on such a GPU launches the same kernels and computes the same bits, and
 /// measures nothing. An algorithm that was read is used only where cuBLASLt itself offers it for the product, so that a file can
-/// choose badly, but do no harm.
+/// choose badly, but do no harm. One that was cut off in the middle is refused; where several processes share one, each writes a
+/// file of its own beside it and renames that.
 ///
 /// ```
 /// use flashinfer_rs::matmul::Selections;

@@ -239,6 +239,8 @@ impl Model {
                     continue;
                 }
                 let refused = |error: FlashInferError| match error {
+                    // What was chosen before is for another GPU or release, and no size helps.
+                    FlashInferError::InvalidArgument { argument: "selections", .. } => error,
                     FlashInferError::InvalidArgument { argument, found, expected, .. } => {
                         let reason = format!("its product's {argument} is {found}, and must be {expected}");
                         unserved(&self.graph, node, reason, "choose other sizes, or copy what are columns first")
