@@ -151,7 +151,16 @@ struct Dim3 {
 
 /// A kernel of a library that was loaded from memory: a `cudaKernel_t`, which every device of the process may run.
 #[cfg(any(feature = "cudarc", feature = "compute"))]
-pub(crate) type Kernel = *mut c_void;
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kernel(*mut c_void);
+
+// SAFETY: CUDA's handles of kernels may be used by any thread, by several at a time.
+#[cfg(any(feature = "cudarc", feature = "compute"))]
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+#[cfg(any(feature = "cudarc", feature = "compute"))]
+unsafe impl Sync for Kernel {}
 
 /// What tells of captured graphs. By the runtime, whose functions of this release tell how edges wait; cudarc has the driver's
 /// only where it was built for CUDA 12.3 or newer.
@@ -463,7 +472,7 @@ impl Cudart {
             let code = unsafe { (kernels.load)(&mut library, ptx.as_ptr(), none, nothing, 0, none, nothing, 0) };
             self.check("cudaLibraryLoadData", code)
         })?;
-        let mut found = [ptr::null_mut(); N];
+        let mut found = [Kernel(ptr::null_mut()); N];
         for (kernel, name) in found.iter_mut().zip(names) {
             // SAFETY: the library was loaded above and is never unloaded; a handle is written likewise.
             let code = unsafe { (kernels.get)(kernel, library, name.as_ptr()) };

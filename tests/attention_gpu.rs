@@ -14,16 +14,17 @@ mod torch;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaViewMut};
 use data::{Number, Random, assert_close, widened};
 use flashinfer_rs::attention::{
-    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, GraphPlan, GraphRoom, Kind, Largest,
-    LatentQueries, Workspace,
+    AttentionBuilder, AttentionOptions, AttentionSpec, Backend, Batch, GraphPlan, GraphPlanMut, GraphRoom, Kind,
+    Largest, LatentQueries, Workspace,
 };
 use flashinfer_rs::kernels::cascade::merge_state;
 use flashinfer_rs::kernels::page::{KvLayout, PagedKvCache, PagedMlaCache};
 use flashinfer_rs::{
-    DType, Device, FlashInferError, FlashInferRuntime, LaunchGraph, RuntimeConfig, Stream, TensorMut, TensorRef,
+    DType, Device, FlashInferError, FlashInferRuntime, GraphBuffers, LaunchGraph, RuntimeConfig, Stream, TensorMut,
+    TensorRef,
 };
 use gpu::Gpu;
 use half::{bf16, f16};
@@ -977,6 +978,55 @@ fn refused(gpu: &Gpu, facts: AttentionBuilder) {
     assert!(["q", "o"].contains(&named(&other, &cache_shape)));
 }
 
+/// Of a graph's buffers the plan and the results, of which a row has so many elements.
+type Parts<B> = (for<'a> fn(&'a mut LaunchGraph<B>) -> (GraphPlanMut<'a>, CudaViewMut<'a, bf16>), i64);
+
+/// A plan, queries, results, keys and values.
+type Layer = (GraphPlan, CudaSlice<bf16>, CudaSlice<bf16>, CudaSlice<bf16>, CudaSlice<bf16>);
+
+fn of_a_layer(graph: &mut LaunchGraph<Layer>) -> (GraphPlanMut<'_>, CudaViewMut<'_, bf16>) {
+    let (plan, _, o, ..) = graph.buffers().unwrap();
+    (plan, o)
+}
+
+/// A plan, queries in two parts, results, and a cache in two parts.
+type LatentLayer = (GraphPlan, CudaSlice<bf16>, CudaSlice<bf16>, CudaSlice<bf16>, CudaSlice<bf16>, CudaSlice<bf16>);
+
+fn of_a_latent_layer(graph: &mut LaunchGraph<LatentLayer>) -> (GraphPlanMut<'_>, CudaViewMut<'_, bf16>) {
+    let (plan, _, _, o, ..) = graph.buffers().unwrap();
+    (plan, o)
+}
+
+/// Plans so many batches for a graph, without a wait between a launch and the next plan. One in so many has its results compared with
+/// those of a graph that was captured for it, to the bit, and looked at.
+fn planned_anew<B: GraphBuffers>(
+    (rounds, every): (usize, usize),
+    graph: &mut LaunchGraph<B>,
+    mut draw: impl FnMut() -> Batch,
+    captured: impl Fn(&Batch) -> LaunchGraph<B>,
+    (parts, row): Parts<B>,
+    look: impl Fn(usize, Batch, &[bf16]),
+) {
+    let results = |graph: &mut LaunchGraph<B>, batch: &Batch| {
+        let stream = Arc::clone(graph.stream());
+        let (_, o) = parts(graph);
+        stream.clone_dtoh(&o.slice(..(batch.rows() * row) as usize)).unwrap()
+    };
+    for round in 0..rounds {
+        let batch = draw();
+        parts(graph).0.replan(&batch).unwrap();
+        graph.launch().unwrap();
+        if round % every != 0 {
+            continue;
+        }
+        let found = results(graph, &batch);
+        let mut other = captured(&batch);
+        other.launch().unwrap();
+        assert!(found == results(&mut other, &batch), "round {round}, {batch:?}");
+        look(round, batch, &found);
+    }
+}
+
 /// A graph that was captured once answers for random batches what runs without one do that are planned for the same number of
 /// requests and rows, to the bit: a graph divides contexts always, so it is compared with another graph of that batch alone.
 fn replanned(gpu: &Gpu, facts: AttentionBuilder) {
@@ -1024,28 +1074,14 @@ fn replanned(gpu: &Gpu, facts: AttentionBuilder) {
             .unwrap();
         graph
     };
-    let first = draw();
-    let mut graph = captured(&first);
+    let mut graph = captured(&draw());
     graph.launch().unwrap();
-    for round in 0..40 {
-        let batch = draw();
-        // Without a wait between the launch before and the plan.
-        graph.buffers().unwrap().0.replan(&batch).unwrap();
-        graph.launch().unwrap();
-        if round % 8 != 0 {
-            continue;
-        }
-        let used = (batch.rows() * 8 * 128) as usize;
-        let found = stream.clone_dtoh(&graph.buffers().unwrap().2.slice(..used)).unwrap();
-        let mut other = captured(&batch);
-        other.launch().unwrap();
-        let expected = stream.clone_dtoh(&other.buffers().unwrap().2.slice(..used)).unwrap();
-        assert!(found == expected, "round {round}, {batch:?}");
+    planned_anew((40, 8), &mut graph, draw, captured, (of_a_layer, 8 * 128), |round, batch, found| {
         // And without a graph it is the same but for how contexts are divided.
-        let input = Input { pages: PAGES, q: q[..used].to_vec(), k: k.clone(), v: v.clone(), batch };
+        let input = Input { pages: PAGES, q: q[..found.len()].to_vec(), k: k.clone(), v: v.clone(), batch };
         let (plain, _) = on_gpu(stream, spec, &input, &AttentionOptions::default());
-        assert_close(&format!("round {round}"), &widened(&found), &plain, 1e-2);
-    }
+        assert_close(&format!("round {round}"), &widened(found), &plain, 1e-2);
+    });
     // What there is no room for is refused, and the graph has the plan that it had.
     let bits = |found: Vec<bf16>| found.into_iter().map(bf16::to_bits).collect::<Vec<_>>();
     let before = bits(stream.clone_dtoh(&graph.buffers().unwrap().2).unwrap());
@@ -1090,21 +1126,9 @@ fn replanned_ragged(gpu: &Gpu, facts: AttentionBuilder) {
     };
     let mut graph = captured(&draw());
     graph.launch().unwrap();
-    for round in 0..24 {
-        let batch = draw();
-        graph.buffers().unwrap().0.replan(&batch).unwrap();
-        graph.launch().unwrap();
-        if round % 6 != 0 {
-            continue;
-        }
-        let used = (batch.rows() * 8 * 128) as usize;
-        let found = stream.clone_dtoh(&graph.buffers().unwrap().2.slice(..used)).unwrap();
-        let mut other = captured(&batch);
-        other.launch().unwrap();
-        let expected = stream.clone_dtoh(&other.buffers().unwrap().2.slice(..used)).unwrap();
-        assert!(found == expected, "round {round}, {batch:?}");
+    planned_anew((24, 6), &mut graph, draw, captured, (of_a_layer, 8 * 128), |round, batch, found| {
         // And the reference's, but for rounding.
-        let mut exact = vec![bf16::ZERO; used];
+        let mut exact = vec![bf16::ZERO; found.len()];
         let (o_shape, kv_shape) = ([batch.rows(), 8, 128], [batch.keys(), 2, 128]);
         let keys = (batch.keys() * 256) as usize;
         let read = |values, shape: &[i64]| TensorRef::from_slice::<bf16>(values, shape).unwrap();
@@ -1114,13 +1138,13 @@ fn replanned_ragged(gpu: &Gpu, facts: AttentionBuilder) {
             .run_ragged(
                 &mut TensorMut::from_slice(&mut exact, &o_shape).unwrap(),
                 None,
-                &read(&q[..used], &o_shape),
+                &read(&q[..found.len()], &o_shape),
                 (&read(&k[..keys], &kv_shape), &read(&v[..keys], &kv_shape)),
                 &AttentionOptions::default(),
             )
             .unwrap();
-        assert_close(&format!("round {round}"), &widened(&found), &widened(&exact), tolerance(DType::BF16));
-    }
+        assert_close(&format!("round {round}"), &widened(found), &widened(&exact), tolerance(DType::BF16));
+    });
 }
 
 fn replanned_latent(gpu: &Gpu, facts: AttentionBuilder) {
@@ -1156,21 +1180,8 @@ fn replanned_latent(gpu: &Gpu, facts: AttentionBuilder) {
             .unwrap();
         graph
     };
-    let first = draw();
-    let mut graph = captured(&first);
-    for round in 0..12 {
-        let batch = draw();
-        graph.buffers().unwrap().0.replan(&batch).unwrap();
-        graph.launch().unwrap();
-        if round % 4 == 0 {
-            let used = (batch.rows() * 16 * 512) as usize;
-            let found = stream.clone_dtoh(&graph.buffers().unwrap().3.slice(..used)).unwrap();
-            let mut other = captured(&batch);
-            other.launch().unwrap();
-            let expected = stream.clone_dtoh(&other.buffers().unwrap().3.slice(..used)).unwrap();
-            assert!(found == expected, "round {round}, {batch:?}");
-        }
-    }
+    let mut graph = captured(&draw());
+    planned_anew((12, 4), &mut graph, draw, captured, (of_a_latent_layer, 16 * 512), |_, _, _| {});
 }
 
 /// Attention over two parts of a context, merged, is attention over the whole.

@@ -7,12 +7,12 @@ use object::{Object as _, ObjectSymbol as _};
 use super::definition::Definition;
 use super::error::{Finding, read, refused};
 use super::json::shortened;
+use super::metadata::{FILE as METADATA, Metadata};
 use super::solution::Solution;
 use crate::error::Result;
 
 /// What TVM-FFI puts before an exported function's name.
 const PREFIX: &str = "__tvm_ffi_";
-const METADATA: &str = "kernel_metadata.txt";
 const LIBRARY: &str = "kernel.so";
 /// Kernels for all architectures with debug information are far smaller than this.
 const MAX_LIBRARY: usize = 4 << 30;
@@ -45,10 +45,10 @@ impl DistributedKernel {
     /// there; and for files beside it that are of another kernel.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let metadata = Metadata::read(&folder.join(METADATA))?;
+        let (metadata, entry_symbol) = read_metadata(&folder.join(METADATA))?;
         let library = folder.join(LIBRARY);
         let bytes = read(&library, MAX_LIBRARY)?;
-        exports(&library, &bytes, &metadata.entry_symbol)?;
+        exports(&library, &bytes, &entry_symbol)?;
         let digest = ring::digest::digest(&ring::digest::SHA256, &bytes);
         let sha256 = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
         let beside = |name: &str| Some(folder.join(name)).filter(|path| path.exists());
@@ -70,13 +70,13 @@ impl DistributedKernel {
         same("Definition", metadata.definition.as_deref(), named)?;
         if let Some(solution) = &solution {
             same("Solution", metadata.solution.as_deref(), Some(&solution.name))?;
-            same("Entry Symbol", Some(&metadata.entry_symbol), Some(solution.spec.entry_symbol()))?;
+            same("Entry Symbol", Some(&entry_symbol), Some(solution.spec.entry_symbol()))?;
             same("Definition", metadata.definition.as_deref().or(named), Some(&solution.definition))?;
         }
         Ok(Self {
             library,
             sha256,
-            entry_symbol: metadata.entry_symbol,
+            entry_symbol,
             definition_name: metadata.definition.or(definition.as_ref().map(|definition| definition.name.clone())),
             solution_name: metadata.solution.or(solution.as_ref().map(|solution| solution.name.clone())),
             definition,
@@ -89,39 +89,23 @@ impl DistributedKernel {
     /// # Errors
     /// [`Io`](crate::FlashInferError::Io).
     pub fn write_metadata(folder: impl AsRef<Path>, solution: &Solution) -> Result<()> {
-        let line = |text: &str| text.replace(['\n', '\r'], " ");
-        let text = format!(
-            "Entry Symbol: {}\nDefinition: {}\nSolution: {}\n",
-            line(solution.spec.entry_symbol()),
-            line(&solution.definition),
-            line(&solution.name)
-        );
+        let (name, definition) = (&solution.name, &solution.definition);
+        let text = Metadata::text(solution.spec.entry_symbol(), definition, name);
         super::definition::write(&folder.as_ref().join(METADATA), &text)
     }
 }
 
-struct Metadata {
-    entry_symbol: String,
-    definition: Option<String>,
-    solution: Option<String>,
-}
-
-impl Metadata {
-    fn read(path: &Path) -> Result<Self> {
-        let bytes = read(path, 1 << 20)?;
-        let text = String::from_utf8_lossy(&bytes);
-        let value = |name: &str| {
-            let values = text.lines().filter_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'));
-            values.map(str::trim).find(|value| !value.is_empty()).map(str::to_owned)
-        };
-        let entry_symbol = value("Entry Symbol").ok_or_else(|| {
-            let (place, found) = ("its lines".to_owned(), "none".to_owned());
-            let expected = "a line `Entry Symbol: NAME`".to_owned();
-            let remedy = "add the line, with the function's name behind the entry point's `::`";
-            refused(&path.display().to_string(), Finding { place, found, expected, remedy })
-        })?;
-        Ok(Self { entry_symbol, definition: value("Definition"), solution: value("Solution") })
-    }
+/// The metadata of a file, which must say what to call.
+fn read_metadata(path: &Path) -> Result<(Metadata, String)> {
+    let bytes = read(path, 1 << 20)?;
+    let mut metadata = Metadata::parse(&String::from_utf8_lossy(&bytes));
+    let entry_symbol = metadata.entry_symbol.take().ok_or_else(|| {
+        let (place, found) = ("its lines".to_owned(), "none".to_owned());
+        let expected = "a line `Entry Symbol: NAME`".to_owned();
+        let remedy = "add the line, with the function's name behind the entry point's `::`";
+        refused(&path.display().to_string(), Finding { place, found, expected, remedy })
+    })?;
+    Ok((metadata, entry_symbol))
 }
 
 /// That a library exports a function.

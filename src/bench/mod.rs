@@ -91,6 +91,7 @@ mod from_row;
 mod inputs;
 mod judge;
 mod kernel;
+mod metadata;
 mod place;
 mod random;
 mod run;

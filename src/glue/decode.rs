@@ -3,9 +3,10 @@
 //! The engine calls them by the rows of [`decode`](crate::kernels::decode), whose conditions they take for granted.
 
 use std::ffi::{CStr, c_void};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
 
+use super::Loading;
 use crate::contract::OWN;
 use crate::cuda::{Blocks, Kernel};
 use crate::error::Result;
@@ -120,24 +121,13 @@ struct Loaded {
     ready: [AtomicU64; NAMES.len()],
 }
 
-// SAFETY: CUDA's handles of kernels may be used by any thread, by several at a time.
-unsafe impl Send for Loaded {}
-// SAFETY: as above.
-unsafe impl Sync for Loaded {}
-
 impl Loaded {
     fn get(runtime: &'static FlashInferRuntime) -> Result<&'static Self> {
-        static LOADED: OnceLock<Loaded> = OnceLock::new();
-        static LOADING: Mutex<()> = Mutex::new(());
-        if let Some(loaded) = LOADED.get() {
-            return Ok(loaded);
-        }
-        let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(loaded) = LOADED.get() {
-            return Ok(loaded);
-        }
-        let kernels = runtime.cudart()?.load_kernels(PTX, NAMES)?;
-        Ok(LOADED.get_or_init(|| Self { kernels, ready: [const { AtomicU64::new(0) }; NAMES.len()] }))
+        static LOADING: Loading<Loaded> = Loading::new();
+        LOADING.get(|| {
+            let kernels = runtime.cudart()?.load_kernels(PTX, NAMES)?;
+            Ok(Self { kernels, ready: [const { AtomicU64::new(0) }; NAMES.len()] })
+        })
     }
 
     /// A kernel that is ready on a device, the current one, so that its launch loads nothing, in a capture perhaps.

@@ -1,8 +1,8 @@
 //! The kernels for products of few rows (gemv.cu), which read the weight once and wait for nothing else.
 
 use std::ffi::{CStr, c_int, c_void};
-use std::sync::{Mutex, OnceLock, PoisonError};
 
+use super::Loading;
 use crate::cublaslt::{Addresses, Product};
 use crate::cuda::{Blocks, Kernel};
 use crate::error::Result;
@@ -63,24 +63,10 @@ pub(crate) struct FewRows {
 /// The kernels, loaded. A handle serves every device and thread.
 struct Loaded([Kernel; NAMES.len()]);
 
-// SAFETY: CUDA's handles of kernels may be used by any thread, by several at a time.
-unsafe impl Send for Loaded {}
-// SAFETY: as above.
-unsafe impl Sync for Loaded {}
-
 impl Loaded {
     fn get(runtime: &'static FlashInferRuntime) -> Result<&'static Self> {
-        static LOADED: OnceLock<Loaded> = OnceLock::new();
-        static LOADING: Mutex<()> = Mutex::new(());
-        if let Some(loaded) = LOADED.get() {
-            return Ok(loaded);
-        }
-        let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(loaded) = LOADED.get() {
-            return Ok(loaded);
-        }
-        let kernels = runtime.cudart()?.load_kernels(PTX, NAMES)?;
-        Ok(LOADED.get_or_init(|| Self(kernels)))
+        static LOADING: Loading<Loaded> = Loading::new();
+        LOADING.get(|| runtime.cudart()?.load_kernels(PTX, NAMES).map(Self))
     }
 }
 

@@ -4,6 +4,10 @@
 //! Their sources are the `.cu` files here. `cargo xtask glue` compiles them with the pinned compiler to the PTX beside them,
 //! which the crate carries as text and CUDA's driver translates for its GPU: nobody needs a compiler to build or to run this.
 
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use crate::error::Result;
+
 #[cfg(feature = "compute")]
 pub(crate) mod decode;
 #[cfg(feature = "cudarc")]
@@ -13,3 +17,50 @@ mod rows;
 
 #[cfg(feature = "cudarc")]
 pub(crate) use rows::{Chain, Glue, Place};
+
+/// A source's kernels, loaded by whoever needs them first while all others wait. Where that fails the next one tries again.
+struct Loading<T> {
+    loaded: OnceLock<T>,
+    one_at_a_time: Mutex<()>,
+}
+
+impl<T> Loading<T> {
+    const fn new() -> Self {
+        Self { loaded: OnceLock::new(), one_at_a_time: Mutex::new(()) }
+    }
+
+    fn get(&self, load: impl FnOnce() -> Result<T>) -> Result<&T> {
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        let _one_at_a_time = self.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        let loaded = load()?;
+        Ok(self.loaded.get_or_init(|| loaded))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::error::FlashInferError;
+
+    #[test]
+    fn kernels_are_loaded_once_by_any_number_of_threads_and_again_only_after_an_error() {
+        static LOADING: Loading<u32> = Loading::new();
+        static LOADS: AtomicU32 = AtomicU32::new(0);
+        let fails = || Err(FlashInferError::CudartMissing { searched: Vec::new() });
+        assert!(LOADING.get(fails).is_err());
+        let load = || Ok(LOADS.fetch_add(1, Ordering::Relaxed));
+        std::thread::scope(|threads| {
+            let all: Vec<_> = (0..8).map(|_| threads.spawn(move || *LOADING.get(load).unwrap())).collect();
+            assert!(all.into_iter().all(|thread| thread.join().unwrap() == 0));
+        });
+        assert_eq!(LOADS.load(Ordering::Relaxed), 1);
+        assert_eq!(*LOADING.get(fails).unwrap(), 0, "what is loaded stays");
+    }
+}

@@ -1,8 +1,8 @@
 //! What stands in front of sampling, and behind it (rows.cu).
 
 use std::ffi::{CStr, c_void};
-use std::sync::{Mutex, OnceLock, PoisonError};
 
+use super::Loading;
 use crate::cuda::{Blocks, CurrentDevice, Kernel};
 use crate::error::Result;
 use crate::runtime::FlashInferRuntime;
@@ -32,11 +32,6 @@ pub(crate) struct Glue {
     chain_end: Kernel,
 }
 
-// SAFETY: CUDA's handles of kernels may be used by any thread, by several at a time.
-unsafe impl Send for Glue {}
-// SAFETY: as above.
-unsafe impl Sync for Glue {}
-
 /// Where a kernel is to run.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place<'a> {
@@ -57,19 +52,13 @@ pub(crate) struct Chain {
 impl Glue {
     /// The kernels, which are loaded the first time. Best outside of a capture, though loading breaks none.
     pub(crate) fn get() -> Result<&'static Self> {
-        static GLUE: OnceLock<Glue> = OnceLock::new();
-        static LOADING: Mutex<()> = Mutex::new(());
-        if let Some(glue) = GLUE.get() {
-            return Ok(glue);
-        }
-        let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(glue) = GLUE.get() {
-            return Ok(glue);
-        }
-        let runtime = FlashInferRuntime::global()?;
-        let names = [c"guard_rows", c"chain_begin", c"chain_end"];
-        let [guard_rows, chain_begin, chain_end] = runtime.cudart()?.load_kernels(ROWS, names)?;
-        Ok(GLUE.get_or_init(|| Self { runtime, guard_rows, chain_begin, chain_end }))
+        static LOADING: Loading<Glue> = Loading::new();
+        LOADING.get(|| {
+            let runtime = FlashInferRuntime::global()?;
+            let names = [c"guard_rows", c"chain_begin", c"chain_end"];
+            let [guard_rows, chain_begin, chain_end] = runtime.cudart()?.load_kernels(ROWS, names)?;
+            Ok(Self { runtime, guard_rows, chain_begin, chain_end })
+        })
     }
 
     /// Makes the kernels ready on a device, so that no launch has to, in a capture perhaps.

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::compile::key;
 use crate::compiler::{self, Toolchain};
 use crate::jit_cache;
+use crate::metadata::{FILE as METADATA, Metadata};
 use crate::pin;
 use crate::shell::{self, say};
 use crate::vendoring::digest::{Digest, hash_reader};
@@ -25,7 +26,6 @@ use crate::vendoring::store::publish_bytes;
 /// Raised when the same key would stand for another library.
 const FORMAT: &str = "kernel 1";
 const LIBRARY: &str = "kernel.so";
-const METADATA: &str = "kernel_metadata.txt";
 const SOLUTION: &str = "solution.json";
 const DEFINITION: &str = "definition.json";
 /// The digest of what was built, beside it.
@@ -158,13 +158,7 @@ pub fn command(command: &KernelCommand) -> Result<()> {
     let library = build(&parsed, arch, &env)?;
     fs::create_dir_all(&folder).map_err(|e| Error::io("creating the folder", &folder, &e))?;
     shell::copy(&library, &folder.join(LIBRARY))?;
-    let line = |text: &str| text.replace(['\n', '\r'], " ");
-    let metadata = format!(
-        "Entry Symbol: {}\nDefinition: {}\nSolution: {}\n",
-        parsed.symbol(),
-        line(&parsed.definition),
-        line(&parsed.name)
-    );
+    let metadata = Metadata::text(parsed.symbol(), &parsed.definition, &parsed.name);
     publish_bytes(&folder.join(METADATA), metadata.as_bytes())?;
     publish_bytes(&folder.join(SOLUTION), text.as_bytes())?;
     if let Some(definition) = definition(solution, &parsed.definition) {

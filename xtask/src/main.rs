@@ -21,6 +21,8 @@ mod jit_cache;
 mod kernel;
 mod lock;
 mod messages;
+#[path = "../../src/bench/metadata.rs"]
+mod metadata;
 mod mutants;
 mod pin;
 mod provision;

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use toml_edit::{Array, ArrayOfTables, DocumentMut, InlineTable, Item, Table, Value, value};
 
 use crate::elf::{self, Elf, Target, Unfit};
+use crate::metadata::Metadata;
 use crate::shell::{self, say};
 use crate::vendoring::digest::hash;
 use crate::vendoring::env::{self, Env};
@@ -245,25 +246,6 @@ struct Spec {
     destination_passing_style: Option<bool>,
 }
 
-/// What `kernel_metadata.txt` says.
-#[derive(Default)]
-struct Metadata {
-    entry: Option<String>,
-    definition: Option<String>,
-    solution: Option<String>,
-}
-
-impl Metadata {
-    /// As upstream's readers do: a line's beginning, and what follows without the space around it.
-    fn parse(text: &str) -> Self {
-        let value = |name: &str| {
-            let values = text.lines().filter_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'));
-            values.map(str::trim).find(|value| !value.is_empty()).map(str::to_owned)
-        };
-        Self { entry: value("Entry Symbol"), definition: value("Definition"), solution: value("Solution") }
-    }
-}
-
 impl Handed {
     fn read(from: &str) -> Result<Self> {
         let is_url = kernels::is_address(from);
@@ -331,8 +313,8 @@ impl Handed {
         let [by_metadata, by_definition, by_solution] =
             [Part::Metadata, Part::Definition, Part::Solution].map(Part::file);
         let symbol = solution.and_then(|solution| Some(solution.spec.entry_point.split_once("::")?.1));
-        let entry = same("the entry", &[(by_metadata, metadata.entry.as_deref()), (by_solution, symbol)])?;
-        let Some(entry) = entry.filter(|_| metadata.entry.is_some()) else {
+        let entry = same("the entry", &[(by_metadata, metadata.entry_symbol.as_deref()), (by_solution, symbol)])?;
+        let Some(entry) = entry.filter(|_| metadata.entry_symbol.is_some()) else {
             refuse!(
                 "{shown}: {by_metadata} has no line `Entry Symbol: NAME`; add it, with the function's name behind the entry \
                  point's `::`"

@@ -442,7 +442,7 @@ fn prefill(samples: &Samples) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::super::plan::Verdict;
-    use super::super::record::{Missing, Sample};
+    use super::super::record::Sample;
     use super::*;
 
     /// As a run of one block on a machine without FlashInfer's Python leaves it: ours at 1.01 times C.
@@ -459,19 +459,7 @@ mod tests {
                 samples.push(Sample::new(0, "c", name, 1_000_000.0));
             }
         }
-        let machine = Machine {
-            gpu: Some("NVIDIA H100".to_owned()),
-            driver: None,
-            cpu: "a CPU".to_owned(),
-            cores: 8,
-            kernel: "6.1".to_owned(),
-            version: "0.1.0".to_owned(),
-            libraries: Vec::new(),
-            blocks: 1,
-            command: "DIR/bench DIR/performance --attention --blocks 1".to_owned(),
-            missing: vec![Missing { arm: "flashinfer".to_owned(), reason: "no module".to_owned() }],
-            failures: Vec::new(),
-        };
+        let machine = Machine::imagined("DIR/bench DIR/performance --attention --blocks 1", "flashinfer", "no module");
         (machine, samples.into_iter().collect())
     }
 

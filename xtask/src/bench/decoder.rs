@@ -332,7 +332,7 @@ fn shares(samples: &Samples) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::super::plan::Verdict;
-    use super::super::record::{Missing, Sample};
+    use super::super::record::Sample;
     use super::*;
 
     /// Ours at 800 µs, what torch compiles at 3 ms, at a copy of 3,000 GB/s; without flex.
@@ -350,19 +350,11 @@ mod tests {
             samples.push(Sample::new(0, OURS, &case.kernels, 257.0));
             samples.extend(case.compiled.first().map(|arm| Sample::new(0, arm, &case.step, 3e6)));
         }
-        let machine = Machine {
-            gpu: Some("NVIDIA H100".to_owned()),
-            driver: None,
-            cpu: "a CPU".to_owned(),
-            cores: 8,
-            kernel: "6.1".to_owned(),
-            version: "0.1.0".to_owned(),
-            libraries: Vec::new(),
-            blocks: 1,
-            command: "DIR/bench DIR/performance --decoder --blocks 1".to_owned(),
-            missing: vec![Missing { arm: "hf-flex-1x1024".to_owned(), reason: "it does not compile".to_owned() }],
-            failures: Vec::new(),
-        };
+        let machine = Machine::imagined(
+            "DIR/bench DIR/performance --decoder --blocks 1",
+            "hf-flex-1x1024",
+            "it does not compile",
+        );
         (machine, samples.into_iter().collect())
     }
 

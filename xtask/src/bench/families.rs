@@ -406,7 +406,7 @@ fn shares(samples: &Samples) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::super::plan::Verdict;
-    use super::super::record::{Failure, Library, Missing, Sample};
+    use super::super::record::{Failure, Sample};
     use super::*;
 
     /// As a run on a machine without FlashInfer's Python leaves it, of one block.
@@ -425,19 +425,9 @@ mod tests {
             case: case.gpu.clone(),
             reason: "no | compiler".to_owned(),
         });
-        let machine = Machine {
-            gpu: Some("NVIDIA H100".to_owned()),
-            driver: Some("580.1".to_owned()),
-            cpu: "a CPU".to_owned(),
-            cores: 8,
-            kernel: "6.1".to_owned(),
-            version: "0.1.0".to_owned(),
-            libraries: vec![Library { file: "page.so".to_owned(), sha256: "abc".to_owned() }],
-            blocks: 1,
-            command: "DIR/bench DIR/performance --families --blocks 1".to_owned(),
-            missing: vec![Missing { arm: "flashinfer".to_owned(), reason: "no module".to_owned() }],
-            failures: failures.collect(),
-        };
+        let mut machine =
+            Machine::imagined("DIR/bench DIR/performance --families --blocks 1", "flashinfer", "no module");
+        machine.failures = failures.collect();
         (machine, samples.into_iter().collect())
     }
 

@@ -163,6 +163,26 @@ impl Machine {
     }
 }
 
+#[cfg(test)]
+impl Machine {
+    /// An imagined one, on which this command measured one block, without an arm and why.
+    pub fn imagined(command: &str, arm: &str, reason: &str) -> Self {
+        Self {
+            gpu: Some("NVIDIA H100".to_owned()),
+            driver: Some("580.1".to_owned()),
+            cpu: "a CPU".to_owned(),
+            cores: 8,
+            kernel: "6.1".to_owned(),
+            version: "0.1.0".to_owned(),
+            libraries: vec![Library { file: "page.so".to_owned(), sha256: "abc".to_owned() }],
+            blocks: 1,
+            command: command.to_owned(),
+            missing: vec![Missing { arm: arm.to_owned(), reason: reason.to_owned() }],
+            failures: Vec::new(),
+        }
+    }
+}
+
 /// Name and driver of the first GPU.
 fn gpu() -> Option<(String, String)> {
     let query = ["--query-gpu=name,driver_version", "--format=csv,noheader"];
