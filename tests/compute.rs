@@ -146,6 +146,15 @@ fn declarations_that_mean_nothing_are_refused() {
     let packed = |g: &mut GraphBuilder, rows| g.packed_weight("p", DType::BF16, [fixed(rows), fixed(8)], &parts);
     assert!(matches!(refused(packed(&mut g, 8)), GraphError::ShapeMismatch { argument: "parts", .. }));
     assert!(packed(&mut g, 7).is_ok());
+    // A part is given by its name, which nothing else has.
+    assert!(matches!(refused(g.weight("a", DType::BF16, [fixed(64)])), GraphError::DuplicateName { .. }));
+    for parts in [&[("c", 1), ("c", 6)][..], &[("c", 1), ("w", 6)], &[("q", 1), ("c", 6)]] {
+        let packed = g.packed_weight("q", DType::BF16, [fixed(7), fixed(8)], parts);
+        assert!(matches!(refused(packed), GraphError::DuplicateName { .. }), "{parts:?}");
+    }
+    let none = g.packed_weight("q", DType::BF16, [fixed(7), fixed(8)], &[]);
+    assert!(matches!(refused(none), GraphError::ShapeMismatch { argument: "parts", .. }));
+    g.weight("c", DType::BF16, [fixed(64)]).unwrap();
 }
 
 #[test]
@@ -861,6 +870,42 @@ fn a_file_that_is_none_or_was_changed_is_refused() {
     for (from, to) in [("\"operation\": \"embedding\"", "\"operation\": \"emboding\""), ("\"B\"", "\"C\""), ("{", "[")]
     {
         assert!(matches!(with(from, to), Err(FlashInferError::Data(_))), "{from}");
+    }
+    // Another tensor, which is no weight, one that nothing writes, or one of names that there are already.
+    let another = |tensor: &str, outputs: &str| {
+        let (before, after) = ("\n  ],\n  \"nodes\": [", "\"outputs\": [");
+        assert!(json.contains(before) && json.contains(after));
+        let json = json.replacen(before, &format!(",\n{{{tensor}}}{before}"), 1);
+        Graph::from_json(&json.replacen(after, &format!("{after}{outputs}"), 1))
+    };
+    let of = |origin: &str, shape: &str, packed: &str| {
+        let packed = if packed.is_empty() { String::new() } else { format!(", \"packed\": {packed}") };
+        let (name, dtype) = ("\"name\": \"another\"", "\"dtype\": \"bfloat16\"");
+        format!("{name}, \"origin\": \"{origin}\", {dtype}, \"shape\": {shape}{packed}")
+    };
+    let value = of("value", "[\"B\", \"1024\"]", "");
+    match refused(another(&value, &format!("{}, ", graph.tensors().len()))) {
+        GraphError::Json { at, found, .. } => {
+            assert_eq!((&at[..], &found[..]), ("output \"another\"", "a value that nothing writes"));
+        }
+        other => panic!("{other}"),
+    }
+    another(&value, "").unwrap();
+    let part = |names: [&str; 2]| {
+        let [a, b] = names.map(|name| format!("{{\"name\": \"{name}\", \"rows\": 4}}"));
+        format!("[{a}, {b}]")
+    };
+    let parts = part(["a", "b"]);
+    another(&of("weight", "[\"8\", \"2\"]", &parts), "").unwrap();
+    for (origin, shape) in [("weight", "[]"), ("weight", "[\"7\"]"), ("state", "[\"8\"]"), ("weight", "[\"B\"]")] {
+        match refused(another(&of(origin, shape, &parts), "")) {
+            GraphError::ShapeMismatch { .. } => {}
+            other => panic!("{origin} {shape}: {other}"),
+        }
+    }
+    for names in [["a", "a"], ["a", "another"], ["a", &graph.tensors()[0].name]] {
+        let double = another(&of("weight", "[\"8\"]", &part(names)), "");
+        assert!(matches!(refused(double), GraphError::DuplicateName { .. }), "{names:?}");
     }
     let plan = Plan::new(&graph, 2).unwrap();
     let other = Config { layers: 2, ..TINY }.graph(4).unwrap();

@@ -546,10 +546,17 @@ fn what_cannot_run_here_is_refused_before_anything_is_allocated() {
             g.state("cache", DType::F32, [fixed(8)]).unwrap();
         });
         assert!(matches!(refuse(&host), GraphError::UnsupportedKernel { .. }));
-        assert!(matches!(
-            refused(DeviceRun::new(&norms(), &buckets(&[1, 8]), &a)),
-            GraphError::BucketTooSmall { rows: 8, largest: 4 }
-        ));
+        for rows in [8, 1 << 40, u64::MAX] {
+            match refused(DeviceRun::new(&norms(), &buckets(&[1, rows]), &a)) {
+                GraphError::BucketTooSmall { rows: found, largest: 4 } => assert_eq!(found, rows),
+                other => panic!("{other}"),
+            }
+        }
+        // Inputs that are larger than the host's memory too.
+        let inputs = with(Target::Gpu, &|g| {
+            g.input("x", DType::BF16, [fixed(1 << 46)], Pad::Value(0)).unwrap();
+        });
+        assert!(matches!(refuse(&inputs), GraphError::ArenaTooLarge { .. }));
         assert_eq!(driver.live(), live);
     });
 }
@@ -599,6 +606,36 @@ fn a_decoders_steps_are_ordered_and_stay_within_its_pages() {
                     assert!(run.next_result::<i32>().unwrap().is_none());
                 }
             });
+        }
+    });
+}
+
+/// Also where a batch is one and has several rows, as several tokens of each sequence are.
+#[test]
+fn queries_that_are_columns_of_something_larger_are_copied_wherever_there_are_several_rows() {
+    let name = "queries_that_are_columns_of_something_larger_are_copied_wherever_there_are_several_rows";
+    with_driver(name, |driver| {
+        let [a, _b] = streams();
+        for (rows, kernels) in [(Dim::BATCH, [2, 3]), (Dim::per_row(2), [3, 3]), (fixed(3), [3, 3]), (fixed(1), [2, 2])]
+        {
+            let mut g = GraphBuilder::new("attention", 2);
+            let input =
+                |g: &mut GraphBuilder, name, dtype, shape: &[Dim]| g.input(name, dtype, shape, Pad::Value(1)).unwrap();
+            let x = input(&mut g, "x", DType::BF16, &[rows, fixed(512)]);
+            let table = input(&mut g, "page_table", DType::I32, &[rows, fixed(2)]);
+            let lengths = input(&mut g, "lengths", DType::I32, &[rows]);
+            let cache = [fixed(9), fixed(16), fixed(1), fixed(128)];
+            let [k, v] = ["k_cache", "v_cache"].map(|name| g.state(name, DType::BF16, cache).unwrap());
+            let x = g.copy(&x, DType::BF16).unwrap();
+            let q = x.columns(Columns::new(0..256).heads(2));
+            let attended = g.decode_attention(q, (&k, &v), &table, &lengths, 0.1).unwrap();
+            g.output("attended", attended).unwrap();
+            let mut run = DeviceRun::new(&g.finish().unwrap(), &buckets(&[1, 2]), &a).unwrap();
+            assert_eq!([1, 2].map(|bucket| run.kernels(bucket).unwrap()), kernels, "{rows}");
+            driver.ordered("captured", || run.capture().unwrap());
+            for (bucket, expected) in [1, 2].into_iter().zip(kernels) {
+                assert_eq!(run.captured(bucket).unwrap().kernels, expected as usize, "{rows}");
+            }
         }
     });
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::GraphError;
-use super::graph::{Access, Graph, MOST_BYTES, Node, Origin, Target, Tensor};
+use super::graph::{Access, Graph, Node, Origin, Target, Tensor};
 use super::operation::{COPIES, Check, Given, OpKind, Operation, Role, RowArgument};
 use super::shape::{Columns, Dim, Spec};
 use super::step::Pad;
@@ -118,30 +118,17 @@ impl GraphBuilder {
     }
 
     fn declare(&mut self, name: &str, spec: Spec, origin: Origin, packed: Vec<(String, u64)>) -> Result<usize> {
-        let tensor = self.graph.tensors.len();
-        if self.names.contains_key(name) {
-            return Err(GraphError::DuplicateName { name: name.to_owned() }.into());
+        let at = self.graph.tensors.len();
+        let tensor = Tensor { name: name.to_owned(), spec, origin, packed };
+        tensor.check(self.graph.largest)?;
+        for (i, given) in tensor.names().enumerate() {
+            if self.names.contains_key(given) || tensor.names().take(i).any(|earlier| earlier == given) {
+                return Err(GraphError::DuplicateName { name: given.to_owned() }.into());
+            }
         }
-        let op = format!("{} {name:?}", origin.name());
-        let wrong = |expected: &'static str| {
-            let found = super::shape::sizes(&spec.shape);
-            GraphError::ShapeMismatch { op: op.clone(), argument: "shape", found, expected: expected.to_owned() }
-        };
-        if spec.shape.is_empty() || spec.shape.len() > 4 {
-            return Err(wrong("one to four sizes").into());
-        }
-        if spec.shape.iter().any(|dim| dim.parts().0 == 0) {
-            return Err(wrong("sizes above 0").into());
-        }
-        if spec.bytes(self.graph.largest) > MOST_BYTES {
-            return Err(wrong("at most 2^48 bytes").into());
-        }
-        if origin == Origin::Weight && spec.shape.iter().any(|dim| dim.constant().is_none()) {
-            return Err(wrong("constant sizes, since a weight is the same for every batch").into());
-        }
-        self.names.insert(name.to_owned(), tensor);
-        self.graph.tensors.push(Tensor { name: name.to_owned(), spec, origin, packed });
-        Ok(tensor)
+        self.names.extend(tensor.names().map(|given| (given.to_owned(), at)));
+        self.graph.tensors.push(tensor);
+        Ok(at)
     }
 
     /// A weight of this name, type and shape.
@@ -159,7 +146,7 @@ impl GraphBuilder {
     ///
     /// # Errors
     /// As for [`weight`](Self::weight), and [`ShapeMismatch`](GraphError::ShapeMismatch) for parts that are not as many
-    /// together.
+    /// together. The parts' names are names of weights too.
     pub fn packed_weight(
         &mut self,
         name: &str,
@@ -168,11 +155,9 @@ impl GraphBuilder {
         parts: &[(&str, u64)],
     ) -> Result<Weight> {
         let spec = Spec::new(dtype, shape);
-        let together = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.1));
-        if spec.shape.first().and_then(|dim| dim.constant()) != together {
-            let found = super::shape::sizes(&spec.shape);
-            let expected = format!("as many of the first dimension as the parts have together, {together:?}");
-            let op = format!("weight {name:?}");
+        if parts.is_empty() {
+            let (op, found) = (format!("weight {name:?}"), super::shape::sizes(&spec.shape));
+            let expected = "a part at least, by whose name it is given".to_owned();
             return Err(GraphError::ShapeMismatch { op, argument: "parts", found, expected }.into());
         }
         let parts = parts.iter().map(|&(part, rows)| (part.to_owned(), rows)).collect();

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::error::GraphError;
-use super::graph::{Access, Graph, MOST_BYTES, Node, Origin, Target, Tensor};
+use super::graph::{Access, Graph, Node, Origin, Target, Tensor};
 use super::operation::{Operation, operations};
 use super::plan::{Edge, Link, Plan, Schedule, Sizes, Span};
 use super::shape::{Columns, Dim, Spec};
@@ -273,12 +273,14 @@ impl Graph {
             "host" => Target::Host,
             other => return Err(root.need("target")?.refuse(format!("{other:?}"), "gpu or host", "export it anew")),
         };
+        let largest = root.need("largest_batch")?.size()?.max(1);
         let mut names = std::collections::HashSet::new();
         let mut tensors = Vec::new();
         for cursor in root.need("tensors")?.items()? {
             let tensor = read_tensor(&cursor)?;
-            if !names.insert(tensor.name.clone()) {
-                return Err(GraphError::DuplicateName { name: tensor.name }.into());
+            tensor.check(largest)?;
+            if let Some(name) = tensor.names().find(|name| !names.insert((*name).to_owned())) {
+                return Err(GraphError::DuplicateName { name: name.to_owned() }.into());
             }
             tensors.push(tensor);
         }
@@ -291,17 +293,8 @@ impl Graph {
             }
             outputs.push(tensor);
         }
-        let largest = root.need("largest_batch")?.size()?.max(1);
-        let graph = Self { name: root.need("name")?.text()?, target, largest, tensors, nodes, outputs };
-        for tensor in &graph.tensors {
-            let fits = (1..=4).contains(&tensor.spec.shape.len()) && tensor.spec.bytes(largest) <= MOST_BYTES;
-            let packed = tensor.packed.iter().fold(0u64, |sum, part| sum.saturating_add(part.1));
-            let sums = tensor.packed.is_empty() || tensor.spec.shape[0].constant() == Some(packed);
-            if !fits || !sums || tensor.spec.shape.iter().any(|dim| dim.parts().0 == 0) {
-                let (at, found) = (tensor.name.clone(), tensor.spec.to_string());
-                return Err(GraphError::Json { at, found, expected: "one to four sizes above 0".to_owned() }.into());
-            }
-        }
+        let name = root.need("name")?.text()?;
+        let graph = Self { name, target, largest, tensors, nodes, outputs };
         graph.check()?;
         Ok(graph)
     }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::builder::{checked, keeps_row, sampled};
 use super::error::{GraphError, GraphWarning};
 use super::operation::{Given, Operation, Role};
-use super::shape::{Columns, Dim, Spec};
+use super::shape::{Columns, Dim, Spec, sizes};
 use super::step::Pad;
 use crate::error::Result;
 use crate::tensor::{Device, Layout};
@@ -51,6 +51,40 @@ pub struct Tensor {
     pub packed: Vec<(String, u64)>,
 }
 
+impl Tensor {
+    /// Its names: its own, and those of weights that are packed into it.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.name).chain(self.packed.iter().map(|(name, _)| name)).map(String::as_str)
+    }
+
+    /// That a graph may have it, for batches of up to so many rows.
+    pub(super) fn check(&self, largest: u64) -> Result<()> {
+        let Self { name, spec, origin, packed } = self;
+        let wrong = |argument, expected: String| -> Result<()> {
+            let (op, found) = (format!("{} {name:?}", origin.name()), sizes(&spec.shape));
+            Err(GraphError::ShapeMismatch { op, argument, found, expected }.into())
+        };
+        if spec.shape.is_empty() || spec.shape.len() > 4 {
+            return wrong("shape", "one to four sizes".to_owned());
+        }
+        if spec.shape.iter().any(|dim| dim.parts().0 == 0) {
+            return wrong("shape", "sizes above 0".to_owned());
+        }
+        if spec.bytes(largest) > MOST_BYTES {
+            return wrong("shape", "at most 2^48 bytes".to_owned());
+        }
+        if *origin == Origin::Weight && spec.shape.iter().any(|dim| dim.constant().is_none()) {
+            return wrong("shape", "constant sizes, since a weight is the same for every batch".to_owned());
+        }
+        let together = packed.iter().try_fold(0u64, |sum, part| sum.checked_add(part.1));
+        if !packed.is_empty() && (*origin != Origin::Weight || spec.shape[0].constant() != together) {
+            let expected = "a weight with as many of the first dimension as the parts have together";
+            return wrong("parts", format!("{expected}, {together:?}"));
+        }
+        Ok(())
+    }
+}
+
 /// A node's use of a tensor, for one operand of its operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Access {
@@ -74,7 +108,7 @@ pub struct Node {
 
 /// The most bytes that one tensor may have: more than any machine, and few enough that no sum or product of sizes
 /// overflows.
-pub(super) const MOST_BYTES: u64 = 1 << 48;
+const MOST_BYTES: u64 = 1 << 48;
 
 /// Where graphs are to run, which decides what they are checked against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -250,6 +284,12 @@ impl Graph {
             for batch in sampled(self) {
                 keeps_row(self, node, &op, batch)?;
             }
+        }
+        // What nothing writes has no place in the arena, and none outside of it.
+        if let Some(&output) = self.outputs.iter().find(|&&output| !written[output]) {
+            let (at, found) =
+                (format!("output {:?}", self.tensors[output].name), "a value that nothing writes".to_owned());
+            return Err(GraphError::Json { at, found, expected: "one that a node writes".to_owned() }.into());
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use super::step::Buckets;
 use crate::error::Result;
 
 /// What every place in an arena is a multiple of, in bytes.
-pub(super) const ALIGNMENT: u64 = 256;
+const ALIGNMENT: u64 = 256;
 
 /// How nodes are ordered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -239,7 +239,8 @@ impl Plan {
     }
 }
 
-fn aligned(bytes: u64) -> u64 {
+/// So many bytes, rounded up to where something else may begin.
+pub(super) fn aligned(bytes: u64) -> u64 {
     bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX)
 }
 

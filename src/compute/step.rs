@@ -2,7 +2,7 @@
 
 use super::error::GraphError;
 use super::graph::{Graph, Origin};
-use super::plan::ALIGNMENT;
+use super::plan::aligned;
 use crate::error::Result;
 
 /// What stands in the rows between a batch and its bucket.
@@ -78,7 +78,7 @@ impl StepBlock {
             if matches!(tensor.origin, Origin::Input(_)) {
                 let size = tensor.spec.bytes(bucket);
                 places.push((i, bytes, size));
-                bytes = bytes.saturating_add(size.next_multiple_of(ALIGNMENT));
+                bytes = bytes.saturating_add(aligned(size));
             }
         }
         Self { places, bytes }

@@ -22,7 +22,10 @@ use super::super::gpu::buffer_address;
 use super::super::rows::{self, K, Q, RESULT, V, XQA_RUN};
 use super::super::run::{AttentionOptions, Numbers, Place};
 use super::super::spec::AttentionSpec;
-use super::{DecodeFacts, DecodeTable, LENGTHS, PAGES, XQA, XqaDecode, check_call, check_spec, check_tensors, planned};
+use super::{
+    DecodeFacts, DecodeTable, LENGTHS, PAGES, XQA, XqaDecode, check_call, check_size, check_spec, check_tensors,
+    planned,
+};
 
 /// XQA's launcher for a specification on a GPU.
 #[derive(Debug)]
@@ -107,6 +110,13 @@ impl XqaKernel {
     #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs plan their own scratch memory"))]
     pub(crate) fn scratch_bytes(&self, requests: u64) -> u64 {
         scratch_bytes(&self.spec, self.multiprocessors, requests)
+    }
+
+    /// That a launch can have so many requests with so many pages each.
+    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "a table has checked its own"))]
+    pub(crate) fn check_size(&self, requests: u64, pages_per_request: u64) -> Result<()> {
+        let size = |size: u64| usize::try_from(size).unwrap_or(usize::MAX);
+        check_size(size(requests), size(pages_per_request))
     }
 
     /// Checks a call's tensors, in the order of the row: queries, keys, values, the result, pages and lengths; whether there is

@@ -175,8 +175,12 @@ impl Inputs {
         }
         let mut inputs = Self { block, host: Vec::new(), all, used };
         inputs.bound(graph, &tokens)?;
-        inputs.host = vec![0; inputs.block.bytes() as usize];
         Ok(inputs)
+    }
+
+    /// Allocates the block on the host, once it is known to be one that a GPU has memory for.
+    pub(super) fn allocate(&mut self) {
+        self.host = vec![0; self.block.bytes() as usize];
     }
 
     /// What each input may hold when a step begins, by all of its uses.
@@ -365,8 +369,8 @@ fn mismatch(name: &str, found: String, expected: String) -> crate::FlashInferErr
 
 /// An index that grows with the sequence, at a place past the last: lengths begin at 1, positions at 0.
 fn too_long(row: u64, number: i64, from: i64, end: i64) -> crate::FlashInferError {
-    let tokens = |number: i64| (number + 1 - from).max(0) as u64;
-    GraphError::ContextTooLong { row, length: tokens(number), capacity: tokens(end - 1) }.into()
+    let tokens = |end: i64| end.saturating_sub(from).max(0) as u64;
+    GraphError::ContextTooLong { row, length: tokens(number.saturating_add(1)), capacity: tokens(end) }.into()
 }
 
 #[cfg(test)]
@@ -446,6 +450,7 @@ mod tests {
 
     fn given(graph: &Graph, positions: &[i32]) -> Inputs {
         let mut inputs = Inputs::new(graph, 4).unwrap();
+        inputs.allocate();
         let lengths: Vec<i32> = positions.iter().map(|position| position + 1).collect();
         let table: Vec<i32> = (1..=positions.len() as i32 * PER_ROW as i32).collect();
         give(&mut inputs, graph, "ids", &vec![7; positions.len()]).unwrap();
@@ -495,11 +500,13 @@ mod tests {
             let mut inputs = given(&graph, &[0, 5, 2]);
             let steps = room - 5;
             inputs.check(&graph, 3, steps).unwrap();
-            match refused(inputs.check(&graph, 3, steps + 1)) {
-                GraphError::ContextTooLong { row: 1, length, capacity } => {
-                    assert_eq!((length, capacity), (room + 1, room));
+            for (more, expected) in [(steps + 1, room + 1), (u64::MAX, i64::MAX as u64)] {
+                match refused(inputs.check(&graph, 3, more)) {
+                    GraphError::ContextTooLong { row: 1, length, capacity } => {
+                        assert_eq!((length, capacity), (expected, room));
+                    }
+                    other => panic!("{other}"),
                 }
-                other => panic!("{other}"),
             }
             // One by one, as whole steps and node by node, and the same again once positions are given anew.
             for _ in 0..2 {

@@ -186,7 +186,11 @@ impl DeviceRun {
         FlashInferRuntime::global()?.checked_device(on)?;
         refuse_capture("DeviceRun", stream)?;
         let _current = CurrentContext::bind(context)?;
-        let inputs = Inputs::new(graph, buckets.largest())?;
+        if buckets.largest() > graph.largest {
+            let (rows, largest) = (buckets.largest(), graph.largest);
+            return Err(GraphError::BucketTooSmall { rows, largest }.into());
+        }
+        let mut inputs = Inputs::new(graph, buckets.largest())?;
         let mut model = Model::new(graph, buckets, &inputs, on)?;
         let with_room_behind = |model: &Model| model.bytes.map(|bytes| bytes.saturating_add(BEHIND));
         let sum = |bytes: [u64; BLOCKS]| bytes.iter().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
@@ -208,6 +212,7 @@ impl DeviceRun {
             *address = buffer_address(block) as u64;
         }
         let staging = Staging::new(stream, inputs.bytes() as usize)?;
+        inputs.allocate();
         let Ok(blocks) = <[CudaSlice<u8>; BLOCKS]>::try_from(blocks) else { unreachable!("as many were allocated") };
         // Each call says for itself whether it may start early.
         let set = GraphSet::new(stream, blocks)?.with_pdl(false);
@@ -600,10 +605,14 @@ impl DeviceRun {
         let (_, stream) = self.set.launching()?;
         let _current = CurrentContext::bind(stream.context())?;
         // SAFETY: so many bytes of the run's own block from there on, whose uses are those of the set, on this stream, which is waited
-        // for before the values are looked at or dropped.
+        // for before the values are looked at or dropped; else they never are.
         let copied = unsafe { cuda::memcpy_dtoh_async(&mut values, from, stream.cu_stream()) };
         let copied = copied.map_err(driver_in(stream.context(), "reading a tensor"));
-        self.synchronize().and(copied)?;
+        if let Err(error) = self.synchronize().and(copied) {
+            // Nobody knows whether something is written there still.
+            std::mem::forget(values);
+            return Err(error);
+        }
         Ok(values)
     }
 

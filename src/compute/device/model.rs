@@ -9,7 +9,7 @@ use super::super::builder::operands;
 use super::super::error::GraphError;
 use super::super::graph::{Access, Graph, Node, Origin};
 use super::super::operation::{Given, OpKind, Operation, PdlAfter, PdlBefore, RowArgument, RowCall};
-use super::super::plan::{ALIGNMENT, Plan, Span};
+use super::super::plan::{Plan, Span, aligned};
 use super::super::shape::{Columns, Dim, Spec};
 use super::super::step::Buckets;
 use super::inputs::Inputs;
@@ -80,10 +80,6 @@ pub(super) struct Model {
     pub(super) device: Device,
     /// Where the blocks begin, once they are there.
     pub(super) blocks: [u64; BLOCKS],
-}
-
-fn aligned(bytes: u64) -> u64 {
-    bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX)
 }
 
 /// An operation that no kernel on a GPU serves.
@@ -290,9 +286,11 @@ impl Model {
 
     /// Whether an operand's rows do not lie one after the other.
     fn is_part(&self, plan: usize, access: &Access) -> bool {
-        let rows = &self.graph.tensors[access.tensor].spec.shape;
-        let width = rows.iter().skip(1).fold(1u64, |product, dim| product.saturating_mul(dim.at(1)));
-        self.plans[plan].batch > 1 && access.columns.is_some_and(|columns| columns.width != width)
+        let (shape, batch) = (&self.graph.tensors[access.tensor].spec.shape, self.plans[plan].batch);
+        let width = shape.iter().skip(1).fold(1u64, |product, dim| product.saturating_mul(dim.at(batch)));
+        // A batch may have several rows of each, or a constant number.
+        let several = shape.first().is_some_and(|rows| rows.at(batch) > 1);
+        several && access.columns.is_some_and(|columns| columns.width != width)
     }
 
     /// That a node's row has its kernel here, and what it needs of the run's own memory.
@@ -341,8 +339,16 @@ impl Model {
 
     /// Checks the scratch memory that is planned for an attention, and answers the bytes of queries that must be copied first.
     fn attention_sizes(&mut self, plan: usize, node: usize, kernel: usize) -> Result<u64> {
-        let requests = self.plans[plan].batch;
-        self.enough(plan, node, self.attention[kernel].scratch_bytes(requests))?;
+        let table = self.graph.seen(&self.graph.nodes[node].accesses[3]);
+        let size = |at: usize| table.shape.get(at).map_or(0, |dim| dim.at(self.plans[plan].batch));
+        let (requests, kernel) = (size(0), &self.attention[kernel]);
+        if let Err(FlashInferError::InvalidArgument { argument, found, expected, .. }) =
+            kernel.check_size(requests, size(1))
+        {
+            let reason = format!("its {argument} are {found}, and XQA takes {expected}");
+            return Err(unserved(&self.graph, node, reason, "choose fewer rows or a shorter context"));
+        }
+        self.enough(plan, node, kernel.scratch_bytes(requests))?;
         if !self.copies_queries(plan, node) {
             return Ok(0);
         }
