@@ -743,6 +743,62 @@ fn a_models_steps_are_ordered_with_products_of_either_kind() {
     });
 }
 
+/// What a file says is refused, or a graph whose run stays within its memory and in order.
+#[test]
+fn a_graph_of_other_numbers_is_refused_or_stays_within_its_memory() {
+    with_driver("a_graph_of_other_numbers_is_refused_or_stays_within_its_memory", |driver| {
+        let [a, b] = streams();
+        let mut state = 0x9E37_79B9_7F4A_7C15u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        let (plain, fused) = (decoder(), fuse(&decoder(), &Rule::ALL).unwrap().0);
+        let mut ran = 0;
+        for turn in 0..400 {
+            let json = [&plain, &fused][turn % 2].json();
+            let digits: Vec<usize> = json.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(i, _)| i).collect();
+            let place = digits[random() as usize % digits.len()];
+            let number = if turn % 5 == 0 { random() >> (random() % 64) } else { random() % 40 };
+            let changed = format!("{}{number}{}", &json[..place], &json[place + 1..]);
+            let Ok(graph) = Graph::from_json(&changed) else { continue };
+            let sizes = [1, graph.largest_batch().min(3)];
+            let case = format!("{number} at {place} of {}", ["the plain graph", "the fused one"][turn % 2]);
+            driver.ordered(&case, || {
+                let Ok(mut run) = DeviceRun::new(&graph, &buckets(&sizes), &a) else { return };
+                if graph.tensors().iter().any(|tensor| tensor.spec.bytes(4) > 1 << 22) {
+                    return;
+                }
+                for tensor in graph.tensors() {
+                    let zeros = vec![0; tensor.spec.bytes(1) as usize];
+                    run.weight_bytes(&tensor.name, tensor.spec.dtype, &zeros).ok();
+                }
+                let captured = run.capture().is_ok();
+                for rows in sizes {
+                    run.set_rows(rows).unwrap();
+                    for tensor in graph.tensors() {
+                        let count = tensor.spec.elements(rows) as usize;
+                        (0..2).for_each(|number| _ = run.input(&tensor.name, &vec![number; count]));
+                    }
+                    let stepped = run.step().is_ok();
+                    if captured && stepped {
+                        ran += 1;
+                        run.run(2).ok();
+                    }
+                    for tensor in graph.tensors() {
+                        run.read(&tensor.name).ok();
+                        run.view::<i32>(&tensor.name).map(|view| b.clone_dtoh(&view).unwrap()).ok();
+                    }
+                    while run.next_result::<i32>().ok().flatten().is_some() {}
+                }
+            });
+        }
+        assert!(ran > 40, "{ran} ran");
+    });
+}
+
 /// The stand-in computes nothing, but that a run on the host and one on a GPU are made of one graph and one plan is seen.
 #[test]
 fn one_plan_serves_the_host_and_a_gpu() {
