@@ -190,6 +190,35 @@ fn plans_are_copied_in_their_workspace_s_context_whatever_is_current() {
     });
 }
 
+/// The memory is leaked then: a copy of it may be on its way.
+#[test]
+fn plans_whose_copies_cannot_be_waited_for_never_give_their_lists_back() {
+    with_driver("plans_whose_copies_cannot_be_waited_for_never_give_their_lists_back", |driver| {
+        let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+        let mut batch = Batch::paged(16, 100).unwrap();
+        batch.push(1, &[7, 3], 20).unwrap();
+        for (plans, failing) in [(1, 0), (1, 1), (4, 0), (5, 1), (30, 1)] {
+            driver.ordered(&format!("{plans} plans"), || {
+                let mut workspace = Workspace::new(decode_spec(), Largest::new(4, 4), &stream).unwrap();
+                for _ in 0..plans {
+                    workspace.plan(&batch).unwrap();
+                }
+                driver.fail_waits(failing);
+                drop(workspace);
+                driver.fail_waits(0);
+            });
+        }
+        driver.ordered("an event is not recorded, and its copies not waited for", || {
+            let mut workspace = Workspace::new(decode_spec(), Largest::new(4, 4), &stream).unwrap();
+            (0..3).for_each(|_| _ = workspace.plan(&batch).unwrap());
+            driver.fail_records(1);
+            driver.fail_waits(1);
+            workspace.plan(&batch).unwrap_err();
+            (0..30).for_each(|_| _ = workspace.plan(&batch).unwrap());
+        });
+    });
+}
+
 /// The per-thread stream is another one in each thread, and these may be sent to one.
 #[test]
 fn the_stream_of_each_thread_is_refused_by_what_may_be_sent() {
