@@ -71,6 +71,22 @@ fn decoder() -> Graph {
     g.finish().unwrap()
 }
 
+/// Attention of so many rows, whose queries are columns of something larger.
+fn attention(rows: Dim, largest: u64) -> Graph {
+    let mut g = GraphBuilder::new("attention", largest);
+    let input = |g: &mut GraphBuilder, name, dtype, shape: &[Dim]| g.input(name, dtype, shape, Pad::Value(1)).unwrap();
+    let x = input(&mut g, "x", DType::BF16, &[rows, fixed(512)]);
+    let table = input(&mut g, "page_table", DType::I32, &[rows, fixed(2)]);
+    let lengths = input(&mut g, "lengths", DType::I32, &[rows]);
+    let cache = [fixed(9), fixed(16), fixed(1), fixed(128)];
+    let [k, v] = ["k_cache", "v_cache"].map(|name| g.state(name, DType::BF16, cache).unwrap());
+    let x = g.copy(&x, DType::BF16).unwrap();
+    let q = x.columns(Columns::new(0..256).heads(2));
+    let attended = g.decode_attention(q, (&k, &v), &table, &lengths, 0.1).unwrap();
+    g.output("attended", attended).unwrap();
+    g.finish().unwrap()
+}
+
 fn buckets(sizes: &[u64]) -> Buckets {
     Buckets::new(sizes).unwrap()
 }
@@ -568,6 +584,12 @@ fn what_cannot_run_here_is_refused_before_anything_is_allocated() {
             g.input("x", DType::BF16, [fixed(1 << 46)], Pad::Value(0)).unwrap();
         });
         assert!(matches!(refuse(&inputs), GraphError::ArenaTooLarge { .. }));
+        // A launch of XQA has 65,535 requests at the most.
+        DeviceRun::new(&attention(Dim::BATCH, 70_000), &buckets(&[65_535]), &a).unwrap();
+        match refused(DeviceRun::new(&attention(Dim::BATCH, 70_000), &buckets(&[65_536]), &a)) {
+            GraphError::UnsupportedKernel { reason, .. } => assert!(reason.contains("65536"), "{reason}"),
+            other => panic!("{other}"),
+        }
         assert_eq!(driver.live(), live);
     });
 }
@@ -629,19 +651,7 @@ fn queries_that_are_columns_of_something_larger_are_copied_wherever_there_are_se
         let [a, _b] = streams();
         for (rows, kernels) in [(Dim::BATCH, [2, 3]), (Dim::per_row(2), [3, 3]), (fixed(3), [3, 3]), (fixed(1), [2, 2])]
         {
-            let mut g = GraphBuilder::new("attention", 2);
-            let input =
-                |g: &mut GraphBuilder, name, dtype, shape: &[Dim]| g.input(name, dtype, shape, Pad::Value(1)).unwrap();
-            let x = input(&mut g, "x", DType::BF16, &[rows, fixed(512)]);
-            let table = input(&mut g, "page_table", DType::I32, &[rows, fixed(2)]);
-            let lengths = input(&mut g, "lengths", DType::I32, &[rows]);
-            let cache = [fixed(9), fixed(16), fixed(1), fixed(128)];
-            let [k, v] = ["k_cache", "v_cache"].map(|name| g.state(name, DType::BF16, cache).unwrap());
-            let x = g.copy(&x, DType::BF16).unwrap();
-            let q = x.columns(Columns::new(0..256).heads(2));
-            let attended = g.decode_attention(q, (&k, &v), &table, &lengths, 0.1).unwrap();
-            g.output("attended", attended).unwrap();
-            let mut run = DeviceRun::new(&g.finish().unwrap(), &buckets(&[1, 2]), &a).unwrap();
+            let mut run = DeviceRun::new(&attention(rows, 2), &buckets(&[1, 2]), &a).unwrap();
             assert_eq!([1, 2].map(|bucket| run.kernels(bucket).unwrap()), kernels, "{rows}");
             driver.ordered("captured", || run.capture().unwrap());
             for (bucket, expected) in [1, 2].into_iter().zip(kernels) {
