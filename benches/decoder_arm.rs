@@ -63,8 +63,8 @@ fn main() -> ExitCode {
 struct Bench {
     launch: Launch,
     rules: Vec<Rule>,
-    /// What the last request was of.
-    kept: RefCell<Option<Setup>>,
+    /// Every case that was asked for: it is asked again in each block.
+    kept: RefCell<Vec<Setup>>,
 }
 
 struct Setup {
@@ -93,7 +93,7 @@ impl Bench {
         if FlashInferRuntime::initialize(RuntimeConfig::default())?.device_count()? == 0 {
             return Err("the driver lists no GPU".into());
         }
-        Ok(Self { launch, rules, kept: RefCell::new(None) })
+        Ok(Self { launch, rules, kept: RefCell::default() })
     }
 
     fn answer(&self, request: &str) -> Result<Option<f64>> {
@@ -112,13 +112,15 @@ impl Bench {
             (["error", model], []) => self.error(model),
             ([what @ ("step" | "host" | "kernels"), model, ..], &[rows, context, steps]) if steps <= ROOM => {
                 let mut kept = self.kept.borrow_mut();
-                let of_last = |setup: &Setup| setup.model == *model && (setup.rows, setup.context) == (rows, context);
-                if !kept.as_ref().is_some_and(of_last) {
-                    // First the memory of what was.
-                    *kept = None;
-                    *kept = Some(self.setup(model, rows, context)?);
-                }
-                let setup = kept.as_mut().ok_or("there is no case")?;
+                let of_case = |setup: &Setup| setup.model == *model && (setup.rows, setup.context) == (rows, context);
+                let at = match kept.iter().position(of_case) {
+                    Some(at) => at,
+                    None => {
+                        kept.push(self.setup(model, rows, context)?);
+                        kept.len() - 1
+                    }
+                };
+                let setup = &mut kept[at];
                 match *what {
                     "step" => setup.queued(steps).map(Some),
                     "host" => setup.on_host(steps).map(Some),
@@ -176,7 +178,7 @@ impl Bench {
             return Ok(None);
         }
         // First the memory of what was.
-        *self.kept.borrow_mut() = None;
+        self.kept.borrow_mut().clear();
         let references = Reference::all(&path)?;
         let (sequences, tokens) = Reference::room(&references);
         let (usual, sequences) = (Buckets::default(), sequences as u64);

@@ -22,7 +22,8 @@ pub static SUITE: Suite = Suite {
     // Only its copies.
     c: "attention",
     python: "decoder.py",
-    blocks: (3, 1),
+    // As few as have intervals.
+    blocks: (6, 1),
     questions,
     // They keep a model, and take long to start.
     generation: |_, _, _| 0,

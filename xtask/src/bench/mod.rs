@@ -31,7 +31,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use self::plan::{Comparison, GENERATIONS, Program, Question, Verdict};
 use self::process::{Arm, PATIENCE};
-use self::record::{Failure, Machine, Missing, Sample, Samples, Writer};
+use self::record::{Earlier, Failure, Machine, Missing, Sample, Samples, Writer};
 use crate::bundle;
 use crate::provision;
 use crate::shell::{self, say};
@@ -47,7 +47,7 @@ pub struct Options {
     #[command(subcommand)]
     part: Option<Part>,
     /// Count instructions per call instead, without a GPU; needs valgrind and a C compiler
-    #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict", "families", "attention", "decoder", "no_python", "seconds", "without"])]
+    #[arg(long, conflicts_with_all = ["blocks", "out", "bundle", "strict", "families", "attention", "decoder", "no_python", "seconds", "without", "only", "resume"])]
     check: bool,
     /// One call of each family beside its peers, in place of launches of one kernel in every way there is
     #[arg(long)]
@@ -61,10 +61,17 @@ pub struct Options {
     /// Leave the arms of Python out
     #[arg(long)]
     no_python: bool,
-    /// Leave these arms out
+    /// Leave these arms out; a name that ends in * stands for all that begin so
     #[arg(long, value_delimiter = ',')]
     without: Vec<String>,
-    /// How often each arm is asked each of its cases; default: 60, with --families 5, with --attention or --decoder 3
+    /// Leave all others out, likewise; ratios need the arms of both sides
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Go on behind what is in the folder: its values stay, and this run's blocks have the numbers that follow. For arms that take
+    /// turns on a machine that is lent for minutes
+    #[arg(long)]
+    resume: bool,
+    /// How often each arm is asked each of its cases; default: 60, with --families 5, with --attention 3, with --decoder 6
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
     blocks: Option<u16>,
     /// Ask nothing more after so many seconds, and write up what was answered by then
@@ -195,7 +202,13 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
              (`cargo xtask gpu-bundle` packs all that it needs), or count instructions with `cargo xtask bench --check`"
         );
     }
-    let command = |start: &str| format!("{start}{} --blocks {blocks}", suite.option);
+    let mut chosen = String::new();
+    for (option, names) in [("--without", &options.without), ("--only", &options.only)] {
+        if !names.is_empty() {
+            chosen += &format!(" {option} {}", names.join(","));
+        }
+    }
+    let command = |start: &str| format!("{start}{} --blocks {blocks}{chosen}", suite.option);
     let place = match &options.bundle {
         Some(bundle) => packed(suite, bundle, command),
         None => built(suite, command)?,
@@ -212,6 +225,12 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
         }
         (Err(fault), None) => return Err(fault),
     }
+    let (values, description) = (suite.values(&out), suite.machine(&out));
+    let earlier = match options.resume {
+        true if !values.exists() => refuse!("--resume: there is no {}; measure without it first", values.display()),
+        true => Some(Earlier::read(&values, &description)?),
+        false => None,
+    };
     let missing = missing(suite, &place, options)?;
     for Missing { arm, reason } in &missing {
         say(format!("without the arm {arm}: {reason}"));
@@ -219,11 +238,16 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
     // The values of a run that is under way, or failed.
     let partial = out.join(suite.name).with_extension("partial.csv");
     let mut writer = Writer::create(&partial)?;
+    let first = earlier.as_ref().map_or(0, Earlier::blocks);
+    if let Some(earlier) = &earlier {
+        earlier.copy(&mut writer)?;
+    }
     pin()?;
     let bar = ProgressBar::new(blocks as u64);
     let until = options.seconds.map(|seconds| started + Duration::from_secs(seconds));
     let (running, failures) = (BTreeMap::new(), Vec::new());
-    let mut arms = Arms { suite, place: &place, c: &c, running, missing, failures, until };
+    let earlier = earlier.map(|earlier| earlier.machine);
+    let mut arms = Arms { suite, place: &place, c: &c, running, missing, failures, earlier, started, until, first };
     let machine = Machine::look(&place.libraries, blocks, place.command.clone())?;
     // Also now: with it the values of a run that was ended from outside can be written up.
     arms.describe(&machine, &out)?;
@@ -233,13 +257,15 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
             break;
         }
         arms.renew(block, blocks)?;
+        let begin = Instant::now();
         arms.ask(block, blocks, &mut writer)?;
+        let (took, sum) = (begin.elapsed().as_secs(), started.elapsed().as_secs());
+        say(format!("block {} of {blocks} took {took} s; {sum} s so far", block + 1));
         bar.inc(1);
     }
     bar.finish_and_clear();
     arms.describe(&machine, &out)?;
     arms.running.into_values().for_each(|(_, arm)| arm.finish());
-    let values = suite.values(&out);
     fs::rename(&partial, &values).map_err(|e| Error::io("renaming", &partial, &e))?;
     let broken = render(suite, &out)?;
     if options.strict && !broken.is_empty() {
@@ -297,9 +323,10 @@ fn python(suite: &Suite, place: &Place) -> Command {
 
 /// The arms that shall not run, and those of Python that cannot. Asked all at once: each imports a good deal.
 fn missing(suite: &Suite, place: &Place, options: &Options) -> Result<Vec<Missing>> {
-    if let Some(unknown) = options.without.iter().find(|name| suite.arms.iter().all(|arm| arm.name != name.as_str())) {
+    let is_unknown = |name: &&String| !suite.arms.iter().any(|arm| names(std::slice::from_ref(*name), arm.name));
+    if let Some(unknown) = options.without.iter().chain(&options.only).find(is_unknown) {
         let names: Vec<_> = suite.arms.iter().map(|arm| arm.name).collect();
-        refuse!("--without names {unknown}; expected arms: {}", names.join(", "));
+        refuse!("--without or --only names {unknown}; expected arms: {}", names.join(", "));
     }
     let all = thread::scope(|scope| {
         let probes: Vec<_> = suite
@@ -307,21 +334,30 @@ fn missing(suite: &Suite, place: &Place, options: &Options) -> Result<Vec<Missin
             .iter()
             .map(|arm| {
                 let probe = move || match arm.program {
-                    _ if options.without.iter().any(|name| name == arm.name) => Err("left out by --without".to_owned()),
-                    Program::Python if options.no_python => Err("left out by --no-python".to_owned()),
-                    Program::Python => process::probe(python(suite, place).args(["--probe", arm.name]), PATIENCE),
+                    _ if names(&options.without, arm.name) => Err(Missing::chosen(arm.name, "--without")),
+                    _ if !options.only.is_empty() && !names(&options.only, arm.name) => {
+                        Err(Missing::chosen(arm.name, "--only"))
+                    }
+                    Program::Python if options.no_python => Err(Missing::chosen(arm.name, "--no-python")),
+                    Program::Python => process::probe(python(suite, place).args(["--probe", arm.name]), PATIENCE)
+                        .map_err(|reason| Missing { arm: arm.name.to_owned(), reason }),
                     Program::Rust | Program::C => Ok(()),
                 };
                 (arm.name, scope.spawn(probe))
             })
             .collect();
         let answer = |(arm, probe): (&str, thread::ScopedJoinHandle<'_, _>)| {
-            let answer = probe.join().unwrap_or_else(|_| Err("its probe failed within xtask".to_owned()));
-            answer.err().map(|reason| Missing { arm: arm.to_owned(), reason })
+            let failed = || Missing { arm: arm.to_owned(), reason: "its probe failed within xtask".to_owned() };
+            probe.join().unwrap_or_else(|_| Err(failed())).err()
         };
         probes.into_iter().filter_map(answer).collect()
     });
     Ok(all)
+}
+
+/// Whether a list of arms has one: by its name, or by what it begins with and a star.
+fn names(list: &[String], arm: &str) -> bool {
+    list.iter().any(|name| name.strip_suffix('*').map_or(name == arm, |start| arm.starts_with(start)))
 }
 
 /// The processes of a run, and what of it came to nothing.
@@ -333,9 +369,17 @@ struct Arms<'a> {
     running: BTreeMap<&'static str, (usize, Arm)>,
     missing: Vec<Missing>,
     failures: Vec<Failure>,
+    /// Of the runs that this one goes on behind.
+    earlier: Option<Machine>,
+    started: Instant,
     /// Nothing is asked from then on.
     until: Option<Instant>,
+    /// The number of the first block.
+    first: usize,
 }
+
+/// An arm has so long to start and to answer even where the time is nearly over.
+const LEAST_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Arms<'_> {
     fn is_late(&self) -> bool {
@@ -345,7 +389,11 @@ impl Arms<'_> {
     /// Writes down the machine, and what came to nothing so far.
     fn describe(&self, machine: &Machine, out: &Path) -> Result<()> {
         let (missing, failures) = (self.missing.clone(), self.failures.clone());
-        let machine = Machine { missing, failures, ..machine.clone() };
+        let seconds = Some(self.started.elapsed().as_secs());
+        let mut machine = Machine { missing, failures, seconds, ..machine.clone() };
+        if let Some(earlier) = &self.earlier {
+            machine = machine.behind(earlier)?;
+        }
         let mut text = serde_json::to_string_pretty(&machine).unwrap_or_default();
         text.push('\n');
         publish_bytes(&self.suite.machine(out), text.as_bytes())
@@ -364,6 +412,8 @@ impl Arms<'_> {
         for (arm, _) in &started {
             self.running.remove(arm.name).into_iter().for_each(|(_, earlier)| earlier.finish());
         }
+        let left = self.until.map(|until| until.saturating_duration_since(Instant::now()).max(LEAST_PATIENCE));
+        let patience = left.map_or(self.suite.patience, |left| left.min(self.suite.patience));
         let start = |(arm, generation): (&'static plan::Arm, usize)| {
             let mut command = match arm.program {
                 Program::Rust => Command::new(&self.place.rust),
@@ -371,7 +421,7 @@ impl Arms<'_> {
                 Program::Python => python(self.suite, self.place),
             };
             command.env(LIB_DIR, &self.place.libraries);
-            (arm.name, generation, Arm::start(arm.name, command, self.suite.patience))
+            (arm.name, generation, Arm::start(arm.name, command, patience))
         };
         let started: Vec<_> = started.into_iter().map(start).collect();
         for (name, generation, arm) in started {
@@ -382,7 +432,7 @@ impl Arms<'_> {
             }
         }
         if first || !self.suite.tolerant {
-            say(format!("{} arms are ready", self.running.len()));
+            say(format!("{} arms are ready after {} s", self.running.len(), self.started.elapsed().as_secs()));
         }
         Ok(())
     }
@@ -415,7 +465,7 @@ impl Arms<'_> {
             let mut shown = String::new();
             for (name, answers) in question.arms.iter().zip(&answers) {
                 if let Some(summary) = stats::summary(answers) {
-                    writer.add(&Sample::new(block, name, &question.case, summary.median))?;
+                    writer.add(&Sample::new(self.first + block, name, &question.case, summary.median))?;
                     shown += &format!(", {name} {:.1}", summary.median);
                 }
             }

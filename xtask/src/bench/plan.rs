@@ -131,6 +131,8 @@ pub enum Blocks {
     Every,
     /// Ten, spread over the run: GPU time varies little.
     Ten,
+    /// The first alone: what no block changes, and takes long.
+    First,
 }
 
 impl Blocks {
@@ -138,6 +140,7 @@ impl Blocks {
         match self {
             Self::Every => true,
             Self::Ten => block * 10 / of != (block + 1) * 10 / of,
+            Self::First => block == 0,
         }
     }
 }

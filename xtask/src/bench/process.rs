@@ -19,6 +19,7 @@ pub struct Arm {
     requests: Option<ChildStdin>,
     answers: Receiver<String>,
     patience: Duration,
+    started: Instant,
     /// Whether it said nothing for so long that it was killed.
     hangs: bool,
 }
@@ -41,14 +42,14 @@ impl Arm {
                 }
             });
         }
-        Ok(Self { name: name.to_owned(), child, requests, answers, patience, hangs: false })
+        Ok(Self { name: name.to_owned(), child, requests, answers, patience, started: Instant::now(), hangs: false })
     }
 
-    /// Waits until it has said that it is ready; what libraries print before that goes to the terminal.
+    /// Waits until it has said that it is ready, from its start on as long as its patience is; what libraries print before that goes
+    /// to the terminal.
     pub fn ready(&mut self) -> Result<()> {
-        let started = Instant::now();
         loop {
-            let line = self.line(self.patience.saturating_sub(started.elapsed()), "at its start")?;
+            let line = self.line(self.patience.saturating_sub(self.started.elapsed()), "at its start")?;
             match line.strip_prefix("error ") {
                 _ if line == "ready" => return Ok(()),
                 Some(text) => refuse!("arm {} cannot start: {text}", self.name),

@@ -56,6 +56,30 @@ impl Samples {
     }
 }
 
+/// What earlier runs left, behind which another goes on.
+pub struct Earlier {
+    samples: Vec<Sample>,
+    pub machine: Machine,
+}
+
+impl Earlier {
+    pub fn read(values: &Path, machine: &Path) -> Result<Self> {
+        let mut reader = csv::Reader::from_path(values).map_err(|e| csv_error("reading", values, &e))?;
+        let samples = reader.deserialize().collect::<csv::Result<_>>().map_err(|e| csv_error("reading", values, &e))?;
+        Ok(Self { samples, machine: Machine::read(machine)? })
+    }
+
+    /// The number of the next block.
+    pub fn blocks(&self) -> usize {
+        self.samples.iter().map(|sample| sample.block + 1).max().unwrap_or(0)
+    }
+
+    pub fn copy(&self, writer: &mut Writer) -> Result<()> {
+        self.samples.iter().try_for_each(|sample| writer.add(sample))?;
+        writer.flush()
+    }
+}
+
 fn csv_error(doing: &str, path: &Path, error: &csv::Error) -> Error {
     match error.kind() {
         csv::ErrorKind::Io(e) => Error::io(doing, path, e),
@@ -99,6 +123,9 @@ pub struct Machine {
     pub version: String,
     pub libraries: Vec<Library>,
     pub blocks: usize,
+    /// What all of it took, with the arms' starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<u64>,
     /// How to repeat it.
     pub command: String,
     pub missing: Vec<Missing>,
@@ -118,6 +145,19 @@ pub struct Missing {
     pub arm: String,
     pub reason: String,
 }
+
+impl Missing {
+    /// Of an arm that is left out because somebody said so.
+    pub fn chosen(arm: &str, option: &str) -> Self {
+        Self { arm: arm.to_owned(), reason: format!("{LEFT_OUT}{option}") }
+    }
+
+    fn is_chosen(&self) -> bool {
+        self.reason.starts_with(LEFT_OUT)
+    }
+}
+
+const LEFT_OUT: &str = "left out by ";
 
 /// A case that an arm failed.
 #[derive(Clone, Serialize, Deserialize)]
@@ -149,9 +189,51 @@ impl Machine {
             version: version()?,
             libraries: digests(libraries)?,
             blocks,
+            seconds: None,
             command,
             missing: Vec::new(),
             failures: Vec::new(),
+        })
+    }
+
+    /// Of this run and earlier ones together, which must have been of the same things.
+    pub fn behind(self, earlier: &Self) -> Result<Self> {
+        let same = |what: &str, earlier: &str, now: &str| {
+            if earlier != now {
+                refuse!(
+                    "--resume: the earlier values are of the {what} {earlier}, and this is {now}: they cannot be compared; write to \
+                     another folder, or measure all of it anew without --resume"
+                );
+            }
+            Ok(())
+        };
+        let shown = |what: &Option<String>| what.clone().unwrap_or_else(|| "unknown".to_owned());
+        same("GPU", &shown(&earlier.gpu), &shown(&self.gpu))?;
+        same("driver", &shown(&earlier.driver), &shown(&self.driver))?;
+        same("flashinfer-rs", &earlier.version, &self.version)?;
+        let digests = |machine: &Self| {
+            machine.libraries.iter().map(|library| format!("{} {}", library.file, library.sha256)).collect::<Vec<_>>()
+        };
+        same("libraries", &digests(earlier).join(", "), &digests(&self).join(", "))?;
+        // An arm is there if it was there once. Why it was not is told by the run that tried.
+        let both = self.missing.into_iter().filter_map(|now| {
+            let before = earlier.missing.iter().find(|before| before.arm == now.arm)?;
+            Some(if now.is_chosen() { before.clone() } else { now })
+        });
+        let missing = both.collect();
+        let mut failures = earlier.failures.clone();
+        for failure in self.failures {
+            if !failures.iter().any(|known| (&known.arm, &known.case) == (&failure.arm, &failure.case)) {
+                failures.push(failure);
+            }
+        }
+        Ok(Self {
+            blocks: earlier.blocks + self.blocks,
+            seconds: earlier.seconds.zip(self.seconds).map(|(before, now)| before + now),
+            command: format!("{}`, then `{}", earlier.command, self.command),
+            missing,
+            failures,
+            ..self
         })
     }
 
@@ -176,6 +258,7 @@ impl Machine {
             version: "0.1.0".to_owned(),
             libraries: vec![Library { file: "page.so".to_owned(), sha256: "abc".to_owned() }],
             blocks: 1,
+            seconds: None,
             command: command.to_owned(),
             missing: vec![Missing { arm: arm.to_owned(), reason: reason.to_owned() }],
             failures: Vec::new(),
@@ -215,4 +298,71 @@ fn digests(folder: &Path) -> Result<Vec<Library>> {
     }
     libraries.sort_by(|a, b| a.file.cmp(&b.file));
     Ok(libraries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(missing: &[(&str, &str)]) -> Machine {
+        let missing =
+            missing.iter().map(|(arm, reason)| Missing { arm: (*arm).to_owned(), reason: (*reason).to_owned() });
+        Machine {
+            gpu: Some("NVIDIA H200".to_owned()),
+            driver: None,
+            cpu: "a CPU".to_owned(),
+            cores: 8,
+            kernel: "6.1".to_owned(),
+            version: "0.1.0".to_owned(),
+            libraries: vec![Library { file: "norm.so".to_owned(), sha256: "00".to_owned() }],
+            blocks: 3,
+            seconds: Some(100),
+            command: "DIR/bench DIR/performance --decoder".to_owned(),
+            missing: missing.collect(),
+            failures: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn runs_of_the_same_things_are_one() {
+        let earlier = machine(&[("a", "no torch"), ("b", "left out by --only"), ("c", "no torch")]);
+        let now = machine(&[("a", "left out by --only"), ("b", "no flashinfer"), ("d", "left out by --only")]);
+        let joined = now.behind(&earlier).unwrap();
+        let missing: Vec<_> = joined.missing.iter().map(|one| (one.arm.as_str(), one.reason.as_str())).collect();
+        // What either run has is there; what neither has says why it could not be had.
+        assert_eq!(missing, [("a", "no torch"), ("b", "no flashinfer")]);
+        assert_eq!((joined.blocks, joined.seconds), (6, Some(200)));
+    }
+
+    #[test]
+    fn values_of_another_gpu_or_of_other_libraries_are_not_joined() {
+        let refused = |change: fn(&mut Machine)| {
+            let mut earlier = machine(&[]);
+            change(&mut earlier);
+            machine(&[]).behind(&earlier).err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert!(refused(|earlier| earlier.gpu = Some("NVIDIA H100".to_owned())).contains("NVIDIA H100"));
+        assert!(refused(|earlier| earlier.libraries[0].sha256 = "01".to_owned()).contains("norm.so 01"));
+        assert_eq!(refused(|earlier| earlier.cpu = "another".to_owned()), "");
+    }
+
+    #[test]
+    fn a_run_that_goes_on_numbers_its_blocks_behind_the_earlier_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        let (values, description) = (folder.path().join("x.csv"), folder.path().join("x.json"));
+        let mut writer = Writer::create(&values).unwrap();
+        for block in 0..3 {
+            writer.add(&Sample::new(block, "ours", "step", 1.0)).unwrap();
+        }
+        writer.flush().unwrap();
+        fs::write(&description, serde_json::to_string(&machine(&[])).unwrap()).unwrap();
+        let earlier = Earlier::read(&values, &description).unwrap();
+        assert_eq!(earlier.blocks(), 3);
+        let again = folder.path().join("y.csv");
+        let mut writer = Writer::create(&again).unwrap();
+        earlier.copy(&mut writer).unwrap();
+        writer.add(&Sample::new(earlier.blocks(), "ours", "step", 2.0)).unwrap();
+        writer.flush().unwrap();
+        assert_eq!(Samples::read(&again).unwrap().values("ours", "step"), [1.0, 1.0, 1.0, 2.0]);
+    }
 }

@@ -59,7 +59,8 @@ pub fn described(machine: &Machine) -> String {
         ("kernel", machine.kernel.clone()),
         ("flashinfer-rs", machine.version.clone()),
     ];
-    for (name, value) in rows {
+    let took = machine.seconds.map(|seconds| ("all of it took", format!("{seconds} s")));
+    for (name, value) in rows.into_iter().chain(took) {
         let _ = writeln!(text, "| {name} | {} |", cell(&value));
     }
     for library in &machine.libraries {
