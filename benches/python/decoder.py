@@ -9,11 +9,16 @@
 The arms:
 
     hf-eager              bf16, sdpa, StaticCache, a loop by hand
-    hf-compile-BxCONTEXT  the same step with its argmax under torch.compile(mode="reduce-overhead", fullgraph=True)
-    hf-flex-BxCONTEXT     the same with flex_attention, which reads keys and values once for each group of queries
+    hf-eager-dyn          the same with DynamicCache, the library's own choice, which copies all keys and values to add some
+    hf-compile-CASE       hf-eager's step with its argmax under torch.compile(mode="reduce-overhead", fullgraph=True)
+    hf-flex-CASE          the same with flex_attention, which reads keys and values once for each group of queries
+    hf-cudagraph-CASE     hf-eager's step with its argmax, captured by torch.cuda.CUDAGraph as it is
+    torch-cudagraph-CASE  byhand.py's step on torch's operations, captured likewise: packed weights, nothing is repeated
+    fi-python-CASE        byhand.py's step on FlashInfer's functions of Python, captured likewise
 
-Each of those that are compiled has a process of its own, so that they compile at the same time, for the model that DECODER_FIRST
-names, or Qwen3-0.6B. They answer
+A CASE is ROWSxCONTEXT of Qwen3-0.6B, or llama-ROWSxCONTEXT of Llama-3.2-1B; DECODER_FIRST names another model for all. Each has a
+process of its own, so that they compile at the same time. What byhand.py computes is compared with hf-eager's logits before it is
+measured. They answer
 
     step MODEL BATCH CONTEXT STEPS     ns of a step, between events around so many that were queued
     kernels MODEL BATCH CONTEXT STEPS  kernels of a step, of torch's profiler
@@ -64,10 +69,26 @@ SEED = 1
 # With norms that are all alike nobody would see that one is another's.
 NORM_SPREAD = 0.2
 REPETITIONS, WARM = 3, 4
-COMPILED = ["1x1024", "32x1024", "1x8192"]
-ARMS = {"hf-eager": ["torch", "transformers"]} | {
-    f"hf-{how}-{case}": ["torch", "transformers"] for how in ("compile", "flex") for case in COMPILED
+# Room for so many steps, in every case: no question compiles or captures anew.
+ROOM = 128
+ONE_CASE = {
+    "1x1024": ("qwen3-0.6b", 1, 1024), "32x1024": ("qwen3-0.6b", 32, 1024), "1x8192": ("qwen3-0.6b", 1, 8192),
+    "llama-1x1024": ("llama-3.2-1b", 1, 1024),
 }
+HF = ["torch", "transformers"]
+# What each arm needs, how it runs, and its only case, where it has one.
+WAYS = {"hf-eager": (HF, "eager", None), "hf-eager-dyn": (HF, "dyn", None)} | {
+    f"{name}-{case}": (modules, how, case)
+    for name, modules, how in [
+        ("hf-compile", HF, "compile"), ("hf-flex", HF, "flex"), ("hf-cudagraph", HF, "cudagraph"),
+        ("torch-cudagraph", HF, "torch"), ("fi-python", [*HF, "tvm_ffi", "flashinfer"], "flashinfer"),
+    ]
+    for case in ONE_CASE
+}
+ARMS = {name: modules for name, (modules, *_) in WAYS.items()}
+# How far logits of byhand.py's may be from those of transformers, both in bf16, and over how many steps they are compared: more
+# than a page has tokens.
+TOLERANCE, COMPARED = 0.05, 18
 # What this process may use once it is ready: where xtask keeps it.
 OWN_CORES = os.sched_getaffinity(0)
 
@@ -148,7 +169,7 @@ def write_reference(folder, cases):
 
 
 class Decoder:
-    """A model with a full cache of random keys and values, and its next step."""
+    """A model of transformers with a full cache of random keys and values, and its next step."""
 
     def __init__(self, how, name, rows, context, steps):
         folder = Path(os.environ.get("DECODER_MODELS", "/nowhere"), name)
@@ -163,14 +184,20 @@ class Decoder:
             config._attn_implementation = attention
             with torch.device(device()):
                 self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        self.context = context
+        self.context, self.dynamic = context, how == "dyn"
         config = self.model.config
-        self.cache = transformers.StaticCache(config=config, max_cache_len=context + steps)
         one = torch.zeros(rows, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16, device=device())
-        for layer in self.cache.layers:
-            layer.lazy_initialization(one, one)
-            layer.keys.normal_()
-            layer.values.normal_()
+        if self.dynamic:
+            self.cache = transformers.DynamicCache(config=config)
+            noise = lambda: one.new_empty(rows, config.num_key_value_heads, context, config.head_dim).normal_()
+            for layer in range(config.num_hidden_layers):
+                self.cache.update(noise(), noise(), layer)
+        else:
+            self.cache = transformers.StaticCache(config=config, max_cache_len=context + steps)
+            for layer in self.cache.layers:
+                layer.lazy_initialization(one, one)
+                layer.keys.normal_()
+                layer.values.normal_()
         self.ids = torch.randint(config.vocab_size, (rows, 1), device=device())
         self.rewind()
         model, cache = self.model, self.cache
@@ -178,24 +205,54 @@ class Decoder:
         def greedy(ids):
             return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
-        self.greedy = greedy if how == "eager" else torch.compile(greedy, mode="reduce-overhead", fullgraph=True)
-        # Recorded at the second and third call.
+        by_compiler = how in ("compile", "flex")
+        self.greedy = torch.compile(greedy, mode="reduce-overhead", fullgraph=True) if by_compiler else greedy
+        self.step = byhand.captured(self.whole_step) if how == "cudagraph" else self.whole_step
+        # What is compiled is recorded at the second and third call.
         for _ in range(WARM):
             self.step()
         if device() == "cuda":
             torch.cuda.synchronize()
 
     def rewind(self):
+        if self.dynamic:
+            if added := self.cache.get_seq_length() - self.context:
+                self.cache.crop(-added)
+            return
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.context)
 
-    def step(self):
+    def whole_step(self):
         torch.compiler.cudagraph_mark_step_begin()
         self.ids.copy_(self.greedy(self.ids))
 
     def steps(self, count):
         for _ in range(count):
             self.step()
+
+    def logits(self, ids):
+        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+def by_hand(how, name, rows, context, steps):
+    """A step of byhand.py's, which was compared with transformers' own."""
+    peer = Decoder("eager", name, rows, context, steps)
+    peer.rewind()
+    # Before the peer adds to them.
+    caches = [(layer.keys, layer.values) for layer in peer.cache.layers]
+    own = byhand.KINDS[how](peer.model, caches, peer.ids, context, steps)
+    own.rewind()
+    worst, tokens = 0.0, torch.randint(peer.model.config.vocab_size, (min(COMPARED, steps), rows, 1), device=device())
+    for ids in tokens:
+        expected = peer.logits(ids).float()
+        own.ids.copy_(ids.flatten())
+        own.step()
+        worst = max(worst, ((own.logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item())
+    if not worst <= TOLERANCE:
+        raise RuntimeError(f"logits are off by {worst:.2e} from those of transformers, expected at most {TOLERANCE}")
+    print(f"{how}: logits are off by {worst:.2e} from those of transformers", file=sys.stderr)
+    own.rewind()
+    return own
 
 
 def gpu_ns(decoder, count):
@@ -225,18 +282,22 @@ def kernels(decoder):
 
 class Arm:
     def __init__(self, name):
-        _, self.how, *case = name.split("-")
-        self.case, self.key, self.decoder = case[0] if case else None, None, None
+        _, self.how, case = WAYS[name]
+        self.only, self.key, self.decoder = None, None, None
         torch.cuda.set_stream(torch.cuda.Stream())
-        if self.case:
-            rows, context = map(int, self.case.split("x"))
-            self.set_up(os.environ.get("DECODER_FIRST", "qwen3-0.6b"), rows, context, 128)
+        if case:
+            model, rows, context = ONE_CASE[case]
+            self.only = (os.environ.get("DECODER_FIRST", model), rows, context)
+            self.set_up(*self.only)
 
     def set_up(self, *key):
         if self.key != key:
             self.key = self.decoder = None
             torch.cuda.empty_cache()
-            self.decoder, self.key = Decoder(self.how, *key), key
+            make = by_hand if self.how in byhand.KINDS else Decoder
+            self.decoder, self.key = make(self.how, *key, ROOM), key
+            # What was only compared with.
+            torch.cuda.empty_cache()
 
     def answer(self, request):
         with torch.no_grad():
@@ -247,16 +308,18 @@ class Arm:
         if what not in ("step", "kernels"):
             return "-"
         rows, context, steps = map(int, numbers)
-        if self.case and self.case != f"{rows}x{context}":
+        if self.only not in (None, (model, rows, context)):
             return "-"
-        # One room for all, so that no question compiles anew.
-        self.set_up(model, rows, context, 128)
+        self.set_up(model, rows, context)
         return f"{gpu_ns(self.decoder, steps):.1f}" if what == "step" else str(kernels(self.decoder))
 
 
 def start(name):
     # The modules are this file's only once they are known to be there.
-    globals().update((module, sys.modules[module]) for module in ARMS[name])
+    globals().update((module, sys.modules[module]) for module in HF)
+    global byhand
+    import byhand
+
     with torch.no_grad():
         arm = Arm(name)
     os.sched_setaffinity(0, OWN_CORES)

@@ -1,4 +1,5 @@
-//! `cargo xtask bench --decoder`: a decoder's step as a compute graph, in each way that it runs, beside transformers.
+//! `cargo xtask bench --decoder`: a decoder's step as a compute graph, in each way that it runs, beside transformers, torch and
+//! FlashInfer's own functions of Python.
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -38,7 +39,7 @@ pub static SUITE: Suite = Suite {
 const OURS: &str = "ours-pdl";
 
 /// In the order of every table.
-static ARMS: [Arm; 17] = [
+static ARMS: [Arm; 28] = [
     arm("limits", Program::C, "copies on the device"),
     arm(OURS, Program::Rust, "every fusion, a CUDA graph, kernels that start early where they may (PDL)"),
     arm("ours-graph", Program::Rust, "every fusion, a CUDA graph without PDL"),
@@ -52,10 +53,41 @@ static ARMS: [Arm; 17] = [
     arm("hf-compile-1x1024", Program::Python, "`torch.compile(mode=\"reduce-overhead\", fullgraph=True)`, StaticCache"),
     arm("hf-compile-32x1024", Program::Python, "likewise"),
     arm("hf-compile-1x8192", Program::Python, "likewise"),
+    arm("hf-compile-llama-1x1024", Program::Python, "likewise"),
     arm("hf-flex-1x1024", Program::Python, "the same with `flex_attention`"),
     arm("hf-flex-32x1024", Program::Python, "likewise"),
     arm("hf-flex-1x8192", Program::Python, "likewise"),
-    arm("hf-eager", Program::Python, "transformers without a compiler: sdpa, StaticCache"),
+    arm("hf-cudagraph-1x1024", Program::Python, "transformers without a compiler, captured by `torch.cuda.CUDAGraph`"),
+    arm(
+        "torch-cudagraph-1x1024",
+        Program::Python,
+        "torch's operations by hand, weights packed, in a `torch.cuda.CUDAGraph`",
+    ),
+    arm("torch-cudagraph-32x1024", Program::Python, "likewise"),
+    arm("torch-cudagraph-1x8192", Program::Python, "likewise"),
+    arm("torch-cudagraph-llama-1x1024", Program::Python, "likewise"),
+    arm(
+        "fi-python-1x1024",
+        Program::Python,
+        "FlashInfer's functions of Python over the same libraries, products by torch, in a `torch.cuda.CUDAGraph`; attention planned \
+         ahead for each number of pages",
+    ),
+    arm("fi-python-32x1024", Program::Python, "likewise"),
+    arm("fi-python-1x8192", Program::Python, "likewise"),
+    arm("fi-python-llama-1x1024", Program::Python, "likewise"),
+    arm(EAGER[0], Program::Python, "transformers without a compiler: sdpa, StaticCache"),
+    arm(EAGER[1], Program::Python, "the same with DynamicCache"),
+];
+
+/// Of transformers, launched operation by operation.
+const EAGER: &[&str] = &["hf-eager", "hf-eager-dyn"];
+/// What others have for a case, by how an arm's name begins: what bounds are of, first.
+const KINDS: [(&str, &str); 5] = [
+    ("hf-compile", "torch.compile"),
+    ("hf-flex", "torch.compile, flex_attention"),
+    ("hf-cudagraph", "transformers captured"),
+    ("torch-cudagraph", "torch by hand, captured"),
+    ("fi-python", "FlashInfer's Python, captured"),
 ];
 
 /// What is left out of the fused graph, one rule at a time.
@@ -84,8 +116,8 @@ struct Case {
     few: String,
     host: String,
     kernels: String,
-    /// Of transformers.
-    compiled: &'static [&'static str],
+    /// Arms of others, each for this case alone.
+    peers: &'static [&'static str],
     /// How many times as fast as what torch compiles.
     bound: Limit,
     /// The least share of the roofline.
@@ -93,7 +125,7 @@ struct Case {
 }
 
 impl Case {
-    fn new(model: &'static str, (rows, context): (u64, u64), compiled: &'static [&'static str]) -> Self {
+    fn new(model: &'static str, (rows, context): (u64, u64), peers: &'static [&'static str]) -> Self {
         let of = |what: &str, steps: u64| format!("{what} {model} {rows} {context} {steps}");
         let (bound, share) = match (model, rows, context) {
             (QWEN, 1, 1024) => (Limit::AtLeast(3.0), Limit::AtLeast(0.40)),
@@ -103,18 +135,12 @@ impl Case {
             _ => (Limit::Open, Limit::Open),
         };
         let (step, few) = (of("step", STEPS), of("step", FEW));
-        Self {
-            model,
-            rows,
-            context,
-            step,
-            few,
-            host: of("host", 64),
-            kernels: of("kernels", 1),
-            compiled,
-            bound,
-            share,
-        }
+        Self { model, rows, context, step, few, host: of("host", 64), kernels: of("kernels", 1), peers, bound, share }
+    }
+
+    /// How many times as fast as an arm of others ours must be.
+    fn bound(&self, peer: &str) -> Limit {
+        if peer.starts_with(KINDS[0].0) { self.bound } else { Limit::Open }
     }
 
     fn what(&self) -> String {
@@ -137,10 +163,32 @@ fn thousands(number: u64) -> String {
 /// What is bounded, in the order in which it is asked.
 static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| {
     vec![
-        Case::new(QWEN, (1, 1024), &["hf-compile-1x1024", "hf-flex-1x1024"]),
-        Case::new(QWEN, (32, 1024), &["hf-compile-32x1024", "hf-flex-32x1024"]),
-        Case::new(QWEN, (1, 8192), &["hf-compile-1x8192", "hf-flex-1x8192"]),
-        Case::new(LLAMA, (1, 1024), &[]),
+        Case::new(
+            QWEN,
+            (1, 1024),
+            &[
+                "hf-compile-1x1024",
+                "hf-flex-1x1024",
+                "hf-cudagraph-1x1024",
+                "torch-cudagraph-1x1024",
+                "fi-python-1x1024",
+            ],
+        ),
+        Case::new(
+            QWEN,
+            (32, 1024),
+            &["hf-compile-32x1024", "hf-flex-32x1024", "torch-cudagraph-32x1024", "fi-python-32x1024"],
+        ),
+        Case::new(
+            QWEN,
+            (1, 8192),
+            &["hf-compile-1x8192", "hf-flex-1x8192", "torch-cudagraph-1x8192", "fi-python-1x8192"],
+        ),
+        Case::new(
+            LLAMA,
+            (1, 1024),
+            &["hf-compile-llama-1x1024", "torch-cudagraph-llama-1x1024", "fi-python-llama-1x1024"],
+        ),
     ]
 });
 
@@ -151,24 +199,25 @@ static COPY: LazyLock<String> = LazyLock::new(copy_case);
 
 fn questions() -> Vec<Question> {
     let ask = |case: &str, arms| Question { case: case.to_owned(), arms, blocks: Blocks::Every, rounds: 1 };
+    // Torch's profiler and the logits take seconds, and answer the same each time.
+    let once = |case: &str, arms| Question { blocks: Blocks::First, ..ask(case, arms) };
     let first = &CASES[0];
-    let mut all = vec![ask(&COPY, &["limits"])];
+    // The logits first: they have the GPU's memory nearly for themselves.
+    let mut all = vec![ask(&COPY, &["limits"]), once(&ERROR, &[OURS])];
     for case in CASES.iter() {
         all.push(ask(&case.step, &[OURS]));
+        all.push(ask(&case.step, case.peers));
         all.push(ask(&case.host, &[OURS]));
         all.push(ask(&case.kernels, &[OURS]));
-        if !case.compiled.is_empty() {
-            all.push(ask(&case.step, case.compiled));
-            all.push(ask(&case.kernels, case.compiled));
-        }
+        all.push(once(&case.kernels, case.peers));
     }
-    all.extend([ask(&BUILD, &[OURS]), ask(&ARENA, &[OURS]), ask(&ERROR, &[OURS])]);
+    all.extend([ask(&BUILD, &[OURS]), ask(&ARENA, &[OURS])]);
     all.push(ask(&first.step, &["ours-graph", "ours-eager"]));
     all.push(ask(&first.host, &["ours-graph", "ours-eager"]));
     all.push(ask(&first.step, ABLATIONS));
-    all.push(ask(&first.kernels, ABLATIONS));
-    all.push(ask(&first.few, &["hf-eager"]));
-    all.push(ask(&first.kernels, &["hf-eager"]));
+    all.push(once(&first.kernels, ABLATIONS));
+    all.push(ask(&first.few, EAGER));
+    all.push(once(&first.kernels, EAGER));
     all
 }
 
@@ -179,9 +228,8 @@ static COMPARISONS: LazyLock<Vec<Comparison>> = LazyLock::new(|| {
     let mut all = Vec::new();
     for case in CASES.iter() {
         let (what, step) = (case.what(), (OURS, case.step.as_str()));
-        for (i, arm) in case.compiled.iter().enumerate() {
-            let bound = if i == 0 { case.bound } else { Limit::Open };
-            all.push(row(format!("{arm} / ours, {what}"), Formula::Ratio((arm, &case.step), step), bound));
+        for arm in case.peers {
+            all.push(row(format!("{arm} / ours, {what}"), Formula::Ratio((arm, &case.step), step), case.bound(arm)));
         }
         let formula = Formula::TimesRatio(case.bytes() as f64 / (2 * COPY_BYTES) as f64, ("limits", &COPY), step);
         all.push(row(format!("share of the roofline, {what}"), formula, case.share));
@@ -197,8 +245,9 @@ static COMPARISONS: LazyLock<Vec<Comparison>> = LazyLock::new(|| {
     all.push(row("ms to build, fuse, plan and prove 28 layers".to_owned(), build, Limit::AtMost(20.0)));
     let error = Formula::Times(1.0, (OURS, &ERROR));
     all.push(row("error against F32 by transformers' own in bf16".to_owned(), error, Limit::AtMost(1.25)));
-    let eager = Formula::Ratio(("hf-eager", &first.few), ours);
-    all.push(row(format!("hf-eager / ours, {}", first.what()), eager, Limit::Open));
+    for arm in EAGER {
+        all.push(row(format!("{arm} / ours, {}", first.what()), Formula::Ratio((arm, &first.few), ours), Limit::Open));
+    }
     for arm in ["ours-graph", "ours-eager"].iter().chain(ABLATIONS) {
         let formula = Formula::Ratio((arm, &first.step), ours);
         all.push(row(format!("{arm} / ours, {}", first.what()), formula, Limit::Open));
@@ -223,56 +272,74 @@ fn markdown(machine: &Machine, samples: &Samples) -> String {
     }
     let _ = write!(
         text,
-        "\n## Bounds\n\n{}\n## Steps\n\nµs of a step, between events around {STEPS} that were queued ({FEW} of `hf-eager`). The roofline is \
-         the bytes of the weights and of all keys and values at the bandwidth of a copy of {} MiB on the device, {copy}, counting \
-         what is read and what is written.\n\n\
-         | case | ours | kernels | tokens/s | compiled | kernels | ratio | flex | ratio | GB | roofline µs | share | host µs |\n\
-         |---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
+        "\n## Bounds\n\n{}\nEach figure is the median over blocks of what is computed within a block, with the interval that holds the \
+         true median with 95 % probability, from order statistics. What takes long and is the same in every block, torch's kernels and \
+         the error, is asked in the first alone.\n\n\
+         ## Steps\n\nµs of a step, between events around {STEPS} that were queued ({FEW} of transformers without a compiler or a graph). \
+         The roofline is the bytes of the weights and of all keys and values at the bandwidth of a copy of {} MiB on the device, {copy}, \
+         counting what is read and what is written.\n\n\
+         | case | µs | 95 % interval | kernels | tokens/s | GB | roofline µs | share | host µs |\n|---|---|---|---|---|---|---|---|---|\n",
         report::bounds(&COMPARISONS, samples),
         COPY_BYTES >> 20,
     );
+    let whole = |arm, case: &str| cell(machine, samples, arm, case, |count| format!("{count:.0}"));
+    let micro = |arm, case: &str| cell(machine, samples, arm, case, |ns| format!("{:.1}", ns / 1e3));
+    let interval = |formula: Formula<'_>, digits: usize| {
+        let found = plan::estimate(formula, samples).and_then(|found| found.interval);
+        found.map_or(String::new(), |(low, high)| format!("{low:.digits$} to {high:.digits$}"))
+    };
     for case in CASES.iter() {
-        let micro = |arm, case: &str| cell(machine, samples, arm, case, |ns| format!("{:.1}", ns / 1e3));
-        let whole = |arm, case: &str| cell(machine, samples, arm, case, |count| format!("{count:.0}"));
         let ours = plan::median(samples, OURS, &case.step);
         let floor = copy_rate(samples).map(|rate| case.bytes() as f64 / rate);
-        let of = |i: usize, shown: &dyn Fn(&'static str) -> String| {
-            case.compiled.get(i).map_or(String::new(), |arm| shown(arm))
-        };
-        let ratio = |arm| {
-            let found = plan::estimate(Formula::Ratio((arm, &case.step), (OURS, &case.step)), samples);
-            found.map_or(String::new(), |found| format!("{:.2}", found.median))
-        };
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {:.2} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {:.2} | {} | {} | {} |",
             case.what(),
             micro(OURS, &case.step),
+            interval(Formula::Times(1e-3, (OURS, &case.step)), 1),
             whole(OURS, &case.kernels),
             ours.map_or(String::new(), |ns| format!("{:.0}", case.rows as f64 * 1e9 / ns)),
-            of(0, &|arm| micro(arm, &case.step)),
-            of(0, &|arm| whole(arm, &case.kernels)),
-            of(0, &ratio),
-            of(1, &|arm| micro(arm, &case.step)),
-            of(1, &ratio),
             case.bytes() as f64 / 1e9,
             floor.map_or(String::new(), |ns| format!("{:.1}", ns / 1e3)),
             floor.zip(ours).map_or(String::new(), |(floor, ours)| format!("{:.2}", floor / ours)),
             micro(OURS, &case.host),
         );
     }
+    text += "\n![A decoder's step](decoder.svg)\n\n![Share of the roofline](decoder-roofline.svg)\n\n## Beside others\n\nThe ratio is \
+             how many times as long as ours a step takes.\n\n| case | | µs | 95 % interval | kernels | ratio | 95 % interval |\n\
+             |---|---|---|---|---|---|---|\n";
+    let mut beside = |case: &Case, arm: &'static str, what: &str, step: &str| {
+        let ratio = Formula::Ratio((arm, step), (OURS, &case.step));
+        let found = plan::estimate(ratio, samples).map_or(String::new(), |found| format!("{:.2}", found.median));
+        let _ = writeln!(
+            text,
+            "| {} | {what} | {} | {} | {} | {found} | {} |",
+            case.what(),
+            micro(arm, step),
+            interval(Formula::Times(1e-3, (arm, step)), 1),
+            whole(arm, &case.kernels),
+            interval(ratio, 2),
+        );
+    };
     let first = &CASES[0];
+    for case in CASES.iter() {
+        for (kind, what) in KINDS {
+            let arm = case.peers.iter().find(|arm| arm.starts_with(kind));
+            arm.into_iter().for_each(|arm| beside(case, arm, what, &case.step));
+        }
+    }
+    beside(first, EAGER[0], "transformers, StaticCache", &first.few);
+    beside(first, EAGER[1], "transformers, DynamicCache", &first.few);
     let _ = write!(
         text,
-        "\n![A decoder's step](decoder.svg)\n\n![Share of the roofline](decoder-roofline.svg)\n\n## What each part brings\n\n{}.\n\n\
-         | arm | µs | kernels | host µs |\n|---|---|---|---|\n",
+        "\n## What each part brings\n\n{}.\n\n| arm | µs | 95 % interval | kernels | host µs |\n|---|---|---|---|---|\n",
         first.what()
     );
-    for arm in ARMS.iter().filter(|arm| arm.program == Program::Rust || arm.name == "hf-eager") {
-        let step = if arm.name == "hf-eager" { &first.few } else { &first.step };
-        let shown = |case: &str, by: f64| cell(machine, samples, arm.name, case, |value| format!("{:.1}", value / by));
-        let (micro, kernels, host) = (shown(step, 1e3), shown(&first.kernels, 1.0), shown(&first.host, 1e3));
-        let _ = writeln!(text, "| `{}` | {micro} | {kernels} | {host} |", arm.name);
+    for arm in ARMS.iter().filter(|arm| arm.program == Program::Rust) {
+        let (us, kernels, host) =
+            (micro(arm.name, &first.step), whole(arm.name, &first.kernels), micro(arm.name, &first.host));
+        let between = interval(Formula::Times(1e-3, (arm.name, &first.step)), 1);
+        let _ = writeln!(text, "| `{}` | {us} | {between} | {kernels} | {host} |", arm.name);
     }
     text + &failures(machine)
 }
@@ -282,10 +349,10 @@ const LEGEND: &[(&str, plotters::style::RGBColor)] = &[("Rust, this crate", RUST
 /// The arms of a case, and which of the case's requests each answers with its step's time.
 fn timed(case: &'static Case) -> impl Iterator<Item = (&'static str, &'static str)> {
     let first = std::ptr::eq(case, &raw const CASES[0]);
-    let all = std::iter::once(OURS).chain(case.compiled.iter().copied());
+    let all = std::iter::once(OURS).chain(case.peers.iter().copied());
     let more: &[&str] = if first { &["ours-graph", "ours-eager", "ours-unfused"] } else { &[] };
     let steps = all.chain(more.iter().copied()).map(|arm| (arm, case.step.as_str()));
-    steps.chain(first.then_some(("hf-eager", case.few.as_str())))
+    steps.chain(first.then(|| EAGER.iter().map(|arm| (*arm, case.few.as_str()))).into_iter().flatten())
 }
 
 fn rows(samples: &Samples, value: impl Fn(&Case, f64) -> Option<(f64, String)>) -> Vec<Row> {
@@ -295,7 +362,7 @@ fn rows(samples: &Samples, value: impl Fn(&Case, f64) -> Option<(f64, String)>) 
             let found = plan::median(samples, arm, request).and_then(|ns| value(case, ns));
             let Some((value, label)) = found else { continue };
             let color = if arm.starts_with("ours") { RUST } else { PYTHON };
-            let kind = arm.rsplit_once('-').filter(|_| case.compiled.contains(&arm)).map_or(arm, |(kind, _)| kind);
+            let kind = KINDS.iter().map(|(kind, _)| *kind).find(|kind| arm.starts_with(kind)).unwrap_or(arm);
             rows.push(Row { name: format!("{}: {kind}", case.what()), color, value, range: None, bound: None, label });
         }
     }
@@ -349,7 +416,7 @@ mod tests {
             samples.push(Sample::new(0, OURS, &case.step, 800_000.0));
             samples.push(Sample::new(0, OURS, &case.host, 16_000.0));
             samples.push(Sample::new(0, OURS, &case.kernels, 257.0));
-            samples.extend(case.compiled.first().map(|arm| Sample::new(0, arm, &case.step, 3e6)));
+            samples.push(Sample::new(0, case.peers[0], &case.step, 3e6));
         }
         let machine = Machine::imagined(
             "DIR/bench DIR/performance --decoder --blocks 1",
@@ -385,13 +452,43 @@ mod tests {
         let (machine, samples) = recorded();
         let text = markdown(&machine, &samples);
         assert!(text.contains("| hf-flex-1x1024 | it does not compile |"));
-        let expected = "| Qwen3-0.6B, 1 × 1,024 | 800.0 | 257 | 1250 | 3000.0 |  | 3.75 | missing |  | 1.31 | 436.5 | 0.55 | 16.0 |";
-        assert!(text.contains(expected), "{text}");
+        let row = "| Qwen3-0.6B, 1 × 1,024 | 800.0 |  | 257 | 1250 | 1.31 | 436.5 | 0.55 | 16.0 |";
+        assert!(text.contains(row), "{text}");
+        assert!(text.contains("| Qwen3-0.6B, 1 × 1,024 | torch.compile | 3000.0 |  |  | 3.75 |  |"), "{text}");
+        assert!(text.contains("| Qwen3-0.6B, 1 × 1,024 | torch.compile, flex_attention | missing |"), "{text}");
+        assert!(
+            text.contains("| Qwen3-0.6B, 1 × 1,024 | transformers, StaticCache | 46000.0 |  |  | 57.50 |  |"),
+            "{text}"
+        );
         for case in CASES.iter() {
-            assert_eq!(text.matches(&format!("\n| {} |", case.what())).count(), 1, "{}", case.what());
+            // Ours, and each of others.
+            let eager = if case.model == QWEN && (case.rows, case.context) == (1, 1024) { EAGER.len() } else { 0 };
+            let rows = text.matches(&format!("\n| {} |", case.what())).count();
+            assert_eq!(rows, 1 + case.peers.len() + eager, "{}", case.what());
         }
         assert!(steps(&samples).unwrap().contains("Qwen3-0.6B, 32 × 1,024: hf-compile"));
         assert!(shares(&samples).unwrap().contains("Llama-3.2-1B, 1 × 1,024: ours-pdl"));
+    }
+
+    #[test]
+    fn each_arm_of_others_is_of_a_kind_and_of_one_case() {
+        let peers: Vec<_> = CASES.iter().flat_map(|case| case.peers.iter().copied()).collect();
+        for arm in ARMS.iter().filter(|arm| arm.program == Program::Python && !EAGER.contains(&arm.name)) {
+            assert_eq!(peers.iter().filter(|peer| **peer == arm.name).count(), 1, "{}", arm.name);
+            assert!(KINDS.iter().any(|(kind, _)| arm.name.starts_with(kind)), "{}", arm.name);
+        }
+        let bounded = |peer: &&str| CASES[0].bound(peer) != Limit::Open;
+        assert_eq!(CASES[0].peers.iter().filter(|peer| bounded(peer)).count(), 1);
+    }
+
+    #[test]
+    fn six_blocks_have_an_interval() {
+        let samples: Samples =
+            (0..6).map(|block| Sample::new(block, OURS, &CASES[3].step, 1e6 + block as f64 * 1e3)).collect();
+        let (machine, _) = recorded();
+        let text = markdown(&machine, &samples);
+        assert!(text.contains("| Llama-3.2-1B, 1 × 1,024 | 1002.5 | 1000.0 to 1005.0 |"), "{text}");
+        assert_eq!(usize::from(SUITE.blocks.0), 6);
     }
 
     #[test]
