@@ -8,6 +8,7 @@
 //!     arena MODEL BATCH                  the arena's size by what it cannot be smaller than
 //!     error MODEL                        how far the logits are from F32's, by how far transformers' own are, where its folder has
 //!                                        reference.safetensors
+//!     residual MODEL LAYER               the same of what a layer leaves in the residual stream, of all references the largest
 //!
 //! MODEL is a folder of DECODER_MODELS, or a shape that is built in, with random weights.
 
@@ -65,6 +66,8 @@ struct Bench {
     rules: Vec<Rule>,
     /// Every case that was asked for: it is asked again in each block.
     kept: RefCell<Vec<Setup>>,
+    /// How many times as far as transformers' own each layer's residual stream is, of the model that was asked for.
+    residuals: RefCell<Option<(String, Vec<f64>)>>,
 }
 
 struct Setup {
@@ -93,7 +96,7 @@ impl Bench {
         if FlashInferRuntime::initialize(RuntimeConfig::default())?.device_count()? == 0 {
             return Err("the driver lists no GPU".into());
         }
-        Ok(Self { launch, rules, kept: RefCell::default() })
+        Ok(Self { launch, rules, kept: RefCell::default(), residuals: RefCell::default() })
     }
 
     fn answer(&self, request: &str) -> Result<Option<f64>> {
@@ -110,6 +113,7 @@ impl Bench {
                 Ok(Some(sizes.planned as f64 / sizes.lower_bound as f64))
             }
             (["error", model], []) => self.error(model),
+            (["residual", model, _], &[layer]) => self.residual(model, layer as usize),
             ([what @ ("step" | "host" | "kernels"), model, ..], &[rows, context, steps]) if steps <= ROOM => {
                 let mut kept = self.kept.borrow_mut();
                 let of_case = |setup: &Setup| setup.model == *model && (setup.rows, setup.context) == (rows, context);
@@ -141,6 +145,7 @@ impl Bench {
             sequences,
             rules: self.rules.clone(),
             sampling: None,
+            residuals: false,
         }
     }
 
@@ -167,12 +172,18 @@ impl Bench {
         let (config, folder) = (config(model)?, folder(model));
         let source = if folder.is_dir() { Source::open(&folder)? } else { Source::random(1) };
         let graph = self.planned(&config, options)?.0;
-        let mut gpu = Gpu::new(&graph, &config, buckets, self.launch)?;
+        let mut gpu = Gpu::new(&graph, buckets, self.launch)?;
         source.give(&graph, &config, None, &mut |name, tensor| gpu.weight(name, tensor))?;
         Ok((config, graph, gpu))
     }
 
-    fn error(&self, model: &str) -> Result<Option<f64>> {
+    /// Something of each of a model's references, by a graph of their own; nothing where the model's folder has none.
+    fn beside<T>(
+        &self,
+        model: &str,
+        residuals: bool,
+        each: impl Fn(&Reference, &mut Session<'_>) -> Result<T>,
+    ) -> Result<Option<Vec<T>>> {
         let path = folder(model).join("reference.safetensors");
         if !path.exists() {
             return Ok(None);
@@ -182,20 +193,48 @@ impl Bench {
         let references = Reference::all(&path)?;
         let (sequences, tokens) = Reference::room(&references);
         let (usual, sequences) = (Buckets::default(), sequences as u64);
-        let options = self.options(usual.largest(), sequences, tokens);
+        let options = graph::Options { residuals, ..self.options(usual.largest(), sequences, tokens) };
         let buckets = Buckets::new(&[usual.of(sequences)?, usual.largest()])?;
         let (.., mut gpu) = self.loaded(model, &options, &buckets)?;
         gpu.make_ready()?;
-        let mut worst = 0.0;
+        let mut all = Vec::with_capacity(references.len());
         for reference in &references {
             let mut session = Session::new(&mut gpu, &options, reference.sequences, 1);
-            let (ours, theirs) = reference.together(&reference.errors(&mut session, Slip::None)?);
+            all.push(each(reference, &mut session)?);
+        }
+        Ok(Some(all))
+    }
+
+    fn error(&self, model: &str) -> Result<Option<f64>> {
+        let found = self.beside(model, false, |reference, session| {
+            let (ours, theirs) = reference.together(&reference.errors(session, Slip::None)?);
             if !ours.is_finite() {
                 return Err(format!("logits of {} that are no numbers", reference.name).into());
             }
-            worst = f64::max(worst, ours / theirs);
+            Ok(ours / theirs)
+        })?;
+        Ok(found.map(|ratios| ratios.into_iter().fold(0.0, f64::max)))
+    }
+
+    /// Of a layer, counted from 1.
+    fn residual(&self, model: &str, layer: usize) -> Result<Option<f64>> {
+        let mut known = self.residuals.borrow_mut();
+        if known.as_ref().is_none_or(|(of, _)| of != model) {
+            let found = self.beside(model, true, |reference, session| Ok(reference.residuals(session)?))?;
+            let mut largest: Vec<f64> = Vec::new();
+            for layers in found.unwrap_or_default() {
+                largest.resize(largest.len().max(layers.len()), 0.0);
+                for (largest, (ours, theirs)) in largest.iter_mut().zip(layers) {
+                    let ratio = ours / theirs;
+                    if !ratio.is_finite() {
+                        return Err("a residual stream that is no number".into());
+                    }
+                    *largest = largest.max(ratio);
+                }
+            }
+            *known = Some((model.to_owned(), largest));
         }
-        Ok(Some(worst))
+        Ok(known.as_ref().and_then(|(_, largest)| largest.get(layer - 1).copied()))
     }
 
     fn setup(&self, model: &str, rows: u64, context: u64) -> Result<Setup> {

@@ -47,6 +47,7 @@ fn options(dtype: DType, rules: &[Rule]) -> Options {
         sequences: 3,
         rules: rules.to_vec(),
         sampling: None,
+        residuals: false,
     }
 }
 
@@ -55,7 +56,7 @@ fn on_host<T>(config: &Config, source: &Source, options: &Options, then: impl Fn
     let graph = fuse(&graph::build(config, options).unwrap(), &options.rules).unwrap().0;
     let plan = Plan::new(&graph, options.rows).unwrap();
     plan.verify(&graph).unwrap();
-    let mut host = Host::new(&graph, &plan, config).unwrap();
+    let mut host = Host::new(&graph, &plan).unwrap();
     source.give(&graph, config, None, &mut |name, tensor| host.weight(name, tensor)).unwrap();
     then(&mut host)
 }
@@ -98,6 +99,57 @@ fn in_bf16_both_are_no_further_from_f32_than_transformers_is() {
     }
 }
 
+/// What each reference says of each layer's residual stream: ours, and transformers' own.
+fn residuals(name: &str, dtype: DType, rules: &[Rule], wrong: Option<Wrong>) -> Vec<Vec<(f64, f64)>> {
+    let (config, source, references) = model(name);
+    let options = Options { residuals: true, ..options(dtype, rules) };
+    let graph = fuse(&graph::build(&config, &options).unwrap(), rules).unwrap().0;
+    on_host(&config, &source, &options, |host| {
+        if wrong.is_some() {
+            source.give(&graph, &config, Some(wrong), &mut |name, tensor| host.weight(name, tensor)).unwrap();
+        }
+        let of = |reference: &Reference| {
+            assert_eq!(reference.layers(), config.layers as usize);
+            let mut session = Session::new(host, &options, reference.sequences, 1);
+            reference.residuals(&mut session).unwrap()
+        };
+        references.iter().map(of).collect()
+    })
+}
+
+#[test]
+fn each_layer_leaves_what_it_leaves_in_transformers() {
+    for name in MODELS {
+        for rules in [&Rule::ALL[..], &[]] {
+            for (ours, _) in residuals(name, DType::F32, rules, None).into_iter().flatten() {
+                assert!(ours < 2e-6, "{name}: {ours}");
+            }
+        }
+        let (_, _, references) = model(name);
+        let near = |wrong| {
+            let found = residuals(name, DType::BF16, &Rule::ALL, wrong);
+            references.iter().zip(found).all(|(reference, found)| reference.judge_residuals(&found))
+        };
+        assert!(near(None) && !near(Some(Wrong::AnotherLayersNorm)), "{name}");
+    }
+}
+
+#[test]
+fn outputs_of_the_residual_stream_leave_every_rule_its_places() {
+    let (config, ..) = model(MODELS[0]);
+    for rules in [Rule::ALL.to_vec(), vec![Rule::AddNorm], vec![Rule::ResidualProduct]] {
+        let applied = |residuals| {
+            let options = Options { residuals, ..options(DType::BF16, &rules) };
+            let (graph, applied) = fuse(&graph::build(&config, &options).unwrap(), &rules).unwrap();
+            let copies = graph.nodes().iter().filter(|node| node.operation.name() == "copy").count();
+            (copies, applied.iter().map(|one| one.rule).collect::<Vec<_>>())
+        };
+        let ((none, without), (copies, with)) = (applied(false), applied(true));
+        assert_eq!((none, copies), (0, config.layers as usize));
+        assert_eq!(with, without);
+    }
+}
+
 #[test]
 fn every_control_is_seen() {
     let options = options(DType::BF16, &Rule::ALL);
@@ -129,7 +181,7 @@ fn a_prompt_is_the_same_by_one_token_a_step_and_by_chunks() {
             let mut session = Session::new(host, &options, 1, 1);
             let first = session.prefill(0, &prompt).unwrap();
             let made = session.decode(9).unwrap();
-            (first, made, session.logits().unwrap().iter().map(|logit| logit.to_bits()).collect::<Vec<_>>())
+            (first, made, session.output("logits").unwrap().iter().map(|logit| logit.to_bits()).collect::<Vec<_>>())
         })
     };
     assert_eq!(decoded(1), decoded(8));

@@ -48,6 +48,7 @@ fn options(rules: &[Rule], sampling: Option<Sampling>) -> Options {
         sequences: 3,
         rules: rules.to_vec(),
         sampling,
+        residuals: false,
     }
 }
 
@@ -60,9 +61,9 @@ fn sequences_are_decoded_in_each_way_that_a_step_is_launched() {
         let ways = [(Launch::Eager, all, None), (Launch::Graph, all, None), (Launch::Pdl, all, None)];
         for (launch, rules, sampling) in ways.into_iter().chain([(Launch::Pdl, &[][..], Some(drawn))]) {
             driver.ordered(&format!("{launch:?}, {} rules", rules.len()), || {
-                let options = options(rules, sampling);
+                let options = Options { residuals: launch == Launch::Graph, ..options(rules, sampling) };
                 let graph = fuse(&graph::build(&config, &options).unwrap(), rules).unwrap().0;
-                let mut gpu = Gpu::new(&graph, &config, &Buckets::new(&[4, 8]).unwrap(), launch).unwrap();
+                let mut gpu = Gpu::new(&graph, &Buckets::new(&[4, 8]).unwrap(), launch).unwrap();
                 Source::random(1).give(&graph, &config, None, &mut |name, tensor| gpu.weight(name, tensor)).unwrap();
                 gpu.make_ready().unwrap();
                 assert_eq!(gpu.rows(), 8);
@@ -73,7 +74,12 @@ fn sequences_are_decoded_in_each_way_that_a_step_is_launched() {
                 }
                 let made = session.decode(10).unwrap();
                 assert!(made.len() == 10 && made.iter().all(|step| step.len() == 3));
-                assert_eq!(session.logits().unwrap().len(), 3 * config.vocab as usize);
+                assert_eq!(session.output("logits").unwrap().len(), 3 * config.vocab as usize);
+                let stream = session.output(&graph::residual(1));
+                assert_eq!(
+                    stream.ok().map(|stream| stream.len()),
+                    options.residuals.then_some(3 * config.hidden as usize)
+                );
                 // The longest has room for 18 more.
                 assert!(session.decode(19).unwrap_err().to_string().contains("48"));
                 assert_eq!(session.decode(18).unwrap().len(), 18);

@@ -1,8 +1,9 @@
 """Decoders beside Hugging Face's transformers, whose files and shapes they share.
 
     decoder.py weights NAME FOLDER      config.json and random weights of a shape: normal, norms around 1
-    decoder.py reference FOLDER [CASE]  logits of a model in F32, and how far its own BF16 is from them, into
-                                        FOLDER/reference.safetensors; a CASE is SEQUENCESxCONTEXT, 1x64 for example
+    decoder.py reference FOLDER [CASE]  logits of a model in F32 and what its layers leave in the residual stream, and how far its
+                                        own BF16 is from them, into FOLDER/reference.safetensors; a CASE is SEQUENCESxCONTEXT, 1x64
+                                        for example
     decoder.py prepare NAME FOLDER      both
     decoder.py [--probe] ARM            an arm of `cargo xtask bench --decoder`, as arms.py says
 
@@ -136,11 +137,30 @@ def load(folder, dtype, attention="sdpa"):
 
 
 def forced(model, tokens, context):
-    """The logits behind each token after the context, which a prefill has put into the cache."""
+    """The logits behind each token after the context, which a prefill has put into the cache; and what each layer left in the
+    residual stream, as [rows, positions, layers, hidden]."""
     cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1])
     model(input_ids=tokens[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    one = lambda at: model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, -1]
-    return torch.stack([one(at).float() for at in range(context, tokens.shape[1])], dim=1)
+    left = []
+
+    def leaves(layer, given, result):
+        stream = result[0] if isinstance(result, tuple) else result
+        left.append(stream[:, -1].float())
+
+    hooks = [layer.register_forward_hook(leaves) for layer in model.model.layers]
+    logits, residuals = [], []
+    for at in range(context, tokens.shape[1]):
+        found = model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+        logits.append(found.float())
+        residuals.append(torch.stack(left, dim=1))
+        left.clear()
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(logits, dim=1), torch.stack(residuals, dim=1)
+
+
+def relative(own, expected):
+    return (own - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 def write_reference(folder, cases):
@@ -156,14 +176,16 @@ def write_reference(folder, cases):
             rows, context = map(int, case.split("x"))
             tokens[case] = torch.randint(model.config.vocab_size, (rows, context + POSITIONS), generator=generator)
             found[f"{case}.tokens"] = tokens[case].to(torch.int32)
-            found[f"{case}.logits"] = forced(model, tokens[case].to(device()), context).cpu()
+            logits, residuals = forced(model, tokens[case].to(device()), context)
+            found[f"{case}.logits"], found[f"{case}.residuals"] = logits.cpu(), residuals.cpu()
         del model
         model = load(folder, torch.bfloat16)
         for case in cases:
-            expected = found[f"{case}.logits"].to(device())
-            own = forced(model, tokens[case].to(device()), int(case.split("x")[1]))
-            error = (own - expected).norm(dim=-1) / expected.norm(dim=-1)
+            logits, residuals = forced(model, tokens[case].to(device()), int(case.split("x")[1]))
+            error = relative(logits, found[f"{case}.logits"].to(device()))
             found[f"{case}.error.hf-eager"] = error.cpu().contiguous()
+            by_layer = relative(residuals, found[f"{case}.residuals"].to(device()))
+            found[f"{case}.residual_error.hf-eager"] = by_layer.cpu().contiguous()
             print(f"{case}: transformers' bf16 is off by {error.square().mean().sqrt():.2e}", file=sys.stderr)
     save_file(found, Path(folder, "reference.safetensors"))
 
@@ -247,7 +269,7 @@ def by_hand(how, name, rows, context, steps):
         expected = peer.logits(ids).float()
         own.ids.copy_(ids.flatten())
         own.step()
-        worst = max(worst, ((own.logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item())
+        worst = max(worst, relative(own.logits.float(), expected).max().item())
     if not worst <= TOLERANCE:
         raise RuntimeError(f"logits are off by {worst:.2e} from those of transformers, expected at most {TOLERANCE}")
     print(f"{how}: logits are off by {worst:.2e} from those of transformers", file=sys.stderr)

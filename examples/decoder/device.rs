@@ -3,14 +3,12 @@
 use flashinfer_rs::compute::{Buckets, DeviceRun, Graph, HostTensor};
 use flashinfer_rs::cudarc::driver::CudaContext;
 
-use crate::config::Config;
 use crate::fault::{Fault, fault};
 use crate::session::{Engine, Inputs, Launch};
 
 pub struct Gpu {
     pub run: DeviceRun,
     launch: Launch,
-    vocab: usize,
     /// Whether tokens are drawn.
     draws: bool,
     /// Rows that the last step had.
@@ -23,13 +21,13 @@ fn driver(doing: &str, error: impl std::fmt::Display) -> Fault {
 
 impl Gpu {
     /// A graph for these buckets, on a stream of its own of the first GPU.
-    pub fn new(graph: &Graph, config: &Config, buckets: &Buckets, launch: Launch) -> Result<Self, Fault> {
+    pub fn new(graph: &Graph, buckets: &Buckets, launch: Launch) -> Result<Self, Fault> {
         let context = CudaContext::new(0).map_err(|error| driver("opening cuda:0", error))?;
         let stream = context.new_stream().map_err(|error| driver("making a stream", error))?;
         let mut run = DeviceRun::new(graph, buckets, &stream)?;
         run.set_pdl(launch == Launch::Pdl);
         let draws = graph.find("step input", "number").is_ok();
-        Ok(Self { run, launch, vocab: config.vocab as usize, draws, rows: 0 })
+        Ok(Self { run, launch, draws, rows: 0 })
     }
 
     /// Gives the inputs of a step.
@@ -134,8 +132,9 @@ impl Engine for Gpu {
         Ok(all)
     }
 
-    fn logits(&mut self, rows: usize) -> Result<Vec<f32>, Fault> {
-        let logits = self.run.read("logits")?;
-        Ok(logits.into_iter().take(rows * self.vocab).map(|logit| logit as f32).collect())
+    fn output(&mut self, name: &str, rows: usize) -> Result<Vec<f32>, Fault> {
+        let values = self.run.read(name)?;
+        let width = values.len() / self.rows.max(1);
+        Ok(values.into_iter().take(rows * width).map(|value| value as f32).collect())
     }
 }

@@ -10,6 +10,11 @@ pub const LM_HEAD: &str = "lm_head.weight";
 /// The only weight that no file has: it is computed of the configuration.
 pub const COS_SIN: &str = "cos_sin";
 
+/// The output that holds what a layer left in the residual stream, where the options ask for it.
+pub fn residual(layer: u32) -> String {
+    format!("residual.{layer}")
+}
+
 /// What is decided beside the model.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -26,6 +31,8 @@ pub struct Options {
     pub rules: Vec<Rule>,
     /// Without, the likeliest token.
     pub sampling: Option<Sampling>,
+    /// Whether what each layer leaves in the residual stream is an output too.
+    pub residuals: bool,
 }
 
 /// How tokens are drawn.
@@ -112,6 +119,11 @@ pub fn build(config: &Config, options: &Options) -> Result<Graph> {
         let gated = g.mul(gate, &up)?;
         let down = g.matmul(&gated, &w_down)?;
         residual = g.add(residual, &down)?;
+        if options.residuals {
+            // The stream itself is overwritten by the next layer.
+            let copy = g.copy(&residual, dtype)?;
+            g.output(&self::residual(layer), copy)?;
+        }
     }
     g.layer(None);
     let norm = g.weight("model.norm.weight", dtype, [fixed(hidden)])?;

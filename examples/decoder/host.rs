@@ -2,7 +2,6 @@
 
 use flashinfer_rs::compute::{Graph, HostRun, HostTensor, Plan};
 
-use crate::config::Config;
 use crate::fault::Fault;
 use crate::session::{Engine, Inputs};
 
@@ -10,7 +9,6 @@ pub struct Host<'g> {
     run: HostRun<'g>,
     plan: &'g Plan,
     width: usize,
-    vocab: usize,
     /// Whether tokens are drawn.
     draws: bool,
     /// Rows that the last step had.
@@ -18,12 +16,12 @@ pub struct Host<'g> {
 }
 
 impl<'g> Host<'g> {
-    pub fn new(graph: &'g Graph, plan: &'g Plan, config: &Config) -> Result<Self, Fault> {
+    pub fn new(graph: &'g Graph, plan: &'g Plan) -> Result<Self, Fault> {
         let run = HostRun::new(graph, plan)?;
         let table = &graph.tensors()[graph.find("step input", "page_table")?].spec;
         let width = table.shape[1].at(1) as usize;
         let draws = graph.find("step input", "number").is_ok();
-        Ok(Self { run, plan, width, vocab: config.vocab as usize, draws, rows: 0 })
+        Ok(Self { run, plan, width, draws, rows: 0 })
     }
 
     /// An input of the whole bucket: what is given, and the padding behind it.
@@ -79,8 +77,9 @@ impl Engine for Host<'_> {
         Ok(all)
     }
 
-    fn logits(&mut self, rows: usize) -> Result<Vec<f32>, Fault> {
-        let logits = self.run.read("logits")?;
-        Ok(logits.into_iter().take(rows * self.vocab).map(|logit| logit as f32).collect())
+    fn output(&mut self, name: &str, rows: usize) -> Result<Vec<f32>, Fault> {
+        let values = self.run.read(name)?;
+        let width = values.len() / self.plan.batch() as usize;
+        Ok(values.into_iter().take(rows * width).map(|value| value as f32).collect())
     }
 }

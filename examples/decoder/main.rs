@@ -240,6 +240,7 @@ impl Arguments {
             sequences: sequences as u64,
             rules: self.rules.clone(),
             sampling,
+            residuals: false,
         })
     }
 }
@@ -367,10 +368,10 @@ fn with_engine(
         // Of a row for each sequence, and of as many as there may be for a prefill.
         let of_sequences = Buckets::default().of(options.sequences)?;
         let buckets = Buckets::new(&[of_sequences, graph.largest_batch()])?;
-        return run(&mut device::Gpu::new(graph, config, &buckets, arguments.launch)?);
+        return run(&mut device::Gpu::new(graph, &buckets, arguments.launch)?);
     }
     let _ = (arguments, options);
-    run(&mut Host::new(graph, plan, config)?)
+    run(&mut Host::new(graph, plan)?)
 }
 
 /// Compares with every reference of a file, then sees that one of them turns red by each control.
@@ -408,6 +409,34 @@ fn gate(arguments: &Arguments, config: &Config, source: &Source, gpu: bool, path
         passed &= short.judge(&found(engine, short, Slip::None)?, false);
         Ok(())
     })?;
+    passed &= residuals(arguments, config, source, &options, &references)?;
     println!("{}", if passed { "PASS" } else { "FAIL" });
+    Ok(passed)
+}
+
+/// Compares what each layer leaves in the residual stream, by a graph of its own that has it as outputs: in the one that is judged
+/// above nothing holds it.
+fn residuals(
+    arguments: &Arguments,
+    config: &Config,
+    source: &Source,
+    options: &Options,
+    references: &[Reference],
+) -> Result<bool, Fault> {
+    if references.iter().all(|reference| reference.layers() == 0) {
+        println!("the file has no residuals to compare with; benches/python/decoder.py reference writes them");
+        return Ok(true);
+    }
+    println!("the residual stream, by a graph with an output behind each layer:");
+    let options = Options { residuals: true, ..options.clone() };
+    let (graph, plan) = planned(config, &options)?;
+    let mut passed = true;
+    with_engine(arguments, config, source, (&graph, &plan, &options), &mut |engine| {
+        for reference in references.iter().filter(|reference| reference.layers() > 0) {
+            let mut session = Session::new(engine, &options, reference.sequences, arguments.seed);
+            passed &= reference.judge_residuals(&reference.residuals(&mut session)?);
+        }
+        Ok(())
+    })?;
     Ok(passed)
 }

@@ -41,8 +41,8 @@ pub trait Engine {
     /// are those of all steps, where tokens are drawn.
     fn run(&mut self, steps: usize, numbers: &[f32]) -> Result<Vec<Vec<i32>>, Fault>;
 
-    /// The logits of the last step's first rows.
-    fn logits(&mut self, rows: usize) -> Result<Vec<f32>, Fault>;
+    /// An output of the last step, of its first rows.
+    fn output(&mut self, name: &str, rows: usize) -> Result<Vec<f32>, Fault>;
 }
 
 /// How a GPU runs a step.
@@ -167,8 +167,8 @@ impl<'e> Session<'e> {
         Ok(made)
     }
 
-    /// The logits of each sequence's last step.
-    pub fn logits(&mut self) -> Result<Vec<f32>, Fault> {
-        self.engine.logits(self.held.len())
+    /// An output of each sequence's last step.
+    pub fn output(&mut self, name: &str) -> Result<Vec<f32>, Fault> {
+        self.engine.output(name, self.held.len())
     }
 }

@@ -96,6 +96,8 @@ const ABLATIONS: &[&str] =
 
 const QWEN: &str = "qwen3-0.6b";
 const LLAMA: &str = "llama-3.2-1b";
+/// Of Qwen3-0.6B.
+const LAYERS: usize = 28;
 /// Steps that are queued between two events; a context has room for them.
 const STEPS: u64 = 128;
 /// Those of what takes some 50 ms each.
@@ -195,6 +197,9 @@ static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| {
 static BUILD: LazyLock<String> = LazyLock::new(|| format!("build {QWEN} 32"));
 static ARENA: LazyLock<String> = LazyLock::new(|| format!("arena {QWEN} 32"));
 static ERROR: LazyLock<String> = LazyLock::new(|| format!("error {QWEN}"));
+/// By layer, counted from 1.
+static RESIDUALS: LazyLock<Vec<String>> =
+    LazyLock::new(|| (1..=LAYERS).map(|layer| format!("residual {QWEN} {layer}")).collect());
 static COPY: LazyLock<String> = LazyLock::new(copy_case);
 
 fn questions() -> Vec<Question> {
@@ -204,6 +209,7 @@ fn questions() -> Vec<Question> {
     let first = &CASES[0];
     // The logits first: they have the GPU's memory nearly for themselves.
     let mut all = vec![ask(&COPY, &["limits"]), once(&ERROR, &[OURS])];
+    all.extend(RESIDUALS.iter().map(|case| once(case, &[OURS])));
     for case in CASES.iter() {
         all.push(ask(&case.step, &[OURS]));
         all.push(ask(&case.step, case.peers));
@@ -245,6 +251,10 @@ static COMPARISONS: LazyLock<Vec<Comparison>> = LazyLock::new(|| {
     all.push(row("ms to build, fuse, plan and prove 28 layers".to_owned(), build, Limit::AtMost(20.0)));
     let error = Formula::Times(1.0, (OURS, &ERROR));
     all.push(row("error against F32 by transformers' own in bf16".to_owned(), error, Limit::AtMost(1.25)));
+    for layer in [1, LAYERS / 2, LAYERS] {
+        let formula = Formula::Times(1.0, (OURS, RESIDUALS[layer - 1].as_str()));
+        all.push(row(format!("the same of the residual stream behind layer {layer}"), formula, Limit::AtMost(1.25)));
+    }
     for arm in EAGER {
         all.push(row(format!("{arm} / ours, {}", first.what()), Formula::Ratio((arm, &first.few), ours), Limit::Open));
     }
@@ -341,6 +351,14 @@ fn markdown(machine: &Machine, samples: &Samples) -> String {
         let between = interval(Formula::Times(1e-3, (arm.name, &first.step)), 1);
         let _ = writeln!(text, "| `{}` | {us} | {between} | {kernels} | {host} |", arm.name);
     }
+    let by_layer: Vec<_> = RESIDUALS.iter().filter_map(|case| plan::median(samples, OURS, case)).collect();
+    if !by_layer.is_empty() {
+        text += "\n## Error by layer\n\nHow far what a layer of Qwen3-0.6B leaves in the residual stream is from F32's, by how far \
+                 transformers' own in bf16 is: the largest of the references' ratios.\n\n| layer | times |\n|---|---|\n";
+        for (layer, ratio) in by_layer.iter().enumerate() {
+            let _ = writeln!(text, "| {} | {ratio:.2} |", layer + 1);
+        }
+    }
     text + &failures(machine)
 }
 
@@ -410,6 +428,7 @@ mod tests {
             Sample::new(0, OURS, &BUILD, 9e6),
             Sample::new(0, OURS, &ARENA, 1.05),
             Sample::new(0, OURS, &ERROR, 0.8),
+            Sample::new(0, OURS, &RESIDUALS[0], 1.5),
             Sample::new(0, "hf-eager", &CASES[0].few, 46e6),
         ];
         for case in CASES.iter() {
@@ -445,6 +464,8 @@ mod tests {
         assert_eq!(verdict("kernels of a step"), (Some(257.0), Verdict::Kept));
         assert_eq!(verdict("ms to build"), (Some(9.0), Verdict::Kept));
         assert_eq!(verdict("error against F32"), (Some(0.8), Verdict::Kept));
+        assert_eq!(verdict("the same of the residual stream behind layer 1"), (Some(1.5), Verdict::Missed));
+        assert_eq!(verdict("the same of the residual stream behind layer 28").1, Verdict::NotMeasured);
     }
 
     #[test]
@@ -460,6 +481,7 @@ mod tests {
             text.contains("| Qwen3-0.6B, 1 × 1,024 | transformers, StaticCache | 46000.0 |  |  | 57.50 |  |"),
             "{text}"
         );
+        assert!(text.contains("## Error by layer") && text.contains("\n| 1 | 1.50 |\n"), "{text}");
         for case in CASES.iter() {
             // Ours, and each of others.
             let eager = if case.model == QWEN && (case.rows, case.context) == (1, 1024) { EAGER.len() } else { 0 };

@@ -205,7 +205,7 @@ pub fn unit(case: &str) -> &'static str {
     match case.split(' ').next() {
         Some("series") => "µs",
         Some("kernels") => "kernels",
-        Some("arena" | "error") => "times",
+        Some("arena" | "error" | "residual") => "times",
         _ => "ns",
     }
 }
