@@ -29,7 +29,7 @@ use fastrand::Rng;
 use indicatif::ProgressBar;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use self::plan::{Comparison, GENERATIONS, Program, Question, Verdict};
+use self::plan::{Blocks, Comparison, GENERATIONS, Program, Question, Verdict};
 use self::process::{Arm, PATIENCE};
 use self::record::{Earlier, Failure, Machine, Missing, Sample, Samples, Writer};
 use crate::bundle;
@@ -246,7 +246,6 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
     let bar = ProgressBar::new(blocks as u64);
     let until = options.seconds.map(|seconds| started + Duration::from_secs(seconds));
     let (running, failures) = (BTreeMap::new(), Vec::new());
-    let earlier = earlier.map(|earlier| earlier.machine);
     let mut arms = Arms { suite, place: &place, c: &c, running, missing, failures, earlier, started, until, first };
     let machine = Machine::look(&place.libraries, blocks, place.command.clone())?;
     // Also now: with it the values of a run that was ended from outside can be written up.
@@ -265,9 +264,13 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
     }
     bar.finish_and_clear();
     arms.describe(&machine, &out)?;
-    arms.running.into_values().for_each(|(_, arm)| arm.finish());
+    // All at once, while the report is written.
+    let mut running: Vec<Arm> = arms.running.into_values().map(|(_, arm)| arm).collect();
+    running.iter_mut().for_each(Arm::dismiss);
     fs::rename(&partial, &values).map_err(|e| Error::io("renaming", &partial, &e))?;
     let broken = render(suite, &out)?;
+    running.into_iter().for_each(Arm::finish);
+    say(format!("all of it took {} s", started.elapsed().as_secs()));
     if options.strict && !broken.is_empty() {
         refuse!("bounds that were not kept: {}", broken.join("; "));
     }
@@ -369,8 +372,8 @@ struct Arms<'a> {
     running: BTreeMap<&'static str, (usize, Arm)>,
     missing: Vec<Missing>,
     failures: Vec<Failure>,
-    /// Of the runs that this one goes on behind.
-    earlier: Option<Machine>,
+    /// The runs that this one goes on behind.
+    earlier: Option<Earlier>,
     started: Instant,
     /// Nothing is asked from then on.
     until: Option<Instant>,
@@ -392,7 +395,7 @@ impl Arms<'_> {
         let seconds = Some(self.started.elapsed().as_secs());
         let mut machine = Machine { missing, failures, seconds, ..machine.clone() };
         if let Some(earlier) = &self.earlier {
-            machine = machine.behind(earlier)?;
+            machine = machine.behind(&earlier.machine)?;
         }
         let mut text = serde_json::to_string_pretty(&machine).unwrap_or_default();
         text.push('\n');
@@ -455,6 +458,9 @@ impl Arms<'_> {
                 let mut turns: Vec<usize> = (0..question.arms.len()).collect();
                 Rng::with_seed((block * question.rounds + round) as u64).shuffle(&mut turns);
                 for turn in turns {
+                    if question.blocks == Blocks::First && self.is_known(question.arms[turn], &question.case) {
+                        continue;
+                    }
                     let answer = self.ask_one(question.arms[turn], &question.case, (block, blocks));
                     if answer.is_err() {
                         writer.flush()?;
@@ -475,6 +481,10 @@ impl Arms<'_> {
             }
         }
         Ok(())
+    }
+
+    fn is_known(&self, arm: &str, case: &str) -> bool {
+        self.earlier.as_ref().is_some_and(|earlier| earlier.has(arm, case))
     }
 
     /// Nothing where an arm is missing or has not the case, or, in a suite that goes on then, failed it.

@@ -128,9 +128,14 @@ impl Arm {
         self.hangs || self.wait(Duration::from_secs(1)).is_some()
     }
 
+    /// Says that nothing more is asked.
+    pub fn dismiss(&mut self) {
+        self.requests = None;
+    }
+
     /// Ends it the agreed way.
     pub fn finish(mut self) {
-        self.requests = None;
+        self.dismiss();
         self.wait(FAREWELL);
     }
 }

@@ -74,6 +74,11 @@ impl Earlier {
         self.samples.iter().map(|sample| sample.block + 1).max().unwrap_or(0)
     }
 
+    /// Whether there is a value of an arm's case.
+    pub fn has(&self, arm: &str, case: &str) -> bool {
+        self.samples.iter().any(|sample| (sample.arm.as_str(), sample.case.as_str()) == (arm, case))
+    }
+
     pub fn copy(&self, writer: &mut Writer) -> Result<()> {
         self.samples.iter().try_for_each(|sample| writer.add(sample))?;
         writer.flush()
@@ -358,6 +363,7 @@ mod tests {
         fs::write(&description, serde_json::to_string(&machine(&[])).unwrap()).unwrap();
         let earlier = Earlier::read(&values, &description).unwrap();
         assert_eq!(earlier.blocks(), 3);
+        assert!(earlier.has("ours", "step") && !earlier.has("ours", "host") && !earlier.has("theirs", "step"));
         let again = folder.path().join("y.csv");
         let mut writer = Writer::create(&again).unwrap();
         earlier.copy(&mut writer).unwrap();
