@@ -23,7 +23,7 @@ use super::batch::Batch;
 use super::ring::Ring;
 use super::rows::{self, K, Q, RESULT, V};
 use super::run::Numbers;
-use super::sizes::{Gpu, Largest, check_largest, sizes};
+use super::sizes::{Gpu, Largest, Sizes, check_largest, sizes};
 use super::spec::{AttentionSpec, Backend, Kind, MLA_DIMS};
 
 /// The name that errors of a workspace carry.
@@ -42,16 +42,37 @@ pub(super) struct OnStream {
     run: Function,
     kind: Kind,
     eight_bits: bool,
-    /// Partial results, and the planner's lists.
-    float: CudaSlice<u8>,
-    int: CudaSlice<u8>,
-    /// The batch's tables.
-    tables: CudaSlice<i32>,
+    /// Nothing where the memory is somebody else's, who orders its uses and keeps it as long as they last.
+    buffers: Option<Buffers>,
+    /// How many bytes partial results and the planner's lists have, and how many numbers the tables.
+    float_bytes: usize,
+    int_bytes: usize,
+    tables_len: usize,
     ring: Ring,
-    /// Where those are.
+    /// Where the tables are.
     tables_at: u64,
     prepared: Box<Prepared>,
     graph: bool,
+}
+
+/// A workspace's own memory on a GPU.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    /// Partial results, and the planner's lists.
+    pub(super) float: CudaSlice<u8>,
+    pub(super) int: CudaSlice<u8>,
+    /// The batch's tables.
+    pub(super) tables: CudaSlice<i32>,
+}
+
+/// What computes a specification on a stream's GPU, found and loaded, and what its planner goes by there.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    device: Device,
+    backend: Backend,
+    gpu: Gpu,
+    plan: Function,
+    run: Function,
 }
 
 /// What kernels are given of a workspace and of the tables of its batch: the layouts, and those as they cross the boundary, which point
@@ -85,7 +106,7 @@ pub(super) fn integers_of(info: &Object) -> Vec<i64> {
 }
 
 /// How long the tables of a batch are, in numbers: each starts at a multiple of four, so that kernels may read several at once.
-fn tables_len(requests: usize, indices: usize) -> usize {
+pub(super) fn tables_len(requests: usize, indices: usize) -> usize {
     2 * (requests + 1).next_multiple_of(4) + requests.next_multiple_of(4) + indices.max(1).next_multiple_of(4)
 }
 
@@ -98,12 +119,12 @@ pub(crate) fn buffer_address<T>(buffer: &mut CudaSlice<T>) -> *mut c_void {
 }
 
 impl Prepared {
-    fn new(on: Device, float: &mut CudaSlice<u8>, int: &mut CudaSlice<u8>) -> Box<Self> {
+    /// With partial results and lists at these addresses, of so many bytes.
+    fn new(on: Device, float: (u64, usize), int: (u64, usize)) -> Box<Self> {
         let nothing = Layout::build(std::ptr::null_mut(), on, DType::I32, &[0], None, None);
         let mut layouts = [nothing; 6];
-        for (at, buffer) in [(FLOAT, float), (INT, int)] {
-            let len = buffer.len() as i64;
-            layouts[at] = Layout::build(buffer_address(buffer), on, DType::U8, &[len], None, None);
+        for (at, (address, bytes)) in [(FLOAT, float), (INT, int)] {
+            layouts[at] = Layout::build(address as *mut c_void, on, DType::U8, &[bytes as i64], None, None);
         }
         let tensors = layouts.each_ref().map(Layout::pack);
         let mut prepared = Box::new(Self { layouts, tensors });
@@ -140,14 +161,9 @@ fn write_tables(batch: &Batch, to: &mut [i32]) {
     }
 }
 
-impl OnStream {
-    /// `room` is how many pages the tables of a graph have, which then stay where they are.
-    pub(super) fn new(
-        spec: &AttentionSpec,
-        largest: Largest,
-        stream: &Arc<CudaStream>,
-        room: Option<usize>,
-    ) -> Result<Self> {
+impl Loaded {
+    /// For batches up to the largest, which are checked to be ones that kernels can count.
+    pub(super) fn new(spec: &AttentionSpec, largest: Largest, stream: &Arc<CudaStream>) -> Result<Self> {
         refuse_per_thread(WORKSPACE, stream)?;
         check_context(WORKSPACE, "stream", stream.context(), stream.context())?;
         refuse_capture(WORKSPACE, stream)?;
@@ -179,26 +195,78 @@ impl OnStream {
             (Kind::Ragged, _) => "ragged_run",
             _ => "paged_run",
         })?;
-        let graph = room.is_some();
-        let needed = sizes(spec, backend, largest, gpu, graph);
+        Ok(Self { device: on, backend, gpu, plan, run })
+    }
+
+    /// How much scratch memory batches up to the largest take, for a graph's plan or for any other.
+    pub(super) fn sizes(&self, spec: &AttentionSpec, largest: Largest, graph: bool) -> Sizes {
+        sizes(spec, self.backend, largest, self.gpu, graph)
+    }
+}
+
+impl OnStream {
+    /// `room` is how many pages the tables of a graph have, which then stay where they are.
+    pub(super) fn new(
+        spec: &AttentionSpec,
+        largest: Largest,
+        stream: &Arc<CudaStream>,
+        room: Option<usize>,
+    ) -> Result<Self> {
+        let loaded = Loaded::new(spec, largest, stream)?;
+        let needed = loaded.sizes(spec, largest, room.is_some());
         let _current = CurrentContext::bind(stream.context())?;
         let allocated = driver("allocating the workspace");
-        let mut float = stream.alloc_zeros(needed.float as usize).map_err(&allocated)?;
-        let mut int = stream.alloc_zeros(needed.int as usize).map_err(&allocated)?;
+        let float = stream.alloc_zeros(needed.float as usize).map_err(&allocated)?;
+        let int = stream.alloc_zeros(needed.int as usize).map_err(&allocated)?;
         let len = match room {
             Some(pages) => tables_len(largest.requests as usize, pages),
             // What does not fit is made room for when there is a batch.
             None => tables_len(largest.requests.min(1 << 12) as usize, 1 << 10),
         };
-        let mut tables = stream.alloc_zeros(len).map_err(&allocated)?;
-        let tables_at = buffer_address(&mut tables) as u64;
-        let ring = Ring::new(stream, needed.int as usize, tables.len())?;
-        let prepared = Prepared::new(on, &mut float, &mut int);
+        let tables = stream.alloc_zeros(len).map_err(&allocated)?;
+        let mut buffers = Buffers { float, int, tables };
+        let places =
+            [buffer_address(&mut buffers.float), buffer_address(&mut buffers.int), buffer_address(&mut buffers.tables)];
+        let places = places.map(|place| place as u64);
+        Self::at(loaded, spec, needed, (places, len), stream, (room.is_some(), Some(buffers)))
+    }
+
+    /// Over memory of somebody else's, which is zeros: partial results and lists of the sizes that what is loaded
+    /// [says](Loaded::sizes), and tables of so many numbers, none of which move.
+    ///
+    /// # Safety
+    /// The memory must be of the stream's GPU and valid as long as the workspace and what it launched; its uses must be ordered with
+    /// the stream, and nothing else may use it but other workspaces' runs behind this one's on the stream, of the partial results.
+    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs have their own memory for it"))]
+    pub(super) unsafe fn over(
+        loaded: Loaded,
+        spec: &AttentionSpec,
+        needed: Sizes,
+        tables: ([u64; 3], usize),
+        stream: &Arc<CudaStream>,
+        graph: bool,
+    ) -> Result<Self> {
+        let _current = CurrentContext::bind(stream.context())?;
+        Self::at(loaded, spec, needed, tables, stream, (graph, None))
+    }
+
+    fn at(
+        loaded: Loaded,
+        spec: &AttentionSpec,
+        needed: Sizes,
+        ([float, int, tables_at], tables_len): ([u64; 3], usize),
+        stream: &Arc<CudaStream>,
+        (graph, buffers): (bool, Option<Buffers>),
+    ) -> Result<Self> {
+        let Loaded { device, backend, gpu, plan, run } = loaded;
+        let (float_bytes, int_bytes) = (needed.float as usize, needed.int as usize);
+        let ring = Ring::new(stream, int_bytes, tables_len)?;
+        let prepared = Prepared::new(device, (float, float_bytes), (int, int_bytes));
         let stream = Arc::clone(stream);
         let (pdl, kind, eight_bits) = (spec.pdl(), spec.kind(), spec.has_8_bit_queries());
         Ok(Self {
             stream,
-            device: on,
+            device,
             backend,
             gpu,
             pdl,
@@ -206,9 +274,10 @@ impl OnStream {
             run,
             kind,
             eight_bits,
-            float,
-            int,
-            tables,
+            buffers,
+            float_bytes,
+            int_bytes,
+            tables_len,
             ring,
             tables_at,
             prepared,
@@ -225,7 +294,7 @@ impl OnStream {
     }
 
     pub(super) fn bytes(&self) -> (usize, usize) {
-        (self.float.len(), self.int.len())
+        (self.float_bytes, self.int_bytes)
     }
 
     pub(super) fn stream(&self) -> Stream<'_> {
@@ -236,12 +305,13 @@ impl OnStream {
         &self.stream
     }
 
-    pub(super) fn buffers(&self) -> (&CudaSlice<u8>, &CudaSlice<u8>, &CudaSlice<i32>) {
-        (&self.float, &self.int, &self.tables)
+    /// The memory, where it is the workspace's own.
+    pub(super) fn buffers(&self) -> Option<&Buffers> {
+        self.buffers.as_ref()
     }
 
-    pub(super) fn buffers_mut(&mut self) -> (&mut CudaSlice<u8>, &mut CudaSlice<u8>, &mut CudaSlice<i32>) {
-        (&mut self.float, &mut self.int, &mut self.tables)
+    pub(super) fn buffers_mut(&mut self) -> Option<&mut Buffers> {
+        self.buffers.as_mut()
     }
 
     /// Plans a batch of one query or more; what upstream answered, which stays with the caller's thread.
@@ -256,13 +326,14 @@ impl OnStream {
         let id = runtime.checked_device(self.device)?;
         let _current = CurrentContext::bind(self.stream.context())?;
         let len = tables_len(batch.requests(), batch.kv_indices.len());
-        if len > self.tables.len() {
-            if self.graph {
-                unreachable!("a graph's batch is filled up to what its tables were made for");
-            }
+        if len > self.tables_len {
+            let Some(buffers) = self.buffers.as_mut().filter(|_| !self.graph) else {
+                unreachable!("a batch whose tables stay where they are was checked to be one that they have room for");
+            };
             let more = len.next_power_of_two();
-            self.tables = self.stream.alloc_zeros(more).map_err(driver("allocating a batch's tables"))?;
-            self.tables_at = buffer_address(&mut self.tables) as u64;
+            buffers.tables = self.stream.alloc_zeros(more).map_err(driver("allocating a batch's tables"))?;
+            self.tables_at = buffer_address(&mut buffers.tables) as u64;
+            self.tables_len = more;
         }
         let at = self.ring.take(len)?;
         write_tables(batch, self.ring.tables(at));
@@ -350,8 +421,8 @@ impl OnStream {
     /// Copies the lists and tables of an earlier plan to the GPU again, whose slot was not used since.
     pub(super) fn restore(&mut self, slot: usize) -> Result<()> {
         let _current = CurrentContext::bind(self.stream.context())?;
-        let copied = self.copy_tables(slot, self.tables.len()).and_then(|()| {
-            let (to, bytes) = (self.prepared.layouts[INT].data() as u64, self.int.len());
+        let copied = self.copy_tables(slot, self.tables_len).and_then(|()| {
+            let (to, bytes) = (self.prepared.layouts[INT].data() as u64, self.int_bytes);
             let from = self.ring.planned(slot, bytes);
             // SAFETY: both hold so many bytes; the slot's memory is not written before the event behind the copy.
             let copied = unsafe { cuda::memcpy_htod_async(to, from, self.stream.cu_stream()) };
@@ -438,6 +509,13 @@ pub(super) struct Launch<'a> {
 const ROPE: [f64; 2] = [1.0, 1e-4];
 
 impl Launch<'_> {
+    /// With programmatic dependent launch on or off, whatever the specification says.
+    #[cfg_attr(not(feature = "compute"), allow(dead_code, reason = "compute graphs know what is ahead of a node"))]
+    pub(super) fn with_pdl(mut self, pdl: bool) -> Self {
+        self.pdl = Some(pdl);
+        self
+    }
+
     pub(super) fn device(&self) -> Device {
         self.device
     }

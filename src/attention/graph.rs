@@ -19,7 +19,7 @@ use crate::stream::Stream;
 use crate::tensor::{TensorMut, TensorRef};
 
 use super::batch::Batch;
-use super::gpu::OnStream;
+use super::gpu::{Buffers, OnStream};
 use super::rows::RUN;
 use super::run::{AttentionOptions, LatentQueries, Place, Planned};
 use super::sizes::{Largest, check_batch};
@@ -48,6 +48,44 @@ impl GraphRoom {
     /// For [`Kind::Ragged`]: so many requests, of so many queries together and so many keys.
     pub const fn ragged(requests: i64, rows: i64, keys: usize) -> Self {
         Self { requests, rows, pages: keys, reserved_page: 0 }
+    }
+}
+
+impl GraphRoom {
+    /// That a graph for such batches can have so much room.
+    pub(super) fn check(&self, spec: &AttentionSpec, batch: &Batch) -> Result<()> {
+        let GraphRoom { requests, rows, pages, reserved_page } = *self;
+        let cache = batch.cache();
+        match (spec.kind(), cache) {
+            (Kind::Ragged, None) => {}
+            (Kind::Paged | Kind::Decode | Kind::Mla, Some((_, pages))) => {
+                if !(0..pages).contains(&i64::from(reserved_page)) {
+                    let expected = format!("0 to {}, as the cache has {pages} pages", pages - 1);
+                    return refuse(GRAPH_PLAN, "reserved_page", reserved_page.to_string(), expected);
+                }
+            }
+            (kind, cache) => {
+                let found = if cache.is_some() { "one of pages" } else { "one without pages" };
+                let expected =
+                    format!("one as a specification of {kind:?} has it: ragged without pages, all others with them");
+                return refuse(GRAPH_PLAN, "batch", found.to_owned(), expected);
+            }
+        }
+        if spec.kind() == Kind::Mla && requests > 0 && rows % requests != 0 {
+            let expected = format!("a multiple of the {requests} requests, which have as many queries each");
+            return refuse(GRAPH_PLAN, "rows", rows.to_string(), expected);
+        }
+        let page_size = cache.map_or(1, |(page_size, _)| page_size);
+        let most = i64::from(i32::MAX) / page_size;
+        if !(1..=most).contains(&(pages as i64)) {
+            return refuse(
+                GRAPH_PLAN,
+                "pages",
+                pages.to_string(),
+                format!("1 to {most}, whose tokens kernels can count"),
+            );
+        }
+        Ok(())
     }
 }
 
@@ -116,44 +154,20 @@ impl GraphPlan {
     /// # Errors
     /// As for [`Workspace::new`](super::Workspace::new) and [`Workspace::plan`](super::Workspace::plan), and for room that cannot be.
     pub fn new(spec: AttentionSpec, room: GraphRoom, batch: &Batch, stream: &Arc<CudaStream>) -> Result<Self> {
-        let GraphRoom { requests, rows, pages, reserved_page } = room;
-        let cache = batch.cache();
-        match (spec.kind(), cache) {
-            (Kind::Ragged, None) => {}
-            (Kind::Paged | Kind::Decode | Kind::Mla, Some((_, pages))) => {
-                if !(0..pages).contains(&i64::from(reserved_page)) {
-                    let expected = format!("0 to {}, as the cache has {pages} pages", pages - 1);
-                    return refuse(GRAPH_PLAN, "reserved_page", reserved_page.to_string(), expected);
-                }
-            }
-            (kind, cache) => {
-                let found = if cache.is_some() { "one of pages" } else { "one without pages" };
-                let expected =
-                    format!("one as a specification of {kind:?} has it: ragged without pages, all others with them");
-                return refuse(GRAPH_PLAN, "batch", found.to_owned(), expected);
-            }
-        }
-        if spec.kind() == Kind::Mla && requests > 0 && rows % requests != 0 {
-            let expected = format!("a multiple of the {requests} requests, which have as many queries each");
-            return refuse(GRAPH_PLAN, "rows", rows.to_string(), expected);
-        }
-        let page_size = cache.map_or(1, |(page_size, _)| page_size);
-        let most = i64::from(i32::MAX) / page_size;
-        if !(1..=most).contains(&(pages as i64)) {
-            return refuse(
-                GRAPH_PLAN,
-                "pages",
-                pages.to_string(),
-                format!("1 to {most}, whose tokens kernels can count"),
-            );
-        }
-        let largest = Largest::new(requests, rows);
+        room.check(&spec, batch)?;
+        let largest = Largest::new(room.requests, room.rows);
         let memory = OnStream::new(&spec, largest, stream, Some(filled_pages(&spec, room)))?;
+        Self::with(spec, room, batch, memory)
+    }
+
+    /// In memory that was made for it.
+    pub(super) fn with(spec: AttentionSpec, room: GraphRoom, batch: &Batch, memory: OnStream) -> Result<Self> {
+        let stream = Arc::clone(memory.owned_stream());
         let _current = CurrentContext::bind(stream.context())?;
         let event = || stream.context().new_event(None).map_err(driver("cuEventCreate"));
         let (planned, launched) = (event()?, event()?);
         let (integers, slot, was_launched, spoiled) = (Vec::new(), 0, false, false);
-        let filled = Batch::ragged();
+        let (cache, filled) = (batch.cache(), Batch::ragged());
         let mut plan =
             Self { spec, room, cache, memory, filled, integers, slot, planned, launched, was_launched, spoiled };
         plan.integers = plan.plan(batch)?;
@@ -228,15 +242,50 @@ impl GraphPlan {
         check_batch(&self.spec, Largest::new(requests, rows), &self.filled, self.memory.multiprocessors())
     }
 
-    fn planned(&self, info: &Object, stream: Stream<'_>, run: impl FnOnce(&Planned<'_>) -> Result<()>) -> Result<()> {
+    /// Runs the plan, by what upstream's planner answered; `pdl` is programmatic dependent launch, where it is not the
+    /// specification's.
+    pub(super) fn launched(
+        &self,
+        stream: Stream<'_>,
+        pdl: Option<bool>,
+        run: impl FnOnce(&Planned<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let info: Object = Array::from_items(self.integers.iter().copied())?.into();
         let (spec, rows) = (&self.spec, self.room.rows);
         let pages = self.cache.map_or(self.room.pages as i64, |(_, pages)| pages);
-        let place = Place::Gpu(self.memory.launch(info));
-        run(&Planned { spec, rows, pages, stream, place, known: None })
+        let launch = self.memory.launch(&info);
+        let launch = match pdl {
+            Some(pdl) => launch.with_pdl(pdl),
+            None => launch,
+        };
+        run(&Planned { spec, rows, pages, stream, place: Place::Gpu(launch), known: None })
+    }
+
+    /// Plans another batch for the launches to come. What the planner answered where that is not what was captured: then, as after an
+    /// error, the plan is the one before.
+    pub(super) fn replan(&mut self, batch: &Batch) -> Result<Option<Vec<i64>>> {
+        // Its copy may be needed again.
+        self.memory.ring().skip(self.slot);
+        let (before, was_spoiled) = (self.memory.ring().last(), self.spoiled);
+        match self.plan(batch) {
+            Ok(found) if found == self.integers => {
+                self.slot = self.memory.ring().last();
+                self.spoiled = false;
+                Ok(None)
+            }
+            // What fails here is tried again before a launch.
+            Ok(found) => self.restore().map(|()| Some(found)),
+            // Nothing was copied.
+            Err(error) if self.memory.ring().last() == before => {
+                self.spoiled = was_spoiled;
+                Err(error)
+            }
+            Err(error) => self.restore().and(Err(error)),
+        }
     }
 
     /// Copies the lists and tables of the plan to the GPU again, where others may be there.
-    fn restore(&mut self) -> Result<()> {
+    pub(super) fn restore(&mut self) -> Result<()> {
         if !self.spoiled {
             return Ok(());
         }
@@ -250,7 +299,7 @@ impl GraphPlan {
 }
 
 /// How many pages the tables have, with those of requests that are filled up; none for keys that lie one after the other.
-fn filled_pages(spec: &AttentionSpec, room: GraphRoom) -> usize {
+pub(super) fn filled_pages(spec: &AttentionSpec, room: GraphRoom) -> usize {
     if spec.kind() == Kind::Ragged {
         return 0;
     }
@@ -269,8 +318,7 @@ pub struct CapturedPlan<'a> {
 impl CapturedPlan<'_> {
     fn captured(&self, stream: Stream<'_>, run: impl FnOnce(&Planned<'_>) -> Result<()>) -> Result<()> {
         self.site.check(RUN, stream)?;
-        let info: Object = Array::from_items(self.plan.integers.iter().copied())?.into();
-        self.plan.planned(&info, stream, run)
+        self.plan.launched(stream, None, run)
     }
 
     /// [`Plan::run`](super::Plan::run), captured on the stream of the capture. The tensors have the rows that there is room for. Rows
@@ -339,32 +387,14 @@ impl GraphPlanMut<'_> {
     /// there is no room for, or that upstream's planner answers otherwise than the one that was captured, so that the captured launches
     /// would not do for it.
     pub fn replan(&mut self, batch: &Batch) -> Result<()> {
-        let plan = &mut *self.plan;
-        // Its copy may be needed again.
-        plan.memory.ring().skip(plan.slot);
-        let (before, was_spoiled) = (plan.memory.ring().last(), plan.spoiled);
-        let result = plan.plan(batch).and_then(|found| match found == plan.integers {
-            true => Ok(()),
-            false => refuse(
+        match self.plan.replan(batch)? {
+            None => Ok(()),
+            Some(found) => refuse(
                 "GraphPlan::replan",
                 "batch",
                 format!("one that is planned as {found:?}"),
-                format!("one that is planned as {:?}, as was captured", plan.integers),
+                format!("one that is planned as {:?}, as was captured", self.plan.integers),
             ),
-        });
-        match result {
-            Ok(()) => {
-                plan.slot = plan.memory.ring().last();
-                plan.spoiled = false;
-                Ok(())
-            }
-            // Nothing was copied.
-            Err(error) if plan.memory.ring().last() == before => {
-                plan.spoiled = was_spoiled;
-                Err(error)
-            }
-            // What fails here is tried again before a launch.
-            Err(error) => plan.restore().and(Err(error)),
         }
     }
 
@@ -379,7 +409,7 @@ impl Leaf for GraphPlan {
     type Views<'a> = GraphPlanMut<'a>;
 
     fn check(&self, context: &Arc<CudaContext>) -> Result<()> {
-        let (float, int, tables) = self.memory.buffers();
+        let Some(Buffers { float, int, tables }) = self.memory.buffers() else { return Ok(()) };
         float.check(context)?;
         int.check(context)?;
         tables.check(context)
@@ -394,10 +424,11 @@ impl Leaf for GraphPlan {
     }
 
     fn take_over(&mut self, stream: &CudaStream) {
-        let (float, int, tables) = self.memory.buffers_mut();
-        float.take_over(stream);
-        int.take_over(stream);
-        tables.take_over(stream);
+        if let Some(Buffers { float, int, tables }) = self.memory.buffers_mut() {
+            float.take_over(stream);
+            int.take_over(stream);
+            tables.take_over(stream);
+        }
         // An error is kept, and found before the launch.
         if self.restore().is_err() {
             stream.context().record_err::<()>(Err(DriverError(CUresult::CUDA_ERROR_ILLEGAL_STATE)));
@@ -409,7 +440,7 @@ impl Leaf for GraphPlan {
         let stream = launched.stream();
         record(&self.launched, stream).map_err(driver_in(stream.context(), "recording a graph's launch"))?;
         self.was_launched = true;
-        let (float, int, tables) = self.memory.buffers_mut();
+        let Some(Buffers { float, int, tables }) = self.memory.buffers_mut() else { return Ok(()) };
         float.hand_back(launched)?;
         int.hand_back(launched)?;
         tables.hand_back(launched)

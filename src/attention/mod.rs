@@ -72,6 +72,8 @@ mod run;
 mod sizes;
 #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
 mod spec;
+#[cfg(all(feature = "cudarc", feature = "compute"))]
+mod step;
 mod workspace;
 #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "GPU memory comes from cudarc"))]
 mod xqa;
@@ -87,4 +89,8 @@ pub use workspace::{Plan, Workspace};
 pub use xqa::{CapturedXqa, GraphXqa};
 pub use xqa::{DecodeFacts, DecodeTable, XqaDecode};
 #[cfg(all(feature = "cudarc", feature = "compute"))]
-pub(crate) use {gpu::buffer_address, xqa::XqaKernel};
+pub(crate) use {
+    gpu::buffer_address,
+    step::{Replanned, StepKernel, StepPlan},
+    xqa::XqaKernel,
+};

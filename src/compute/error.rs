@@ -222,6 +222,51 @@ pub enum GraphError {
         captured: String,
     },
 
+    /// A kernel allocated memory while its step was captured: each launch would have other memory than was planned.
+    #[error(
+        "the captured step of {graph} for a batch of {batch} allocates memory at {node}; it was not taken, and what was captured \
+         before is as it was: run steps without a capture, and report this"
+    )]
+    AllocationInCapture {
+        /// The graph.
+        graph: String,
+        /// The rows of the batch.
+        batch: u64,
+        /// The node.
+        node: String,
+    },
+
+    /// The plan of an attention for other lengths would be launched in another way than what was captured.
+    #[error(
+        "{node} was captured for a batch of {batch} with the plan {captured:?}, and these lengths are planned as {wanted:?}, which \
+         what was captured does not launch; nothing was changed: run the batch at another bucket, or make the run anew, which plans \
+         and captures again"
+    )]
+    PlanChanged {
+        /// The node.
+        node: String,
+        /// The rows of the bucket.
+        batch: u64,
+        /// What upstream's planner answered to what was captured: sizes of launches, offsets into scratch memory, flags.
+        captured: Vec<i64>,
+        /// What it answers now.
+        wanted: Vec<i64>,
+    },
+
+    /// The plan of an attention is not for what a step is given.
+    #[error(
+        "{node} is planned for {planned}, and the step has {now}; call DeviceRun::replan ahead of each step, or let steps plan by \
+         themselves: DeviceRun::replan_by_hand(false)"
+    )]
+    Stale {
+        /// The node.
+        node: String,
+        /// What it is planned for.
+        planned: String,
+        /// What the step is given.
+        now: String,
+    },
+
     /// A graph's file is of another version, or is none.
     #[error("a graph's JSON: {at} is {found}, expected {expected}; export it anew by this release")]
     Json {

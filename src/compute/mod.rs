@@ -60,7 +60,7 @@ mod tests;
 pub use backend::Backend;
 pub use builder::{GraphBuilder, Part, Readable, State, StepInput, Value, Weight};
 #[cfg(feature = "cudarc")]
-pub use device::{Arrived, CapturedStep, DeviceRun, EagerRun, NodeTime};
+pub use device::{Arrived, AttentionKernel, AttentionKernels, CapturedStep, DeviceRun, EagerRun, NodeTime};
 pub use error::{GraphError, GraphWarning};
 pub use fuse::{Applied, Numerics, Rule, fuse};
 pub use graph::{Access, Cost, Graph, Node, Origin, Target, Tensor};

@@ -84,6 +84,8 @@ pub(crate) struct Chained {
     pub(crate) kernel: bool,
     /// Whether it may start before the one ahead of it has ended.
     pub(crate) early: bool,
+    /// Whether it allocates memory, which each launch would have anew.
+    pub(crate) allocates: bool,
 }
 
 /// How many nodes a stream has captured so far.
@@ -137,7 +139,10 @@ impl Graph {
             // SAFETY: a node of a live graph; one number is written.
             let code = unsafe { sys::cuGraphNodeGetType(nodes[i], &mut kind) };
             code.result().map_err(driver("cuGraphNodeGetType"))?;
-            chain.push(Chained { kernel: kind == CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL, early });
+            let is = |wanted| kind == wanted;
+            let kernel = is(CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL);
+            let allocates = is(CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEM_ALLOC);
+            chain.push(Chained { kernel, early, allocates });
             for &(to, programmatic) in &follow[i] {
                 ahead[to] -= 1;
                 if ahead[to] == 0 {

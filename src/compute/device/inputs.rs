@@ -83,8 +83,11 @@ struct Input {
     /// The largest number that was given, with its row, and how often one was added since.
     largest: (u64, i64),
     added: i64,
-    /// For how many rows it was given.
+    /// For how many rows it was given, and how often.
     rows: u64,
+    version: u64,
+    /// The most that a step makes of it by adding one.
+    most: i64,
     /// Whether the device has not what was given yet.
     changed: bool,
 }
@@ -131,13 +134,15 @@ impl Inputs {
                     largest: (0, 0),
                     added: 0,
                     rows: 0,
+                    version: 0,
+                    most: i64::MAX,
                     changed: false,
                 });
             }
         }
         // Tokens: whole numbers that were computed, of which each is below the columns that it was chosen from.
         let mut below: Vec<Option<i64>> = vec![None; graph.tensors.len()];
-        let (mut used, mut tokens) = (Vec::new(), Vec::new());
+        let (mut used, mut tokens, mut bounded) = (Vec::new(), Vec::new(), Vec::new());
         for (i, node) in graph.nodes.iter().enumerate() {
             let input = |operand: usize| all.iter().position(|input| input.tensor == node.accesses[operand].tensor);
             let kind = node.operation.kind;
@@ -163,6 +168,8 @@ impl Inputs {
                 };
                 tokens.push((i, ids, columns));
                 added.extend([positions, lengths]);
+                let capacity = node.operation.parameter("capacity") as i64;
+                bounded.extend([(positions, capacity - 1), (lengths, capacity)]);
             }
             if matches!(kind, OpKind::Argmax | OpKind::Sample) {
                 let specs = graph.given(node);
@@ -172,6 +179,9 @@ impl Inputs {
                 }
             }
             used.push(Used { steered, added });
+        }
+        for (input, most) in bounded {
+            all[input].most = all[input].most.min(most);
         }
         let mut inputs = Self { block, host: Vec::new(), all, used };
         inputs.bound(graph, &tokens)?;
@@ -279,6 +289,7 @@ impl Inputs {
         }
         self.block.fill(graph, name, &mut self.host, bytes)?;
         (input.added, input.rows, input.changed) = (0, rows, true);
+        input.version += 1;
         Ok(())
     }
 
@@ -333,6 +344,44 @@ impl Inputs {
 
     pub(super) fn count(&self) -> usize {
         self.all.len()
+    }
+
+    fn input(&self, tensor: usize) -> &Input {
+        match self.all.iter().find(|input| input.tensor == tensor) {
+            Some(input) => input,
+            None => unreachable!("what kernels find their way by is an input"),
+        }
+    }
+
+    /// How often an input was given, and how often one was added to it since.
+    pub(super) fn version(&self, tensor: usize) -> (u64, i64) {
+        let input = self.input(tensor);
+        (input.version, input.added)
+    }
+
+    /// The first numbers of an input, as they were given; behind the rows that were, what pads them.
+    pub(super) fn words(&self, tensor: usize, count: usize) -> Vec<i32> {
+        let Input { first, bytes, .. } = *self.input(tensor);
+        let words = self.host[first..first + bytes].chunks_exact(4).take(count);
+        words.map(|word| i32::from_ne_bytes([word[0], word[1], word[2], word[3]])).collect()
+    }
+
+    /// What the device has made of a number of an input that was given, which one step adds one to at most.
+    pub(super) fn grown(&self, tensor: usize, given: i32) -> i64 {
+        let Input { added, most, .. } = *self.input(tensor);
+        if added == 0 { given.into() } else { i64::from(given).saturating_add(added).min(most) }
+    }
+
+    /// How often a step adds one to an input.
+    pub(super) fn steps(&self, tensor: usize) -> i64 {
+        self.input(tensor).steps
+    }
+
+    /// The nodes that add to an input.
+    pub(super) fn changes(&self, tensor: usize) -> impl Iterator<Item = usize> {
+        let at = self.all.iter().position(|input| input.tensor == tensor);
+        let adds = move |used: &Used| at.is_some_and(|at| used.added.contains(&at));
+        self.used.iter().enumerate().filter(move |(_, used)| adds(used)).map(|(node, _)| node)
     }
 
     /// The block, and the parts of it that the device has not yet: neighbours as one.

@@ -26,10 +26,12 @@ use crate::tensor::{DType, Element};
 
 mod inputs;
 mod model;
+mod replan;
 mod ring;
 
 use inputs::Inputs;
 use model::{ARENA, BEHIND, BLOCKS, INPUTS, Model, OWN, STATES, WEIGHTS};
+pub use replan::{AttentionKernel, AttentionKernels};
 use ring::{Ring, Staging};
 
 /// A part of a weight's memory that is given under a name of its own.
@@ -84,6 +86,10 @@ struct Followed {
 /// [`advance`](super::GraphBuilder::advance) makes of them on the device is counted: a step whose position is past a row's pages is
 /// refused before it is queued. So an operation that is steered by anything but a step input is refused when the run is made.
 ///
+/// # Attention
+/// XQA computes it unless [other kernels](AttentionKernels) are asked for. Those are planned ahead of each step, by the run itself: the
+/// same steps do, and [`run`](Self::run) then plans between the steps that it queues.
+///
 /// # Padding
 /// A batch runs at the smallest bucket that holds it. What stands in the rows behind it is declared with each input.
 pub struct DeviceRun {
@@ -98,6 +104,8 @@ pub struct DeviceRun {
     at: usize,
     pdl: bool,
     checks: bool,
+    /// Whether the caller plans attention.
+    by_hand: bool,
     captured: Vec<Option<CapturedStep>>,
     steps: u64,
 }
@@ -177,6 +185,21 @@ impl DeviceRun {
         stream: &Arc<CudaStream>,
         selections: &mut Selections,
     ) -> Result<Self> {
+        Self::with_attention(graph, buckets, stream, selections, AttentionKernels::default())
+    }
+
+    /// As [`with_selections`](Self::with_selections), with other kernels for attention than XQA's.
+    ///
+    /// # Errors
+    /// As there; [`UnsupportedKernel`](GraphError::UnsupportedKernel) for sizes that the kernel has not, and where lengths change within
+    /// a step ahead of attention that is planned for them.
+    pub fn with_attention(
+        graph: &Graph,
+        buckets: &Buckets,
+        stream: &Arc<CudaStream>,
+        selections: &mut Selections,
+        kernels: AttentionKernels,
+    ) -> Result<Self> {
         if graph.target() != Target::Gpu {
             let (op, reason) = (format!("graph {:?}", graph.name()), "it was built for the host".to_owned());
             let remedy = "build it by GraphBuilder::new, which checks what the kernels take";
@@ -191,12 +214,12 @@ impl DeviceRun {
             return Err(GraphError::BucketTooSmall { rows, largest }.into());
         }
         let mut inputs = Inputs::new(graph, buckets.largest())?;
-        let mut model = Model::new(graph, buckets, &inputs, on)?;
+        let mut model = Model::new(graph, buckets, &inputs, on, kernels)?;
         let with_room_behind = |model: &Model| model.bytes.map(|bytes| bytes.saturating_add(BEHIND));
         let sum = |bytes: [u64; BLOCKS]| bytes.iter().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
         // Before products are measured, which takes memory for a time, and again with what they ask for.
         enough_memory(stream, sum(with_room_behind(&model)))?;
-        model.load(stream, selections)?;
+        model.load(&inputs, stream, selections)?;
         let bytes = with_room_behind(&model);
         enough_memory(stream, sum(bytes))?;
         let allocated = driver_in(context, "allocating a compute graph's memory");
@@ -211,6 +234,9 @@ impl DeviceRun {
         for (address, block) in model.blocks.iter_mut().zip(&mut blocks) {
             *address = buffer_address(block) as u64;
         }
+        // SAFETY: the blocks were allocated on the stream, as large as the model asked for; the run keeps them as long as the model and,
+        // by the set, until what was launched has run, and orders their uses with the stream.
+        unsafe { model.place_plans(stream) }?;
         let staging = Staging::new(stream, inputs.bytes() as usize)?;
         inputs.allocate();
         let Ok(blocks) = <[CudaSlice<u8>; BLOCKS]>::try_from(blocks) else { unreachable!("as many were allocated") };
@@ -229,6 +255,7 @@ impl DeviceRun {
             at: 0,
             pdl: true,
             checks: false,
+            by_hand: false,
             captured,
             steps: 0,
         };
@@ -247,6 +274,11 @@ impl DeviceRun {
     /// The buckets.
     pub fn buckets(&self) -> &Buckets {
         &self.model.buckets
+    }
+
+    /// The kernels that compute attention.
+    pub fn attention(&self) -> AttentionKernels {
+        self.model.kernels
     }
 
     /// The plan of a bucket.
@@ -416,6 +448,8 @@ impl DeviceRun {
     /// [`Missing`](GraphError::Missing) for a weight or an input that was not given; [`ContextTooLong`](GraphError::ContextTooLong)
     /// where an index would be past its end; [`Run`](GraphError::Run) with what a kernel's launcher raised;
     /// [`NotFinite`](GraphError::NotFinite) where that is [looked at](Self::check_finite);
+    /// where attention is planned, [`PlanChanged`](GraphError::PlanChanged), and [`Stale`](GraphError::Stale) where
+    /// [the caller plans](Self::replan_by_hand) and did not;
     /// [`ContextLost`](FlashInferError::ContextLost); [`Cuda`](FlashInferError::Cuda).
     pub fn step(&mut self) -> Result<()> {
         self.eager().step()
@@ -460,13 +494,21 @@ impl DeviceRun {
     }
 
     /// Captures a step of each bucket, the largest first, and compares each with its plan: how many kernels each node launched,
-    /// that each waits for the one ahead of it, and that none starts early that must not.
+    /// that each waits for the one ahead of it, and that none starts early that must not. Buckets whose attention is not one that is
+    /// [captured](AttentionKernel::is_captured) are left out: their steps run node by node.
     ///
     /// # Errors
     /// [`CaptureRefused`](GraphError::CaptureRefused) with CUDA's reason; [`CapturedDiffers`](GraphError::CapturedDiffers) with the
     /// node; [`Run`](GraphError::Run) with what a kernel's launcher raised. What was captured before stays as it was.
     pub fn capture(&mut self) -> Result<()> {
-        (0..self.model.plans.len()).rev().try_for_each(|at| self.capture_plan(at))
+        let captured = |at: &usize| self.is_captured(*at);
+        let plans: Vec<usize> = (0..self.model.plans.len()).rev().filter(captured).collect();
+        plans.into_iter().try_for_each(|at| self.capture_plan(at))
+    }
+
+    /// Whether a bucket's steps can be captured.
+    fn is_captured(&self, at: usize) -> bool {
+        self.model.attention.is_empty() || self.model.kernels.of(self.model.plans[at].batch).is_captured()
     }
 
     fn capture_plan(&mut self, at: usize) -> Result<()> {
@@ -510,7 +552,9 @@ impl DeviceRun {
     /// Queues so many steps of what was captured for the batch's bucket, one launch each, without waiting for any of them.
     ///
     /// # Errors
-    /// As for [`step`](Self::step), before anything is queued; [`Graph`](FlashInferError::Graph) where nothing was captured.
+    /// As for [`step`](Self::step), before anything is queued; [`Graph`](FlashInferError::Graph) where nothing was captured. Where
+    /// attention is planned, [`PlanChanged`](GraphError::PlanChanged) for the first step that the captured launch does not do for:
+    /// those ahead of it were queued.
     pub fn run(&mut self, steps: u64) -> Result<()> {
         if steps == 0 {
             return Ok(());
@@ -518,11 +562,19 @@ impl DeviceRun {
         let batch = self.model.plans[self.at].batch;
         if self.captured[self.at].is_none() {
             let problem = format!("no step was captured for a batch of {batch}");
-            return Err(FlashInferError::Graph { problem, remedy: "call DeviceRun::capture first" });
+            let remedy = match self.is_captured(self.at) {
+                true => "call DeviceRun::capture first",
+                false => {
+                    "call DeviceRun::step: the prefill kernels of this bucket are planned for each batch, and not captured"
+                }
+            };
+            return Err(FlashInferError::Graph { problem, remedy });
         }
         self.ready(steps)?;
+        self.check_by_hand(steps)?;
         self.upload()?;
         for _ in 0..steps {
+            self.plan_attention(self.by_hand)?;
             self.set.launch(batch)?;
             self.inputs.stepped();
             self.end_step()?;
@@ -677,6 +729,10 @@ impl Model {
                 return Err(differs(name(), &"a place in the order", &"none"));
             };
             start = end;
+            if own.iter().any(|node| node.allocates) {
+                let (graph, batch) = (self.graph.name().to_owned(), plan.batch);
+                return Err(GraphError::AllocationInCapture { graph, batch, node: name() }.into());
+            }
             let kernels = own.iter().filter(|node| node.kernel).count();
             let (planned, others) = (self.kernels(at, node) as usize, own.len() - kernels);
             let as_many = if self.is_free(at, node) { kernels >= planned } else { (kernels, others) == (planned, 0) };
@@ -757,6 +813,7 @@ impl Backend for EagerRun<'_> {
     fn begin(&mut self) -> Result<()> {
         self.next = None;
         self.run.ready(1)?;
+        self.run.plan_attention(self.run.by_hand)?;
         self.run.upload()?;
         self.added = vec![0; self.run.inputs.count()];
         self.next = Some(0);

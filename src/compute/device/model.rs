@@ -13,7 +13,8 @@ use super::super::plan::{Plan, Span, aligned};
 use super::super::shape::{Columns, Dim, Spec};
 use super::super::step::Buckets;
 use super::inputs::Inputs;
-use crate::attention::{AttentionOptions, AttentionSpec, DecodeFacts, XqaKernel};
+use super::replan::{Attention, AttentionKernels, is_attention};
+use crate::attention::{AttentionOptions, DecodeFacts, XqaKernel};
 use crate::contract::Operand;
 use crate::engine::Entry;
 use crate::error::{FlashInferError, Result};
@@ -27,7 +28,7 @@ pub(super) const WEIGHTS: usize = 0;
 pub(super) const STATES: usize = 1;
 pub(super) const ARENA: usize = 2;
 pub(super) const INPUTS: usize = 3;
-/// What the run itself needs: numbers that never change, XQA's counters, and queries that lie in a row.
+/// What the run itself needs: numbers that never change, XQA's counters, queries that lie in a row, and attention's plans.
 pub(super) const OWN: usize = 4;
 pub(super) const BLOCKS: usize = 5;
 
@@ -40,7 +41,7 @@ pub(super) const BEHIND: u64 = 256;
 enum Way {
     /// By its kernel's row.
     Row,
-    /// By one of XQA's kernels.
+    /// By attention's kernel for the bucket.
     Attention(usize),
     /// By a product for each plan.
     Product,
@@ -66,7 +67,8 @@ pub(super) struct Model {
     /// Where a weight, a state or an input begins in its block.
     places: Vec<u64>,
     ways: Vec<Way>,
-    attention: Vec<XqaKernel>,
+    pub(super) kernels: AttentionKernels,
+    pub(super) attention: Vec<Attention>,
     /// Products of each size, and for each plan which one a node's is.
     products: Vec<MatMul>,
     chosen: Vec<Vec<usize>>,
@@ -76,6 +78,8 @@ pub(super) struct Model {
     queries: Span,
     /// Scratch memory of products, of which one runs at a time.
     workspace: Span,
+    /// Partial results of attention that is planned.
+    pub(super) partial: Span,
     pub(super) bytes: [u64; BLOCKS],
     pub(super) device: Device,
     /// Where the blocks begin, once they are there.
@@ -83,7 +87,7 @@ pub(super) struct Model {
 }
 
 /// An operation that no kernel on a GPU serves.
-fn unserved(graph: &Graph, node: usize, reason: String, remedy: &'static str) -> FlashInferError {
+pub(super) fn unserved(graph: &Graph, node: usize, reason: String, remedy: &'static str) -> FlashInferError {
     GraphError::UnsupportedKernel { op: graph.node_name(node), reason, remedy }.into()
 }
 
@@ -91,21 +95,15 @@ fn is_product(kind: OpKind) -> bool {
     matches!(kind, OpKind::MatMul | OpKind::MatMulBias | OpKind::MatMulAdd)
 }
 
-/// What a decode attention's kernel is chosen by.
-fn attention_spec(graph: &Graph, node: usize) -> Result<AttentionSpec> {
-    let specs = graph.given(&graph.nodes[node]);
-    let size = |operand: usize, at: usize| {
-        let dim = specs[operand].shape.get(at).and_then(|dim| dim.constant());
-        dim.and_then(|size| i64::try_from(size).ok()).unwrap_or(0)
-    };
-    let (heads, kv_heads, head, page_size) = (size(0, 1), size(1, 2), size(0, 2), size(1, 1));
-    let scale = graph.nodes[node].operation.parameter("scale");
-    AttentionSpec::decode(specs[0].dtype, (heads, kv_heads), head, page_size).sm_scale(scale).build()
-}
-
 impl Model {
     /// Plans, proves and sizes all of it.
-    pub(super) fn new(graph: &Graph, buckets: &Buckets, inputs: &Inputs, device: Device) -> Result<Self> {
+    pub(super) fn new(
+        graph: &Graph,
+        buckets: &Buckets,
+        inputs: &Inputs,
+        device: Device,
+        kernels: AttentionKernels,
+    ) -> Result<Self> {
         let (plans, arena) = Plan::for_buckets(graph, buckets)?;
         plans.iter().try_for_each(|plan| plan.verify(graph))?;
         let largest = buckets.largest();
@@ -132,6 +130,7 @@ impl Model {
             plans,
             places,
             ways: Vec::new(),
+            kernels,
             attention: Vec::new(),
             products: Vec::new(),
             chosen: Vec::new(),
@@ -139,6 +138,7 @@ impl Model {
             counters: nothing,
             queries: nothing,
             workspace: nothing,
+            partial: nothing,
             bytes,
             device,
             blocks: [0; BLOCKS],
@@ -147,35 +147,26 @@ impl Model {
     }
 
     /// Loads the kernels, and chooses the products' algorithms, which is measured on the stream.
-    pub(super) fn load(&mut self, stream: &Arc<CudaStream>, selections: &mut Selections) -> Result<()> {
+    pub(super) fn load(
+        &mut self,
+        inputs: &Inputs,
+        stream: &Arc<CudaStream>,
+        selections: &mut Selections,
+    ) -> Result<()> {
         self.choose_products(stream, selections)?;
-        let (mut specs, mut counters, mut queries) = (Vec::<AttentionSpec>::new(), 0u64, 0u64);
+        let (mut counters, mut queries) = (0u64, 0u64);
         for node in 0..self.graph.nodes.len() {
             let kind = self.graph.nodes[node].operation.kind;
             let way = if is_product(kind) {
                 Way::Product
-            } else if kind == OpKind::DecodeAttention {
-                let refused = |error: FlashInferError| match error {
-                    FlashInferError::InvalidArgument { found, expected, .. } => {
-                        let remedy = "choose sizes that XQA has a kernel for";
-                        unserved(&self.graph, node, format!("XQA has {expected}, and this is {found}"), remedy)
-                    }
-                    other => other,
-                };
-                let spec = attention_spec(&self.graph, node).map_err(refused)?;
-                let kernel = match specs.iter().position(|known| *known == spec) {
-                    Some(kernel) => kernel,
-                    None => {
-                        self.attention.push(XqaKernel::new(&spec, self.device).map_err(refused)?);
-                        specs.push(spec);
-                        specs.len() - 1
-                    }
-                };
-                counters = counters.max(self.attention[kernel].counters() as u64 * 4);
+            } else if is_attention(kind) {
+                let attention = self.load_attention(node, inputs, stream)?;
+                let xqa = self.attention[attention].xqa.as_ref();
+                counters = counters.max(xqa.map_or(0, |kernel| kernel.counters() as u64 * 4));
                 for plan in 0..self.plans.len() {
-                    queries = queries.max(self.attention_sizes(plan, node, kernel)?);
+                    queries = queries.max(self.attention_sizes(plan, node, attention)?);
                 }
-                Way::Attention(kernel)
+                Way::Attention(attention)
             } else {
                 for plan in 0..self.plans.len() {
                     self.prepare_row(plan, node)?;
@@ -190,13 +181,14 @@ impl Model {
         let workspace = self.products.iter().map(|product| product.workspace_bytes() as u64).max().unwrap_or(0);
         self.workspace = Span { offset: self.queries.end(), bytes: aligned(workspace) };
         self.bytes[OWN] = self.workspace.end();
+        self.size_plans();
         self.early = (0..self.plans.len()).map(|plan| self.early_nodes(plan)).collect();
         Ok(())
     }
 
     /// Which nodes of a plan may start before the one ahead of them has ended: those whose kernel waits by itself before it touches
-    /// what others write, behind one that lets them. That is what the plan's edges say, but for products: which kernel a product is,
-    /// is known here alone. Attention is never launched so, and lets others start whatever is ahead of it.
+    /// what others write, behind one that lets them. That is what the plan's edges say, but for products and attention: which kernel
+    /// they are, is known here alone. XQA is never launched so, and lets others start whatever is ahead of it.
     fn early_nodes(&self, plan: usize) -> Vec<bool> {
         let (graph, order) = (&self.graph, &self.plans[plan].order);
         let product_waits = |node: usize| self.products[self.chosen[plan][node]].waits();
@@ -211,6 +203,8 @@ impl Model {
                 let waits = graph.nodes[node].operation.facts().before == PdlBefore::Waits;
                 waits && self.row(plan, node).is_some_and(has_option)
             }
+            // What it reads before that, its lists and tables, no node writes, but a copy ahead of the step.
+            Way::Attention(attention) if self.is_planned(plan, attention) => true,
             // Not XQA's kernel, but the one that copies its queries.
             Way::Attention(_) => self.copies_queries(plan, node),
             // Ahead of its wait it reads what no node writes.
@@ -337,11 +331,14 @@ impl Model {
         Err(GraphError::WorkspaceTooSmall { node: self.graph.node_name(node), planned, needed }.into())
     }
 
-    /// Checks the scratch memory that is planned for an attention, and answers the bytes of queries that must be copied first.
-    fn attention_sizes(&mut self, plan: usize, node: usize, kernel: usize) -> Result<u64> {
+    /// Checks the scratch memory that is planned for XQA, and answers the bytes of queries that must be copied first.
+    fn attention_sizes(&mut self, plan: usize, node: usize, attention: usize) -> Result<u64> {
+        let Some(kernel) = self.attention[attention].xqa.as_ref().filter(|_| !self.is_planned(plan, attention)) else {
+            return Ok(0);
+        };
         let table = self.graph.seen(&self.graph.nodes[node].accesses[3]);
         let size = |at: usize| table.shape.get(at).map_or(0, |dim| dim.at(self.plans[plan].batch));
-        let (requests, kernel) = (size(0), &self.attention[kernel]);
+        let requests = size(0);
         if let Err(FlashInferError::InvalidArgument { argument, found, expected, .. }) =
             kernel.check_size(requests, size(1))
         {
@@ -407,7 +404,7 @@ impl Model {
         Layout::build(data.cast(), self.device, dtype, &[count as i64], None, None)
     }
 
-    fn layout(&self, plan: usize, access: &Access) -> Layout {
+    pub(super) fn layout(&self, plan: usize, access: &Access) -> Layout {
         let data = self.data(plan, access.tensor);
         self.graph.layout(access, self.plans[plan].batch, data, self.device)
     }
@@ -441,7 +438,14 @@ impl Model {
 
     /// How many kernels a node launches.
     pub(super) fn kernels(&self, plan: usize, node: usize) -> u32 {
-        let copies = matches!(self.ways[node], Way::Attention(_)) && self.copies_queries(plan, node);
+        let attention = match self.ways[node] {
+            Way::Attention(attention) => Some(attention),
+            _ => None,
+        };
+        if let Some(kernels) = attention.and_then(|attention| self.planned_kernels(plan, attention)) {
+            return kernels;
+        }
+        let copies = attention.is_some() && self.copies_queries(plan, node);
         self.graph.nodes[node].operation.facts().kernels + u32::from(copies)
     }
 
@@ -456,7 +460,8 @@ impl Model {
     /// # Safety
     /// The blocks must be device memory of [`bytes`](Self::bytes), valid until the stream has come so far, whose uses are ordered
     /// with the stream, of the context that is current. What nodes find their way by must be within the bounds that [`Inputs`]
-    /// keeps, and the run's own block must hold [`steady_bytes`](Self::steady_bytes) and zeros behind, but for what launches left.
+    /// keeps, and the run's own block must hold [`steady_bytes`](Self::steady_bytes) and zeros behind, but for what launches left and
+    /// attention's plans, which must be for what the step is given when it runs.
     pub(super) unsafe fn launch(&self, plan: usize, node: usize, stream: Stream<'_>, pdl: bool) -> Result<()> {
         let early = self.starts_early(plan, node, pdl);
         match self.ways[node] {
@@ -469,8 +474,14 @@ impl Model {
             }
             // SAFETY: the caller's promise.
             Way::Product => unsafe { self.multiply(plan, node, stream, early) },
-            // SAFETY: the caller's promise.
-            Way::Attention(kernel) => unsafe { self.attend(plan, node, &self.attention[kernel], stream, early) },
+            Way::Attention(attention) => match &self.attention[attention].xqa {
+                // SAFETY: the caller's promise.
+                Some(kernel) if !self.is_planned(plan, attention) => unsafe {
+                    self.attend(plan, node, kernel, stream, early)
+                },
+                // SAFETY: as above.
+                _ => unsafe { self.attend_planned(plan, node, attention, stream, early) },
+            },
         }
     }
 
