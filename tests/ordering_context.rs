@@ -174,7 +174,7 @@ fn plans_are_copied_in_their_workspace_s_context_whatever_is_current() {
                 let before = result::ctx::get_current().unwrap();
                 for _ in 0..40 {
                     let made = workspace.plan(&batch).unwrap();
-                    assert_eq!(made.integers().len(), 1);
+                    assert_eq!(made.integers().len(), 10);
                 }
                 assert_eq!(result::ctx::get_current().unwrap(), before, "what was current stays so");
             };

@@ -52,9 +52,11 @@ fn compile(folder: &Path) {
     native::compile("ordering/runtime.c", "libcudart.so.13", &over_the_driver, folder);
     native::compile("ordering/cublaslt.c", "libcublasLt.so.13", &over_the_driver, folder);
     let kernels = native::compile("ordering/kernels.c", "norm.so", &over_the_driver, folder);
-    let attention = [xqa(), decode_spec().module(Backend::CudaCores)];
-    for library in ["gdn_prefill_sm90", "sampling", "rope", "page", "silu_and_mul", &attention[0], &attention[1]] {
+    for library in ["gdn_prefill_sm90", "sampling", "rope", "page", "silu_and_mul", &xqa()] {
         fs::copy(&kernels, folder.join(format!("{library}.so"))).unwrap();
+    }
+    for backend in [Backend::CudaCores, Backend::Fa2, Backend::Fa3] {
+        fs::copy(&kernels, folder.join(planned(backend))).unwrap();
     }
     std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcuda.so")).unwrap();
     let tvm_ffi = "libtvm_ffi.so";
@@ -69,6 +71,36 @@ pub fn decode_spec() -> AttentionSpec {
 /// The name of XQA's module for that.
 fn xqa() -> String {
     XqaDecode::module_of(&decode_spec()).unwrap()
+}
+
+/// The library of attention that is planned, for two heads of queries to one of keys.
+pub fn planned(backend: Backend) -> String {
+    let spec = match backend {
+        Backend::CudaCores => decode_spec(),
+        _ => AttentionSpec::paged(DType::BF16, (2, 1), 128, 16).build().unwrap(),
+    };
+    format!("{}.so", spec.module(backend))
+}
+
+/// One of the libraries, whose variables a test sets: each has its own.
+pub struct Module(Library);
+
+impl Module {
+    /// Of this file name, which the runtime has loaded.
+    pub fn open(name: &str) -> Self {
+        let folder = PathBuf::from(std::env::var_os("LD_LIBRARY_PATH").unwrap());
+        // SAFETY: the test's own library, which has no initializer.
+        Self(unsafe { Library::new(folder.join(name)) }.unwrap())
+    }
+
+    pub fn get(&self, variable: &str) -> c_int {
+        // SAFETY: the fixture's variables are of this type.
+        unsafe { **self.0.get::<*const c_int>(variable.as_bytes()).unwrap() }
+    }
+
+    pub fn set(&self, variable: &str, value: c_int) {
+        Driver::set(&self.0, variable, value);
+    }
 }
 
 impl Driver {
