@@ -176,6 +176,26 @@ fn unused_values_and_weights_are_warned_of() {
     assert_eq!(TINY.graph(4).unwrap().warnings(), []);
 }
 
+#[test]
+fn a_state_that_is_read_and_never_written_is_warned_of() {
+    let mut g = GraphBuilder::for_target("g", 8, Target::Host);
+    let column = |g: &mut GraphBuilder, name| g.input(name, DType::I32, [Dim::BATCH], Pad::Value(1)).unwrap();
+    let (positions, lengths) = (column(&mut g, "positions"), column(&mut g, "lengths"));
+    let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(2)], Pad::Reserved(0)).unwrap();
+    let x = g.input("x", DType::F32, [Dim::BATCH, fixed(8)], Pad::Value(0)).unwrap();
+    let cache = [fixed(4), fixed(4), fixed(1), fixed(8)];
+    let [mut k, mut v, values] = ["k", "v", "values"].map(|name| g.state(name, DType::F32, cache).unwrap());
+    let x = g.copy(&x, DType::F32).unwrap();
+    let one = x.columns(Columns::new(0..8).heads(1));
+    g.append((one, one), &positions, &table, (&mut k, &mut v)).unwrap();
+    let attended = g.decode_attention(one, (&k, &values), &table, &lengths, 0.5).unwrap();
+    g.output("attended", attended).unwrap();
+    // What is written and never read is a cache that another graph reads.
+    let warnings = g.finish().unwrap().warnings();
+    assert!(matches!(&warnings[..], [GraphWarning::UnwrittenState { name }] if name == "values"), "{warnings:?}");
+    assert!(warnings[0].to_string().contains("\"values\" is read, and no node writes it"), "{warnings:?}");
+}
+
 // Plans.
 
 fn sizes(config: &Config, batch: u64) -> (Graph, Plan) {

@@ -248,6 +248,11 @@ impl Driver {
         Self::set(&self.driver, "ordering_failing_waits", count);
     }
 
+    /// GPUs have so many multiprocessors; before the runtime has asked.
+    pub fn multiprocessors(&self, count: c_int) {
+        Self::set(&self.driver, "ordering_multiprocessors", count);
+    }
+
     /// From now on every context is lost.
     pub fn lose(&self) {
         Self::set(&self.driver, "ordering_lost", 1);
