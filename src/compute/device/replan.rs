@@ -500,3 +500,116 @@ fn refusal(node: &str, batch: u64, error: FlashInferError) -> FlashInferError {
 pub(super) fn is_attention(kind: OpKind) -> bool {
     kind == OpKind::DecodeAttention
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::builder::GraphBuilder;
+    use super::super::super::shape::{Columns, Dim};
+    use super::*;
+    use crate::tensor::DType;
+
+    const PAGE_SIZE: usize = 4;
+    const PER_ROW: usize = 3;
+    const PAGES: i64 = 40;
+
+    /// Attention of up to 8 rows, and the next step's lengths of up to so many tokens.
+    fn graph(capacity: u32) -> Graph {
+        let fixed = Dim::fixed;
+        let mut g = GraphBuilder::new("planned", 8);
+        let [mut ids, mut positions, mut lengths] = [("ids", 0), ("positions", 0), ("lengths", 1)]
+            .map(|(name, pad)| g.input(name, DType::I32, [Dim::BATCH], Pad::Value(pad)).unwrap());
+        let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(PER_ROW as u64)], Pad::Reserved(39)).unwrap();
+        let embedding = g.weight("embedding", DType::BF16, [fixed(128), fixed(128)]).unwrap();
+        let cache = [PAGES as u64, PAGE_SIZE as u64, 1, 128].map(fixed);
+        let [k, v] = ["k", "v"].map(|name| g.state(name, DType::BF16, cache).unwrap());
+        let x = g.embedding(&ids, &embedding, 1.0).unwrap();
+        let heads = Columns::new(0..128).heads(1);
+        let attended = g.decode_attention(x.columns(heads), (&k, &v), &table, &lengths, 0.1).unwrap();
+        let token = g.argmax(&attended).unwrap();
+        g.advance(&token, &mut ids, &mut positions, &mut lengths, capacity).unwrap();
+        g.output("token", token).unwrap();
+        g.finish().unwrap()
+    }
+
+    fn words(values: &[i32]) -> Vec<u8> {
+        values.iter().flat_map(|value| value.to_ne_bytes()).collect()
+    }
+
+    /// The batch that these lengths and pages make, after so many steps.
+    fn filled(kernel: AttentionKernel, rows: &[(i32, [i32; PER_ROW])], steps: u64, capacity: u32) -> Batch {
+        let graph = graph(capacity);
+        let tensor = |name| graph.find("step input", name).unwrap();
+        let mut inputs = Inputs::new(&graph, 8).unwrap();
+        let count = rows.len() as u64;
+        let lengths: Vec<i32> = rows.iter().map(|row| row.0).collect();
+        let table: Vec<i32> = rows.iter().flat_map(|row| row.1).collect();
+        inputs.give(&graph, "lengths", count, DType::I32, &words(&lengths)).unwrap();
+        inputs.give(&graph, "page_table", count, DType::I32, &words(&table)).unwrap();
+        (0..steps).for_each(|_| inputs.stepped());
+        let node = graph.nodes.iter().position(|node| is_attention(node.operation.kind)).unwrap();
+        let spec = decode_spec(&graph, node).unwrap();
+        let batch = Batch::paged(PAGE_SIZE as i64, PAGES).unwrap();
+        let mut attention = Attention {
+            spec,
+            table: tensor("page_table"),
+            lengths: tensor("lengths"),
+            pages: PAGES,
+            per_row: PER_ROW,
+            node,
+            xqa: None,
+            planned: Vec::new(),
+            batch,
+        };
+        attention.fill(kernel, &inputs, rows.len(), 8, 39).unwrap();
+        attention.batch
+    }
+
+    fn batch(requests: &[(i64, &[i32], i64)]) -> Batch {
+        let mut batch = Batch::paged(PAGE_SIZE as i64, PAGES).unwrap();
+        requests.iter().for_each(|&(queries, pages, keys)| batch.push(queries, pages, keys).unwrap());
+        batch
+    }
+
+    #[test]
+    fn a_decode_batch_has_each_rows_pages_up_to_its_length_as_it_has_grown() {
+        let rows = [(1, [5, 6, 7]), (4, [8, 9, 10]), (11, [1, 2, 3])];
+        let kernel = AttentionKernel::BatchDecode;
+        let at = |steps, capacity| filled(kernel, &rows, steps, capacity);
+        assert_eq!(at(0, 12), batch(&[(1, &[5], 1), (1, &[8], 4), (1, &[1, 2, 3], 11)]));
+        assert_eq!(at(1, 12), batch(&[(1, &[5], 2), (1, &[8, 9], 5), (1, &[1, 2, 3], 12)]));
+        // A length stays at the capacity, as the device's does, and one that was past it comes back to it.
+        assert_eq!(at(7, 12), batch(&[(1, &[5, 6], 8), (1, &[8, 9, 10], 11), (1, &[1, 2, 3], 12)]));
+        assert_eq!(at(0, 6), batch(&[(1, &[5], 1), (1, &[8], 4), (1, &[1, 2, 3], 11)]));
+        assert_eq!(at(1, 6), batch(&[(1, &[5], 2), (1, &[8, 9], 5), (1, &[1, 2], 6)]));
+    }
+
+    #[test]
+    fn rows_that_follow_one_another_in_a_sequence_are_queries_of_one_request() {
+        let kernel = AttentionKernel::Fa2;
+        // A prompt from its first token on, over the end of a page; its padding reads the reserved page.
+        let prompt: Vec<_> = (1..=6).map(|length| (length, [5, 6, 7])).collect();
+        assert_eq!(filled(kernel, &prompt, 0, 12), batch(&[(6, &[5, 6], 6), (2, &[39], 2)]));
+        // A chunk behind what a cache holds, with pages in the table that the rows ahead do not have yet.
+        let chunk = [(3, [5, 0, 0]), (4, [5, 0, 0]), (5, [5, 6, 0]), (6, [5, 6, 7])];
+        assert_eq!(filled(kernel, &chunk, 0, 12), batch(&[(4, &[5, 6], 6), (4, &[39], 4)]));
+        // Rows of others: the same length, one that skips a token, another page ahead, a shorter one.
+        let others = [(3, [5, 6, 7]), (3, [5, 6, 7]), (5, [5, 6, 7]), (6, [8, 6, 7]), (2, [8, 6, 7]), (3, [8, 6, 7])];
+        let expected =
+            batch(&[(1, &[5], 3), (1, &[5], 3), (1, &[5, 6], 5), (1, &[8, 6], 6), (2, &[8], 3), (2, &[39], 2)]);
+        assert_eq!(filled(kernel, &others, 0, 12), expected);
+        // As long as the bucket, without padding; more padding than a page has tokens.
+        let full: Vec<_> = (1..=8).map(|length| (length, [5, 6, 7])).collect();
+        assert_eq!(filled(kernel, &full, 0, 12), batch(&[(8, &[5, 6], 8)]));
+        assert_eq!(filled(kernel, &full[..1], 0, 12), batch(&[(1, &[5], 1), (7, &[39, 39], 7)]));
+    }
+
+    #[test]
+    fn a_bucket_has_the_kernel_of_its_rows() {
+        use AttentionKernel::{BatchDecode, Fa3};
+        let kernels = AttentionKernels::new(BatchDecode).from_rows(8, Fa3);
+        let of = [1, 7, 8, 32].map(|bucket| kernels.of(bucket));
+        assert_eq!(of, [BatchDecode, BatchDecode, Fa3, Fa3]);
+        assert_eq!(AttentionKernels::default().of(64), AttentionKernel::Xqa);
+        assert!(BatchDecode.is_captured() && AttentionKernel::Xqa.is_captured() && !Fa3.is_captured());
+    }
+}
