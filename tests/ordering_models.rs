@@ -11,6 +11,8 @@ mod fault;
 #[path = "../examples/decoder/graph.rs"]
 #[allow(dead_code, reason = "nobody names rules here")]
 mod graph;
+#[path = "../examples/decoder/kernels.rs"]
+mod kernels;
 #[path = "support/native.rs"]
 mod native;
 #[path = "support/ordering.rs"]
@@ -23,12 +25,14 @@ mod session;
 mod weights;
 
 use flashinfer_rs::DType;
-use flashinfer_rs::compute::{Buckets, Rule, Target, fuse};
+use flashinfer_rs::attention::Backend;
+use flashinfer_rs::compute::{AttentionKernel, Buckets, Rule, Target, fuse};
 
 use config::{Config, Family};
 use device::Gpu;
 use graph::{Options, Sampling};
-use ordering::with_driver;
+use kernels::{Decode, Kernels, Prefill};
+use ordering::{Module, planned, with_driver};
 use session::{Engine, Launch, Session};
 use weights::Source;
 
@@ -85,5 +89,71 @@ fn sequences_are_decoded_in_each_way_that_a_step_is_launched() {
                 assert_eq!(session.decode(18).unwrap().len(), 18);
             });
         }
+    });
+}
+
+#[test]
+fn prompts_go_by_the_prefill_kernel_that_is_there_beside_either_kernel_that_decodes() {
+    let name = "prompts_go_by_the_prefill_kernel_that_is_there_beside_either_kernel_that_decodes";
+    with_driver(name, |driver| {
+        let config = config();
+        let options = options(&Rule::ALL, None);
+        let graph = fuse(&graph::build(&config, &options).unwrap(), &Rule::ALL).unwrap().0;
+        let buckets = Buckets::new(&[4, 8]).unwrap();
+        let gpu = |launch, decode, prefill| {
+            kernels::gpu(&graph, &buckets, launch, Kernels { decode, prefill }).unwrap()
+        };
+        let decoded = |mut gpu: Gpu| {
+            Source::random(1).give(&graph, &config, None, &mut |name, tensor| gpu.weight(name, tensor)).unwrap();
+            gpu.make_ready().unwrap();
+            let mut session = Session::new(&mut gpu, &options, 3, 1);
+            for (sequence, length) in [20, 3, 8].into_iter().enumerate() {
+                session.prefill(sequence, &vec![1; length]).unwrap();
+            }
+            let made = session.decode(10).unwrap();
+            assert!(made.len() == 10 && made.iter().all(|step| step.len() == 3));
+            gpu.describe()
+        };
+        for launch in [Launch::Eager, Launch::Graph, Launch::Pdl] {
+            for (decode, kernel) in [(Decode::Xqa, "Xqa"), (Decode::BatchDecode, "BatchDecode")] {
+                driver.ordered(&format!("{launch:?} by {kernel}"), || {
+                    let described = decoded(gpu(launch, decode, Prefill::Fa2));
+                    assert!(described.contains(&format!("4 rows: {kernel}")), "{described}");
+                    assert!(described.contains("8 rows: Fa2, kernel by kernel"), "{described}");
+                });
+            }
+        }
+        // One prompt of 20 in chunks of 8 has two of them in the bucket of prompts, one of 8 the third; each run once.
+        let fa2 = Module::open(&planned(Backend::Fa2));
+        assert_eq!(fa2.get("plans"), 6 * 3);
+        // The first that is there.
+        let auto = || gpu(Launch::Pdl, Decode::Xqa, Prefill::Auto).run.attention().of(8);
+        assert_eq!(auto(), AttentionKernel::Fa3);
+        assert_eq!(gpu(Launch::Pdl, Decode::Xqa, Prefill::Rows).run.attention().of(8), AttentionKernel::Xqa);
+    });
+}
+
+#[test]
+fn prompts_go_row_by_row_where_no_prefill_kernel_is_there() {
+    with_driver("prompts_go_row_by_row_where_no_prefill_kernel_is_there", |_| {
+        let config = config();
+        let options = options(&[], None);
+        let graph = graph::build(&config, &options).unwrap();
+        let folder = std::path::PathBuf::from(std::env::var_os("LD_LIBRARY_PATH").unwrap());
+        let gpu = |prefill, buckets: &[u64]| {
+            let kernels = Kernels { decode: Decode::Xqa, prefill };
+            kernels::gpu(&graph, &Buckets::new(buckets).unwrap(), Launch::Pdl, kernels)
+        };
+        // With one bucket for both there is no choice.
+        assert_eq!(gpu(Prefill::Fa3, &[8]).unwrap().run.attention().of(8), AttentionKernel::Xqa);
+        std::fs::remove_file(folder.join(planned(Backend::Fa3))).unwrap();
+        let (fa2, away) = (folder.join(planned(Backend::Fa2)), folder.join("away"));
+        std::fs::rename(&fa2, &away).unwrap();
+        assert_eq!(gpu(Prefill::Auto, &[4, 8]).unwrap().run.attention().of(8), AttentionKernel::Xqa);
+        // What was asked for by name is missed by its name.
+        let missing = gpu(Prefill::Fa2, &[4, 8]).err().unwrap().to_string();
+        assert!(missing.contains("batch_prefill"), "{missing}");
+        std::fs::rename(&away, &fa2).unwrap();
+        assert_eq!(gpu(Prefill::Auto, &[4, 8]).unwrap().run.attention().of(8), AttentionKernel::Fa2);
     });
 }

@@ -1,7 +1,9 @@
 //! A GPU as an engine: eager, or captured into CUDA graphs.
 
-use flashinfer_rs::compute::{Buckets, DeviceRun, Graph, HostTensor};
-use flashinfer_rs::cudarc::driver::CudaContext;
+use flashinfer_rs::FlashInferError;
+use flashinfer_rs::compute::{AttentionKernels, Buckets, DeviceRun, Graph, HostTensor};
+use flashinfer_rs::cudarc::driver::{CudaContext, DriverError};
+use flashinfer_rs::matmul::Selections;
 
 use crate::fault::{Fault, fault};
 use crate::session::{Engine, Inputs, Launch};
@@ -11,29 +13,42 @@ pub struct Gpu {
     launch: Launch,
     /// Whether tokens are drawn.
     draws: bool,
-    /// Rows that the last step had.
+    /// Rows that the last step had, and their bucket.
     rows: usize,
-}
-
-fn driver(doing: &str, error: impl std::fmt::Display) -> Fault {
-    fault(format!("{doing} failed: {error}; see with nvidia-smi whether the GPU is free"))
+    bucket: u64,
 }
 
 impl Gpu {
-    /// A graph for these buckets, on a stream of its own of the first GPU.
+    /// A graph for these buckets, on a stream of its own of the first GPU, with XQA for attention.
     pub fn new(graph: &Graph, buckets: &Buckets, launch: Launch) -> Result<Self, Fault> {
+        let kernels = AttentionKernels::default();
+        Ok(Self::with_attention(graph, buckets, launch, kernels, &mut Selections::new())?)
+    }
+
+    /// As [`new`](Self::new), with these kernels.
+    pub fn with_attention(
+        graph: &Graph,
+        buckets: &Buckets,
+        launch: Launch,
+        kernels: AttentionKernels,
+        selections: &mut Selections,
+    ) -> Result<Self, FlashInferError> {
+        let driver = |call, error: DriverError| {
+            let message = format!("{error}; see with nvidia-smi whether the GPU is free");
+            FlashInferError::Cuda { call, code: error.0 as i32, message }
+        };
         let context = CudaContext::new(0).map_err(|error| driver("opening cuda:0", error))?;
         let stream = context.new_stream().map_err(|error| driver("making a stream", error))?;
-        let mut run = DeviceRun::new(graph, buckets, &stream)?;
+        let mut run = DeviceRun::with_attention(graph, buckets, &stream, selections, kernels)?;
         run.set_pdl(launch == Launch::Pdl);
         let draws = graph.find("step input", "number").is_ok();
-        Ok(Self { run, launch, draws, rows: 0 })
+        Ok(Self { run, launch, draws, rows: 0, bucket: 0 })
     }
 
     /// Gives the inputs of a step.
     pub fn give(&mut self, inputs: &Inputs) -> Result<(), Fault> {
         self.rows = inputs.ids.len();
-        self.run.set_rows(self.rows as u64)?;
+        self.bucket = self.run.set_rows(self.rows as u64)?;
         self.run.input("ids", &inputs.ids)?;
         self.run.input("positions", &inputs.positions)?;
         self.run.input("lengths", &inputs.lengths)?;
@@ -50,9 +65,10 @@ impl Gpu {
 
     /// Queues so many steps.
     pub fn queue(&mut self, steps: u64) -> Result<(), Fault> {
+        // The prefill kernels' bucket is not captured.
         match self.launch {
-            Launch::Eager => (0..steps).try_for_each(|_| self.run.step())?,
-            Launch::Graph | Launch::Pdl => self.run.run(steps)?,
+            Launch::Graph | Launch::Pdl if self.run.captured(self.bucket).is_some() => self.run.run(steps)?,
+            _ => (0..steps).try_for_each(|_| self.run.step())?,
         }
         Ok(())
     }
@@ -60,14 +76,6 @@ impl Gpu {
     /// So many steps without numbers in between; answers each step's tokens.
     fn steps(&mut self, steps: usize) -> Result<Vec<Vec<i32>>, Fault> {
         let rows = self.rows;
-        if self.launch == Launch::Eager {
-            let step = |_| {
-                self.queue(1)?;
-                let tokens = self.run.read("token")?;
-                Ok(tokens.into_iter().take(rows).map(|token| token as i32).collect())
-            };
-            return (0..steps).map(step).collect();
-        }
         self.queue(steps as u64)?;
         let mut all = Vec::with_capacity(steps);
         while all.len() < steps {
@@ -87,12 +95,15 @@ impl Engine for Gpu {
             Launch::Pdl => "a CUDA graph for each bucket, whose kernels start early where they may",
         };
         let buckets = self.run.buckets().sizes();
-        let captured = buckets.iter().filter_map(|&bucket| Some((bucket, self.run.captured(bucket)?)));
-        let captured = captured.map(|(bucket, step)| {
-            format!(
-                "; {bucket} rows: {} nodes, {} of them kernels, {} early",
-                step.nodes, step.kernels, step.programmatic
-            )
+        let captured = buckets.iter().map(|&bucket| {
+            let kernel = self.run.attention().of(bucket);
+            match self.run.captured(bucket) {
+                Some(step) => format!(
+                    "; {bucket} rows: {kernel:?}, {} nodes, {} of them kernels, {} early",
+                    step.nodes, step.kernels, step.programmatic
+                ),
+                None => format!("; {bucket} rows: {kernel:?}, kernel by kernel"),
+            }
         });
         format!("cuda:0, {how}{}", captured.collect::<String>())
     }

@@ -12,6 +12,7 @@ mod fault;
 mod gate;
 mod graph;
 mod host;
+mod kernels;
 mod session;
 mod weights;
 
@@ -27,6 +28,7 @@ use fault::{Fault, fault};
 use gate::{CONTROLS, Reference};
 use graph::{Options, Sampling};
 use host::Host;
+use kernels::{Decode, Kernels, Prefill};
 use session::{Engine, Launch, Session, Slip};
 use weights::{Random, Source};
 
@@ -46,10 +48,13 @@ usage: decoder [OPTION VALUE]...
   --tokens N          to decode; default: 16
   --context N         tokens that a sequence has room for; default: prompt and tokens
   --page-size N       tokens of a page; default: 16
-  --rows N            tokens of a prompt at once: 1, 2, 4, 8, 16 or 32; default: 32 on a GPU, where more than 8 take cuBLASLt,
+  --rows N            tokens of a prompt at once: a power of two up to 512; default: 32 on a GPU, where more than 8 take cuBLASLt,
                       and 8 on the host
   --fuse RULES        all, none, some of pack,gated,add,qk,residual, or all but some: -pack,-qk; default: all
   --temperature T     draws tokens in place of the likeliest; with --top-k N and --top-p P of some alone
+  --attention KERNEL  on a GPU: xqa, or batch-decode, which the host plans ahead of each step; default: xqa
+  --prefill KERNEL    on a GPU: fa3, fa2, rows (what decodes, each token of a prompt as a row), or auto: the first of these that is
+                      there; default: auto
   --launch HOW        on a GPU: eager, graph or pdl (a graph whose kernels may start early); default: pdl
   --dot FILE, --json FILE, --markdown FILE
                       write the graph as Graphviz's language, JSON or a table; - is standard output
@@ -74,6 +79,8 @@ struct Arguments {
     top_k: u32,
     top_p: f64,
     launch: Launch,
+    #[cfg_attr(not(feature = "cudarc"), allow(dead_code, reason = "there is no GPU then"))]
+    kernels: Kernels,
     dot: Option<String>,
     json: Option<String>,
     markdown: Option<String>,
@@ -100,6 +107,7 @@ impl Arguments {
             top_k: 0,
             top_p: 0.0,
             launch: Launch::Pdl,
+            kernels: Kernels { decode: Decode::Xqa, prefill: Prefill::Auto },
             dot: None,
             json: None,
             markdown: None,
@@ -145,7 +153,7 @@ impl Arguments {
                 }
                 "--tokens" => found.tokens = number(1, 1 << 20)? as usize,
                 "--context" => found.context = Some(number(1, 1 << 20)?),
-                "--rows" => found.rows = Some(number(1, 32)?),
+                "--rows" => found.rows = Some(number(1, 512)?),
                 "--page-size" => found.page_size = number(1, 1 << 10)?,
                 "--fuse" => {
                     found.rules = graph::rules(&value)
@@ -160,6 +168,22 @@ impl Arguments {
                         "graph" => Launch::Graph,
                         "pdl" => Launch::Pdl,
                         _ => return Err(expected("eager, graph or pdl")),
+                    };
+                }
+                "--attention" => {
+                    found.kernels.decode = match value.as_str() {
+                        "xqa" => Decode::Xqa,
+                        "batch-decode" => Decode::BatchDecode,
+                        _ => return Err(expected("xqa or batch-decode")),
+                    };
+                }
+                "--prefill" => {
+                    found.kernels.prefill = match value.as_str() {
+                        "auto" => Prefill::Auto,
+                        "rows" => Prefill::Rows,
+                        "fa2" => Prefill::Fa2,
+                        "fa3" => Prefill::Fa3,
+                        _ => return Err(expected("auto, rows, fa2 or fa3")),
                     };
                 }
                 "--dot" => found.dot = Some(value),
@@ -228,7 +252,7 @@ impl Arguments {
         let target = if gpu { Target::Gpu } else { Target::Host };
         // On the host every row of a batch takes its time, and eight are enough to see a prefill in chunks.
         let rows = self.rows.unwrap_or(if gpu { 32 } else { 8 });
-        let rows = Buckets::default().of(rows.max(sequences as u64))?;
+        let rows = rows.max(sequences as u64).next_power_of_two();
         let sampling =
             self.temperature.map(|temperature| Sampling { temperature, top_k: self.top_k, top_p: self.top_p });
         Ok(Options {
@@ -368,7 +392,7 @@ fn with_engine(
         // Of a row for each sequence, and of as many as there may be for a prefill.
         let of_sequences = Buckets::default().of(options.sequences)?;
         let buckets = Buckets::new(&[of_sequences, graph.largest_batch()])?;
-        return run(&mut device::Gpu::new(graph, &buckets, arguments.launch)?);
+        return run(&mut kernels::gpu(graph, &buckets, arguments.launch, arguments.kernels)?);
     }
     let _ = (arguments, options);
     run(&mut Host::new(graph, plan)?)
