@@ -1,6 +1,7 @@
 //! Compute graphs on a GPU: a small decoder node by node, captured and captured with programmatic dependent launch, in every
 //! bucket, against the run on the host. `FLASHINFER_RS_RUN_GPU_TESTS=1 cargo test --release --features
-//! compute,cudarc,decoder,attention-xqa --test compute_gpu` runs it, within 60 seconds.
+//! compute,cudarc,decoder,attention,attention-xqa --test compute_gpu` runs it, within 60 seconds; without `attention` what is planned is
+//! left out.
 
 #[path = "support/gpu.rs"]
 mod gpu;
@@ -11,9 +12,10 @@ use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use flashinfer_rs::attention::{AttentionSpec, XqaDecode};
+use flashinfer_rs::attention::{AttentionSpec, Backend, XqaDecode};
 use flashinfer_rs::compute::{
-    Buckets, DeviceRun, Dim, Graph, GraphBuilder, GraphError, HostRun, Pad, PageAllocator, Plan, Rule, Target, fuse,
+    AttentionKernel, AttentionKernels, Buckets, DeviceRun, Dim, Graph, GraphBuilder, GraphError, HostRun, Pad,
+    PageAllocator, Plan, Rule, Target, fuse,
 };
 use flashinfer_rs::matmul::Selections;
 use flashinfer_rs::{DType, Device, FlashInferError, FlashInferRuntime, RuntimeConfig};
@@ -56,9 +58,35 @@ const TESTS: &[Test] = &[
     ("every_node_has_a_time", profiled),
 ];
 
+/// Of attention that the host plans ahead of each step.
+const PLANNED: &[Test] = &[
+    ("one_step_by_batch_decode_is_the_same_however_it_is_launched", batch_decode_however_launched),
+    ("batch_decode_computes_what_the_host_does_over_64_steps", batch_decode_as_the_host),
+    ("contexts_that_batch_decode_divides_are_what_xqa_and_the_host_compute", divided),
+    ("many_steps_by_batch_decode_are_as_many_single_ones", many_planned_steps),
+    ("steps_that_were_not_planned_are_refused_and_the_run_goes_on", not_planned),
+    ("a_prompt_by_the_prefill_kernels_is_what_its_rows_are_by_xqa", prompts),
+];
+
 fn main() -> ExitCode {
     let asked = std::env::var_os(gpu::RUN).is_some_and(|value| value == "1");
-    gpu::main_where(&[(TESTS, asked && has_kernels())])
+    let kernels = asked && has_kernels();
+    gpu::main_where(&[(TESTS, kernels), (PLANNED, kernels && has_planned())])
+}
+
+/// Whether the libraries of attention that is planned were vendored.
+fn has_planned() -> bool {
+    let runtime = FlashInferRuntime::initialize(RuntimeConfig::default()).expect("the runtime");
+    let (heads, size) = ((SMALL.q_heads as i64, SMALL.kv_heads as i64), SMALL.head as i64);
+    let there = [Backend::CudaCores, Backend::Fa2, Backend::Fa3].map(|backend| {
+        let facts = match backend {
+            Backend::CudaCores => AttentionSpec::decode(SMALL.dtype, heads, size, 16),
+            _ => AttentionSpec::paged(SMALL.dtype, heads, size, 16),
+        };
+        let module = facts.build().expect("a specification").module(backend);
+        !matches!(runtime.module(&format!("{module}.so")), Err(FlashInferError::ArtifactMissing { .. }))
+    });
+    there == [true; 3]
 }
 
 /// Whether the libraries that the decoder is made of were vendored.
@@ -77,10 +105,14 @@ fn has_kernels() -> bool {
 static SELECTIONS: Mutex<Option<Selections>> = Mutex::new(None);
 
 fn new_run(gpu: &Gpu, graph: &Graph, buckets: &[u64]) -> DeviceRun {
+    new_run_by(gpu, graph, buckets, AttentionKernels::default())
+}
+
+fn new_run_by(gpu: &Gpu, graph: &Graph, buckets: &[u64], kernels: AttentionKernels) -> DeviceRun {
     let mut selections = SELECTIONS.lock().unwrap_or_else(PoisonError::into_inner);
     let selections = selections.get_or_insert_with(Selections::new);
     let buckets = Buckets::new(buckets).unwrap();
-    DeviceRun::with_selections(graph, &buckets, &gpu.stream, selections).expect("a run")
+    DeviceRun::with_attention(graph, &buckets, &gpu.stream, selections, kernels).expect("a run")
 }
 
 fn unfused() -> Graph {
@@ -186,8 +218,17 @@ fn outcome(run: &mut DeviceRun, rows: usize, mut step: impl FnMut(&mut DeviceRun
 }
 
 fn one_step_however_launched(gpu: &Gpu) {
+    however_launched(gpu, AttentionKernel::Xqa);
+}
+
+fn batch_decode_however_launched(gpu: &Gpu) {
+    however_launched(gpu, AttentionKernel::BatchDecode);
+}
+
+fn however_launched(gpu: &Gpu, kernel: AttentionKernel) {
     for (name, graph) in [("unfused", unfused()), ("fused", fused())] {
-        let mut run = decoder(gpu, &graph, &[1, 2, 4, 8]);
+        let mut run = new_run_by(gpu, &graph, &[1, 2, 4, 8], AttentionKernels::new(kernel));
+        give(&mut run);
         for rows in [1, 2, 3, 8] {
             let bucket = run.set_rows(rows as u64).unwrap();
             let case = format!("{name}, {rows} rows at {bucket}");
@@ -214,7 +255,10 @@ fn one_step_however_launched(gpu: &Gpu) {
 
 /// Runs a graph on a GPU and on the host, with the GPU's tokens, and answers the largest relative error of the logits.
 fn against_the_host(gpu: &Gpu, graph: &Graph, rows: usize, bucket: u64) -> f64 {
-    let mut run = decoder(gpu, graph, &[bucket]);
+    steps_against_the_host(decoder(gpu, graph, &[bucket]), graph, rows, 6)
+}
+
+fn steps_against_the_host(mut run: DeviceRun, graph: &Graph, rows: usize, steps: usize) -> f64 {
     run.capture().unwrap();
     begin_with(&mut run, rows);
     let plan = Plan::new(graph, rows as u64).unwrap();
@@ -226,7 +270,7 @@ fn against_the_host(gpu: &Gpu, graph: &Graph, rows: usize, bucket: u64) -> f64 {
     host.input("lengths", &vec![1.0; rows]).unwrap();
     let mut ids = wide(&first_ids(rows));
     let mut worst = 0f64;
-    for step in 0..6 {
+    for step in 0..steps {
         host.input("ids", &ids).unwrap();
         host.run().unwrap();
         if step % 2 == 0 {
@@ -247,8 +291,10 @@ fn against_the_host(gpu: &Gpu, graph: &Graph, rows: usize, bucket: u64) -> f64 {
         }
         ids = wide(token.values);
         assert_eq!(run.read("ids").unwrap(), ids);
-        assert_eq!(run.read("positions").unwrap(), vec![f64::from(step + 1); rows]);
-        assert_eq!(run.read("lengths").unwrap(), vec![f64::from(step + 2); rows]);
+        // At the last place that there is they stay.
+        let (room, behind) = ((SMALL.page_size * SMALL.per_row) as usize, step + 1);
+        assert_eq!(run.read("positions").unwrap(), vec![behind.min(room - 1) as f64; rows]);
+        assert_eq!(run.read("lengths").unwrap(), vec![(behind + 1).min(room) as f64; rows]);
     }
     worst
 }
@@ -485,4 +531,216 @@ fn profiled(gpu: &Gpu) {
     let total: f32 = times.iter().map(|time| time.microseconds).sum();
     assert!(total > 0.0);
     println!("{total:.0} µs for {} nodes, each launched by itself", times.len());
+}
+
+fn batch_decode_as_the_host(gpu: &Gpu) {
+    // From the first token to the last that there is room for, over the ends of three pages.
+    for (graph, rows, bucket) in [(unfused(), 3, 4), (fused(), 1, 1)] {
+        let mut run = new_run_by(gpu, &graph, &[bucket], AttentionKernels::new(AttentionKernel::BatchDecode));
+        give(&mut run);
+        let error = steps_against_the_host(run, &graph, rows, 64);
+        println!("{rows} rows at {bucket}, 64 steps: relative error {error:.2e}");
+        assert!(error < 2e-2, "{rows} rows at {bucket}: {error}");
+    }
+}
+
+/// Longer contexts, of up to 640 tokens.
+const LONG: Config = Config { per_row: 40, pages: 1 + 4 * 40, ..SMALL };
+
+fn long_table(rows: usize) -> Vec<i32> {
+    let mut pages = PageAllocator::new(LONG.pages as u32, LONG.page_size, rows, LONG.per_row);
+    (0..rows).for_each(|row| pages.grow(row, LONG.page_size * LONG.per_row).unwrap());
+    pages.table(rows)
+}
+
+fn long_caches() -> Vec<(String, Vec<f64>)> {
+    let mut random = Random(23);
+    let elements = (LONG.pages * LONG.page_size * LONG.kv_heads * LONG.head) as usize;
+    let names = (0..LONG.layers).flat_map(|layer| ["k_cache", "v_cache"].map(|name| format!("layer{layer}.{name}")));
+    names.map(|name| (name, random.numbers(elements, 0.0, 1.0))).collect()
+}
+
+/// A run over caches that hold what a prefill might have left.
+fn long_run(gpu: &Gpu, graph: &Graph, buckets: &[u64], kernels: AttentionKernels) -> DeviceRun {
+    let mut run = new_run_by(gpu, graph, buckets, kernels);
+    for (name, values) in LONG.weights(SEED) {
+        run.weight(&name, &halves(&values)).unwrap();
+    }
+    let angles: Vec<f32> = LONG.cos_sin().iter().map(|value| *value as f32).collect();
+    run.weight("cos_sin", &angles).unwrap();
+    for (name, values) in long_caches() {
+        run.state(&name, &halves(&values)).unwrap();
+    }
+    run
+}
+
+fn divided(gpu: &Gpu) {
+    let graph = LONG.graph(4).unwrap();
+    let (rows, lengths) = (3, [600, 129, 37]);
+    let table = long_table(rows);
+    let positions = lengths.map(|length| length - 1);
+    let ids = first_ids(rows);
+    let plan = Plan::new(&graph, rows as u64).unwrap();
+    let mut host = HostRun::new(&graph, &plan).unwrap();
+    LONG.give(&mut host, SEED).unwrap();
+    for (name, values) in long_caches() {
+        let rounded: Vec<f64> = values.iter().map(|value| bf16::from_f64(*value).to_f64()).collect();
+        host.state(&name, &rounded).unwrap();
+    }
+    let wide = |values: &[i32]| values.iter().map(|value| f64::from(*value)).collect::<Vec<_>>();
+    for (name, values) in [("ids", &ids[..]), ("positions", &positions), ("lengths", &lengths), ("page_table", &table)]
+    {
+        host.input(name, &wide(values)).unwrap();
+    }
+    host.run().unwrap();
+    let expected = host.read("logits").unwrap();
+    let mut found = Vec::new();
+    for kernel in [AttentionKernel::Xqa, AttentionKernel::BatchDecode] {
+        let mut run = long_run(gpu, &graph, &[4], AttentionKernels::new(kernel));
+        run.capture().unwrap();
+        run.set_rows(rows as u64).unwrap();
+        run.input("ids", &ids).unwrap();
+        run.input("positions", &positions).unwrap();
+        run.input("lengths", &lengths).unwrap();
+        run.input("page_table", &table).unwrap();
+        run.run(1).unwrap();
+        let logits = run.read("logits").unwrap();
+        let error = distance(&logits, &expected);
+        println!("{kernel:?}: relative error {error:.2e}");
+        assert!(error < 2e-2, "{kernel:?}: {error}");
+        found.push(logits);
+        // Many steps behind it, with other divisions.
+        run.run(39).unwrap();
+        assert!(run.read("logits").unwrap().iter().all(|x| x.is_finite()));
+        assert_eq!(run.read("lengths").unwrap(), lengths.map(|length| f64::from(length + 40)));
+    }
+    let apart = distance(&found[1], &found[0]);
+    assert!(apart < 2e-2, "{apart}");
+}
+
+fn many_planned_steps(gpu: &Gpu) {
+    let mut run = new_run_by(gpu, &fused(), &[1, 4], AttentionKernels::new(AttentionKernel::BatchDecode));
+    give(&mut run);
+    run.capture().unwrap();
+    let mut collected = Vec::new();
+    for at_once in [1, 7, 64] {
+        begin_with(&mut run, 3);
+        let mut left = 64;
+        while left > 0 {
+            let steps = at_once.min(left);
+            run.run(steps).unwrap();
+            left -= steps;
+        }
+        let mut tokens = Vec::new();
+        while let Some(result) = run.next_result::<i32>().unwrap() {
+            tokens.extend_from_slice(result.values);
+        }
+        assert_eq!(tokens.len(), 3 * 64);
+        collected.push((tokens, bits(&run.read("logits").unwrap())));
+    }
+    assert!(collected[0] == collected[1] && collected[1] == collected[2]);
+    // The host's time, with a plan for each step.
+    begin_with(&mut run, 3);
+    run.run(4).unwrap();
+    run.synchronize().unwrap();
+    let begun = Instant::now();
+    run.run(40).unwrap();
+    run.synchronize().unwrap();
+    println!("{:?} for each step that is planned, of {:?}", begun.elapsed() / 40, run.captured(4).unwrap());
+}
+
+fn not_planned(gpu: &Gpu) {
+    let kernels = AttentionKernels::new(AttentionKernel::BatchDecode);
+    let mut run = new_run_by(gpu, &fused(), &[1, 2], kernels);
+    give(&mut run);
+    run.capture().unwrap();
+    // What each step does by itself, done by hand.
+    let mut by_itself = Vec::new();
+    begin_with(&mut run, 2);
+    for _ in 0..20 {
+        run.run(1).unwrap();
+        by_itself.push(bits(&run.read("logits").unwrap()));
+    }
+    run.replan_by_hand(true);
+    begin_with(&mut run, 2);
+    assert!(matches!(refused(run.run(1)), GraphError::Stale { .. }));
+    for (step, expected) in by_itself.iter().enumerate() {
+        run.replan().unwrap();
+        assert!(matches!(refused(run.run(2)), GraphError::Stale { .. }));
+        if step % 2 == 0 {
+            run.run(1).unwrap()
+        } else {
+            run.step().unwrap()
+        }
+        assert!(&bits(&run.read("logits").unwrap()) == expected, "step {step}");
+        match refused(run.run(1)) {
+            GraphError::Stale { node, .. } => assert!(node.ends_with("decode_attention"), "{node}"),
+            other => panic!("{other}"),
+        }
+        assert!(matches!(refused(run.step()), GraphError::Stale { .. }));
+    }
+    // More rows than the largest bucket, and more tokens than pages, are refused as ever, and plans stay what they were.
+    assert!(matches!(refused(run.set_rows(3)), GraphError::BucketTooSmall { rows: 3, largest: 2 }));
+    run.replan_by_hand(false);
+    begin_with(&mut run, 2);
+    let room = SMALL.page_size * SMALL.per_row;
+    assert!(matches!(refused(run.run(room + 1)), GraphError::ContextTooLong { row: 0, .. }));
+    run.run(20).unwrap();
+    assert!(&bits(&run.read("logits").unwrap()) == by_itself.last().unwrap());
+    run.run(room - 20).unwrap();
+    assert!(matches!(refused(run.replan()), GraphError::ContextTooLong { .. }));
+    begin_with(&mut run, 1);
+    run.run(1).unwrap();
+    run.synchronize().unwrap();
+}
+
+fn prompts(gpu: &Gpu) {
+    const ROWS: usize = 32;
+    let graph = LONG.graph(ROWS as u64).unwrap();
+    let (graph, _) = fuse(&graph, &Rule::ALL).unwrap();
+    // A chunk of a prompt behind 100 tokens, one from its first token on, and rows of two sequences that decode.
+    let table = long_table(4);
+    let of = |sequence: usize| &table[sequence * LONG.per_row as usize..(sequence + 1) * LONG.per_row as usize];
+    let mut rows: Vec<(usize, i32)> = (101..=117).map(|length| (0, length)).collect();
+    rows.extend((1..=10).map(|length| (1, length)));
+    rows.extend([(2, 300), (3, 16)]);
+    let lengths: Vec<i32> = rows.iter().map(|row| row.1).collect();
+    let positions: Vec<i32> = lengths.iter().map(|length| length - 1).collect();
+    let pages: Vec<i32> = rows.iter().flat_map(|row| of(row.0)).copied().collect();
+    let ids: Vec<i32> = (0..rows.len() as i32).map(|row| (17 + 31 * row) % LONG.vocab as i32).collect();
+    let mut outcomes: Vec<(Vec<f64>, Vec<f64>)> = Vec::new();
+    let by = |kernel| AttentionKernels::new(AttentionKernel::Xqa).from_rows(ROWS as u64, kernel);
+    for kernel in [AttentionKernel::Xqa, AttentionKernel::Fa2, AttentionKernel::Fa3] {
+        let mut run = long_run(gpu, &graph, &[4, ROWS as u64], by(kernel));
+        run.capture().unwrap();
+        assert_eq!(run.captured(ROWS as u64).is_some(), kernel.is_captured());
+        run.check_finite(true);
+        assert_eq!(run.set_rows(rows.len() as u64).unwrap(), ROWS as u64);
+        run.input("ids", &ids).unwrap();
+        run.input("positions", &positions).unwrap();
+        run.input("lengths", &lengths).unwrap();
+        run.input("page_table", &pages).unwrap();
+        run.step().unwrap();
+        let prefilled = run.read("logits").unwrap();
+        // Decoding goes on behind what was prefilled, by XQA in a step that was captured: four sequences, one token more each.
+        run.set_rows(4).unwrap();
+        run.input("ids", &[1, 2, 3, 4]).unwrap();
+        run.input("positions", &[117, 10, 300, 16]).unwrap();
+        run.input("lengths", &[118, 11, 301, 17]).unwrap();
+        run.input("page_table", &table).unwrap();
+        run.run(1).unwrap();
+        outcomes.push((prefilled, run.read("logits").unwrap()));
+        let (first, last) = (&outcomes[0], &outcomes[outcomes.len() - 1]);
+        let row = LONG.vocab as usize;
+        let apart = |a: &[f64], b: &[f64]| {
+            a.chunks_exact(row).zip(b.chunks_exact(row)).map(|(a, b)| distance(a, b)).fold(0.0, f64::max)
+        };
+        let (prefill, decode) = (apart(&last.0, &first.0), apart(&last.1, &first.1));
+        println!("{kernel:?}: {prefill:.2e} from XQA's rows, {decode:.2e} behind them");
+        assert!(prefill < 2e-2 && decode < 2e-2, "{kernel:?}: {prefill}, {decode}");
+        if kernel != AttentionKernel::Xqa {
+            assert!(matches!(run.set_rows(ROWS as u64), Ok(bucket) if bucket == ROWS as u64));
+            assert!(matches!(run.run(1), Err(FlashInferError::Graph { .. })));
+        }
+    }
 }
