@@ -141,9 +141,22 @@ fn main() -> ExitCode {
         ("xqa_runs", spec, XqaDecode::module_of(&spec).unwrap(), run_xqa as Test),
         ("xqa_is_captured_and_given_other_tables", spec, XqaDecode::module_of(&spec).unwrap(), captured_xqa as Test),
     ];
-    let trials = planned.into_iter().chain(xqa).map(|(name, spec, module, test)| {
+    #[cfg(feature = "compute")]
+    let steps = [
+        ("decode_is_planned_ahead_of_a_compute_graphs_steps", DECODE, Backend::CudaCores),
+        ("fa2_is_planned_ahead_of_a_compute_graphs_steps", PAGED, Backend::Fa2),
+        ("fa3_is_planned_ahead_of_a_compute_graphs_steps", PAGED, Backend::Fa3),
+    ]
+    .map(|(name, facts, backend)| {
+        let spec = facts.backend(backend).build().unwrap();
+        (name, spec, spec.module(backend), compute_graph::steps as Test)
+    });
+    #[cfg(not(feature = "compute"))]
+    let steps = [];
+    let trials = planned.into_iter().chain(xqa).chain(steps).map(|(name, spec, module, test)| {
         let soname = format!("{module}.so");
-        let there = modules().join(&soname).is_file();
+        let beside = if name.ends_with("compute_graphs_steps") { "norm.so" } else { "libtvm_ffi.so" };
+        let there = modules().join(&soname).is_file() && native::vendored_libraries().join(beside).is_file();
         let trial = Trial::test(name, move || {
             with_machine(name, &soname, |machine| test(&machine, spec));
             Ok(())
@@ -170,6 +183,8 @@ fn with_machine(name: &str, module: &str, body: impl FnOnce(Machine)) {
         std::os::unix::fs::symlink("libcuda.so.1", stand_ins.join("libcuda.so")).unwrap();
         fs::copy(native::vendored_libraries().join("libtvm_ffi.so"), stand_ins.join("libtvm_ffi.so")).unwrap();
         fs::copy(modules.join(module), stand_ins.join(module)).unwrap();
+        // What compute graphs need beside attention.
+        fs::copy(native::vendored_libraries().join("norm.so"), stand_ins.join("norm.so")).ok();
     }
     native::isolated_with(name, &[(FOLDER, stand_ins), (MODULES, &modules)], || {
         let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
@@ -954,4 +969,128 @@ fn captured_xqa(machine: &Machine, spec: AttentionSpec) {
     }
     // The stand-in counts a graph's launch as one: four of them, and nothing was captured anew.
     assert_eq!(machine.get("launches"), before + 1 + 4);
+}
+
+/// Attention in a compute graph, by the real planners and launchers, step by step.
+#[cfg(feature = "compute")]
+mod compute_graph {
+    use flashinfer_rs::compute::{
+        AttentionKernel, AttentionKernels, Buckets, Columns, DeviceRun, Dim, Graph, GraphBuilder, Pad,
+    };
+    use flashinfer_rs::matmul::Selections;
+
+    use super::*;
+
+    const PER_ROW: usize = 40;
+    const PAGES: u64 = 700;
+    const BUCKET: usize = 16;
+
+    fn graph() -> Graph {
+        let fixed = Dim::fixed;
+        let mut g = GraphBuilder::new("attention", BUCKET as u64);
+        let lengths = g.input("lengths", DType::I32, [Dim::BATCH], Pad::Value(1)).unwrap();
+        let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(PER_ROW as u64)], Pad::Reserved(0)).unwrap();
+        let x = g.input("x", DType::BF16, [Dim::BATCH, fixed(8 * 128 + 64)], Pad::Value(0)).unwrap();
+        let norm = g.weight("norm", DType::BF16, [fixed(8 * 128 + 64)]).unwrap();
+        let cache = [fixed(PAGES), fixed(16), fixed(2), fixed(128)];
+        let [k, v] = ["k", "v"].map(|name| g.state(name, DType::BF16, cache).unwrap());
+        let x = g.rmsnorm(&x, &norm, 1e-6).unwrap();
+        // Queries that are columns of something larger.
+        let heads = Columns::new(64..64 + 8 * 128).heads(8);
+        let out = g.decode_attention(x.columns(heads), (&k, &v), &table, &lengths, 0.088).unwrap();
+        g.output("out", out).unwrap();
+        g.finish().unwrap()
+    }
+
+    pub fn steps(machine: &Machine, spec: AttentionSpec) {
+        let kernel = match spec.backend((9, 0)) {
+            Backend::CudaCores => AttentionKernel::BatchDecode,
+            Backend::Fa2 => AttentionKernel::Fa2,
+            Backend::Fa3 => AttentionKernel::Fa3,
+        };
+        let buckets = Buckets::new(&[BUCKET as u64]).unwrap();
+        let kernels = AttentionKernels::new(kernel);
+        let mut run =
+            DeviceRun::with_attention(&graph(), &buckets, &machine.stream, &mut Selections::new(), kernels).unwrap();
+        run.weight("norm", &[bf16::ONE; 8 * 128 + 64]).unwrap();
+        let mut random = random(5);
+        for step in 0..60i64 {
+            let rows = 1 + random(BUCKET as i64) as usize;
+            run.set_rows(rows as u64).unwrap();
+            // Each row one of four sequences, whose pages lie one after the other; some follow one another in a sequence.
+            let mut sequences: Vec<(i64, i64)> =
+                (0..rows).map(|_| (random(4), 1 + random(16 * PER_ROW as i64))).collect();
+            for row in 1..rows {
+                if random(3) > 0 && sequences[row - 1].1 < 16 * PER_ROW as i64 {
+                    sequences[row] = (sequences[row - 1].0, sequences[row - 1].1 + 1);
+                }
+            }
+            let lengths: Vec<i32> = sequences.iter().map(|row| row.1 as i32).collect();
+            let pages =
+                |sequence: i64| (0..PER_ROW as i64).map(move |page| (1 + sequence * PER_ROW as i64 + page) as i32);
+            let table: Vec<i32> = sequences.iter().flat_map(|row| pages(row.0)).collect();
+            run.input("x", &vec![bf16::ONE; rows * (8 * 128 + 64)]).unwrap();
+            run.input("lengths", &lengths).unwrap();
+            run.input("page_table", &table).unwrap();
+            let (launches, copies) = (machine.get("launches"), machine.get("copies"));
+            run.step().unwrap();
+            assert_eq!(machine.get("copies"), copies + 1, "one plan");
+            // What it is planned as, by the planners' rules.
+            let (mut queries, mut keys) = (Vec::new(), Vec::<i64>::new());
+            for (row, &(sequence, length)) in sequences.iter().enumerate() {
+                let follows = row > 0 && sequences[row - 1] == (sequence, length - 1);
+                match kernel {
+                    AttentionKernel::BatchDecode => queries.push(1),
+                    _ if follows => *queries.last_mut().unwrap() += 1,
+                    _ => queries.push(1),
+                }
+                match queries.len() > keys.len() {
+                    true => keys.push(length),
+                    false => *keys.last_mut().unwrap() = length,
+                }
+            }
+            let missing = (BUCKET - rows) as i64;
+            if kernel == AttentionKernel::BatchDecode {
+                queries.extend(vec![1; missing as usize]);
+                keys.extend(vec![1; missing as usize]);
+            } else if missing > 0 {
+                queries.push(missing);
+                keys.push(missing);
+            }
+            let filled = Lengths { queries, pages: keys.iter().map(|keys| (keys + 15) / 16).collect() };
+            let expected = match kernel {
+                AttentionKernel::BatchDecode => planner::decode(&filled.pages, &HEADS, 16, 132, true),
+                AttentionKernel::Fa2 => planner::fa2(&filled, &HEADS, 16, 132, None),
+                _ => planner::fa3(&filled.queries, &HEADS, 132, None),
+            };
+            let copied = machine.copied();
+            assert_eq!(copied.len() as i64, expected.int, "step {step}");
+            for (at, list) in &expected.lists {
+                let words = copied[*at as usize..].chunks_exact(4).take(list.len());
+                let found: Vec<i32> = words.map(|word| i32::from_ne_bytes(word.try_into().unwrap())).collect();
+                assert_eq!(&found, list, "step {step}, the list at {at}");
+            }
+            // The norm, attention, and what merges its parts where contexts are divided.
+            let kernels = i64::from(kernel != AttentionKernel::Fa3) * expected.integers.last().unwrap();
+            assert_eq!(i64::from(machine.get("launches") - launches), 2 + kernels, "step {step}");
+            assert_eq!(i64::from(run.kernels(BUCKET as u64).unwrap()), 2 + kernels, "step {step}");
+        }
+        if kernel == AttentionKernel::BatchDecode {
+            // A GPU that holds other numbers of blocks: what was captured would not do.
+            machine.set("occupancy", 2);
+            let launches = machine.get("launches");
+            run.set_rows(1).unwrap();
+            run.input("lengths", &[3]).unwrap();
+            let error = run.step().unwrap_err().to_string();
+            assert!(
+                error.contains("captured for a batch of 16") && error.contains("[66, ") && error.contains("[132, "),
+                "{error}"
+            );
+            assert_eq!(machine.get("launches"), launches);
+            machine.set("occupancy", 1);
+            run.step().unwrap();
+        }
+        drop(run);
+        assert_eq!(machine.get("pinned"), 0);
+    }
 }
