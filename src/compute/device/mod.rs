@@ -746,8 +746,9 @@ impl Model {
             if own.first().is_some_and(|first| first.early) && !self.starts_early(at, node, pdl) {
                 return Err(differs(name(), &"a start behind the end of the node ahead", &"one before that"));
             }
-            // What a node launches behind its first kernel reads what that wrote.
-            if own.iter().skip(1).any(|behind| behind.early) {
+            // What a node launches behind its first kernel reads what that wrote; what merges attention's parts waits for them itself.
+            let waits = self.starts_early(at, node, pdl) && self.merges_parts(at, node);
+            if own.iter().skip(1).any(|behind| behind.early) && !waits {
                 let planned = "kernels that each start behind the end of the one ahead";
                 return Err(differs(name(), &planned, &"one that starts before that"));
             }

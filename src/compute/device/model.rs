@@ -449,6 +449,14 @@ impl Model {
         self.graph.nodes[node].operation.facts().kernels + u32::from(copies)
     }
 
+    /// Whether a node is attention that is planned, where contexts are divided, so that a second kernel merges their parts.
+    pub(super) fn merges_parts(&self, plan: usize, node: usize) -> bool {
+        match self.ways[node] {
+            Way::Attention(attention) => self.planned_kernels(plan, attention) == Some(2),
+            _ => false,
+        }
+    }
+
     /// Whether what a node launches is for a library to choose: cuBLASLt may divide a product, and sum its parts by another
     /// kernel behind a fill, of which one may start early as it sees fit.
     pub(super) fn is_free(&self, plan: usize, node: usize) -> bool {
