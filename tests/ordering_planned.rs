@@ -375,7 +375,8 @@ fn attention_that_cannot_be_planned_is_refused_when_the_run_is_made() {
         run.replan_by_hand(true);
         run.run(5).unwrap();
         assert_eq!(module.get("plans"), before + 1);
-        // A module that was not vendored is named.
+        // A module that was not vendored is named; where a program has all of them built in, it is the real one, which does not
+        // load over the stand-in.
         let mut g = GraphBuilder::new("wide", 2);
         let lengths = g.input("lengths", DType::I32, [Dim::BATCH], Pad::Value(1)).unwrap();
         let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(2)], Pad::Reserved(0)).unwrap();
@@ -391,8 +392,59 @@ fn attention_that_cannot_be_planned_is_refused_when_the_run_is_made() {
         for kernel in [AttentionKernel::BatchDecode, AttentionKernel::Fa2, AttentionKernel::Fa3] {
             let made = DeviceRun::with_attention(&graph, &buckets, &a, &mut Selections::new(), by(kernel));
             match made {
-                Err(FlashInferError::ArtifactMissing { .. }) => {}
+                Err(FlashInferError::ArtifactMissing { library, .. } | FlashInferError::LoadFailed { library, .. }) => {
+                    assert!(library.starts_with("batch_") && library.contains("qk_256"), "{library}");
+                }
                 other => panic!("{kernel:?}: {other:?}"),
+            }
+        }
+    });
+}
+
+/// Of each row of the batch two of attention's, as a draft of two tokens has, and of a batch of any size three.
+#[test]
+fn attention_has_as_many_rows_as_its_inputs_whatever_the_batch() {
+    with_driver("attention_has_as_many_rows_as_its_inputs_whatever_the_batch", |driver| {
+        let [a, _b] = streams();
+        for (of_attention, rows, padded) in [(Dim::per_row(2), 6, 8), (fixed(3), 3, 3)] {
+            let mut g = GraphBuilder::new("drafts", 4);
+            let lengths = g.input("lengths", DType::I32, [of_attention], Pad::Value(1)).unwrap();
+            let table = g.input("page_table", DType::I32, [of_attention, fixed(PER_ROW)], Pad::Reserved(0)).unwrap();
+            let x = g.input("x", DType::BF16, [of_attention, fixed(256)], Pad::Value(0)).unwrap();
+            let norm = g.weight("norm", DType::BF16, [fixed(256)]).unwrap();
+            let cache = [fixed(PAGES), fixed(PAGE_SIZE), fixed(1), fixed(128)];
+            let [k, v] = ["k", "v"].map(|name| g.state(name, DType::BF16, cache).unwrap());
+            let x = g.rmsnorm(&x, &norm, 1e-6).unwrap();
+            let heads = Columns::new(0..256).heads(2);
+            let out = g.decode_attention(x.columns(heads), (&k, &v), &table, &lengths, 0.1).unwrap();
+            g.output("out", out).unwrap();
+            let graph = g.finish().unwrap();
+            for (kernel, backend) in
+                [(AttentionKernel::BatchDecode, Backend::CudaCores), (AttentionKernel::Fa2, Backend::Fa2)]
+            {
+                let buckets = Buckets::new(&[4]).unwrap();
+                let mut run =
+                    DeviceRun::with_attention(&graph, &buckets, &a, &mut Selections::new(), by(kernel)).unwrap();
+                run.weight("norm", &[bf16::ONE; 256]).unwrap();
+                run.capture().unwrap();
+                run.set_rows(3).unwrap();
+                run.input("x", &vec![bf16::ONE; 256 * rows]).unwrap();
+                run.input("lengths", &vec![20; rows]).unwrap();
+                run.input("page_table", &vec![7; rows * PER_ROW as usize]).unwrap();
+                driver.ordered("a step", || run.step().unwrap());
+                let module = Module::open(&planned(backend));
+                // Without a row ahead that it follows each is a request of its own; what pads them is one for each, or one.
+                let pads = padded - rows as i32;
+                let (requests, pads) = if kernel == AttentionKernel::Fa2 {
+                    (rows as i32 + pads.min(1), pads.min(1))
+                } else {
+                    (padded, pads)
+                };
+                assert_eq!(module.get("planned_requests"), requests, "{kernel:?}");
+                assert_eq!(module.get("planned_pages"), 2 * rows as i32 + pads, "{kernel:?}");
+                if kernel.is_captured() {
+                    driver.ordered("a step that was captured", || run.run(2).unwrap());
+                }
             }
         }
     });

@@ -85,7 +85,7 @@ pub fn gpu(graph: &Graph, buckets: &Buckets, launch: Launch, kernels: Kernels) -
 #[cfg(feature = "cudarc")]
 fn is_missing(error: &FlashInferError) -> bool {
     match error {
-        FlashInferError::ArtifactMissing { .. } => true,
+        FlashInferError::ArtifactMissing { .. } | FlashInferError::LoadFailed { .. } => true,
         FlashInferError::ComputeGraph(error) => matches!(**error, GraphError::UnsupportedKernel { .. }),
         _ => false,
     }

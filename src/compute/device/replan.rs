@@ -14,6 +14,7 @@ use super::super::error::GraphError;
 use super::super::graph::{Graph, Origin};
 use super::super::operation::OpKind;
 use super::super::plan::{Span, aligned};
+use super::super::shape::Dim;
 use super::super::step::{Pad, PageAllocator};
 use super::inputs::Inputs;
 use super::model::{ARENA, Model, OWN, unserved};
@@ -100,6 +101,8 @@ pub(super) struct Attention {
     /// The step inputs that it goes by.
     table: usize,
     lengths: usize,
+    /// How many rows they have, by those of the batch.
+    rows: Dim,
     /// The pages of the cache, and of a row.
     pages: i64,
     per_row: usize,
@@ -198,7 +201,7 @@ impl Model {
         let (table, lengths) = (accesses[3].tensor, accesses[4].tensor);
         let specs = graph.given(&graph.nodes[node]);
         let size = |operand: usize, at: usize| specs[operand].shape[at].constant().unwrap_or(0);
-        let (pages, per_row) = (size(1, 0) as i64, size(3, 1) as usize);
+        let (pages, per_row, rows) = (size(1, 0) as i64, size(3, 1) as usize, specs[3].shape[0]);
         let same =
             |other: &Attention| (other.spec, other.table, other.lengths, other.pages) == (spec, table, lengths, pages);
         let known = self.attention.iter().position(same);
@@ -219,11 +222,11 @@ impl Model {
                 planned.push(None);
                 continue;
             }
-            let bucket = plan.batch as i64;
+            let requests = rows.at(plan.batch) as i64;
             let room = GraphRoom {
-                requests: bucket,
-                rows: bucket,
-                pages: per_row.saturating_mul(bucket as usize),
+                requests,
+                rows: requests,
+                pages: per_row.saturating_mul(requests as usize),
                 reserved_page: self.pad_page(table),
             };
             let cache = Batch::paged(spec.page_size(), pages).map_err(|error| refused(kernel, error))?;
@@ -233,7 +236,7 @@ impl Model {
             planned.push(Some(Planned { kernel, loaded: Some(loaded), places: [0; 2], plan: None, given: None }));
         }
         let batch = Batch::paged(spec.page_size(), pages)?;
-        self.attention.push(Attention { spec, table, lengths, pages, per_row, node, xqa, planned, batch });
+        self.attention.push(Attention { spec, table, lengths, rows, pages, per_row, node, xqa, planned, batch });
         Ok(self.attention.len() - 1)
     }
 
@@ -348,7 +351,7 @@ impl Model {
 }
 
 impl Attention {
-    /// Makes the batch of so many rows, out of a bucket of so many, that a step is given.
+    /// Makes the batch that a step is given: so many rows, and as many as its bucket has with those that nobody asked for.
     fn fill(&mut self, kernel: AttentionKernel, inputs: &Inputs, rows: usize, bucket: usize, pad: i32) -> Result<()> {
         let Self { spec, table, lengths, per_row, batch, .. } = self;
         let page_size = spec.page_size() as usize;
@@ -424,10 +427,11 @@ impl DeviceRun {
         let pad = model.pad_page(model.attention[attention].table);
         let bucket = model.plans[*at].batch;
         let all = &mut model.attention[attention];
+        let [rows, filled] = [*rows, bucket].map(|batch| all.rows.at(batch));
         let (table, lengths) = (inputs.version(all.table), inputs.version(all.lengths));
-        let longest = inputs.words(all.lengths, *rows as usize).into_iter().max().unwrap_or(0);
+        let longest = inputs.words(all.lengths, rows as usize).into_iter().max().unwrap_or(0);
         let longest = inputs.grown(all.lengths, longest);
-        let given = Given { rows: *rows, table: table.0, lengths: lengths.0, added: lengths.1, longest };
+        let given = Given { rows, table: table.0, lengths: lengths.0, added: lengths.1, longest };
         let Some(planned) = all.planned[*at].as_ref() else { return Ok(()) };
         let (kernel, before) = (planned.kernel, planned.given);
         let node = model.graph.node_name(all.node);
@@ -436,8 +440,8 @@ impl DeviceRun {
                 let planned = before.map_or_else(|| "nothing".to_owned(), |before| before.to_string());
                 return Err(GraphError::Stale { node, planned, now: given.to_string() }.into());
             }
-            let filled = all.fill(kernel, inputs, *rows as usize, bucket as usize, pad);
-            filled.map_err(|error| refusal(&node, bucket, error))?;
+            let made = all.fill(kernel, inputs, rows as usize, filled as usize, pad);
+            made.map_err(|error| refusal(&node, bucket, error))?;
         }
         let (_, stream) = set.launching()?;
         let _current = CurrentContext::bind(stream.context())?;
@@ -504,7 +508,7 @@ pub(super) fn is_attention(kind: OpKind) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::super::builder::GraphBuilder;
-    use super::super::super::shape::{Columns, Dim};
+    use super::super::super::shape::Columns;
     use super::*;
     use crate::tensor::DType;
 
@@ -540,6 +544,7 @@ mod tests {
         let graph = graph(capacity);
         let tensor = |name| graph.find("step input", name).unwrap();
         let mut inputs = Inputs::new(&graph, 8).unwrap();
+        inputs.allocate();
         let count = rows.len() as u64;
         let lengths: Vec<i32> = rows.iter().map(|row| row.0).collect();
         let table: Vec<i32> = rows.iter().flat_map(|row| row.1).collect();
@@ -553,6 +558,7 @@ mod tests {
             spec,
             table: tensor("page_table"),
             lengths: tensor("lengths"),
+            rows: Dim::BATCH,
             pages: PAGES,
             per_row: PER_ROW,
             node,
