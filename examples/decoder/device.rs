@@ -20,6 +20,7 @@ pub struct Gpu {
 
 impl Gpu {
     /// A graph for these buckets, on a stream of its own of the first GPU, with XQA for attention.
+    #[allow(dead_code, reason = "the benchmark's and the tests'")]
     pub fn new(graph: &Graph, buckets: &Buckets, launch: Launch) -> Result<Self, Fault> {
         let kernels = AttentionKernels::default();
         Ok(Self::with_attention(graph, buckets, launch, kernels, &mut Selections::new())?)
