@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use flashinfer_rs::compute::{Buckets, Graph, Plan, Rule, Target, fuse};
+use flashinfer_rs::compute::{Graph, Plan, Rule, Target, fuse};
 use flashinfer_rs::{DType, FlashInferRuntime, RuntimeConfig};
 
 use config::Config;
@@ -44,7 +44,8 @@ usage: decoder [OPTION VALUE]...
   --on WHERE          host or gpu; default: a GPU where there is one
   --dtype TYPE        bf16, f16 or, on the host, f32; default: bf16 on a GPU, f32 on the host
   --batch N           sequences; default: 2
-  --prompt IDS        token ids with commas, the same for each sequence; default: 12 random ones for each
+  --prompt IDS        token ids with commas, the same for each sequence; default: random ones for each
+  --prompt-tokens N   random ids of a prompt; default: 12
   --tokens N          to decode; default: 16
   --context N         tokens that a sequence has room for; default: prompt and tokens
   --page-size N       tokens of a page; default: 16
@@ -70,6 +71,7 @@ struct Arguments {
     dtype: Option<DType>,
     batch: usize,
     prompt: Option<Vec<i32>>,
+    prompt_tokens: usize,
     tokens: usize,
     context: Option<u64>,
     page_size: u64,
@@ -98,6 +100,7 @@ impl Arguments {
             dtype: None,
             batch: 2,
             prompt: None,
+            prompt_tokens: 12,
             tokens: 16,
             context: None,
             page_size: 16,
@@ -151,6 +154,7 @@ impl Arguments {
                     let ids = value.split(',').map(|id| id.trim().parse().ok().filter(|id| *id >= 0));
                     found.prompt = Some(ids.collect::<Option<_>>().ok_or_else(|| expected("ids with commas: 1,2,3"))?);
                 }
+                "--prompt-tokens" => found.prompt_tokens = number(1, 1 << 20)? as usize,
                 "--tokens" => found.tokens = number(1, 1 << 20)? as usize,
                 "--context" => found.context = Some(number(1, 1 << 20)?),
                 "--rows" => found.rows = Some(number(1, 512)?),
@@ -318,7 +322,7 @@ fn generate(arguments: &Arguments, config: &Config, source: &Source, gpu: bool) 
     let prompts: Vec<Vec<i32>> = match &arguments.prompt {
         Some(prompt) => vec![prompt.clone(); arguments.batch],
         None => {
-            let mut one = |_| (0..12).map(|_| (random.next() % config.vocab) as i32).collect();
+            let mut one = |_| (0..arguments.prompt_tokens).map(|_| (random.next() % config.vocab) as i32).collect();
             (0..arguments.batch).map(&mut one).collect()
         }
     };
@@ -354,7 +358,10 @@ fn generate(arguments: &Arguments, config: &Config, source: &Source, gpu: bool) 
         let decoded = start.elapsed().as_secs_f64();
         for (i, (prompt, first)) in prompts.iter().zip(&first).enumerate() {
             let tokens: Vec<i32> = [*first].into_iter().chain(made.iter().map(|step| step[i])).collect();
-            println!("sequence {i}: {prompt:?} -> {tokens:?}");
+            match prompt.len() {
+                0..=64 => println!("sequence {i}: {prompt:?} -> {tokens:?}"),
+                length => println!("sequence {i}: {length} tokens -> {tokens:?}"),
+            }
         }
         let count: usize = prompts.iter().map(Vec::len).sum();
         println!("prefill: {count} tokens, {:.1} tokens a second", count as f64 / prefilled);
@@ -389,6 +396,7 @@ fn with_engine(
     };
     #[cfg(feature = "cudarc")]
     if graph.target() == Target::Gpu {
+        use flashinfer_rs::compute::Buckets;
         // Of a row for each sequence, and of as many as there may be for a prefill.
         let of_sequences = Buckets::default().of(options.sequences)?;
         let buckets = Buckets::new(&[of_sequences, graph.largest_batch()])?;

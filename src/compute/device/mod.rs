@@ -301,7 +301,8 @@ impl DeviceRun {
         self.set.stream()
     }
 
-    /// How many kernels a step of a bucket launches here.
+    /// How many kernels a step of a bucket launches here; of the prefill kernels, which each batch is planned for, as many as for the
+    /// last one.
     ///
     /// # Errors
     /// As for [`plan`](Self::plan).
