@@ -91,8 +91,10 @@ struct Kernels {
     ) -> c_int,
     get: unsafe extern "C" fn(*mut Kernel, *mut c_void, *const c_char) -> c_int,
     attributes: unsafe extern "C" fn(*mut [u64; ATTRIBUTES], Kernel) -> c_int,
+    /// Only kernels with much shared memory need it.
+    set_attribute: Option<unsafe extern "C" fn(Kernel, c_int, c_int) -> c_int>,
     launch: unsafe extern "C" fn(Kernel, Dim3, Dim3, *mut *mut c_void, usize, *mut c_void) -> c_int,
-    /// Only programmatic dependent launch needs it.
+    /// Only programmatic dependent launch and clusters need it.
     launch_with: Option<unsafe extern "C" fn(*const LaunchConfig, Kernel, *mut *mut c_void) -> c_int>,
 }
 
@@ -111,13 +113,13 @@ struct LaunchConfig {
 /// `cudaLaunchAttribute`.
 #[cfg(any(feature = "cudarc", feature = "compute"))]
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct LaunchAttribute {
     id: c_int,
     /// To where the value starts.
     pad: c_int,
-    /// One number of a union of 64 bytes.
-    value: c_int,
-    rest: [c_int; 15],
+    /// The numbers of a union of 64 bytes.
+    value: [c_int; 16],
 }
 
 #[cfg(any(feature = "cudarc", feature = "compute"))]
@@ -133,6 +135,18 @@ const _: () = {
 pub(crate) struct Blocks {
     pub(crate) blocks: [u32; 2],
     pub(crate) threads: u32,
+    /// How many blocks that follow one another along the first dimension are a cluster.
+    pub(crate) cluster: u32,
+    /// Bytes of shared memory of a block, beside what the kernel declares.
+    pub(crate) shared: u32,
+}
+
+#[cfg(any(feature = "cudarc", feature = "compute"))]
+impl Blocks {
+    /// Blocks of so many threads, each by itself.
+    pub(crate) const fn new(blocks: [u32; 2], threads: u32) -> Self {
+        Self { blocks, threads, cluster: 1, shared: 0 }
+    }
 }
 
 /// Room for a `cudaFuncAttributes`, and for what a later release may add to it, in words.
@@ -229,6 +243,7 @@ impl Kernels {
                 load: library.symbol(c"cudaLibraryLoadData")?,
                 get: library.symbol(c"cudaLibraryGetKernel")?,
                 attributes: library.symbol(c"cudaFuncGetAttributes")?,
+                set_attribute: library.symbol(c"cudaFuncSetAttribute").ok(),
                 launch: library.symbol(c"cudaLaunchKernel")?,
                 launch_with: library.symbol(c"cudaLaunchKernelExC").ok(),
             })
@@ -492,6 +507,18 @@ impl Cudart {
         self.check("cudaFuncGetAttributes", code)
     }
 
+    /// Lets a kernel's blocks have so many bytes of shared memory on the current device beside what it declares, since without being
+    /// asked CUDA gives 48 KiB in all.
+    #[cfg(feature = "compute")]
+    pub(crate) fn allow_shared(&self, kernel: Kernel, bytes: u32) -> Result<()> {
+        /// `cudaFuncAttributeMaxDynamicSharedMemorySize`.
+        const MOST_SHARED: c_int = 8;
+        let set = self.kernels()?.set_attribute.ok_or_else(|| no_symbol("cudaFuncSetAttribute"))?;
+        // SAFETY: the kernel is one of `load_kernels`; a number of bytes that the device has not is an error.
+        let code = self.without_breaking_captures(|| unsafe { set(kernel, MOST_SHARED, bytes as c_int) });
+        self.check("cudaFuncSetAttribute", code)
+    }
+
     /// Launches a kernel on the current device; CUDA's answer. With programmatic dependent launch it may start before the one
     /// ahead of it has ended.
     ///
@@ -503,33 +530,46 @@ impl Cudart {
     pub(crate) unsafe fn launch(
         &self,
         kernel: Kernel,
-        Blocks { blocks: [x, y], threads }: Blocks,
+        Blocks { blocks: [x, y], threads, cluster, shared }: Blocks,
         arguments: &mut [*mut c_void],
         stream: *mut c_void,
         pdl: bool,
     ) -> Result<c_int> {
-        /// `cudaLaunchAttributeProgrammaticStreamSerialization`.
+        /// `cudaLaunchAttributeClusterDimension` and `cudaLaunchAttributeProgrammaticStreamSerialization`.
+        const CLUSTER: c_int = 4;
         const MAY_START_EARLY: c_int = 6;
         let (grid, block) = (Dim3 { x, y, z: 1 }, Dim3 { x: threads, y: 1, z: 1 });
         let kernels = self.kernels()?;
-        match kernels.launch_with.filter(|_| pdl) {
-            None => {
+        let launch_with = match kernels.launch_with {
+            Some(launch_with) if pdl || cluster > 1 => launch_with,
+            None if cluster > 1 => return Err(no_symbol("cudaLaunchKernelExC")),
+            _ => {
                 // SAFETY: the caller's promise; CUDA copies the arguments before it returns.
-                Ok(unsafe { (kernels.launch)(kernel, grid, block, arguments.as_mut_ptr(), 0, stream) })
+                let code =
+                    unsafe { (kernels.launch)(kernel, grid, block, arguments.as_mut_ptr(), shared as usize, stream) };
+                return Ok(code);
             }
-            Some(launch_with) => {
-                let attributes = &LaunchAttribute { id: MAY_START_EARLY, pad: 0, value: 1, rest: [0; 15] };
-                let config = LaunchConfig { grid, block, shared_memory: 0, stream, attributes, count: 1 };
-                // SAFETY: as above; so does it with the configuration.
-                Ok(unsafe { launch_with(&config, kernel, arguments.as_mut_ptr()) })
-            }
+        };
+        let (mut attributes, mut count) = ([LaunchAttribute { id: 0, pad: 0, value: [0; 16] }; 2], 0);
+        if cluster > 1 {
+            attributes[count].id = CLUSTER;
+            attributes[count].value[..3].copy_from_slice(&[cluster as c_int, 1, 1]);
+            count += 1;
         }
+        if pdl {
+            attributes[count].id = MAY_START_EARLY;
+            attributes[count].value[0] = 1;
+            count += 1;
+        }
+        let (shared_memory, count) = (shared as usize, count as u32);
+        let config = LaunchConfig { grid, block, shared_memory, stream, attributes: attributes.as_ptr(), count };
+        // SAFETY: as above; so does it with the configuration.
+        Ok(unsafe { launch_with(&config, kernel, arguments.as_mut_ptr()) })
     }
 
     #[cfg(any(feature = "cudarc", feature = "compute"))]
     fn kernels(&self) -> Result<Kernels> {
-        let searched = || vec!["the one in use has no cudaLibraryLoadData".to_owned()];
-        self.kernels.ok_or_else(|| FlashInferError::CudartMissing { searched: searched() })
+        self.kernels.ok_or_else(|| no_symbol("cudaLibraryLoadData"))
     }
 
     /// Does what a capture forbids while one of another stream or thread goes on, which relaxed calls do not break.
@@ -743,6 +783,12 @@ impl Drop for CurrentDevice {
             unsafe { (self.cudart.set_device)(device) };
         }
     }
+}
+
+/// That CUDA's runtime is too old.
+#[cfg(any(feature = "cudarc", feature = "compute"))]
+fn no_symbol(symbol: &str) -> FlashInferError {
+    FlashInferError::CudartMissing { searched: vec![format!("the one in use has no {symbol}")] }
 }
 
 /// CUDA writes 13.0 as 13000.

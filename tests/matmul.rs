@@ -161,7 +161,7 @@ mod selections {
         };
         let algorithm = "0123456789abcdef".repeat(8);
         let lt = of(&format!("\"cublaslt\": 130002, \"algorithm\": \"{algorithm}\", \"workspace\": 4096"));
-        let own = of("\"kernel\": \"few_rows_8_8\"").replace("\"rows\": 4", "\"rows\": 1");
+        let own = of("\"kernel\": \"few_rows_bf16_8_1\"").replace("\"rows\": 4", "\"rows\": 1");
         format!(
             "{{\"version\": 1, \"gpu\": {{\"name\": \"a GPU\", \"major\": 9, \"minor\": 0, \"multiprocessors\": 132}}, \
              \"products\": [{lt}, {own}]}}"
@@ -256,8 +256,8 @@ mod selections {
         refused("0123456789abcdef", "0123456789abcdeF", &["algorithm"]);
         refused("0123456789abcdef", "0123456789abcd\u{e9}", &["algorithm"]);
         refused("\"workspace\": 4096", "\"workspace\": 33554433", &["workspace", "at most 33554432"]);
-        refused("\"workspace\": 4096", "\"workspace\": 4096, \"kernel\": \"few_rows_8_8\"", &["beside a kernel"]);
-        refused("few_rows_8_8", "few_rows_8_9", &["kernel", "select again"]);
+        refused("\"workspace\": 4096", "\"workspace\": 4096, \"kernel\": \"few_rows_bf16_8_1\"", &["beside a kernel"]);
+        refused("few_rows_bf16_8_1", "few_rows_bf16_9_1", &["kernel", "select again"]);
         refused("\"rows\": 1,", "\"rows\": 4,", &["products[1]", "a second time"]);
         refused("\"products\": [", "\"products\": [null, ", &["products[0]"]);
         refused("]}", "]", &["line 1"]);

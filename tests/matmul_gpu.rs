@@ -8,7 +8,6 @@ mod data;
 mod gpu;
 
 use std::process::ExitCode;
-use std::sync::OnceLock;
 
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use data::{Number, Random, assert_close, widened};
@@ -24,17 +23,13 @@ fn main() -> ExitCode {
         ("products_of_a_decoders_sizes_are_right", decoder),
         ("what_only_cublaslt_computes_is_right", only_cublaslt),
         ("a_rows_bits_do_not_depend_on_what_other_rows_hold", independent),
-        ("a_rows_bits_do_not_depend_on_how_many_there_are_for_one_kernel", row_by_row),
+        ("a_rows_bits_do_not_depend_on_how_many_few_rows_there_are", row_by_row),
         ("every_launch_computes_the_same_bits", repeated),
         ("a_captured_product_computes_the_bits_of_an_eager_one", captured),
         ("a_selection_that_is_read_back_computes_the_same_bits", read_back),
         ("launches_do_not_wait", asynchronous),
     ])
 }
-
-/// The kernels of this crate's own, each with the most rows that it is for.
-const KERNELS: [(&str, i64); 5] =
-    [("few_rows_8_4", 8), ("few_rows_8_8", 8), ("few_rows_8_16", 8), ("few_rows_16_8", 16), ("few_rows_32_8", 32)];
 
 /// What stands behind a result, which nobody may write.
 const GUARD: usize = 64;
@@ -158,45 +153,27 @@ fn forms(spec: MatMulSpec) -> Vec<MatMulSpec> {
     vec![spec, biased, added, biased.with_residual().unwrap(), spec.with_f32_out().unwrap(), apart]
 }
 
-/// Selections of this GPU that name a kernel for a product.
-fn forced(gpu: &Gpu, spec: &MatMulSpec, kernel: &str) -> Selections {
-    // What stands ahead of the products.
-    static HEAD: OnceLock<String> = OnceLock::new();
-    let head = HEAD.get_or_init(|| {
-        let mut any = Selections::new();
-        MatMul::new(MatMulSpec::new(DType::BF16, 1, 8, 8).unwrap(), &gpu.stream, &mut any).unwrap();
-        any.to_json().split_once("\"products\"").unwrap().0.to_owned()
-    });
-    let products = format!(
-        "\"products\": [{{\"rows\": {}, \"columns\": {}, \"inner\": {}, \"row_stride\": {}, \"dtype\": \"{}\", \"f32_out\": {}, \
-         \"bias\": {}, \"residual\": {}, \"microseconds\": 1.0, \"kernel\": \"{kernel}\"}}]}}",
-        spec.rows(),
-        spec.columns(),
-        spec.inner(),
-        spec.row_stride(),
-        spec.dtype(),
-        spec.out() != spec.dtype(),
-        spec.has_bias(),
-        spec.has_residual(),
-    );
-    Selections::parse(&(head.to_owned() + &products)).unwrap()
-}
-
+/// Every kernel: for few rows, twice and four times as many, and weights of which a block has one tile or two; with parts of a block, of
+/// a warp and of a cluster missing, one step, all steps at once, and turns.
 fn every_kernel<T: Number>(gpu: &Gpu) {
-    for (kernel, most) in KERNELS {
-        let least = if most == 8 { 1 } else { most / 2 + 1 };
-        // With parts of a block and of a warp missing, one step, all steps at once, and turns.
-        for (columns, inner) in [(1, 8), (13, 264), (40, 1024), (8, 2056), (24, 8200), (1024, 3072)] {
-            let x = (most * (inner + 128)) as usize;
-            let operands = Operands::<T>::new(gpu, 1, x, (columns * inner) as usize, columns as usize);
-            for rows in [least, most - 3, most] {
-                for spec in forms(MatMulSpec::new(T::DTYPE, rows, columns, inner).unwrap()) {
-                    let product = MatMul::new(spec, &gpu.stream, &mut forced(gpu, &spec, kernel)).unwrap();
-                    assert_eq!(product.workspace_bytes(), 0);
-                    check(gpu, &product, &operands);
-                }
+    let mut selections = Selections::new();
+    for (columns, inner) in
+        [(1, 8), (13, 264), (40, 1024), (8, 2056), (24, 8200), (1024, 3072), (1030, 2504), (4120, 1032), (6144, 264)]
+    {
+        let operands =
+            Operands::<T>::new(gpu, 1, (32 * (inner + 128)) as usize, (columns * inner) as usize, columns as usize);
+        for rows in [1, 5, 8, 9, 13, 16, 17, 29, 32] {
+            for spec in forms(MatMulSpec::new(T::DTYPE, rows, columns, inner).unwrap()) {
+                let product = MatMul::new(spec, &gpu.stream, &mut selections).unwrap();
+                assert_eq!(product.workspace_bytes(), 0);
+                check(gpu, &product, &operands);
             }
         }
+    }
+    let stored = selections.to_json();
+    let of_type = if T::DTYPE == DType::F16 { "f16" } else { "bf16" };
+    for (rows, tiles) in [(8, 1), (8, 2), (16, 1), (32, 1), (32, 2)] {
+        assert!(stored.contains(&format!("few_rows_{of_type}_{rows}_{tiles}")), "{rows} rows, {tiles} tiles: {stored}");
     }
 }
 
@@ -296,19 +273,19 @@ fn independent(gpu: &Gpu) {
 }
 
 fn row_by_row(gpu: &Gpu) {
-    for (kernel, most) in KERNELS {
-        let (columns, inner) = (256, 1024);
-        let all = MatMulSpec::new(DType::BF16, most, columns, inner).unwrap();
+    let mut selections = Selections::new();
+    for (columns, inner) in [(256, 1024), (1024, 2048), (1024, 3072), (4096, 1024), (40, 8200)] {
+        let all = MatMulSpec::new(DType::BF16, 32, columns, inner).unwrap();
         let operands = Operands::<bf16>::of(gpu, 9, &all);
-        let launch = |rows: i64| {
+        let mut launch = |rows: i64| {
             let spec = MatMulSpec::new(DType::BF16, rows, columns, inner).unwrap();
-            let product = MatMul::new(spec, &gpu.stream, &mut forced(gpu, &spec, kernel)).unwrap();
+            let product = MatMul::new(spec, &gpu.stream, &mut selections).unwrap();
             bits(&operands.launch(gpu, &product, &vec![bf16::ZERO; (rows * columns) as usize], bf16::ZERO))
         };
-        let (least, expected) = (if most == 8 { 1 } else { most / 2 + 1 }, launch(most));
-        for rows in least..most {
+        let expected = launch(32);
+        for rows in [1, 2, 3, 4, 7, 8, 9, 16, 17, 31] {
             let own = (rows * columns) as usize;
-            assert_eq!(launch(rows)[..own], expected[..own], "{kernel}, {rows} rows");
+            assert_eq!(launch(rows)[..own], expected[..own], "{columns} x {inner}, {rows} rows");
         }
     }
 }

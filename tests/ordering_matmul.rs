@@ -194,7 +194,6 @@ fn products_are_ordered_with_every_other_use() {
 fn few_rows_are_multiplied_by_kernels_of_this_crate_and_more_by_cublaslt() {
     with_driver("few_rows_are_multiplied_by_kernels_of_this_crate_and_more_by_cublaslt", |driver| {
         let ([stream], lt, mut selections) = (streams(), Lt::open(), Selections::new());
-        // All take the same time here, so that the first one is chosen.
         for (rows, own) in [(1, true), (8, true), (9, true), (32, true), (33, false)] {
             let product = MatMul::new(spec(rows), &stream, &mut selections).unwrap();
             let before = (driver.queued()[0], lt.read::<i32>("lt_products"));
@@ -241,7 +240,7 @@ fn a_selection_that_is_read_back_is_used_without_measuring() {
         refused(stored.replace("000000000000a151", "000000000000a159"), spec(33), "does not offer");
         refused(stored.replace("130002", "130003"), spec(33), "release 130003");
         refused(stored.replace("\"a stand-in\"", "\"another\""), spec(33), "made on another");
-        refused(stored.replace("few_rows_8_4", "few_rows_16_8"), spec(1), "few_rows_16_8");
+        refused(stored.replace("few_rows_bf16_8_1", "few_rows_bf16_16_1"), spec(1), "few_rows_bf16_16_1");
     });
 }
 

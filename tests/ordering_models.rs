@@ -100,9 +100,8 @@ fn prompts_go_by_the_prefill_kernel_that_is_there_beside_either_kernel_that_deco
         let options = options(&Rule::ALL, None);
         let graph = fuse(&graph::build(&config, &options).unwrap(), &Rule::ALL).unwrap().0;
         let buckets = Buckets::new(&[4, 8]).unwrap();
-        let gpu = |launch, decode, prefill| {
-            kernels::gpu(&graph, &buckets, launch, Kernels { decode, prefill }).unwrap()
-        };
+        let gpu =
+            |launch, decode, prefill| kernels::gpu(&graph, &buckets, launch, Kernels { decode, prefill }).unwrap();
         let decoded = |mut gpu: Gpu| {
             Source::random(1).give(&graph, &config, None, &mut |name, tensor| gpu.weight(name, tensor)).unwrap();
             gpu.make_ready().unwrap();

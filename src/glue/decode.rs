@@ -214,12 +214,12 @@ fn parts(tensors: &[&Strided<'_>], rows: u32, columns: u32) -> (u32, Blocks) {
     let wide = aligned(tensors) && columns.is_multiple_of(EIGHT);
     let at_once = if wide { THREADS * EIGHT } else { THREADS };
     let blocks = [rows, columns.div_ceil(at_once).clamp(1, MOST_BLOCKS)];
-    (u32::from(wide), Blocks { blocks, threads: THREADS })
+    (u32::from(wide), Blocks::new(blocks, THREADS))
 }
 
 /// A cluster for each row.
 fn clusters(rows: u32) -> Blocks {
-    Blocks { blocks: [rows * CLUSTER, 1], threads: LONG_THREADS }
+    Blocks::new([rows * CLUSTER, 1], LONG_THREADS)
 }
 
 function!(embedding, |args| {
@@ -309,7 +309,7 @@ function!(advance, |args| {
         [args.strided(token)?, args.strided(ids)?, args.strided(positions)?, args.strided(lengths)?];
     let (mut rows, mut capacity) = (ids.shape[0] as u32, args.int(capacity)? as i32);
     let (mut from, mut to, mut places, mut counts) = (token.data, ids.data, positions.data, lengths.data);
-    let blocks = Blocks { blocks: [rows.div_ceil(THREADS), 1], threads: THREADS };
+    let blocks = Blocks::new([rows.div_ceil(THREADS), 1], THREADS);
     let mut arguments = pointers![from, to, places, counts, rows, capacity];
     // SAFETY: as for `embedding`.
     unsafe { launch(ADVANCE, &ids, blocks, &mut arguments, args.bool(pdl)?) }
@@ -412,7 +412,7 @@ fn turned_append(
         interleave: u32::from(interleave),
     };
     let tasks = call.q_heads + 2 * call.kv_heads;
-    let blocks = Blocks { blocks: [size(&q, 0), tasks.div_ceil(HEADS)], threads: THREADS };
+    let blocks = Blocks::new([size(&q, 0), tasks.div_ceil(HEADS)], THREADS);
     let kernel = if norm.is_some() { QK_NORM_ROPE_APPEND } else { ROPE_APPEND };
     let large = if q.shape[2] > USUAL_HEAD { 2 } else { 0 };
     // SAFETY: as for `embedding`; the kernel looks at every position and page itself.
@@ -506,7 +506,7 @@ mod tests {
             strides,
         };
         let whole = tensor(256, &[24, 1], DType::BF16);
-        assert_eq!(parts(&[&whole], 4, 24), (1, Blocks { blocks: [4, 1], threads: THREADS }));
+        assert_eq!(parts(&[&whole], 4, 24), (1, Blocks::new([4, 1], THREADS)));
         for odd in
             [tensor(258, &[24, 1], DType::BF16), tensor(256, &[25, 1], DType::BF16), tensor(256, &[26, 1], DType::F32)]
         {

@@ -1,18 +1,24 @@
 // Products of few rows with a weight, which is read once and is all that takes time: `out = x · weightᵀ`.
 //
 // `cargo xtask glue` compiles this to gemv.ptx, which the crate carries and CUDA's driver translates for its GPU: Hopper and
-// newer, which alone know programmatic dependent launch.
+// newer, which alone know programmatic dependent launch and clusters.
 //
-// A block has 8 rows of the weight, whose columns its warps divide. Each thread asks for all of its part at once, so that as
-// much is on its way as the memory can deliver. Tensor cores multiply, of which a tile is 16 rows of `x`, 8 rows of the weight and 16
-// columns: rows of `x` that are not there are zeros, which cost nothing, since the tensor cores wait for the memory anyway. So
-// no row's result depends on how many others there are, nor on what they hold, and every sum is made in one order.
+// A block has one or two tiles of 16 rows of the weight, whose columns its warps divide into slices of 128. Each thread asks for all of
+// its part of a slice at once, so that as much is on its way as the memory can deliver. Where there are few rows and long ones, the
+// blocks of a cluster divide the columns, and each sums up its share of the results. Tensor cores multiply, a tile of the weight with 8
+// rows of `x`: rows of `x` that are not there are zeros, which cost nothing, since the tensor cores wait for the memory anyway.
+//
+// So no row's result depends on how many others there are, nor on what they hold: which column is in which slice depends on the
+// weight's shape alone, and every sum is made in one order, whichever of these kernels makes it.
 //
 // A tile's columns may come in any order that is the same for both sides. Here a thread has 8 that follow one another in memory,
 // 16 bytes, of each of its rows: two tiles' parts.
 //
-// The weight and the bias are read before this waits for the kernel ahead, which must not write them; all else behind it. The
-// kernel behind may start right then.
+// With a norm the product is that of `rmsnorm(x)`: a row's factor, which is known when all of the row was read, is applied to the sums.
+// Gated, the weight has two halves of rows, and a result is the first half's, times its sigmoid, times the other's.
+//
+// The weight and the norm's are read before this waits for the kernel ahead, which must not write them; all else behind it. The kernel
+// behind may start before that.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -26,36 +32,81 @@ typedef float f32;
 
 constexpr u32 LANES = 32;
 // The most warps of a block.
-constexpr u32 WARPS = 16;
-// Rows of the weight that a block has.
-constexpr u32 COLUMNS = 8;
-// Columns that a warp reads at once: 8 of each of 4 threads.
+constexpr u32 WARPS = 8;
+// Rows of the weight that tensor cores take at once.
+constexpr u32 TILE = 16;
+// Columns that a warp reads at once, 8 of each of 4 threads, and how often for a slice.
 constexpr u32 STEP = 32;
+constexpr u32 STEPS = 4;
+constexpr u32 SLICE = STEP * STEPS;
+// From one row of `x` to the next among the sums in shared memory, so that a warp's lie in different banks.
+constexpr u32 PITCH = 20;
+// The most blocks of a cluster.
+constexpr u32 CLUSTER = 8;
 
 // What `flags` are made of.
 constexpr u32 ADD = 1;
 constexpr u32 F32_OUT = 2;
+constexpr u32 GATED = 4;
 
 __device__ __forceinline__ f32 to_f32(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ f32 to_f32(f16 x) { return __half2float(x); }
 __device__ __forceinline__ void put(bf16* to, f32 x) { *to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void put(f16* to, f32 x) { *to = __float2half_rn(x); }
 
+__device__ __forceinline__ float2 to_f32s(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+__device__ __forceinline__ float2 to_f32s(__half2 x) { return __half22float2(x); }
+
 template <typename T>
-__device__ __forceinline__ T nothing();
+struct Pair;
 template <>
-__device__ __forceinline__ bf16 nothing<bf16>() {
-    return __ushort_as_bfloat16(0);
-}
+struct Pair<bf16> {
+    typedef __nv_bfloat162 Type;
+};
 template <>
-__device__ __forceinline__ f16 nothing<f16>() {
-    return __ushort_as_half(0);
-}
+struct Pair<f16> {
+    typedef __half2 Type;
+};
+
+// Eight numbers of 16 bytes.
+template <typename T>
+union Eight {
+    uint4 bits;
+    typename Pair<T>::Type pairs[4];
+    __device__ Eight() {}
+};
 
 // What a GPU alone can do, in whose place a test on the host puts the same by other means.
 
 __device__ __forceinline__ void wait_for_those_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_those_behind_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ u32 cluster_id() {
+    u32 id;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+    return id;
+}
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ u32 cluster_blocks() {
+    u32 blocks;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+    return blocks;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Writes to a place of shared memory in a block of the cluster: the same place as this block's.
+__device__ __forceinline__ void put_in_block(f32* place, u32 rank, f32 x) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(there)
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(place))), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
+}
 
 // 16 bytes of the weight, which are used once and written by nobody.
 __device__ __forceinline__ uint4 once(const void* from) {
@@ -86,129 +137,215 @@ __device__ __forceinline__ void multiply<f16>(f32 (&sums)[4], u32 a0, u32 a1, u3
 
 // Until here.
 
-// `inner` is a multiple of 8, and all rows start at multiples of 16 bytes. `rows` are at most ROWS, which is a multiple of 8. `bias` may be
-// null. With ADD the product is added to what `out` holds, with F32_OUT that is of F32, without ADD and bias.
-template <typename T, u32 ROWS, u32 LOADS>
-__device__ __forceinline__ void few_rows(
-    const T* x, i64 stride, const T* weight, const T* bias, void* out, u32 rows, u32 columns, u32 inner, u32 flags) {
-    // A tile has two groups of 8 rows.
-    constexpr u32 GROUPS = ROWS / 8, TILES = (GROUPS + 1) / 2, ITEMS = ROWS * COLUMNS;
-    constexpr u32 CHAINS = 4 / TILES;
-    constexpr u32 AHEAD = 8 / GROUPS < LOADS ? 8 / GROUPS : LOADS;
-    static_assert(LOADS % AHEAD == 0, "the last of them would be behind the end");
-    __shared__ f32 parts[WARPS][ITEMS];
+__device__ __forceinline__ f32 sigmoid(f32 x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// `inner` is a multiple of 8, and all rows start at multiples of 16 bytes. `rows` are at most ROWS, which is a multiple of 8. `norm` and
+// `bias` may be null. `columns` are the result's. With ADD the product is added to what `out` holds, with F32_OUT that is of F32, without
+// ADD and bias. With a norm, and gated, which is without ADD, bias and F32_OUT, a cluster is one block.
+template <typename T, u32 ROWS, u32 TILES>
+__device__ __forceinline__ void few_rows(const T* x, i64 stride, const T* weight, const T* norm, const T* bias, void* out, u32 rows,
+                                         u32 columns, u32 inner, f32 eps, u32 flags) {
+    constexpr u32 GROUPS = ROWS / 8;
+    // How many of a slice's steps ask for `x` at once.
+    constexpr u32 AHEAD = 4 / GROUPS;
+    __shared__ f32 parts[WARPS][TILES][ROWS * PITCH];
+    __shared__ f32 squares[WARPS][ROWS];
+    __shared__ f32 gathered[TILES * TILE * ROWS + CLUSTER];
     const u32 lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-    const u32 group = lane / 4, quarter = lane % 4, first = blockIdx.x * COLUMNS;
+    const u32 group = lane / 4, quarter = lane % 4;
+    const u32 blocks = cluster_blocks(), rank = cluster_rank();
+    const bool gated = (flags & GATED) != 0, adds = (flags & ADD) != 0;
+    // Columns of the result that a tile has and that the block has, which are powers of two, and the block's first.
+    const u32 wide_log2 = gated ? 3 : 4, own_log2 = wide_log2 + (TILES - 1);
+    const u32 wide = 1 << wide_log2, own = 1 << own_log2, first = cluster_id() << own_log2;
+    if (blocks > 1) cluster_arrive();
 
     // Rows of the weight behind the last are zeros.
-    const bool there = first + group < columns;
-    const T* row = weight + static_cast<u64>(there ? first + group : 0) * inner;
-    u32 at = warp * (LOADS * STEP) + quarter * 8;
-    uint4 held[LOADS];
-    auto fetch = [&] {
+    const T* at[TILES][2];
 #pragma unroll
-        for (u32 i = 0; i < LOADS; i++) {
-            const u32 k = at + i * STEP;
-            held[i] = there && k < inner ? once(row + k) : make_uint4(0, 0, 0, 0);
+    for (u32 t = 0; t < TILES; ++t) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 column = first + t * wide + (gated ? 0 : half * 8) + group;
+            const u64 row = column + (gated ? half * columns : 0);
+            at[t][half] = column < columns ? weight + row * inner : nullptr;
         }
-    };
-    fetch();
-
-    // The items of the result: a row of `x` and a row of the weight. A thread has one, or several in turn.
-    auto is_there = [&](u32 item) { return item < ITEMS && item / COLUMNS < rows && first + item % COLUMNS < columns; };
-    auto place = [&](u32 item) { return static_cast<u64>(item / COLUMNS) * columns + first + item % COLUMNS; };
-    const bool adds = (flags & ADD) != 0;
-    // The first one's, so that nobody waits for them in the end.
-    T biased = nothing<T>(), kept = nothing<T>();
-    if (bias != nullptr && is_there(threadIdx.x)) biased = bias[first + threadIdx.x % COLUMNS];
-
-    wait_for_those_ahead();
-    let_those_behind_start();
-
-    f32 sums[CHAINS][TILES][4] = {};
-    bool begun = false;
-    while (true) {
+    }
+    u32 slice = rank * warps + warp;
+    uint4 held[STEPS][TILES][2], factors[STEPS];
+    const auto fetch = [&] {
 #pragma unroll
-        for (u32 begin = 0; begin < LOADS; begin += AHEAD) {
-            uint4 a[AHEAD][GROUPS];
+        for (u32 i = 0; i < STEPS; ++i) {
+            const u32 k = slice * SLICE + i * STEP + quarter * 8;
 #pragma unroll
-            for (u32 i = 0; i < AHEAD; i++) {
+            for (u32 t = 0; t < TILES; ++t) {
 #pragma unroll
-                for (u32 j = 0; j < GROUPS; j++) {
-                    const u32 r = j * 8 + group, k = at + (begin + i) * STEP;
-                    const bool is = r < rows && k < inner;
-                    a[i][j] = is ? *reinterpret_cast<const uint4*>(x + r * stride + k) : make_uint4(0, 0, 0, 0);
+                for (u32 half = 0; half < 2; ++half) {
+                    const bool is = at[t][half] != nullptr && k < inner;
+                    held[i][t][half] = is ? once(at[t][half] + k) : make_uint4(0, 0, 0, 0);
                 }
             }
-            if (!begun && adds && is_there(threadIdx.x)) kept = static_cast<const T*>(out)[place(threadIdx.x)];
-            begun = true;
+        }
+        if (norm != nullptr) {
+#pragma unroll
+            for (u32 i = 0; i < STEPS; ++i) {
+                const u32 k = slice * SLICE + i * STEP + quarter * 8;
+                factors[i] = k < inner ? once(norm + k) : make_uint4(0, 0, 0, 0);
+            }
+        }
+    };
+    f32 sums[TILES][GROUPS][4] = {};
+    f32 square[GROUPS] = {};
+    bool waited = false;
+#pragma unroll 1
+    do {
+        fetch();
+        if (!waited) {
+            let_those_behind_start();
+            wait_for_those_ahead();
+            waited = true;
+        }
+#pragma unroll
+        for (u32 begin = 0; begin < STEPS; begin += AHEAD) {
+            Eight<T> b[AHEAD][GROUPS];
+#pragma unroll
+            for (u32 i = 0; i < AHEAD; ++i) {
+#pragma unroll
+                for (u32 j = 0; j < GROUPS; ++j) {
+                    const u32 r = j * 8 + group, k = slice * SLICE + (begin + i) * STEP + quarter * 8;
+                    const bool is = r < rows && k < inner;
+                    b[i][j].bits = is ? *reinterpret_cast<const uint4*>(x + r * stride + k) : make_uint4(0, 0, 0, 0);
+                }
+            }
             // So that all of these are asked for before the first is used: the assembler would rather save registers.
             __syncwarp();
 #pragma unroll
-            for (u32 i = 0; i < AHEAD; i++) {
-                const uint4 b = held[begin + i];
+            for (u32 i = 0; i < AHEAD; ++i) {
+                if (norm != nullptr) {
+                    Eight<T> factor;
+                    factor.bits = factors[begin + i];
 #pragma unroll
-                for (u32 j = 0; j < TILES; j++) {
-                    const uint4 upper = a[i][2 * j];
-                    const uint4 lower = 2 * j + 1 < GROUPS ? a[i][(2 * j + 1) % GROUPS] : make_uint4(0, 0, 0, 0);
-                    // Sums of their own, since each waits for the one before.
-                    multiply<T>(sums[2 * i % CHAINS][j], upper.x, lower.x, upper.y, lower.y, b.x, b.y);
-                    multiply<T>(sums[(2 * i + 1) % CHAINS][j], upper.z, lower.z, upper.w, lower.w, b.z, b.w);
+                    for (u32 j = 0; j < GROUPS; ++j) {
+#pragma unroll
+                        for (u32 n = 0; n < 4; ++n) {
+                            const float2 numbers = to_f32s(b[i][j].pairs[n]);
+                            square[j] = fmaf(numbers.x, numbers.x, square[j]);
+                            square[j] = fmaf(numbers.y, numbers.y, square[j]);
+                            b[i][j].pairs[n] = __hmul2(b[i][j].pairs[n], factor.pairs[n]);
+                        }
+                    }
+                }
+#pragma unroll
+                for (u32 t = 0; t < TILES; ++t) {
+                    const uint4 upper = held[begin + i][t][0], lower = held[begin + i][t][1];
+#pragma unroll
+                    for (u32 j = 0; j < GROUPS; ++j) {
+                        const uint4 of = b[i][j].bits;
+                        multiply<T>(sums[t][j], upper.x, lower.x, upper.y, lower.y, of.x, of.y);
+                        multiply<T>(sums[t][j], upper.z, lower.z, upper.w, lower.w, of.z, of.w);
+                    }
                 }
             }
         }
-        at += warps * (LOADS * STEP);
-        // The same for all threads of a warp.
-        if (at - quarter * 8 >= inner) break;
-        fetch();
-    }
+        slice += blocks * warps;
+    } while (slice * SLICE < inner);
 
 #pragma unroll
-    for (u32 j = 0; j < TILES; j++) {
+    for (u32 t = 0; t < TILES; ++t) {
 #pragma unroll
-        for (u32 i = 1; i < CHAINS; i++) {
+        for (u32 j = 0; j < GROUPS; ++j) {
 #pragma unroll
-            for (u32 n = 0; n < 4; n++) sums[0][j][n] += sums[i][j][n];
+            for (u32 n = 0; n < 4; ++n) {
+                parts[warp][t][(j * 8 + quarter * 2 + n % 2) * PITCH + group + n / 2 * 8] = sums[t][j][n];
+            }
         }
-        f32* to = parts[warp] + (j * 16 + group) * COLUMNS + quarter * 2;
-        to[0] = sums[0][j][0];
-        to[1] = sums[0][j][1];
-        if (j * 2 + 1 < GROUPS) {
-            to[8 * COLUMNS] = sums[0][j][2];
-            to[8 * COLUMNS + 1] = sums[0][j][3];
+    }
+    if (norm != nullptr) {
+#pragma unroll
+        for (u32 j = 0; j < GROUPS; ++j) {
+            f32 sum = square[j];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            if (quarter == 0) squares[warp][j * 8 + group] = sum;
         }
     }
     __syncthreads();
-    for (u32 item = threadIdx.x; is_there(item); item += blockDim.x) {
-        if (item != threadIdx.x) {
-            if (bias != nullptr) biased = bias[first + item % COLUMNS];
-            if (adds) kept = static_cast<const T*>(out)[place(item)];
-        }
+
+    // A result for each row of `x` and column of the block's.
+    const u32 items = rows * own;
+    const auto part = [&](u32 tile, u32 row, u32 column) {
         f32 sum = 0;
-        for (u32 i = 0; i < warps; i++) sum += parts[i][item];
-        sum += to_f32(biased);
-        sum += to_f32(kept);
-        if ((flags & F32_OUT) != 0) {
-            static_cast<f32*>(out)[place(item)] = sum;
-        } else {
-            put(static_cast<T*>(out) + place(item), sum);
+#pragma unroll
+        for (u32 i = 0; i < WARPS; ++i) {
+            if (i < warps) sum += parts[i][tile][row * PITCH + column];
         }
+        return sum;
+    };
+    const auto finish = [&](u32 row, u32 column, f32 sum) {
+        if (first + column >= columns) return;
+        if (bias != nullptr) sum += to_f32(bias[first + column]);
+        const u64 place = static_cast<u64>(row) * columns + first + column;
+        if (adds) sum += to_f32(static_cast<const T*>(out)[place]);
+        if ((flags & F32_OUT) != 0) {
+            static_cast<f32*>(out)[place] = sum;
+        } else {
+            put(static_cast<T*>(out) + place, sum);
+        }
+    };
+    if (blocks == 1) {
+#pragma unroll 1
+        for (u32 item = threadIdx.x; item < items; item += blockDim.x) {
+            const u32 row = item >> own_log2, column = item & (own - 1);
+            f32 factor = 1.0f;
+            if (norm != nullptr) {
+                f32 sum = 0;
+#pragma unroll
+                for (u32 i = 0; i < WARPS; ++i) {
+                    if (i < warps) sum += squares[i][row];
+                }
+                factor = rsqrtf(sum / static_cast<f32>(inner) + eps);
+            }
+            f32 sum = part(column >> wide_log2, row, column & (wide - 1)) * factor;
+            if (gated) sum *= sigmoid(sum) * (part(column >> wide_log2, row, (column & (wide - 1)) + wide) * factor);
+            finish(row, column, sum);
+        }
+        return;
+    }
+    // Each block of the cluster gets all blocks' parts of its share of the results.
+    const u32 share = (items + blocks - 1) / blocks;
+    cluster_wait();
+#pragma unroll 1
+    for (u32 item = threadIdx.x; item < items; item += blockDim.x) {
+        const u32 row = item >> own_log2, column = item & (own - 1);
+        const u32 to = item / share;
+        put_in_block(&gathered[rank * share + item - to * share], to, part(column / TILE, row, column % TILE));
+    }
+    cluster_arrive();
+    cluster_wait();
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < share && rank * share + i < items; i += blockDim.x) {
+        const u32 item = rank * share + i;
+        f32 sum = 0;
+        for (u32 j = 0; j < blocks; ++j) sum += gathered[j * share + i];
+        finish(item >> own_log2, item & (own - 1), sum);
     }
 }
 
-#define FEW_ROWS(T, ROWS, LOADS)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(WARPS* LANES) few_rows_##T##_##ROWS##_##LOADS(                            \
-        const T* x, i64 stride, const T* weight, const T* bias, void* out, u32 rows, u32 columns, u32 inner, u32 flags) {  \
-        few_rows<T, ROWS, LOADS>(x, stride, weight, bias, out, rows, columns, inner, flags);                               \
+// Of 32 rows a thread has more registers, so that one block alone is on a multiprocessor.
+#define FEW_ROWS(T, ROWS, TILES)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(WARPS* LANES, ROWS == 32 ? 1 : 2) few_rows_##T##_##ROWS##_##TILES(            \
+        const T* x, i64 stride, const T* weight, const T* norm, const T* bias, void* out, u32 rows, u32 columns, u32 inner,    \
+        f32 eps, u32 flags) {                                                                                                 \
+        few_rows<T, ROWS, TILES>(x, stride, weight, norm, bias, out, rows, columns, inner, eps, flags);                       \
     }
 
-FEW_ROWS(bf16, 8, 4)
-FEW_ROWS(bf16, 8, 8)
-FEW_ROWS(bf16, 8, 16)
-FEW_ROWS(bf16, 16, 8)
-FEW_ROWS(bf16, 32, 8)
-FEW_ROWS(f16, 8, 4)
-FEW_ROWS(f16, 8, 8)
-FEW_ROWS(f16, 8, 16)
-FEW_ROWS(f16, 16, 8)
-FEW_ROWS(f16, 32, 8)
+FEW_ROWS(bf16, 8, 1)
+FEW_ROWS(bf16, 8, 2)
+FEW_ROWS(bf16, 16, 1)
+FEW_ROWS(bf16, 32, 1)
+FEW_ROWS(bf16, 32, 2)
+FEW_ROWS(f16, 8, 1)
+FEW_ROWS(f16, 8, 2)
+FEW_ROWS(f16, 16, 1)
+FEW_ROWS(f16, 32, 1)
+FEW_ROWS(f16, 32, 2)

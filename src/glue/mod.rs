@@ -4,10 +4,14 @@
 //! Their sources are the `.cu` files here. `cargo xtask glue` compiles them with the pinned compiler to the PTX beside them,
 //! which the crate carries as text and CUDA's driver translates for its GPU: nobody needs a compiler to build or to run this.
 
+#[cfg(feature = "cudarc")]
+use std::ffi::CStr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::Result;
 
+#[cfg(all(feature = "cudarc", feature = "compute"))]
+pub(crate) mod attend;
 #[cfg(feature = "compute")]
 pub(crate) mod decode;
 #[cfg(feature = "cudarc")]
@@ -17,6 +21,13 @@ mod rows;
 
 #[cfg(feature = "cudarc")]
 pub(crate) use rows::{Chain, Glue, Place};
+
+/// PTX as the driver takes it, of a text that ends with a zero byte.
+#[cfg(feature = "cudarc")]
+fn ptx(text: &'static str) -> &'static CStr {
+    // Not a constant, since looking for a zero byte in so long a text takes the compiler long.
+    CStr::from_bytes_with_nul(text.as_bytes()).unwrap_or(c"")
+}
 
 /// A source's kernels, loaded by whoever needs them first while all others wait. Where that fails the next one tries again.
 struct Loading<T> {

@@ -152,7 +152,7 @@ impl Glue {
         // Where there is one device alone, it is that.
         let _current: Option<CurrentDevice> =
             if self.runtime.has_one_device() { None } else { Some(cudart.set_current(device)?) };
-        let blocks = Blocks { blocks: [blocks, 1], threads: THREADS };
+        let blocks = Blocks::new([blocks, 1], THREADS);
         // SAFETY: the caller's promise.
         let code = unsafe { cudart.launch(kernel, blocks, arguments, stream.as_raw(), false) }?;
         if code == 0 {

@@ -15,8 +15,8 @@ use crate::contract::{Operand, Row};
 use crate::cublaslt::{Addresses, Candidate, CublasLt, Handle, Product};
 use crate::cuda::device_name;
 use crate::engine::ordered_like;
-use crate::error::{FlashInferError, Result};
-use crate::glue::gemv::FewRows;
+use crate::error::Result;
+use crate::glue::gemv::{Around, FewRows};
 use crate::indices::refuse;
 use crate::owner::{CurrentContext, refuse_capture};
 use crate::runtime::FlashInferRuntime;
@@ -173,7 +173,7 @@ impl PlannedMatMul {
             Kernel::FewRows(kernel) => {
                 // SAFETY: it is one for this product on this device, as `candidates` and `ready` see to; the rest is the caller's
                 // promise.
-                let code = unsafe { kernel.launch(runtime, &self.product, at, stream.as_raw(), pdl) }?;
+                let code = unsafe { kernel.launch(runtime, &self.product, at, NOTHING, stream.as_raw(), pdl) }?;
                 if code == 0 {
                     return Ok(());
                 }
@@ -222,7 +222,7 @@ impl Kernel {
     fn stored(self) -> By {
         match self {
             Self::CublasLt(lt, candidate) => By::CublasLt { version: lt.library.version(), candidate },
-            Self::FewRows(kernel) => By::FewRows(kernel),
+            Self::FewRows(kernel) => By::FewRows(kernel.name()),
         }
     }
 }
@@ -248,20 +248,15 @@ fn product(spec: &MatMulSpec) -> Product {
     }
 }
 
-/// All that compute a product on a device, which is the current one. Without cuBLASLt those of this crate's own, where there are any.
+/// All that may compute a product on a device, which is the current one. Of few rows that is this crate's own kernel alone, whatever
+/// time cuBLASLt would take: its sums are the same for any number of rows, so that a row's bits are the same in every bucket.
 fn candidates(runtime: &'static FlashInferRuntime, id: i32, product: &Product) -> Result<Vec<Kernel>> {
-    let own: Vec<FewRows> = FewRows::of(product, runtime.compute_capability(id)?).collect();
-    own.iter().try_for_each(|kernel| kernel.prepare(runtime, product.dtype))?;
-    let mut all: Vec<Kernel> = own.into_iter().map(Kernel::FewRows).collect();
-    match Lt::on(runtime, id) {
-        Ok(lt) => {
-            let offered = lt.offered(product)?;
-            all.extend(offered.into_iter().map(|candidate| Kernel::CublasLt(lt, candidate)));
-        }
-        Err(FlashInferError::CublasLtMissing { .. }) if !all.is_empty() => {}
-        Err(error) => return Err(error),
+    if let Some(own) = FewRows::of(product, Around::default(), runtime.compute_capability(id)?) {
+        own.prepare(runtime)?;
+        return Ok(vec![Kernel::FewRows(own)]);
     }
-    Ok(all)
+    let lt = Lt::on(runtime, id)?;
+    Ok(lt.offered(product)?.into_iter().map(|candidate| Kernel::CublasLt(lt, candidate)).collect())
 }
 
 /// What was chosen before, where this machine has it.
@@ -281,13 +276,14 @@ fn ready(by: By, runtime: &'static FlashInferRuntime, id: i32, product: &Product
             let found = format!("an algorithm for {spec} that cuBLASLt does not offer");
             refuse(NEW, "selections", found, "one of those that it offers: select again, with Selections::new")
         }
-        By::FewRows(kernel) => {
-            if FewRows::of(product, runtime.compute_capability(id)?).any(|known| known == kernel) {
-                kernel.prepare(runtime, product.dtype)?;
+        By::FewRows(name) => {
+            let own = FewRows::of(product, Around::default(), runtime.compute_capability(id)?);
+            if let Some(kernel) = own.filter(|own| own.name() == name) {
+                kernel.prepare(runtime)?;
                 return Ok(Kernel::FewRows(kernel));
             }
-            let found = format!("{} for {spec}", kernel.name());
-            refuse(NEW, "selections", found, "a kernel for this product: select again, with Selections::new")
+            let found = format!("{name} for {spec}");
+            refuse(NEW, "selections", found, "the kernel for this product: select again, with Selections::new")
         }
     }
 }

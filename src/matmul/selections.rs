@@ -63,8 +63,8 @@ pub(crate) struct Chosen {
 pub(crate) enum By {
     /// An algorithm of this release of cuBLASLt.
     CublasLt { version: usize, candidate: Candidate },
-    /// A kernel of this crate's own.
-    FewRows(FewRows),
+    /// The kernel of this crate's own that has this name.
+    FewRows(&'static str),
 }
 
 impl Selections {
@@ -138,7 +138,7 @@ impl Selections {
                     field("algorithm", text(&hexadecimal(&candidate.algorithm))),
                     field("workspace", number(candidate.workspace as i64)),
                 ]),
-                By::FewRows(kernel) => fields.push(field("kernel", text(&kernel.name()))),
+                By::FewRows(kernel) => fields.push(field("kernel", text(kernel))),
             }
             Json::Object(fields)
         });
@@ -272,7 +272,7 @@ fn own(item: &Cursor<'_>, kernel: &Cursor<'_>) -> Result<By> {
     if let Some(other) = ["cublaslt", "algorithm", "workspace"].into_iter().find_map(|name| item.get(name)) {
         return Err(other.refuse("a field of cuBLASLt's beside a kernel", "one of the two", "remove the other"));
     }
-    match FewRows::named(&kernel.word()?) {
+    match FewRows::known(&kernel.word()?) {
         Some(kernel) => Ok(By::FewRows(kernel)),
         None => Err(kernel.refuse("another kernel", "one that this crate has", AGAIN)),
     }

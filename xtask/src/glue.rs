@@ -22,7 +22,11 @@ const HOPPER: u32 = 90;
 
 /// The compute capability, as one number, that a source's PTX asks for.
 fn oldest(source: &Path) -> u32 {
-    if source.file_stem().is_some_and(|name| name == "decode" || name == "gemv") { HOPPER } else { OLDEST }
+    if source.file_stem().is_some_and(|name| ["attend", "decode", "gemv"].iter().any(|of_hopper| name == *of_hopper)) {
+        HOPPER
+    } else {
+        OLDEST
+    }
 }
 
 /// `cargo xtask glue`
