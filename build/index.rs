@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 
 use html5gum::{Token, Tokenizer};
 use percent_encoding::percent_decode_str;
-use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde_json::Value;
 
 use super::digest::Digest;
 use super::env::{Env, Named};
@@ -242,46 +241,27 @@ fn resolved(page: &Url, Entry { file, base, link }: Entry) -> Result<Link> {
     Ok(Link { url: url.into(), sha256: sha256.or(in_fragment), yanked })
 }
 
-#[derive(Deserialize)]
-struct Page {
-    files: Vec<PageFile>,
-}
-
 /// Whatever else a page says of a file, or says `null` of, is its own affair.
-#[derive(Deserialize)]
-struct PageFile {
-    filename: Option<String>,
-    url: Option<String>,
-    hashes: Option<std::collections::HashMap<String, Option<String>>>,
-    yanked: Option<Yanked>,
-}
-
-/// `false`, or `true`, or the reason; nothing and no reason are `false`.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Yanked {
-    Flag(bool),
-    Reason(String),
-    Other(#[allow(dead_code, reason = "serde takes anything for it")] IgnoredAny),
-}
-
 fn in_json(page: &Url, text: &str) -> Result<Vec<Entry>> {
-    let parsed: Page = match serde_json::from_str(text) {
-        Ok(parsed) => parsed,
-        Err(e) => {
-            let shown = redacted(page.as_str());
-            return Err(Error::Unavailable(format!("{shown} is not a simple index page: {e}")));
-        }
+    let unlike = |why: String| {
+        let shown = redacted(page.as_str());
+        Error::Unavailable(format!("{shown} is not a simple index page: {why}"))
     };
-    let all = parsed.files.into_iter().filter_map(|entry| {
-        let yanked = match entry.yanked {
-            Some(Yanked::Flag(yanked)) => yanked.then(String::new),
-            Some(Yanked::Reason(reason)) => Some(reason).filter(|reason| !reason.is_empty()),
-            Some(Yanked::Other(_)) | None => None,
+    let mut parsed: Value = serde_json::from_str(text).map_err(|e| unlike(e.to_string()))?;
+    let Some(Value::Array(files)) = parsed.get_mut("files").map(Value::take) else {
+        return Err(unlike("it has no list of files".to_owned()));
+    };
+    let all = files.into_iter().filter_map(|entry| {
+        let text = |key: &str| entry.get(key).and_then(Value::as_str).map(str::to_owned);
+        // `false`, or `true`, or the reason; nothing and no reason are `false`.
+        let yanked = match entry.get("yanked") {
+            Some(Value::Bool(true)) => Some(String::new()),
+            Some(Value::String(reason)) if !reason.is_empty() => Some(reason.clone()),
+            _ => None,
         };
-        let sha256 = entry.hashes.and_then(|mut hashes| hashes.remove("sha256").flatten());
-        let link = Link { url: entry.url?, sha256: sha256.map(|text| text.to_ascii_lowercase()), yanked };
-        Some(Entry { file: entry.filename?, base: page.clone(), link })
+        let sha256 = entry.get("hashes").and_then(|hashes| hashes.get("sha256")).and_then(Value::as_str);
+        let link = Link { url: text("url")?, sha256: sha256.map(str::to_ascii_lowercase), yanked };
+        Some(Entry { file: text("filename")?, base: page.clone(), link })
     });
     Ok(all.collect())
 }

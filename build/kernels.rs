@@ -10,7 +10,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 use std::time::Instant;
 
-use serde::{Deserialize, Deserializer};
+use toml::de::DeValue;
 
 use super::digest::{Digest, hash, hash_reader};
 use super::emit;
@@ -21,6 +21,7 @@ use super::lock::{self, Lock, Member, plain_name};
 use super::report::say;
 use super::source::{Ladder, NO_CACHE, Source, host};
 use super::store::{Store, open_file, publish_bytes, read_text};
+use super::table::{Checked, Parsed, Table, flag, named, text, texts, whole};
 use super::url::Url;
 use super::vendor::place;
 use super::wheel::Extracted;
@@ -34,73 +35,55 @@ pub const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 const REMEDY: &str = "correct the entry, or let `cargo xtask kernel add`, in a checkout of flashinfer-rs, write it";
 
 /// One kernel for one target.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Kernel {
     /// What a program asks for it by.
-    #[serde(deserialize_with = "kernel_name")]
     pub name: String,
     /// `<arch>-<os>`, as a wheel's.
-    #[serde(deserialize_with = "line")]
     pub target: String,
     /// The name of what it computes.
-    #[serde(deserialize_with = "line")]
     pub definition: String,
     /// The name of what it was built of.
-    #[serde(default, deserialize_with = "optional_line")]
     pub solution: Option<String>,
-    #[serde(default, deserialize_with = "optional_line")]
     pub author: Option<String>,
     /// The function to call: exported as `__tvm_ffi_` and this.
-    #[serde(deserialize_with = "symbol")]
     pub entry: String,
     /// Whether it is given its outputs; unknown where nothing says.
     pub destination_passing_style: Option<bool>,
     /// What its GPU code is for: `sm_90a`, `compute_100`. Empty where it has none.
-    #[serde(default, deserialize_with = "architectures")]
     pub arch: Vec<String>,
     /// The release of CUDA whose libraries it needs.
     pub cuda: Option<u32>,
     /// The libraries that it needs.
-    #[serde(default, deserialize_with = "sonames")]
     pub needed: Vec<String>,
     /// Where its files may be had, in turn.
     pub sources: Vec<Place>,
-    #[serde(rename = "file")]
     pub files: Vec<Pin>,
 }
 
 /// A folder with a kernel's files.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "lowercase")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// An address, behind which the files' names are put.
     Url(String),
     /// A folder below the lock's own.
-    #[serde(deserialize_with = "inside")]
     Path(String),
 }
 
 /// A file of a kernel.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pin {
     pub name: Part,
     pub size: u64,
-    #[serde(deserialize_with = "lock::digest")]
     pub sha256: Digest,
 }
 
 /// What a kernel's files are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    #[serde(rename = "kernel.so")]
     Library,
-    #[serde(rename = "kernel_metadata.txt")]
     Metadata,
-    #[serde(rename = "definition.json")]
     Definition,
-    #[serde(rename = "solution.json")]
     Solution,
 }
 
@@ -122,16 +105,10 @@ impl Part {
     }
 }
 
-fn checked<'de, D: Deserializer<'de>>(
-    deserializer: D,
-    check: impl FnOnce(&str) -> std::result::Result<(), String>,
-) -> std::result::Result<String, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    check(&text).map(|()| text).map_err(serde::de::Error::custom)
-}
-
-fn kernel_name<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
-    checked(deserializer, check_name)
+/// A text that keeps a rule.
+fn checked(value: DeValue<'_>, check: impl FnOnce(&str) -> Checked<()>) -> Checked<String> {
+    let text = text(value)?;
+    check(&text).map(|()| text)
 }
 
 /// What a kernel may be called: it becomes part of paths and of the program's symbols.
@@ -149,22 +126,10 @@ pub fn check_name(name: &str) -> std::result::Result<(), String> {
     ))
 }
 
-fn line<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
-    checked(deserializer, check_line)
-}
-
-fn optional_line<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<String>, D::Error> {
-    line(deserializer).map(Some)
-}
-
 /// A text that stands in messages and reports.
 pub fn check_line(text: &str) -> std::result::Result<(), String> {
     let fine = !text.trim().is_empty() && !text.contains(char::is_control);
     if fine { Ok(()) } else { Err(format!("`{}` is not a name: expected one line of text", text.escape_debug())) }
-}
-
-fn symbol<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
-    checked(deserializer, check_symbol)
 }
 
 pub fn check_symbol(name: &str) -> std::result::Result<(), String> {
@@ -173,25 +138,19 @@ pub fn check_symbol(name: &str) -> std::result::Result<(), String> {
     if fine { Ok(()) } else { Err(wrong()) }
 }
 
-fn architectures<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
-    let all = Vec::<String>::deserialize(deserializer)?;
-    let number = |name: &str| {
-        let number = name.strip_prefix("sm_").or_else(|| name.strip_prefix("compute_"))?;
-        let number = number.strip_suffix(['a', 'f']).unwrap_or(number);
-        (matches!(number.len(), 2 | 3) && number.bytes().all(|b| b.is_ascii_digit())).then_some(())
-    };
-    match all.iter().find(|name| number(name).is_none()) {
-        None => Ok(all),
-        Some(name) => Err(serde::de::Error::custom(format!(
-            "`{}` is not an architecture: expected sm_90, sm_90a or compute_90, for example",
-            name.escape_debug()
-        ))),
+fn check_architecture(name: &str) -> std::result::Result<(), String> {
+    let number = name.strip_prefix("sm_").or_else(|| name.strip_prefix("compute_")).unwrap_or_default();
+    let number = number.strip_suffix(['a', 'f']).unwrap_or(number);
+    if matches!(number.len(), 2 | 3) && number.bytes().all(|b| b.is_ascii_digit()) {
+        return Ok(());
     }
+    Err(format!("`{}` is not an architecture: expected sm_90, sm_90a or compute_90, for example", name.escape_debug()))
 }
 
-fn sonames<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<String>, D::Error> {
-    let all = Vec::<String>::deserialize(deserializer)?;
-    all.iter().try_for_each(|name| plain_name(name)).map_err(serde::de::Error::custom)?;
+/// Texts that keep a rule, or none.
+fn all_checked(value: DeValue<'_>, check: impl Fn(&str) -> Checked<()>) -> Checked<Vec<String>> {
+    let all = texts(value)?;
+    all.iter().try_for_each(|text| check(text))?;
     Ok(all)
 }
 
@@ -200,20 +159,15 @@ pub fn is_address(text: &str) -> bool {
     Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.fragment().is_none())
 }
 
-fn inside<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
-    checked(deserializer, |text| {
-        let mut parts = Path::new(text).components();
-        let fine = !text.is_empty()
-            && !text.contains(char::is_control)
-            && parts.all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        match fine {
-            true => Ok(()),
-            false => Err(format!(
-                "`{}` leads out of the lock's folder: expected a relative path without `..`",
-                text.escape_debug()
-            )),
-        }
-    })
+fn check_inside(text: &str) -> std::result::Result<(), String> {
+    let mut parts = Path::new(text).components();
+    let fine = !text.is_empty()
+        && !text.contains(char::is_control)
+        && parts.all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    if fine {
+        return Ok(());
+    }
+    Err(format!("`{}` leads out of the lock's folder: expected a relative path without `..`", text.escape_debug()))
 }
 
 /// The address of a file below that of its folder.
@@ -224,7 +178,48 @@ pub fn file_address(folder: &str, part: Part) -> Result<String> {
     Ok(url.into())
 }
 
+impl Place {
+    fn of(table: Table<'_>) -> Parsed<Self> {
+        table.one_of(&["url", "path"], |key, text| match key {
+            "url" => Ok(Self::Url(text)),
+            _ => check_inside(&text).map(|()| Self::Path(text)),
+        })
+    }
+}
+
+impl Pin {
+    fn of(mut table: Table<'_>) -> Parsed<Self> {
+        let pin = Self {
+            name: table.required("name", |value| named(value, &Part::ALL.map(|part| (part.file(), part))))?,
+            size: table.required("size", whole)?,
+            sha256: table.required("sha256", |value| text(value)?.parse())?,
+        };
+        table.end("field")?;
+        Ok(pin)
+    }
+}
+
 impl Kernel {
+    pub(super) fn of(mut table: Table<'_>) -> Parsed<Self> {
+        let line = |value: DeValue<'_>| checked(value, check_line);
+        let kernel = Self {
+            name: table.required("name", |value| checked(value, check_name))?,
+            target: table.required("target", line)?,
+            definition: table.required("definition", line)?,
+            solution: table.optional("solution", line)?,
+            author: table.optional("author", line)?,
+            entry: table.required("entry", |value| checked(value, check_symbol))?,
+            destination_passing_style: table.optional("destination_passing_style", flag)?,
+            arch: table.optional("arch", |value| all_checked(value, check_architecture))?.unwrap_or_default(),
+            cuda: table.optional("cuda", whole)?,
+            needed: table.optional("needed", |value| all_checked(value, plain_name))?.unwrap_or_default(),
+            sources: table.tables("sources", Place::of)?,
+            files: table.tables("file", Pin::of)?,
+        };
+        table.end("field")?;
+        Ok(kernel)
+    }
+
     /// The name that its library has beside those of the wheels.
     pub fn soname(&self) -> String {
         format!("{}{SUFFIX}", self.name)
@@ -281,19 +276,13 @@ pub(super) fn check(kernels: &[Kernel], name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A lock of the user's: kernels, and nothing else.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Kernels {
-    #[serde(rename = "version")]
-    _version: u32,
-    #[serde(default, rename = "kernel")]
-    kernels: Vec<Kernel>,
-}
-
 /// Parses and checks a lock of the user's; `name` stands in the messages.
 pub fn parse(text: &str, name: &str) -> Result<Vec<Kernel>> {
-    let Kernels { kernels, .. } = lock::versioned(text, name, REMEDY)?;
+    let kernels = lock::versioned(text, name, REMEDY, |mut table| {
+        let kernels = table.optional_tables("kernel", Kernel::of)?.unwrap_or_default();
+        table.end("field")?;
+        Ok(kernels)
+    })?;
     check(&kernels, name)?;
     Ok(kernels)
 }
@@ -398,7 +387,7 @@ pub fn vendor<'a>(
             }
             match pin.name {
                 Part::Library => library = Some(place(&kernel.member(pin), &path, &mut file, lib_dir)?),
-                part => texts.push((part, text(pin, &path, file)?)),
+                part => texts.push((part, pinned_text(pin, &path, file)?)),
             }
         }
         let Some(library) = library else { continue };
@@ -419,7 +408,7 @@ fn strangers(kernel: &Kernel, others: &[&str]) -> Option<String> {
 }
 
 /// A text whose bytes are the pinned ones.
-fn text(pin: &Pin, path: &Path, file: File) -> Result<String> {
+fn pinned_text(pin: &Pin, path: &Path, file: File) -> Result<String> {
     let mut bytes = Vec::new();
     let read = file.take(TEXT_LIMIT + 1).read_to_end(&mut bytes);
     read.map_err(|e| Error::io("reading", path, &e))?;

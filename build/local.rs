@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use super::digest::Digest;
 use super::error::{Error, Result, refuse};
@@ -12,8 +12,7 @@ use super::store::{publish_bytes, read_text};
 /// Relative to the checkout.
 pub const RECORD: &str = ".local/wheel.json";
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     pub distribution: String,
     pub target: String,
@@ -39,16 +38,34 @@ impl Record {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("reading", &path, &e)),
         };
-        match serde_json::from_str(&text) {
+        match serde_json::from_str(&text).map_err(|e| e.to_string()).and_then(Self::of) {
             Ok(record) => Ok(Some(record)),
             Err(e) => refuse!("{} is malformed: {e}; delete it, or run `cargo xtask wheel` again", path.display()),
         }
     }
 
+    fn of(mut entries: Map<String, Value>) -> std::result::Result<Self, String> {
+        let mut text = |key: &str| match entries.remove(key) {
+            Some(Value::String(text)) => Ok(text),
+            Some(_) => Err(format!("`{key}` is not a text")),
+            None => Err(format!("missing field `{key}`")),
+        };
+        let [distribution, target, path, sha256] =
+            [text("distribution")?, text("target")?, text("path")?, text("sha256")?];
+        match entries.keys().next() {
+            Some(key) => Err(format!("unknown field `{}`", key.escape_debug())),
+            None => Ok(Self { distribution, target, path: path.into(), sha256 }),
+        }
+    }
+
     pub fn write(&self, checkout: &Path) -> Result<()> {
         let path = checkout.join(RECORD);
-        let text = serde_json::to_string_pretty(self).map_err(|e| Error::Refused(e.to_string()))?;
-        publish_bytes(&path, format!("{text}\n").as_bytes())
+        let Self { distribution, target, path: wheel, sha256 } = self;
+        let Some(wheel) = wheel.to_str() else {
+            refuse!("{} is not UTF-8, which a record must be; keep the wheel elsewhere", wheel.display())
+        };
+        let record = json!({ "distribution": distribution, "target": target, "path": wheel, "sha256": sha256 });
+        publish_bytes(&path, format!("{record:#}\n").as_bytes())
     }
 
     pub fn sha256(&self) -> Result<Digest> {

@@ -2,35 +2,23 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
-
 use super::digest::Digest;
 use super::env;
 use super::error::{Error, Result, refuse};
 use super::kernels::{self, Kernel};
+use super::table::{Fault, Parsed, Table, flag, named, text, whole};
 
 /// The only format there is so far.
 const VERSION: u32 = 1;
 
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone)]
 pub struct Lock {
-    pub version: u32,
-    #[serde(rename = "wheel")]
     pub wheels: Vec<Wheel>,
-    #[serde(default, rename = "kernel")]
     pub kernels: Vec<Kernel>,
 }
 
-#[derive(Deserialize)]
-struct Versioned {
-    version: u32,
-}
-
 /// One wheel for one target.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone)]
 pub struct Wheel {
     pub distribution: String,
     pub version: String,
@@ -39,21 +27,17 @@ pub struct Wheel {
     /// Which one of several wheels of this distribution for this target: what GPUs it is for, where each has its own.
     pub variant: Option<String>,
     pub file: String,
-    #[serde(deserialize_with = "digest")]
     pub sha256: Digest,
     pub size: Option<u64>,
     /// Where it may be fetched from, in turn.
     pub sources: Vec<Source>,
     /// A build goes on without this wheel, with a warning, where it cannot be had.
-    #[serde(default)]
     pub optional: bool,
-    #[serde(rename = "member")]
     pub members: Vec<Member>,
 }
 
 /// One place a wheel may be fetched from.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "lowercase")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// The file itself.
     Url(String),
@@ -64,8 +48,7 @@ pub enum Source {
 }
 
 /// One shared object inside a wheel.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone)]
 pub struct Member {
     pub path: String,
     pub soname: String,
@@ -74,7 +57,6 @@ pub struct Member {
     /// What `FLASHINFER_RS_MODULES` calls it, which alone wants it: it is too large to come with a feature.
     pub name: Option<String>,
     pub size: Option<u64>,
-    #[serde(default, deserialize_with = "optional_digest")]
     pub sha256: Option<Digest>,
     /// Where its local header starts in the wheel.
     pub offset: Option<u64>,
@@ -83,14 +65,31 @@ pub struct Member {
     /// Bytes of its data as they are in the wheel.
     pub compressed: Option<u64>,
     pub method: Option<Method>,
-    #[serde(default, deserialize_with = "crc32")]
     pub crc32: Option<u32>,
     /// Asked for by name; see [`modules`](super::modules).
-    #[serde(skip)]
     pub named: bool,
 }
 
 impl Member {
+    fn of(mut table: Table<'_>) -> Parsed<Self> {
+        let member = Self {
+            path: table.required("path", text)?,
+            soname: table.required("soname", text)?,
+            feature: table.optional("feature", text)?,
+            name: table.optional("name", text)?,
+            size: table.optional("size", whole)?,
+            sha256: table.optional("sha256", |value| text(value)?.parse())?,
+            offset: table.optional("offset", whole)?,
+            length: table.optional("length", whole)?,
+            compressed: table.optional("compressed", whole)?,
+            method: table.optional("method", |value| named(value, &METHODS))?,
+            crc32: table.optional("crc32", |value| crc32(&text(value)?))?,
+            named: false,
+        };
+        table.end("field")?;
+        Ok(member)
+    }
+
     /// A member of which no more than the path is known.
     pub fn at(path: impl Into<String>) -> Self {
         let path = path.into();
@@ -143,12 +142,14 @@ impl Member {
 pub const LOCAL_HEADER: u64 = 30;
 
 /// How a member is compressed: nothing else occurs in wheels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     Stored,
     Deflate,
 }
+
+/// What the lock calls them.
+const METHODS: [(&str, Method); 2] = [("stored", Method::Stored), ("deflate", Method::Deflate)];
 
 /// Where a member lies in its wheel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,35 +160,28 @@ pub struct Place {
     pub method: Method,
 }
 
-pub(super) fn digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Digest, D::Error> {
-    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-}
-
-fn optional_digest<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Digest>, D::Error> {
-    digest(deserializer).map(Some)
-}
-
-fn crc32<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u32>, D::Error> {
-    let text = String::deserialize(deserializer)?;
+/// A CRC-32 as it is written here.
+fn crc32(text: &str) -> std::result::Result<u32, String> {
     let fine = text.len() == 8 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    let value = u32::from_str_radix(&text, 16).ok().filter(|_| fine);
-    let wrong =
-        || serde::de::Error::custom(format!("`{text}` is not a CRC-32: expected 8 lower-case hexadecimal digits"));
-    value.map(Some).ok_or_else(wrong)
+    let value = u32::from_str_radix(text, 16).ok().filter(|_| fine);
+    value.ok_or_else(|| format!("`{text}` is not a CRC-32: expected 8 lower-case hexadecimal digits"))
 }
 
 /// Reads a file of this format's version; `name` stands in the messages.
-pub(super) fn versioned<T: DeserializeOwned>(text: &str, name: &str, remedy: &str) -> Result<T> {
-    let malformed = |e: toml::de::Error| {
-        let fault = e.to_string().trim().replace('\n', " ");
-        Error::Refused(format!("{name} is malformed: {fault}; {remedy}"))
-    };
-    // First, since a later version may have keys that the strict parser would call faults.
-    let Versioned { version } = toml::from_str(text).map_err(malformed)?;
+pub(super) fn versioned<T>(
+    text: &str,
+    name: &str,
+    remedy: &str,
+    read: impl FnOnce(Table<'_>) -> Parsed<T>,
+) -> Result<T> {
+    let malformed = |fault: Fault| Error::Refused(format!("{name} is malformed: {}; {remedy}", fault.in_text(text)));
+    let mut table = Table::parse(text).map_err(malformed)?;
+    // First, since a later version may have keys that would be called faults.
+    let version: u32 = table.required("version", whole).map_err(malformed)?;
     if version != VERSION {
         refuse!("{name} has version {version}, this crate reads version {VERSION}; {remedy}");
     }
-    toml::from_str(text).map_err(malformed)
+    read(table).map_err(malformed)
 }
 
 impl Lock {
@@ -196,10 +190,17 @@ impl Lock {
         Self::parse(&text, &path.display().to_string())
     }
 
+    fn of(mut table: Table<'_>) -> Parsed<Self> {
+        let wheels = table.tables("wheel", Wheel::of)?;
+        let kernels = table.optional_tables("kernel", Kernel::of)?.unwrap_or_default();
+        table.end("field")?;
+        Ok(Self { wheels, kernels })
+    }
+
     /// Parses and checks; `name` stands in the messages.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
         let remedy = "restore the file from the crate's release";
-        let lock: Self = versioned(text, name, remedy)?;
+        let lock = versioned(text, name, remedy, Self::of)?;
         for (i, wheel) in lock.wheels.iter().enumerate() {
             if let Err(fault) = wheel.check() {
                 refuse!("{name}: wheel {} for {}: {fault}; {remedy}", wheel.file, wheel.target);
@@ -234,7 +235,36 @@ impl Lock {
     }
 }
 
+impl Source {
+    fn of(table: Table<'_>) -> Parsed<Self> {
+        table.one_of(&["url", "index", "purl"], |key, text| {
+            Ok(match key {
+                "url" => Self::Url(text),
+                "index" => Self::Index(text),
+                _ => Self::Purl(text),
+            })
+        })
+    }
+}
+
 impl Wheel {
+    fn of(mut table: Table<'_>) -> Parsed<Self> {
+        let wheel = Self {
+            distribution: table.required("distribution", text)?,
+            version: table.required("version", text)?,
+            target: table.required("target", text)?,
+            variant: table.optional("variant", text)?,
+            file: table.required("file", text)?,
+            sha256: table.required("sha256", |value| text(value)?.parse())?,
+            size: table.optional("size", whole)?,
+            sources: table.tables("sources", Source::of)?,
+            optional: table.optional("optional", flag)?.unwrap_or_default(),
+            members: table.tables("member", Member::of)?,
+        };
+        table.end("field")?;
+        Ok(wheel)
+    }
+
     /// The environment variable that names such a wheel directly. Of a distribution that has no name of its own there, it is
     /// the distribution's.
     pub fn variable(&self) -> String {

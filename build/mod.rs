@@ -27,6 +27,7 @@ pub mod report;
 pub mod snapshot;
 pub mod source;
 pub mod store;
+pub mod table;
 pub mod url;
 pub mod vendor;
 pub mod wheel;

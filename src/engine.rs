@@ -1,4 +1,5 @@
-//! Calls kernels by their rows: checks, orders, locks, packs, launches, and looks at what came of it.
+//! Calls kernels by their rows: checks, orders, locks, packs, launches, and looks at what came of it. What is inlined is so for
+//! optimized code alone, as in `contract/check.rs`.
 
 use std::mem::MaybeUninit;
 use std::slice;
@@ -225,7 +226,7 @@ fn once(cell: &OnceLock<Function>, make: impl FnOnce() -> Result<Function>) -> R
 /// # Safety
 /// What the kernel reads in device memory to find its way, sequence offsets for example, must be as its row's hazards say.
 /// Whoever made the tensors vouched for their memory, and whoever made the stream for the stream.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 pub(crate) unsafe fn call<K: Kernel, const N: usize>(operands: [Operand<'_, '_>; N], stream: Stream<'_>) -> Result<()> {
     const { assert!(K::ROW.arguments.len() == N && N <= MAX_ARGUMENTS) };
     // SAFETY: the caller's promise.
@@ -234,7 +235,7 @@ pub(crate) unsafe fn call<K: Kernel, const N: usize>(operands: [Operand<'_, '_>;
 
 /// # Safety
 /// As for [`call`].
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 unsafe fn run(entry: Entry, operands: &[Operand<'_, '_>], stream: Stream<'_>) -> Result<()> {
     match check(entry.row, operands, stream) {
         // SAFETY: the call keeps the row; the rest is the caller's promise.
@@ -274,7 +275,7 @@ struct Ready<'f> {
 ///
 /// # Safety
 /// As for [`call`].
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 unsafe fn launch(entry: Entry, operands: &[Operand<'_, '_>], checked: &Checked, stream: Stream<'_>) -> Result<()> {
     let plain = checked.whole & !checked.empty & !any_ordered(operands) & !log::enabled();
     if plain
@@ -290,7 +291,7 @@ unsafe fn launch(entry: Entry, operands: &[Operand<'_, '_>], checked: &Checked, 
 }
 
 /// Whether a tensor's owner wants the call to be ordered with its other uses.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 fn any_ordered(operands: &[Operand<'_, '_>]) -> bool {
     let mut any = false;
     unrolled!(i in ARGUMENTS < operands.len(), {
@@ -444,7 +445,7 @@ unsafe fn queue_any(
 ///
 /// # Safety
 /// As for [`call`], of operands that keep the row in one launch, whose memory is ordered with its other uses.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 unsafe fn queue(
     entry: Entry,
     ready: &Ready<'_>,
@@ -529,7 +530,7 @@ unsafe fn queue_objects(
 ///
 /// # Safety
 /// As for [`Function::call`].
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 unsafe fn invoke<'v>(
     entry: Entry,
     ready: &Ready<'_>,
@@ -640,7 +641,7 @@ impl Fixed {
     ///
     /// # Safety
     /// As for [`call`].
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     pub(crate) unsafe fn launch<K: Kernel>(&self, operands: &[Operand<'_, '_>], stream: Stream<'_>) -> Result<()> {
         let mut same = self.forms.len() == operands.len();
         unrolled!(i in ARGUMENTS < operands.len(), {

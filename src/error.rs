@@ -1,5 +1,6 @@
 //! What can go wrong at run time.
 
+use std::error::Error;
 use std::ffi::c_int;
 use std::path::PathBuf;
 
@@ -9,12 +10,50 @@ use crate::names::MODULES;
 /// This crate's results.
 pub type Result<T, E = FlashInferError> = std::result::Result<T, E>;
 
+/// An enum of errors, each with its message in front of it: `#[error(…)]` holds what `write!` takes, which sees the variant's
+/// fields as references. By hand, since a crate of macros for it, with what parses Rust below it, is a tenth of all that a
+/// user of this crate compiles.
+macro_rules! errors {
+    (
+        $(#[$attribute:meta])*
+        pub enum $name:ident {$(
+            $(#[doc = $doc:literal])*
+            $(#[cfg($($cfg:tt)*)])?
+            #[error($($message:tt)*)]
+            $variant:ident
+            $({ $($(#[doc = $field_doc:literal])* $field:ident: $type:ty),* $(,)? })?
+            $(($wrapped:ident: $wrapped_type:ty))?
+        ),* $(,)?}
+    ) => {
+        $(#[$attribute])*
+        pub enum $name {$(
+            $(#[doc = $doc])*
+            $(#[cfg($($cfg)*)])?
+            $variant $({ $($(#[doc = $field_doc])* $field: $type),* })? $(($wrapped_type))?
+        ),*}
+
+        impl std::fmt::Display for $name {
+            #[allow(unused_variables, reason = "not every message has all fields")]
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                match self {$(
+                    $(#[cfg($($cfg)*)])?
+                    Self::$variant $({ $($field),* })? $(($wrapped))? => write!(f, $($message)*),
+                )*}
+            }
+        }
+    };
+}
+
+#[cfg(feature = "compute")]
+pub(crate) use errors;
+
+errors! {
 /// An error of this crate: each says what was asked, what was found, what was expected and what to do.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum FlashInferError {
     /// A library is not there: not vendored, or not where it was put.
-    #[error("{library} was not found; looked at: {}; {remedy}", .searched.join(", "))]
+    #[error("{library} was not found; looked at: {}; {remedy}", searched.join(", "))]
     ArtifactMissing {
         /// The library's soname.
         library: String,
@@ -28,7 +67,7 @@ pub enum FlashInferError {
     #[error(
         "{} is not the {library} that this program was built with: sha256 {found}, expected {expected}; restore it, or \
          build again",
-        .path.display()
+        path.display()
     )]
     DigestMismatch {
         /// The library's soname.
@@ -42,7 +81,7 @@ pub enum FlashInferError {
     },
 
     /// A file could not be read.
-    #[error("{doing} {} failed; check that the file is there and readable", .path.display())]
+    #[error("{doing} {} failed; check that the file is there and readable", path.display())]
     Io {
         /// What was being done.
         doing: &'static str,
@@ -53,7 +92,7 @@ pub enum FlashInferError {
     },
 
     /// The dynamic linker refused a library.
-    #[error("loading {library} from {} failed: {reason}; {remedy}", .path.display())]
+    #[error("loading {library} from {} failed: {reason}; {remedy}", path.display())]
     LoadFailed {
         /// The library's soname.
         library: String,
@@ -93,7 +132,7 @@ pub enum FlashInferError {
     /// A module lacks a function.
     #[error(
         "{module} has no function {function}; {}it exports {}",
-        .nearest.as_ref().map(|name| format!("did you mean {name}? ")).unwrap_or_default(),
+        nearest.as_ref().map(|name| format!("did you mean {name}? ")).unwrap_or_default(),
         match &exported[..] {
             [] => "none that it tells of".to_owned(),
             names => names.join(", "),
@@ -111,7 +150,7 @@ pub enum FlashInferError {
     },
 
     /// A file cannot be a module here, which was seen before anything of it was loaded.
-    #[error("{} cannot be loaded as a module: {problem}; {remedy}", .path.display())]
+    #[error("{} cannot be loaded as a module: {problem}; {remedy}", path.display())]
     Unloadable {
         /// The file.
         path: PathBuf,
@@ -164,7 +203,7 @@ pub enum FlashInferError {
     /// There is no CUDA runtime library.
     #[error(
         "libcudart.so.13 was not found; looked at: {}; {}; or install CUDA 13's runtime",
-        .searched.join(", "), how_to_vendor(CUDART)
+        searched.join(", "), how_to_vendor(CUDART)
     )]
     CudartMissing {
         /// The places that were searched, with the dynamic linker's reason.
@@ -240,7 +279,6 @@ pub enum FlashInferError {
         /// Where it was raised, as TVM-FFI recorded it, the innermost call first; may be empty.
         backtrace: String,
         /// The error that it was raised from. Only errors of TVM-FFI 0.1.8 or newer have one.
-        #[source]
         cause: Option<Box<FlashInferError>>,
     },
 
@@ -277,13 +315,13 @@ pub enum FlashInferError {
     },
 
     /// A file of a dataset or of a dump, or a value that was to become one, is not what it should be.
-    #[error(transparent)]
-    Data(Box<crate::data::DataError>),
+    #[error("{error}")]
+    Data(error: Box<crate::data::DataError>),
 
     /// A compute graph, its plan or a run of it is not what it should be.
     #[cfg(feature = "compute")]
-    #[error(transparent)]
-    ComputeGraph(Box<crate::compute::GraphError>),
+    #[error("{error}")]
+    ComputeGraph(error: Box<crate::compute::GraphError>),
 
     /// A variable of the environment has a value that means nothing.
     #[error("{variable} is {found:?}, expected {expected}; correct it or unset it, and start the program again")]
@@ -299,7 +337,7 @@ pub enum FlashInferError {
     /// No kernel of this name was pinned when the program was built.
     #[error(
         "no kernel {kernel} was vendored; {}{}; {remedy}",
-        .nearest.as_ref().map(|name| format!("did you mean {name}? ")).unwrap_or_default(),
+        nearest.as_ref().map(|name| format!("did you mean {name}? ")).unwrap_or_default(),
         match &vendored[..] {
             [] => "none was".to_owned(),
             names => format!("these were: {}", names.join(", ")),
@@ -320,7 +358,7 @@ pub enum FlashInferError {
     #[error(
         "libcublasLt.so.13 was not found; looked at: {}; build with {MODULES}=cublasLt, which vendors it (370 MB), or \
          install CUDA 13's cuBLAS and name its folder by CUDA_HOME or LD_LIBRARY_PATH",
-        .searched.join(", ")
+        searched.join(", ")
     )]
     CublasLtMissing {
         /// The places that were searched, with the dynamic linker's reason.
@@ -341,6 +379,20 @@ pub enum FlashInferError {
     /// The runtime was not initialized.
     #[error("the runtime is not initialized; call FlashInferRuntime::initialize first")]
     NotInitialized,
+}
+}
+
+impl Error for FlashInferError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Io { source, .. } => Some(source),
+            Self::TvmFfiCall { cause, .. } => cause.as_deref().map(|cause| cause as _),
+            Self::Data(error) => error.source(),
+            #[cfg(feature = "compute")]
+            Self::ComputeGraph(error) => error.source(),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(feature = "compute")]

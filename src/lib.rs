@@ -74,6 +74,7 @@
 //! | `attention-xqa` | no | vendors 16 of XQA's modules, heads of 128 |
 //! | `cudart` | yes | vendors `libcudart.so.13`, so that the NVIDIA driver is all that a machine must have |
 //! | `embed` | no | puts the vendored libraries into the binary, which then needs no file beside it |
+//! | `half` | no | the types of the crate `half` as elements of tensors; `cudarc` turns it on |
 //! | `cudarc` | no | functions on cudarc's buffers and streams, and graphs |
 //! | `compute` | no | compute graphs: a model's steps built, checked, fused and planned as data, run on the host and, with `cudarc`, on a GPU |
 //! | `tracing` | no | logs as events of `tracing` too |

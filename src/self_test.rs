@@ -232,8 +232,8 @@ fn number(seed: u64, i: u64) -> f64 {
 
 fn round_to(value: f64, dtype: DType) -> f64 {
     match dtype {
-        DType::F16 => narrow::to_f16(value).to_f64(),
-        DType::BF16 => narrow::to_bf16(value).to_f64(),
+        DType::F16 => narrow::from_f16(narrow::to_f16(value)),
+        DType::BF16 => narrow::from_bf16(narrow::to_bf16(value)),
         _ => value,
     }
 }

@@ -131,7 +131,7 @@ impl fmt::Display for Device {
     }
 }
 
-/// Rust types that are elements of tensors.
+/// Rust types that are elements of tensors: numbers of Rust's own, and with the feature `half` those of the crate `half`.
 pub trait Element: sealed::Sealed + Copy + 'static {
     /// The element type.
     const DTYPE: DType;
@@ -151,7 +151,9 @@ macro_rules! element {
     )*};
 }
 
-element! { half::f16 => F16, half::bf16 => BF16, f32 => F32, f64 => F64, u8 => U8, i32 => I32, i64 => I64 }
+element! { f32 => F32, f64 => F64, u8 => U8, i32 => I32, i64 => I64 }
+#[cfg(feature = "half")]
+element! { half::f16 => F16, half::bf16 => BF16 }
 
 /// Everything about a tensor but where its memory is: what two calls must have in common for one check to serve both. It begins
 /// with the fields of [`DLTensor`] behind the data pointer, in its order, so that packing is a copy.

@@ -73,7 +73,7 @@ fn vendored(way: Way, archive: &[u8], change: impl FnOnce(&mut lock::Wheel)) -> 
 }
 
 fn verdict(machine: &Machine, pinned: lock::Wheel) -> Result<Vec<u8>, String> {
-    let lock = Lock { version: 1, wheels: vec![pinned], kernels: Vec::new() };
+    let lock = Lock { wheels: vec![pinned], kernels: Vec::new() };
     match machine.vendor(&lock, &["norm"]) {
         Ok(_) => Ok(fs::read(machine.lib_dir().join("norm.so")).expect("what was vendored")),
         Err(fault) => {

@@ -215,6 +215,47 @@ mod the_lock {
     }
 
     #[test]
+    fn with_a_value_of_another_kind_is_refused_at_its_line() {
+        let pin = Wheel::jit_cache().pin().url("https://example.invalid/a.whl");
+        let good = wheels::lock_text([&pin]);
+        for (from, to, fault) in [
+            ("file = \"", "file = 1 # \"", "`file`: a whole number, expected a text"),
+            ("optional = ", "optional = 1 # ", "`optional`: a whole number, expected true or false"),
+            ("sources = ", "sources = 1.5 # ", "`sources`: a number, expected an array of tables"),
+            ("sources = ", "sources = [1] # ", "a whole number, expected a table"),
+            ("\nsize = ", "\nsize = \"1\" # ", "`size`: a text, expected a whole number"),
+            ("\nsize = ", "\nsize = -1 # ", "`size`: -1 is out of range, expected 0 to 18446744073709551615"),
+            ("version = 1", "version = 4294967297", "expected 0 to 4294967295"),
+        ] {
+            assert!(good.contains(from), "{good}");
+            refused(&good.replacen(from, to, 1), fault);
+        }
+        let line = good.lines().position(|line| line.starts_with("optional")).expect("the key") + 1;
+        refused(&good.replace("optional = ", "optional = 1 # "), &format!("line {line}, column 12: `optional`"));
+    }
+
+    #[test]
+    fn with_a_source_that_is_none_or_two_is_refused() {
+        let pin = Wheel::jit_cache().pin().url("https://example.invalid/a.whl");
+        let good = wheels::lock_text([&pin]);
+        refused(
+            &good.replace("{ url =", "{ index = \"https://b.invalid/\", url ="),
+            "2 entries, expected one of `url`",
+        );
+        refused(&good.replace("{ url = \"https://example.invalid/a.whl\" }", "{}"), "0 entries, expected one of `url`");
+        refused(&good.replace("{ url =", "{ gopher = 1, url ="), "unknown variant `gopher`");
+    }
+
+    /// There may be a password in it.
+    #[test]
+    fn that_is_no_toml_is_refused_without_showing_the_line() {
+        let text = "version = 1\nurl = https://user:secret@example.invalid/";
+        let fault = Lock::parse(text, "artifacts.lock").expect_err("no TOML").to_string();
+        assert_says(&fault, &["artifacts.lock is malformed", "line 2"]);
+        assert!(!fault.contains("secret"), "{fault}");
+    }
+
+    #[test]
     fn of_an_unknown_version_is_refused() {
         refused("version = 2\nwheel = []", "version 2");
     }

@@ -1,7 +1,10 @@
 //! What can be wrong with a graph, its plan, or a run of it.
 
+use crate::error::errors;
+
+errors! {
 /// What is wrong with a compute graph: each says what was found, what was expected and what to do.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum GraphError {
     /// An operand has another shape than its operation takes.
@@ -287,9 +290,11 @@ pub enum GraphError {
         reason: String,
     },
 }
+}
 
+errors! {
 /// What is odd about a graph, though it runs.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GraphWarning {
     /// A value is computed, and neither read nor an output.
@@ -315,3 +320,8 @@ pub enum GraphWarning {
         name: String,
     },
 }
+}
+
+impl std::error::Error for GraphError {}
+
+impl std::error::Error for GraphWarning {}

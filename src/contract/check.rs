@@ -9,6 +9,9 @@ use crate::owner::Owner;
 use crate::stream::Stream;
 use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
 
+// What is inlined here and in engine.rs is so for optimized code alone: in a debug build it would be compiled into each kernel's
+// function, and take a quarter of the time that a user waits for this crate.
+
 /// Repeats a block with `i` from 0 up to a count, which is at most as many as are named, as straight code: where the count is a
 /// constant, and so is what the block looks up by `i`, nothing of the looking up remains.
 macro_rules! unrolled {
@@ -56,21 +59,21 @@ pub(crate) enum Operand<'a, 'o> {
 }
 
 impl<'o> TensorRef<'o> {
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     pub(crate) fn operand<'a>(&'a self) -> Operand<'a, 'o> {
         Operand::Tensor(self.layout(), self.owner())
     }
 }
 
 impl<'o> TensorMut<'o> {
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     pub(crate) fn operand<'a>(&'a self) -> Operand<'a, 'o> {
         Operand::Tensor(self.layout(), self.owner())
     }
 }
 
 impl<'a> Operand<'a, '_> {
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     pub(crate) fn layout(&self) -> Option<&'a Layout> {
         match self {
             Self::Tensor(layout, _) => Some(layout),
@@ -78,7 +81,7 @@ impl<'a> Operand<'a, '_> {
         }
     }
 
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     pub(crate) fn whole(&self) -> i64 {
         match self {
             Self::Whole(value) => *value,
@@ -158,7 +161,7 @@ struct Call<'a, 'c> {
 /// it, and a debug assertion does.
 ///
 /// Inlined into each kernel's own function, where the row is a constant and the loops unroll into straight code.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Stream<'_>) -> Result<Checked, Fault> {
     debug_assert!(fits_kinds(row, operands));
     unrolled!(i in ARGUMENTS < operands.len(), {
@@ -208,7 +211,7 @@ pub(crate) fn check(row: &'static Row, operands: &[Operand<'_, '_>], stream: Str
     Ok(Checked { device: lead.device(), dimensions, empty, whole, at_once: i64::MAX })
 }
 
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 fn lead<'a>(row: &'static Row, operands: &[Operand<'a, '_>]) -> &'a Layout {
     match operands[row.lead].layout() {
         Some(layout) => layout,
@@ -216,7 +219,7 @@ fn lead<'a>(row: &'static Row, operands: &[Operand<'a, '_>]) -> &'a Layout {
     }
 }
 
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 fn dimensions(row: &'static Row, operands: &[Operand<'_, '_>]) -> Dimensions {
     let size = |argument: usize, dimension| operands[argument].layout().map_or(0, |layout| layout.size(dimension));
     let mut dimensions = [1; MAX_DIMENSIONS];
@@ -237,7 +240,7 @@ fn dimensions(row: &'static Row, operands: &[Operand<'_, '_>]) -> Dimensions {
 }
 
 /// As the f32 that a kernel makes of it, which flushes what is subnormal to 0.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 fn number_fits(kind: &Kind, value: f64) -> bool {
     let single = value as f32;
     let positive = single.is_normal() & single.is_sign_positive();
@@ -251,7 +254,7 @@ fn number_fits(kind: &Kind, value: f64) -> bool {
 }
 
 /// How many elements lie from the first to behind the last, and whether that fits 64 bits.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 fn reach(rank: usize, layout: &Layout) -> (i64, bool) {
     let (mut reach, mut fits) = (1i64, true);
     unrolled!(i in RANK < rank, {
@@ -266,7 +269,7 @@ fn reach(rank: usize, layout: &Layout) -> (i64, bool) {
 
 /// Whether no two elements lie in the same place: every stride goes past all that the smaller ones reach. Of a tensor whose
 /// reach fits 64 bits.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 fn is_injective(rank: usize, layout: &Layout) -> bool {
     let mut apart = true;
     unrolled!(i in RANK < rank, {
@@ -285,13 +288,13 @@ fn is_injective(rank: usize, layout: &Layout) -> bool {
 }
 
 /// Whether a tensor is for this stream, or for any.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 pub(crate) fn stream_fits(layout: &Layout, stream: Stream<'_>) -> bool {
     layout.stream().unwrap_or(stream.as_raw()) == stream.as_raw()
 }
 
 /// Whether a tensor's address is aligned as its argument asks.
-#[inline(always)]
+#[cfg_attr(not(debug_assertions), inline(always))]
 pub(crate) fn aligned(tensor: &Tensor, dimensions: &Dimensions, layout: &Layout) -> bool {
     let bytes = match tensor.alignment {
         Alignment::Bytes(bytes) => bytes,
@@ -303,7 +306,7 @@ pub(crate) fn aligned(tensor: &Tensor, dimensions: &Dimensions, layout: &Layout)
 impl Call<'_, '_> {
     /// Whether a tensor keeps every condition, and how far it reaches. All at once, without a branch for each: after a launch
     /// nothing of this is predicted.
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     fn keeps_all(&self, tensor: &'static Tensor, layout: &Layout) -> (bool, i64) {
         let mut kept = true;
         unrolled!(i in CONDITIONS < CONDITIONS.len(), {
@@ -313,7 +316,7 @@ impl Call<'_, '_> {
     }
 
     /// Whether a tensor keeps a condition.
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     fn keeps(&self, condition: Condition, tensor: &'static Tensor, layout: &Layout) -> bool {
         let rank = tensor.shape.len();
         let nowhere = self.empty | self.is_nowhere(tensor, layout);
@@ -366,7 +369,7 @@ impl Call<'_, '_> {
     }
 
     /// Whether a tensor has no elements in a call that has something to do, so that where they lie means nothing.
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     fn is_nowhere(&self, tensor: &'static Tensor, layout: &Layout) -> bool {
         let mut nowhere = false;
         unrolled!(i in RANK < tensor.shape.len(), {
@@ -381,7 +384,7 @@ impl Call<'_, '_> {
         nowhere
     }
 
-    #[inline(always)]
+    #[cfg_attr(not(debug_assertions), inline(always))]
     fn type_fits(&self, tensor: &'static Tensor, layout: &Layout) -> bool {
         let host = !self.lead.is_on_gpu();
         match tensor.dtype {

@@ -2,7 +2,6 @@
 
 use std::ptr;
 
-use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRng, TestRunner};
 
@@ -238,8 +237,8 @@ fn fill(address: *mut u8, count: usize, dtype: DType, number: f64) {
         unsafe {
             match dtype {
                 DType::F32 => place.cast::<f32>().write(number as f32),
-                DType::F16 => place.cast::<f16>().write(narrow::to_f16(number)),
-                DType::BF16 => place.cast::<bf16>().write(narrow::to_bf16(number)),
+                DType::F16 => place.cast::<u16>().write(narrow::to_f16(number)),
+                DType::BF16 => place.cast::<u16>().write(narrow::to_bf16(number)),
                 DType::I32 => place.cast::<i32>().write(number as i32),
                 DType::I64 => place.cast::<i64>().write(number as i64),
                 DType::U8 => place.write(number as u8),

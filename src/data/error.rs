@@ -1,5 +1,6 @@
 //! What is wrong with a dataset's file, and reading files at all.
 
+use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -7,8 +8,7 @@ use std::path::Path;
 use crate::error::{FlashInferError, Result};
 
 /// What is wrong with data that was read, or was to be written.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{file}, {place}: found {found}, expected {expected}; {remedy}")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DataError {
     /// The file, or what the data is called.
@@ -22,6 +22,15 @@ pub struct DataError {
     /// What to do.
     pub remedy: &'static str,
 }
+
+impl fmt::Display for DataError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { file, place, found, expected, remedy } = self;
+        write!(f, "{file}, {place}: found {found}, expected {expected}; {remedy}")
+    }
+}
+
+impl std::error::Error for DataError {}
 
 /// All of a [`DataError`] but the file.
 pub(crate) struct Finding {

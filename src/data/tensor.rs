@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use half::{bf16, f16};
-
 use super::dtype::DataType;
 use super::error::unfit;
 use crate::error::Result;
@@ -167,8 +165,8 @@ impl HostTensor {
         match self.dtype {
             DataType::Float64 => f64::from_ne_bytes(self.element(i)) as f32,
             DataType::Float32 => f32::from_ne_bytes(self.element(i)),
-            DataType::Float16 => f16::from_ne_bytes(self.element(i)).to_f32(),
-            DataType::Bfloat16 => bf16::from_ne_bytes(self.element(i)).to_f32(),
+            DataType::Float16 => narrow::from_f16(u16::from_ne_bytes(self.element(i))) as f32,
+            DataType::Bfloat16 => narrow::from_bf16(u16::from_ne_bytes(self.element(i))) as f32,
             DataType::Float8E4m3fn => E4M3.value(self.bytes()[i]),
             DataType::Float8E5m2 => E5M2.value(self.bytes()[i]),
             DataType::Float4E2m1 => E2M1.value(self.bytes()[i / 2] >> (4 * (i % 2)) & 0xF),
@@ -309,8 +307,8 @@ impl HostTensor {
 /// The elements of a type, as numbers; of memory that holds them one after the other.
 pub(crate) fn numbers(bytes: &[u8], dtype: DType) -> impl Iterator<Item = f64> {
     let number = move |bytes: &[u8]| match (dtype, bytes) {
-        (DType::F16, &[a, b]) => f16::from_ne_bytes([a, b]).to_f64(),
-        (DType::BF16, &[a, b]) => bf16::from_ne_bytes([a, b]).to_f64(),
+        (DType::F16, &[a, b]) => narrow::from_f16(u16::from_ne_bytes([a, b])),
+        (DType::BF16, &[a, b]) => narrow::from_bf16(u16::from_ne_bytes([a, b])),
         (DType::F32, &[a, b, c, d]) => f64::from(f32::from_ne_bytes([a, b, c, d])),
         (DType::F64, &[a, b, c, d, e, f, g, h]) => f64::from_ne_bytes([a, b, c, d, e, f, g, h]),
         (DType::I32, &[a, b, c, d]) => f64::from(i32::from_ne_bytes([a, b, c, d])),

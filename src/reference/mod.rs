@@ -14,8 +14,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::slice;
 use std::sync::OnceLock;
 
-use half::{bf16, f16};
-
 use crate::error::Result;
 use crate::ffi::abi::{Any, SafeCall, type_index};
 use crate::ffi::dlpack::{self, DLTensor};
@@ -311,8 +309,8 @@ impl HostTensor<'_> {
         // rely on alignment.
         unsafe {
             match self.dtype {
-                DType::F16 => Ok(self.data.cast::<f16>().offset(offset).read_unaligned().to_f64()),
-                DType::BF16 => Ok(self.data.cast::<bf16>().offset(offset).read_unaligned().to_f64()),
+                DType::F16 => Ok(narrow::from_f16(self.data.cast::<u16>().offset(offset).read_unaligned())),
+                DType::BF16 => Ok(narrow::from_bf16(self.data.cast::<u16>().offset(offset).read_unaligned())),
                 DType::F32 => Ok(self.data.cast::<f32>().offset(offset).read_unaligned().into()),
                 DType::F64 => Ok(self.data.cast::<f64>().offset(offset).read_unaligned()),
                 DType::U8 => Ok(self.data.cast::<u8>().offset(offset).read().into()),
@@ -362,8 +360,8 @@ impl HostTensor<'_> {
         // SAFETY: as for `at`; that the tensor may be written is its maker's word too.
         unsafe {
             match self.dtype {
-                DType::F16 => self.data.cast::<f16>().offset(offset).write_unaligned(narrow::to_f16(value)),
-                DType::BF16 => self.data.cast::<bf16>().offset(offset).write_unaligned(narrow::to_bf16(value)),
+                DType::F16 => self.data.cast::<u16>().offset(offset).write_unaligned(narrow::to_f16(value)),
+                DType::BF16 => self.data.cast::<u16>().offset(offset).write_unaligned(narrow::to_bf16(value)),
                 DType::F32 => self.data.cast::<f32>().offset(offset).write_unaligned(value as f32),
                 DType::U8 => self.data.cast::<u8>().offset(offset).write(value as u8),
                 DType::I32 => self.data.cast::<i32>().offset(offset).write_unaligned(value as i32),
