@@ -12,6 +12,7 @@ use super::error::{Error, Result, refuse};
 use super::fetch::{Client, redacted};
 use super::pip::Pip;
 use super::url::Url;
+use super::uv;
 
 const ACCEPT: &str = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1";
 /// A page lists a project's every file; the largest known are a few MB.
@@ -54,7 +55,7 @@ pub fn places(package: &str, env: &Env, pip: &Pip<'_>) -> Result<Vec<Place>> {
     let purl = Purl::parse(package)?;
     let mut places = Vec::new();
     let links = pip.get("find-links");
-    for Named { value, from } in links.iter().chain(&env.named("UV_FIND_LINKS")) {
+    for Named { value, from } in links.iter().chain(&env.named("UV_FIND_LINKS")).chain(&pip.uv.links) {
         // pip separates them by blanks; a folder whose name has some is meant where it is there.
         let whole = Path::new(value).exists().then_some(value.as_str());
         let split = || value.split(|c: char| c.is_whitespace() || c == ',' && from.starts_with("UV_"));
@@ -103,8 +104,8 @@ pub fn places(package: &str, env: &Env, pip: &Pip<'_>) -> Result<Vec<Place>> {
     Ok(places)
 }
 
-/// The indexes, the more specific first: those that are told to uv beside its default, the default, and those beside it
-/// that are told to pip.
+/// The indexes, the more specific first: those that are told to uv beside its default, by variables before files, the default,
+/// and those beside it that are told to pip.
 fn indexes(env: &Env, pip: &Pip<'_>, purl: &Purl<'_>) -> Vec<Named> {
     let list = |named: Option<Named>| -> Vec<Named> {
         let Some(Named { value, from }) = named else { return Vec::new() };
@@ -112,25 +113,35 @@ fn indexes(env: &Env, pip: &Pip<'_>, purl: &Purl<'_>) -> Vec<Named> {
     };
     let single = ["UV_DEFAULT_INDEX", "UV_INDEX_URL"].into_iter().find_map(|name| env.named(name));
     let default = || Named { value: purl.default_index(), from: "the default index".to_owned() };
-    let main = single.or_else(|| pip.get("index-url")).unwrap_or_else(default);
+    let of_uv = |index: &uv::Index| match &index.label {
+        Some(label) => with_login(env, label, index.address.clone()),
+        None => index.address.clone(),
+    };
+    let main = single.or_else(|| pip.get("index-url")).or_else(|| pip.uv.default.as_ref().map(of_uv));
     let mut all: Vec<Named> = ["UV_INDEX", "UV_EXTRA_INDEX_URL"].map(|name| list(env.named(name))).concat();
-    all.push(labelled(env, main));
+    all.extend(pip.uv.further.iter().map(of_uv));
+    all.push(labelled(env, main.unwrap_or_else(default)));
     all.extend(list(pip.get("extra-index-url")));
     all
 }
 
-/// An index as uv may name it, `NAME=ADDRESS`: then it looks for user and password in variables of that name.
+/// An index as uv may name it, `NAME=ADDRESS`.
 fn labelled(env: &Env, Named { value, from }: Named) -> Named {
-    let (label, address) = match value.split_once('=') {
-        Some((label, address)) if from.starts_with("UV_") && !label.contains([':', '/']) => (label, address),
-        _ => return Named { value, from },
-    };
+    match value.split_once('=') {
+        Some((label, address)) if from.starts_with("UV_") && !label.contains([':', '/']) => {
+            with_login(env, label, Named { value: address.to_owned(), from })
+        }
+        _ => Named { value, from },
+    }
+}
+
+/// An index with the user and password that are in uv's variables for its name.
+fn with_login(env: &Env, label: &str, Named { mut value, from }: Named) -> Named {
     let label: String =
         label.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' }).collect();
     let given = |what: &str| env.text(&format!("UV_INDEX_{label}_{what}"));
     let (user, password) = (given("USERNAME"), given("PASSWORD"));
-    let mut value = address.to_owned();
-    if let (Ok(mut url), true) = (Url::parse(address), user.is_some() || password.is_some()) {
+    if let (Ok(mut url), true) = (Url::parse(&value), user.is_some() || password.is_some()) {
         // These escape what must be, and fail only for addresses that are refused anyway.
         let _ = user.map(|user| url.set_username(&user));
         let _ = password.map(|password| url.set_password(Some(&password)));

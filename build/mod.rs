@@ -29,5 +29,6 @@ pub mod source;
 pub mod store;
 pub mod table;
 pub mod url;
+pub mod uv;
 pub mod vendor;
 pub mod wheel;

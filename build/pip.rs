@@ -1,10 +1,11 @@
-//! What pip and uv are told on this machine: their variables, then pip's configuration files.
+//! What pip and uv are told on this machine: their variables, then their configuration files.
 
 use std::path::PathBuf;
 
 use super::client::Client;
 use super::env::{Env, Named, is_on};
 use super::error::{Error, Result};
+use super::uv::Uv;
 
 /// The sections that count, the more specific first: wheels are downloaded here, to be installed.
 const SECTIONS: [&str; 3] = ["download", "install", "global"];
@@ -22,6 +23,8 @@ pub struct Pip<'a> {
     env: &'a Env,
     /// The strongest file first.
     files: Vec<(PathBuf, Vec<Entry>)>,
+    /// What uv's own files say.
+    pub uv: Uv,
 }
 
 /// A line of a configuration file, with what goes on with it.
@@ -41,7 +44,7 @@ impl<'a> Pip<'a> {
             let bytes = std::fs::read(&path).map_err(|e| Error::io("reading pip's configuration,", &path, &e))?;
             files.push((path, parse(&String::from_utf8_lossy(&bytes))));
         }
-        Ok(Self { env, files })
+        Ok(Self { env, files, uv: Uv::read(env)? })
     }
 
     /// What an option of pip's is set to, and by what.
@@ -62,7 +65,7 @@ impl<'a> Pip<'a> {
 
     /// What says that no index is to be asked.
     pub fn no_index(&self) -> Option<String> {
-        let named = [self.get("no-index"), self.env.named("UV_NO_INDEX")];
+        let named = [self.get("no-index"), self.env.named("UV_NO_INDEX").or_else(|| self.uv.no_index())];
         named.into_iter().flatten().find(|named| is_on(&named.value)).map(|named| named.from)
     }
 
@@ -85,7 +88,7 @@ impl<'a> Pip<'a> {
             let named = self.get(key).filter(|named| !matches!(named.value.as_str(), "disabled" | "auto"))?;
             Some(format!(" ({} has no effect here: {why})", named.from))
         };
-        UNHEEDED.into_iter().filter_map(set).collect()
+        UNHEEDED.into_iter().filter_map(set).collect::<String>() + &self.uv.unheeded()
     }
 }
 

@@ -23,6 +23,7 @@ use super::report::say;
 use super::snapshot;
 use super::store::{Store, open_file};
 use super::url::Url;
+use super::uv;
 use super::wheel::{Extracted, Identity, Wheel as Archive, copy_from_place};
 
 /// Where a wheel came from.
@@ -468,7 +469,10 @@ impl Ladder<'_> {
                     let asked = pips.as_ref().map_err(Error::clone);
                     let result = asked.and_then(|client| self.fetch_linked(client, store, &url, wheel, members));
                     let heeded = |fault: Error| match fault {
-                        Error::Unavailable(fault) => Error::Unavailable(fault + &pip.unheeded()),
+                        Error::Unavailable(fault) => {
+                            let project = uv::of_project(self.workspace.as_deref());
+                            Error::Unavailable(fault + &pip.unheeded() + &project)
+                        }
                         fault => fault,
                     };
                     (from, result.map_err(heeded))

@@ -70,6 +70,11 @@ impl<'t> Table<'t> {
         self.optional(key, read)?.ok_or_else(|| self.missing(key))
     }
 
+    /// A table that may be missing.
+    pub fn optional_table<T>(&mut self, key: &'static str, read: impl FnOnce(Self) -> Parsed<T>) -> Parsed<Option<T>> {
+        self.take(key).map(|value| read(Self::new(value)?)).transpose()
+    }
+
     /// An array of tables that may be missing.
     pub fn optional_tables<T>(
         &mut self,

@@ -131,7 +131,11 @@ impl Project {
         command.env("CARGO_CFG_TARGET_ARCH", arch).env("CARGO_CFG_TARGET_OS", os).env("CARGO_CFG_TARGET_ENV", "gnu");
         command.envs(features.iter().map(|name| (format!("CARGO_FEATURE_{name}"), "1")));
         // Whoever runs these tests was in another folder than the project's user.
-        command.env("PWD", self.path("project")).env("HOME", self.path("home")).env("PIP_CONFIG_FILE", "/dev/null");
+        command
+            .env("PWD", self.path("project"))
+            .env("HOME", self.path("home"))
+            .env("PIP_CONFIG_FILE", "/dev/null")
+            .env("UV_NO_CONFIG", "1");
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         let mut child = command.spawn().expect("the build script");
         let reader = |mut pipe: Box<dyn Read + Send>| {

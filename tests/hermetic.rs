@@ -159,7 +159,7 @@ impl Dependent {
         // Nothing of what this machine has configured, but for what cargo and compilers need.
         let needed = ["PATH", "HOME", "TMPDIR", "CARGO_HOME", "RUSTUP_HOME", "RUSTUP_TOOLCHAIN", "CC", "AR"];
         command.env_clear().envs(needed.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
-        command.env(env::CACHE_DIR, self.path("cache")).env("PIP_CONFIG_FILE", "/dev/null");
+        command.env(env::CACHE_DIR, self.path("cache")).env("PIP_CONFIG_FILE", "/dev/null").env("UV_NO_CONFIG", "1");
         // Whatever cargo's configuration says.
         command.env("CARGO_TARGET_DIR", folder.join("target")).env("CARGO_BUILD_BUILD_DIR", folder.join("target"));
         command.envs(variables.iter().map(|(name, value)| (name, value)));

@@ -302,7 +302,7 @@ mod credentials {
     use super::*;
 
     /// An index that shows what it has to alice alone, with this page.
-    fn private(page: Reply, otherwise: u16) -> Server {
+    pub fn private(page: Reply, otherwise: u16) -> Server {
         let server = index();
         server.on(PAGE, [page]);
         server.admit("alice", "hunter2", otherwise);
@@ -631,6 +631,145 @@ mod pips_settings {
             let machine = Machine::new().with("PIP_INDEX_URL", server.url("/simple"));
             let found = machine.find(&by_index().parsed()).expect("the wheel");
             assert!(!found.notes.warnings.join("").contains("withdrawn"), "{rest}: {:?}", found.notes.warnings);
+        }
+    }
+}
+
+mod uvs_files {
+    use super::*;
+
+    /// A machine with this file of the user's and nothing else.
+    fn configured(text: &str) -> Machine {
+        let machine = Machine::new();
+        machine.place("home/.config/uv/uv.toml", text);
+        let home = machine.path("home");
+        machine.with("HOME", home).with("UV_NO_CONFIG", "0").with("XDG_CONFIG_DIRS", "/nowhere")
+    }
+
+    fn places(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| format!("https://i.example/{name}/nvidia-cuda-runtime/")).collect()
+    }
+
+    const ALL: &str = r#"
+        index-url = "https://i.example/legacy"
+        extra-index-url = ["https://i.example/extra"]
+        native-tls = true
+        [[index]]
+        name = "first"
+        url = "https://i.example/first"
+        publish-url = "https://i.example/publish"
+        [[index]]
+        url = "https://i.example/default"
+        default = true
+        [[index]]
+        name = "torch"
+        url = "https://i.example/explicit"
+        explicit = true
+        [pip]
+        extra-index-url = ["https://i.example/pip"]
+    "#;
+
+    #[test]
+    fn name_indexes_beside_the_default_one_and_in_its_place() {
+        assert_eq!(named(&configured(ALL)), places(&["pip", "first", "extra", "default"]));
+        let legacy = "index-url = 'https://i.example/legacy'";
+        assert_eq!(named(&configured(legacy)), places(&["legacy"]));
+    }
+
+    #[test]
+    fn come_after_variables_and_pips_files() {
+        let machine = configured(ALL).with("UV_DEFAULT_INDEX", "https://i.example/variable");
+        let machine = machine.with("UV_INDEX", "https://i.example/named");
+        assert_eq!(named(&machine), places(&["named", "pip", "first", "extra", "variable"]));
+        let machine = configured(ALL).with("PIP_INDEX_URL", "https://i.example/pips");
+        assert_eq!(named(&machine), places(&["pip", "first", "extra", "pips"]));
+    }
+
+    #[test]
+    fn of_the_user_and_of_the_system_count_together() {
+        let machine = configured("no-index = false\n[[index]]\nurl = 'https://i.example/users'\ndefault = true");
+        let systems = "no-index = true\nextra-index-url = ['https://i.example/systems']\n\
+                       [[index]]\nurl = 'https://i.example/no'\ndefault = true";
+        machine.place("xdg/uv/uv.toml", systems);
+        let dirs = machine.path("xdg");
+        assert_eq!(named(&machine.with("XDG_CONFIG_DIRS", dirs)), places(&["systems", "users"]));
+    }
+
+    #[test]
+    fn are_one_where_a_variable_names_it_and_none_where_another_says_so() {
+        let machine = configured(ALL);
+        let other = machine.place("other.toml", "index-url = 'https://i.example/other'");
+        assert_eq!(named(&machine.with("UV_CONFIG_FILE", other)), places(&["other"]));
+        let machine = configured(ALL).with("UV_NO_CONFIG", "1").with("UV_DEFAULT_INDEX", "https://i.example/variable");
+        assert_eq!(named(&machine), places(&["variable"]));
+    }
+
+    #[test]
+    fn have_user_and_password_of_a_named_index_in_variables() {
+        let server = credentials::private(page("/files"), 401);
+        let text = format!("[[index]]\nname = 'my-corp'\nurl = '{}'\ndefault = true", server.url("/simple"));
+        let machine = configured(&text).with("UV_INDEX_MY_CORP_USERNAME", "alice");
+        gets(&machine.with("UV_INDEX_MY_CORP_PASSWORD", "hunter2"), &by_index());
+    }
+
+    #[test]
+    fn that_forbid_the_index_are_heeded_and_named() {
+        let server = index();
+        let text = format!("no-index = true\nindex-url = '{}'", server.url("/simple"));
+        let machine = configured(&text);
+        let file = machine.path("home/.config/uv/uv.toml").display().to_string();
+        assert_says(machine.fault(&by_index().parsed()), &["no-index in", &file]);
+        assert!(server.requests().is_empty());
+    }
+
+    #[test]
+    fn name_folders_of_links_and_flat_indexes() {
+        for text in ["no-index = true\nfind-links = ['FOLDER']", "[[index]]\nformat = 'flat'\nurl = 'FOLDER'"] {
+            let probe = Machine::new();
+            probe.place(format!("links/{}", Wheel::cudart().file()), Wheel::cudart().bytes());
+            let folder = Url::from_file_path(probe.path("links")).expect("an address");
+            gets(&configured(&text.replace("FOLDER", folder.as_str())), &by_index());
+        }
+    }
+
+    #[test]
+    fn that_are_malformed_or_missing_are_refused_by_name_without_showing_a_line() {
+        for (text, fault) in [
+            ("index-url = https://user:secret@i.example/", "line 1"),
+            ("index-url = 1", "`index-url`: a whole number, expected a text"),
+            ("[[index]]\nname = 'secret'", "line 1, column 1: missing field `url`"),
+        ] {
+            let machine = configured(text);
+            let said = machine.fault(&by_index().parsed()).to_string();
+            assert_says(&said, &["uv.toml is malformed", fault, "UV_NO_CONFIG=1"]);
+            assert!(!said.contains("secret"), "{said}");
+        }
+        let machine = configured("").with("UV_CONFIG_FILE", "/not/there/uv.toml");
+        assert_says(machine.fault(&by_index().parsed()), &["uv's configuration", "/not/there/uv.toml"]);
+        let machine = configured("").with("UV_CONFIG_FILE", "uv.toml");
+        assert_says(machine.fault(&by_index().parsed()), &["UV_CONFIG_FILE=uv.toml", "absolute"]);
+    }
+
+    #[test]
+    fn say_what_has_no_effect_where_an_index_cannot_be_used() {
+        let text = "index-url = 'http://127.0.0.1:9/simple'\nkeyring-provider = 'subprocess'\nallow-insecure-host = []";
+        let said = configured(text).fault(&by_index().parsed()).to_string();
+        assert_says(&said, &["keyring-provider in", "uv.toml has no effect here"]);
+        assert!(!said.contains("allow-insecure-host"), "{said}");
+    }
+
+    #[test]
+    fn of_a_project_have_no_effect_which_is_said() {
+        for (name, text, is_said) in [
+            ("uv.toml", "index-url = 'https://i.example/'", true),
+            ("pyproject.toml", "[project]\nname = 'a'\n[[tool.uv.index]]\nurl = 'https://i.example/'", true),
+            ("pyproject.toml", "[project]\nname = 'a'\n[tool.ruff]\n", false),
+        ] {
+            let mut machine = configured("").with("PIP_INDEX_URL", "http://127.0.0.1:9/simple");
+            let file = machine.place(format!("project/{name}"), text);
+            machine.workspace = Some(machine.path("project"));
+            let said = machine.fault(&by_index().parsed()).to_string();
+            assert_eq!(said.contains(&format!("{} has no effect", file.display())), is_said, "{said}");
         }
     }
 }

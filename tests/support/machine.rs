@@ -34,7 +34,7 @@ impl Machine {
         let temp = tempfile::tempdir().expect("a temporary folder");
         let machine = Self { temp, variables: BTreeMap::new(), workspace: None, checkout: None };
         let cache = machine.cache();
-        machine.with(env::CACHE_DIR, cache).with("PIP_CONFIG_FILE", "/dev/null")
+        machine.with(env::CACHE_DIR, cache).with("PIP_CONFIG_FILE", "/dev/null").with("UV_NO_CONFIG", "1")
     }
 
     pub fn with(mut self, name: &str, value: impl Into<OsString>) -> Self {

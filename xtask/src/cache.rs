@@ -78,7 +78,7 @@ fn survey(root: &Path) -> Result<Survey> {
                 for (path, is_folder) in entries(&path)? {
                     let name = name(&path);
                     // A killed run leaves a temporary tree.
-                    let known = ["objects", "wheels"].contains(&name.as_str())
+                    let known = ["kernels", "objects", "wheels"].contains(&name.as_str())
                         || name.starts_with("tree")
                         || name.starts_with(TEMPORARY);
                     match is_folder && known {
