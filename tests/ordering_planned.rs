@@ -11,7 +11,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaStream};
 use flashinfer_rs::attention::Backend;
 use flashinfer_rs::compute::{
-    AttentionKernel, AttentionKernels, Buckets, Columns, DeviceRun, Dim, Graph, GraphBuilder, GraphError, Pad,
+    AttentionKernel, AttentionKernels, Buckets, Columns, DeviceRun, Dim, Graph, GraphBuilder, GraphError, Origin, Pad,
     PageAllocator,
 };
 use flashinfer_rs::matmul::Selections;
@@ -447,5 +447,141 @@ fn attention_has_as_many_rows_as_its_inputs_whatever_the_batch() {
                 }
             }
         }
+    });
+}
+
+#[test]
+fn nothing_of_a_plan_gets_into_a_capture_of_the_streams() {
+    with_driver("nothing_of_a_plan_gets_into_a_capture_of_the_streams", |driver| {
+        let [a, _b] = streams();
+        for kernel in [AttentionKernel::BatchDecode, AttentionKernel::Fa3] {
+            let mut run = made(&decoder(1, false), &[2], &a, by(kernel)).unwrap();
+            run.capture().unwrap();
+            give(&mut run, &[3, 4]);
+            run.step().unwrap();
+            let mode = cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            a.begin_capture(mode).unwrap();
+            driver.refused("a plan", || run.replan());
+            driver.refused("a step that is planned", || run.step());
+            let flags = cudarc::driver::sys::CUgraphInstantiate_flags(0);
+            a.end_capture(flags).expect("the capture goes on");
+            driver.ordered("a step behind the capture", || run.step().unwrap());
+        }
+    });
+}
+
+/// Numbers without a pattern.
+fn random(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state >> 17
+    }
+}
+
+#[test]
+fn a_run_whose_plans_copies_events_and_waits_fail_at_any_time_launches_none_but_whole_plans() {
+    let name = "a_run_whose_plans_copies_events_and_waits_fail_at_any_time_launches_none_but_whole_plans";
+    with_driver(name, |driver| {
+        let [a, _b] = streams();
+        let fail = |[copies, records, waits]: [i32; 3]| {
+            driver.fail_copies(copies);
+            driver.fail_records(records);
+            driver.fail_waits(waits);
+        };
+        for turn in 0..40 {
+            driver.ordered(&format!("turn {turn}"), || {
+                let mut random = random(turn + 1);
+                let kernels = by(AttentionKernel::BatchDecode).from_rows(8, AttentionKernel::Fa2);
+                let mut run = made(&decoder(1, false), &[2, 4, 8], &a, kernels).unwrap();
+                run.capture().unwrap();
+                for _ in 0..25 {
+                    let rows = 1 + random() as usize % 8;
+                    let lengths: Vec<i32> = (0..rows.min(4)).map(|_| 1 + (random() % 60) as i32).collect();
+                    give(&mut run, &lengths);
+                    let [copies, records, waits] = match random() % 5 {
+                        0 => [0, 1, 1],
+                        1 => [1, 0, 0],
+                        2 => [0; 3].map(|_| (random() % 3) as i32),
+                        _ => [0; 3],
+                    };
+                    let module = Module::open(&planned(Backend::CudaCores));
+                    let plan_fails = if random().is_multiple_of(8) { 1 + (random() % 2) as i32 } else { 0 };
+                    module.set("fail_plan", plan_fails);
+                    fail([copies, records, waits]);
+                    let result = match random() % 4 {
+                        0 => run.step(),
+                        1 => run.replan(),
+                        2 => run.replan().and_then(|()| run.step()),
+                        _ => run.run(1 + random() % 3),
+                    };
+                    let failed = copies + records + waits + plan_fails > 0;
+                    if let (Err(error), false) = (&result, failed) {
+                        driver.fail(&format!("turn {turn}"), error);
+                    }
+                    fail([0; 3]);
+                    module.set("fail_plan", 0);
+                    // Whatever failed, the next step has its own plan.
+                    run.step().unwrap();
+                    let bucket = run.set_rows(lengths.len() as u64).unwrap() as i32;
+                    assert_eq!(module.get("planned_requests"), bucket);
+                }
+                drop(run);
+            });
+        }
+    });
+}
+
+/// What a file says is refused, or a graph whose run stays within its memory and in order.
+#[test]
+fn a_graph_of_other_numbers_is_refused_or_its_plans_stay_within_their_memory() {
+    with_driver("a_graph_of_other_numbers_is_refused_or_its_plans_stay_within_their_memory", |driver| {
+        let [a, _b] = streams();
+        let mut random = random(3);
+        let json = decoder(1, false).json();
+        let digits: Vec<usize> = json.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(i, _)| i).collect();
+        let mut ran = 0;
+        for turn in 0..300 {
+            let place = digits[random() as usize % digits.len()];
+            let number = if turn % 5 == 0 { random() >> (random() % 64) } else { random() % 40 };
+            let changed = format!("{}{number}{}", &json[..place], &json[place + 1..]);
+            let Ok(graph) = Graph::from_json(&changed) else { continue };
+            if graph.tensors().iter().any(|tensor| tensor.spec.bytes(16) > 1 << 22) {
+                continue;
+            }
+            let kernel = [AttentionKernel::BatchDecode, AttentionKernel::Fa2][turn % 2];
+            driver.ordered(&format!("{number} at {place} by {kernel:?}"), || {
+                let buckets = Buckets::new(&[1, graph.largest_batch().min(3)]).unwrap();
+                let made = DeviceRun::with_attention(&graph, &buckets, &a, &mut Selections::new(), by(kernel));
+                let Ok(mut run) = made else { return };
+                for tensor in graph.tensors() {
+                    if tensor.origin == Origin::Weight {
+                        let bytes = vec![0; tensor.spec.bytes(1) as usize];
+                        run.weight_bytes(&tensor.name, tensor.spec.dtype, &bytes).unwrap();
+                    }
+                }
+                let captured = run.capture();
+                let rows = graph.largest_batch().min(3);
+                run.set_rows(rows).unwrap();
+                for tensor in graph.tensors() {
+                    if let Origin::Input(_) = tensor.origin {
+                        let values = vec![1i32; tensor.spec.elements(rows) as usize];
+                        if run.input(&tensor.name, &values).is_err() {
+                            return;
+                        }
+                    }
+                }
+                // What a kernel refuses it refuses with words, and what runs is in order and within the run's memory.
+                for _ in 0..3 {
+                    ran += usize::from(run.step().is_ok());
+                    if captured.is_ok() {
+                        run.run(2).ok();
+                    }
+                }
+            });
+        }
+        assert!(ran > 50, "{ran}");
     });
 }
