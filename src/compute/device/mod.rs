@@ -550,7 +550,8 @@ impl DeviceRun {
         self.captured[at]
     }
 
-    /// Queues so many steps of what was captured for the batch's bucket, one launch each, without waiting for any of them.
+    /// Queues so many steps of what was captured for the batch's bucket, one launch each, without waiting for any of them. Where attention
+    /// is [planned](AttentionKernel::BatchDecode), the host plans it between them, and waits where the GPU is several plans behind.
     ///
     /// # Errors
     /// As for [`step`](Self::step), before anything is queued; [`Graph`](FlashInferError::Graph) where nothing was captured. Where
