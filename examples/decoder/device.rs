@@ -68,7 +68,7 @@ impl Gpu {
     pub fn queue(&mut self, steps: u64) -> Result<(), Fault> {
         // The prefill kernels' bucket is not captured.
         match self.launch {
-            Launch::Graph | Launch::Pdl if self.run.captured(self.bucket).is_some() => self.run.run(steps)?,
+            Launch::Graph | Launch::Pdl if self.run.attention().of(self.bucket).is_captured() => self.run.run(steps)?,
             _ => (0..steps).try_for_each(|_| self.run.step())?,
         }
         Ok(())
