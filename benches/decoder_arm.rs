@@ -82,16 +82,16 @@ impl Bench {
     fn start(arguments: &[String]) -> Result<Self> {
         let [name] = arguments else { return Err("expected: decoder_arm ARM".into()) };
         let (launch, rules) = match name.as_str() {
-            "ours-eager" => (Launch::Eager, "all"),
-            "ours-graph" => (Launch::Graph, "all"),
-            "ours-pdl" => (Launch::Pdl, "all"),
-            "ours-unfused" => (Launch::Pdl, "none"),
+            "ours-eager" => (Launch::Eager, "step".to_owned()),
+            "ours-graph" => (Launch::Graph, "step".to_owned()),
+            "ours-pdl" => (Launch::Pdl, "step".to_owned()),
+            "ours-unfused" => (Launch::Pdl, "none".to_owned()),
             other => match other.strip_prefix("ours-no") {
-                Some(rule) => (Launch::Pdl, rule),
+                Some(rule) => (Launch::Pdl, format!("step,{rule}")),
                 None => return Err(format!("{other} is no arm of this program").into()),
             },
         };
-        let rules = graph::rules(rules).ok_or_else(|| format!("{name} names a rule that there is not"))?;
+        let rules = graph::rules(&rules).ok_or_else(|| format!("{name} names a rule that there is not"))?;
         // Before cudarc, which panics without a driver.
         if FlashInferRuntime::initialize(RuntimeConfig::default())?.device_count()? == 0 {
             return Err("the driver lists no GPU".into());

@@ -478,6 +478,19 @@ impl FlashInferRuntime {
         }
     }
 
+    /// What CUDA answered to a launch of a kernel of this crate's own on a device, as a result.
+    #[cfg(feature = "cudarc")]
+    #[inline]
+    pub(crate) fn launched(&'static self, code: c_int, device: i32, stream: Stream<'_>) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        let cudart = self.cudart()?;
+        let error = cudart.error("cudaLaunchKernel", code);
+        cudart.forget_stale_error();
+        Err(self.diagnosed(error, device, code, stream))
+    }
+
     /// What a device has that some kernels are launched by; none where there is no such device.
     #[inline]
     pub(crate) fn limits(&self, device: u32) -> Option<&Limits> {

@@ -146,28 +146,34 @@ pub fn build(config: &Config, options: &Options) -> Result<Graph> {
     g.finish()
 }
 
-/// A list of rules, by their names' first words: `all`, `none`, or some of `pack`, `gated`, `add`, `qk` and `residual`; with a
-/// minus ahead of each, all but those.
+/// A list of rules, by words: `all`, `none`, or some of `pack`, `gated`, `residual`, `gate`, `norm`, `add` and `qk`; with a minus ahead of
+/// each, all but those. With `step`, or `step` and a comma ahead of these, `attention` is one more of all.
 pub fn rules(words: &str) -> Option<Vec<Rule>> {
-    const NAMES: [(&str, Rule); 5] = [
+    const NAMES: [(&str, Rule); 8] = [
         ("pack", Rule::PackProducts),
         ("gated", Rule::GatedActivation),
+        ("residual", Rule::ResidualProduct),
+        ("gate", Rule::GatedProduct),
+        ("norm", Rule::NormProduct),
         ("add", Rule::AddNorm),
         ("qk", Rule::QkNormRopeAppend),
-        ("residual", Rule::ResidualProduct),
+        ("attention", Rule::AppendAttention),
     ];
     let of = |word: &str| NAMES.iter().find(|(name, _)| *name == word).map(|(_, rule)| *rule);
-    match words {
-        "all" => Some(Rule::ALL.to_vec()),
-        "none" => Some(Vec::new()),
-        _ if words.starts_with('-') => {
-            let without: Vec<Rule> =
-                words.split(',').map(|word| word.strip_prefix('-').and_then(of)).collect::<Option<_>>()?;
-            Some(Rule::ALL.into_iter().filter(|rule| !without.contains(rule)).collect())
-        }
-        _ => {
-            let with: Vec<Rule> = words.split(',').map(of).collect::<Option<_>>()?;
-            Some(Rule::ALL.into_iter().filter(|rule| with.contains(rule)).collect())
-        }
+    if words == "step" {
+        return Some(Rule::STEP.to_vec());
     }
+    let (every, words) = match words.strip_prefix("step,") {
+        Some(words) => (&Rule::STEP[..], words),
+        None => (&Rule::ALL[..], words),
+    };
+    let (wanted, words) = match words {
+        "all" => return Some(every.to_vec()),
+        "none" => return Some(Vec::new()),
+        _ if words.starts_with('-') => {
+            (false, words.split(',').map(|word| word.strip_prefix('-').and_then(of)).collect::<Option<Vec<_>>>()?)
+        }
+        _ => (true, words.split(',').map(of).collect::<Option<Vec<_>>>()?),
+    };
+    Some(every.iter().copied().filter(|rule| words.contains(rule) == wanted).collect())
 }

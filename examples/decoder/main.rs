@@ -51,7 +51,8 @@ usage: decoder [OPTION VALUE]...
   --page-size N       tokens of a page; default: 16
   --rows N            tokens of a prompt at once: a power of two up to 512; default: 32 on a GPU, where more than 8 take cuBLASLt,
                       and 8 on the host
-  --fuse RULES        all, none, some of pack,gated,add,qk,residual, or all but some: -pack,-qk; default: all
+  --fuse RULES        all, none, some of pack,gated,residual,gate,norm,add,qk, or all but some: -pack,-qk; step: attention in the kernel
+                      that appends too, and prompts a token at a time; default: all
   --temperature T     draws tokens in place of the likeliest; with --top-k N and --top-p P of some alone
   --attention KERNEL  on a GPU: xqa, or batch-decode, which the host plans ahead of each step; default: xqa
   --prefill KERNEL    on a GPU: fa3, fa2, rows (what decodes, each token of a prompt as a row), or auto: the first of these that is

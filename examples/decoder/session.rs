@@ -1,6 +1,6 @@
 //! Sequences on an engine: prefill in chunks, decode, pages.
 
-use flashinfer_rs::compute::{HostTensor, PageAllocator};
+use flashinfer_rs::compute::{HostTensor, PageAllocator, Rule};
 
 use crate::fault::{Fault, fault};
 use crate::graph::Options;
@@ -116,7 +116,9 @@ impl<'e> Session<'e> {
         let table = self.table();
         let own = &table[sequence * width..(sequence + 1) * width];
         let mut last = 0;
-        for chunk in tokens.chunks(self.engine.rows()) {
+        // Where a row does not see what others append in the same step, a token is a step.
+        let alone = self.options.rules.contains(&Rule::AppendAttention);
+        for chunk in tokens.chunks(if alone { 1 } else { self.engine.rows() }) {
             let first = self.held[sequence] as i32;
             let positions: Vec<i32> = (first..).take(chunk.len()).collect();
             let inputs = Inputs {

@@ -256,6 +256,22 @@ pub enum GraphError {
         wanted: Vec<i64>,
     },
 
+    /// Two rows share a page that one of them appends to, in a graph in which a row does not see what others append in the same step.
+    #[error(
+        "rows {row} and {other} share page {page}, to which row {row} appends within {steps} steps; give each row a page of its own to \
+         append to, or leave the rule `append and attention` out: Rule::ALL in the place of Rule::STEP"
+    )]
+    SharedPage {
+        /// The row that appends to it.
+        row: u64,
+        /// The row that has it too.
+        other: u64,
+        /// The page.
+        page: i64,
+        /// The steps that were looked at.
+        steps: u64,
+    },
+
     /// The plan of an attention is not for what a step is given.
     #[error(
         "{node} is planned for {planned}, and the step has {now}; call DeviceRun::replan ahead of each step, or let steps plan by \

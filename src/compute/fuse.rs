@@ -35,12 +35,44 @@ pub enum Rule {
     QkNormRopeAppend,
     /// A product and its sum with a residual become one product onto the residual. Where the product has no other use.
     ResidualProduct,
+    /// A product with both halves of a weight and `silu_and_mul` of them become one. Where the product has no other use.
+    GatedProduct,
+    /// An `rmsnorm` and the product of its result become one. In BF16, where the norm has no other use.
+    NormProduct,
+    /// What [`QkNormRopeAppend`](Self::QkNormRopeAppend) makes and the attention behind it become one kernel. Where the heads of queries
+    /// have no other use, for heads of 64 or 128 and up to 8 of queries for each of keys.
+    ///
+    /// A row then sees what it appends itself, and not what others append in the same step: for graphs whose rows are sequences of their
+    /// own, a decoder's steps, and not for prompts of which each token is a row. It is in [`STEP`](Self::STEP) and not in
+    /// [`ALL`](Self::ALL); a run on a GPU refuses page tables by which a row would read a page that another appends to
+    /// ([`SharedPage`](super::GraphError::SharedPage)).
+    AppendAttention,
 }
 
 impl Rule {
-    /// Every rule, in the order in which they are best applied.
-    pub const ALL: [Self; 5] =
-        [Self::PackProducts, Self::GatedActivation, Self::AddNorm, Self::QkNormRopeAppend, Self::ResidualProduct];
+    /// Every rule that goes with any graph, in the order in which they are best applied. What a rule ahead took is not there for one
+    /// behind: sums go into products, and norms into the products behind them, so that [`AddNorm`](Self::AddNorm) has what is left.
+    pub const ALL: [Self; 7] = [
+        Self::PackProducts,
+        Self::GatedActivation,
+        Self::ResidualProduct,
+        Self::GatedProduct,
+        Self::NormProduct,
+        Self::AddNorm,
+        Self::QkNormRopeAppend,
+    ];
+
+    /// Every rule, for graphs whose rows are sequences of their own: as a decoder's steps are, and prompts are not.
+    pub const STEP: [Self; 8] = [
+        Self::PackProducts,
+        Self::GatedActivation,
+        Self::ResidualProduct,
+        Self::GatedProduct,
+        Self::NormProduct,
+        Self::AddNorm,
+        Self::QkNormRopeAppend,
+        Self::AppendAttention,
+    ];
 
     /// Its name.
     pub const fn name(self) -> &'static str {
@@ -50,16 +82,21 @@ impl Rule {
             Self::AddNorm => "add and norm",
             Self::QkNormRopeAppend => "q/k norm, rope and append",
             Self::ResidualProduct => "residual product",
+            Self::GatedProduct => "gated product",
+            Self::NormProduct => "norm and product",
+            Self::AppendAttention => "append and attention",
         }
     }
 
     /// What it does to the numbers at the most; what an application did is [`Applied::numerics`].
     pub const fn numerics(self) -> Numerics {
         match self {
-            Self::PackProducts => Numerics::Reordered,
-            Self::GatedActivation | Self::AddNorm | Self::QkNormRopeAppend | Self::ResidualProduct => {
-                Numerics::FewerRoundings
-            }
+            Self::PackProducts | Self::NormProduct | Self::AppendAttention => Numerics::Reordered,
+            Self::GatedActivation
+            | Self::AddNorm
+            | Self::QkNormRopeAppend
+            | Self::ResidualProduct
+            | Self::GatedProduct => Numerics::FewerRoundings,
         }
     }
 }
@@ -95,6 +132,9 @@ pub fn fuse(graph: &Graph, rules: &[Rule]) -> Result<(Graph, Vec<Applied>)> {
                 Rule::AddNorm => work.add_norm(node),
                 Rule::QkNormRopeAppend => work.turned_append(node),
                 Rule::ResidualProduct => work.residual_product(node),
+                Rule::GatedProduct => work.gated_product(node),
+                Rule::NormProduct => work.norm_product(node),
+                Rule::AppendAttention => work.append_attention(node),
             };
             if let Some(taken) = taken {
                 // Turned keys were rounded when they were appended, as they are now.
@@ -358,6 +398,121 @@ impl Work {
             return Some(vec![made, add]);
         }
         None
+    }
+
+    /// What was made by one node and is used by one other alone, as a whole and of its own.
+    fn only_use(&self, tensor: usize, made: usize) -> Option<Use> {
+        match self.uses(tensor)[..] {
+            [(maker, _), used] if maker == made && self.is_plain_value(tensor) => {
+                self.access(used).columns.is_none().then_some(used)
+            }
+            _ => None,
+        }
+    }
+
+    fn gated_product(&mut self, gate: usize) -> Option<Vec<usize>> {
+        if !self.is(gate, OpKind::SiluAndMul) {
+            return None;
+        }
+        let both = self.access((gate, 0));
+        let made = self.uses(both.tensor).first()?.0;
+        if !self.is(made, OpKind::MatMul) || self.node(made).operation.is_on("f32_out") {
+            return None;
+        }
+        let (x, weight, out) = (self.access((made, 0)), self.access((made, 1)), self.access((gate, 1)));
+        if self.only_use(both.tensor, made)? != (gate, 0) || !self.untouched(x.tensor, made, gate) {
+            return None;
+        }
+        let operation = Operation::new(OpKind::MatMulSiluAndMul, &[]);
+        let fused = Node { operation, accesses: vec![x, weight, out], layer: self.node(made).layer };
+        if !self.takes(&fused) {
+            return None;
+        }
+        self.graph.nodes[gate] = fused;
+        self.removed[made] = true;
+        Some(vec![made, gate])
+    }
+
+    fn norm_product(&mut self, norm: usize) -> Option<Vec<usize>> {
+        if !self.is(norm, OpKind::RmsNorm) || self.node(norm).operation.is_on("gemma") {
+            return None;
+        }
+        let (x, weight, normed) = (self.access((norm, 0)), self.access((norm, 1)), self.access((norm, 2)).tensor);
+        let (product, operand) = self.only_use(normed, norm)?;
+        let eps = self.node(norm).operation.parameter("eps");
+        let (kind, parameters) = match self.node(product).operation.kind {
+            OpKind::MatMul => (OpKind::NormMatMul, vec![eps, self.node(product).operation.parameter("f32_out")]),
+            OpKind::MatMulSiluAndMul => (OpKind::NormMatMulSiluAndMul, vec![eps]),
+            _ => return None,
+        };
+        if operand != 0 || !self.untouched(x.tensor, norm, product) {
+            return None;
+        }
+        let (of, out) = (self.access((product, 1)), self.access((product, 2)));
+        let operation = Operation::new(kind, &parameters);
+        let fused = Node { operation, accesses: vec![x, weight, of, out], layer: self.node(product).layer };
+        if !self.takes(&fused) {
+            return None;
+        }
+        self.graph.nodes[product] = fused;
+        self.removed[norm] = true;
+        Some(vec![norm, product])
+    }
+
+    fn append_attention(&mut self, append: usize) -> Option<Vec<usize>> {
+        let normed = self.is(append, OpKind::QkNormRopeAppend);
+        if !normed && !self.is(append, OpKind::RopeAppend) {
+            return None;
+        }
+        let first = if normed { 5 } else { 3 };
+        let of_append = |operand: usize| self.access((append, operand));
+        let (q, table, k_cache, v_cache) =
+            (of_append(0), of_append(first + 2), of_append(first + 3), of_append(first + 4));
+        let later = self.uses(k_cache.tensor).into_iter().find(|used| used.0 > append)?;
+        let attention = later.0;
+        let attends = self.is(attention, OpKind::DecodeAttention)
+            && [(0, q), (1, k_cache), (2, v_cache), (3, table)]
+                .iter()
+                .all(|&(operand, expected)| self.access((attention, operand)) == expected);
+        if !attends || !self.is_plain_value(q.tensor) {
+            return None;
+        }
+        // Turned queries are nowhere then.
+        let heads = q.columns;
+        let overlaps = |used: Use| match (heads, self.access(used).columns) {
+            (Some(heads), Some(other)) => other.start < heads.end() && heads.start < other.end(),
+            _ => true,
+        };
+        if self.uses(q.tensor).iter().any(|&used| used.0 > append && used.0 != attention && overlaps(used)) {
+            return None;
+        }
+        let lengths = self.access((attention, 4));
+        // What the append reads is what is read where the attention is, and nobody else looks at the caches between them.
+        let read: Vec<usize> =
+            self.node(append).accesses.iter().chain([&lengths]).map(|access| access.tensor).collect();
+        let between = |cache: usize| self.uses(cache).iter().any(|used| used.0 > append && used.0 < attention);
+        if !read.iter().all(|&tensor| self.untouched(tensor, append, attention))
+            || [k_cache.tensor, v_cache.tensor].into_iter().any(between)
+        {
+            return None;
+        }
+        let operation = &self.node(append).operation;
+        let mut parameters = vec![self.node(attention).operation.parameter("scale"), operation.parameter("interleave")];
+        if normed {
+            parameters.push(operation.parameter("eps"));
+        }
+        let kind = if normed { OpKind::QkNormRopeAppendAttention } else { OpKind::RopeAppendAttention };
+        let mut accesses = self.node(append).accesses.clone();
+        accesses.insert(first + 2, lengths);
+        accesses.push(self.access((attention, 5)));
+        let operation = Operation::new(kind, &parameters);
+        let fused = Node { operation, accesses, layer: self.node(attention).layer };
+        if !self.takes(&fused) {
+            return None;
+        }
+        self.graph.nodes[attention] = fused;
+        self.removed[append] = true;
+        Some(vec![append, attention])
     }
 
     fn turned_append(&mut self, append: usize) -> Option<Vec<usize>> {

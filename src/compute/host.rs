@@ -1,6 +1,8 @@
 //! Runs a plan on the host, inside the planned arena, in f64 between memory of the graph's own types. What is free
 //! holds NaN, so that a value which was given memory too early or taken from it shows.
 
+pub(super) mod fused;
+
 use super::backend::Backend;
 use super::builder::operands;
 use super::error::GraphError;
@@ -529,10 +531,10 @@ pub(super) fn decode_attention(call: &mut HostCall<'_>) -> Result<()> {
     unsafe { module.function("attention_paged")?.launch_unseen(&args) }
 }
 
-/// The place of each row's token in a cache, in elements: by its position, at this operand, and the page table behind
-/// it, of the cache behind that.
-fn entries(call: &HostCall<'_>, positions: usize, most: usize) -> Result<(Vec<usize>, Vec<usize>)> {
-    let (table, cache) = (positions + 1, positions + 2);
+/// The place of each row's token in a cache, in elements: by its position and the page table, at these operands, of the cache
+/// behind the table.
+fn entries(call: &HostCall<'_>, positions: usize, table: usize, most: usize) -> Result<(Vec<usize>, Vec<usize>)> {
+    let cache = table + 1;
     let (pages, page_size, width) = (call.size(cache, 0), call.size(cache, 1), call.size(table, 1));
     let token = call.size(cache, 2) * call.size(cache, 3);
     let positions = call.indices(positions, most)?;
@@ -558,7 +560,7 @@ fn put_tokens(call: &mut HostCall<'_>, entries: &[usize], cache: usize, [keys, v
 }
 
 pub(super) fn append(call: &mut HostCall<'_>) -> Result<()> {
-    let (_, entries) = entries(call, 2, i32::MAX as usize)?;
+    let (_, entries) = entries(call, 2, 3, i32::MAX as usize)?;
     let (keys, values) = (call.numbers(0), call.numbers(1));
     put_tokens(call, &entries, 4, [&keys, &values]);
     Ok(())

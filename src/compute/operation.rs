@@ -3,7 +3,8 @@
 
 use super::error::GraphError;
 use super::graph::{Access, Target};
-use super::host::{self, HostCall};
+use super::host::{self, HostCall, fused};
+use super::plan::aligned;
 use super::shape::{Columns, Dim, Spec, sizes};
 use crate::engine::Entry;
 use crate::error::Result;
@@ -462,6 +463,103 @@ fn rule_gated(c: &Check<'_>) -> Result<Vec<Spec>, GraphError> {
     Ok(vec![Spec::new(c.specs[0].dtype, [rows, Dim::fixed(width / 2)])])
 }
 
+/// x, [the norm's weight], the weight: what is computed with a product in one kernel.
+fn rule_around(c: &Check<'_>, normed: bool, gated: bool) -> Result<Vec<Spec>, GraphError> {
+    let [rows, inner] = c.rank(0, "[rows, K]")?;
+    c.half(0)?;
+    let weight = if normed {
+        // Numbers are multiplied by the norm's weight before they are made small, and F16 ends at 65504.
+        c.dtype(0, if c.target == Target::Gpu { &[DType::BF16] } else { &[DType::BF16, DType::F32] })?;
+        c.shape(1, &[inner])?;
+        c.same_dtype(1, 0)?;
+        c.positive("eps")?;
+        2
+    } else {
+        1
+    };
+    let [_, weight_inner] = c.rank(weight, "[N, K]")?;
+    if weight_inner != inner {
+        return Err(c.shape_error(weight, format!("[N, {inner}]")));
+    }
+    c.same_dtype(weight, 0)?;
+    let columns = c.fixed(weight, 0)?;
+    if gated && !columns.is_multiple_of(2) {
+        return Err(c.shape_error(weight, format!("[2 d, {inner}], an even number of rows")));
+    }
+    let dtype = if c.operation.is_on("f32_out") { DType::F32 } else { c.specs[0].dtype };
+    Ok(vec![Spec::new(dtype, [rows, Dim::fixed(if gated { columns / 2 } else { columns })])])
+}
+
+/// Of what is computed with a product in one kernel, where the weight is.
+fn around_flops(given: &Given<'_>, weight: usize) -> u64 {
+    given.elements(0).saturating_mul(given.size(weight, 0)).saturating_mul(2)
+}
+
+/// What a product needs where its norm and its gate are kernels of their own: normed rows, and behind them both halves.
+fn around_workspace(given: &Given<'_>, normed: bool, gated: bool) -> u64 {
+    let (bytes, columns) = (given.specs[0].dtype.size() as u64, given.size(if normed { 2 } else { 1 }, 0));
+    let of = |is: bool, elements: u64| if is { aligned(elements.saturating_mul(bytes)) } else { 0 };
+    of(normed, given.elements(0)).saturating_add(of(gated, given.size(0, 0).saturating_mul(columns)))
+}
+
+/// q, k, v, [q and k weights], cos and sin, positions, lengths, table, caches: turned, appended and attended to.
+fn rule_turned_attention(c: &Check<'_>, normed: bool) -> Result<Vec<Spec>, GraphError> {
+    let [rows, _, size] = c.rank(0, "[rows, heads, head size]")?;
+    c.half(0)?;
+    let [_, heads, _] = c.rank(1, "[rows, heads, head size]")?;
+    for part in [1, 2] {
+        c.shape(part, &[rows, heads, size])?;
+        c.same_dtype(part, 0)?;
+    }
+    let next = if normed {
+        for weight in [3, 4] {
+            c.shape(weight, &[size])?;
+            c.same_dtype(weight, 0)?;
+        }
+        c.positive("eps")?;
+        5
+    } else {
+        3
+    };
+    rule_angles(c, next, next + 1, rows, size)?;
+    let caches = [next + 4, next + 5];
+    c.paged(next + 3, next + 1, caches, rows, [heads, size])?;
+    c.paged(next + 3, next + 2, caches, rows, [heads, size])?;
+    c.same_dtype(next + 4, 0)?;
+    c.positive("scale")?;
+    let (q, kv, head) = (c.fixed(0, 1)?, c.fixed(1, 1)?, c.fixed(0, 2)?);
+    if !q.is_multiple_of(kv) {
+        return Err(c.shape_error(0, format!("[{rows}, a multiple of {kv} heads, {size}]")));
+    }
+    if c.target == Target::Gpu && (!matches!(head, 64 | 128) || q / kv > 8) {
+        let reason = format!(
+            "{} heads of queries for each of keys, of {head}, and the kernel is for up to 8, of 64 or 128",
+            q / kv
+        );
+        let remedy = "leave the rule out that makes this operation, and attention is a kernel of its own";
+        return Err(GraphError::UnsupportedKernel { op: c.op.to_owned(), reason, remedy });
+    }
+    Ok(vec![Spec::new(c.specs[0].dtype, [rows, Dim::fixed(q * head)])])
+}
+
+/// Of these: the angles' rows, and of the caches what is appended and half of what a row's pages hold.
+fn turned_attention_touched(given: &Given<'_>, operand: usize, first: usize) -> Option<u64> {
+    if operand == first {
+        return Some(given.size(0, 0) * given.size(first, 1) * 4);
+    }
+    let (table, caches) = (first + 3, [first + 4, first + 5]);
+    caches.contains(&operand).then(|| {
+        let token = given.size(operand, 2) * given.size(operand, 3) * given.specs[operand].dtype.size() as u64;
+        let tokens = given.elements(table).saturating_mul(given.size(operand, 1)) / 2;
+        token.saturating_mul(tokens).saturating_add(token * given.size(0, 0))
+    })
+}
+
+fn turned_attention_flops(given: &Given<'_>, first: usize) -> u64 {
+    let tokens = given.size(first + 3, 1).saturating_mul(given.size(first + 4, 1)) / 2;
+    given.elements(0).saturating_mul(4).saturating_mul(tokens)
+}
+
 fn rule_pair(c: &Check<'_>) -> Result<Vec<Spec>, GraphError> {
     c.rank::<2>(0, "[rows, columns]")?;
     c.float(0)?;
@@ -766,8 +864,8 @@ table! {
         summary: "out = x · weightᵀ",
         operands: &[part("x"), read("weight"), made("out")],
         parameters: &["f32_out"],
-        // Kernels of this crate's own read the weight and the bias ahead of their wait, which nothing in a graph writes. cuBLASLt's are
-        // never launched so that they may start early, and what is behind one starts when it has ended.
+        // Kernels of this crate's own read the weight ahead of their wait, which nothing in a graph writes, and let others start before
+        // it. cuBLASLt's are never launched so that they may start early, and what is behind one starts when it has ended.
         rule: |c| rule_matmul(c, false, false),
         host: Some(host::matmul),
         flops: matmul_flops,
@@ -1017,6 +1115,69 @@ table! {
         }),
         flops: |given| 7 * (given.elements(0) + given.elements(1)),
         touched: |given, operand| turned_touched(given, operand, 5),
+    }
+    /// A product of normed rows, in one kernel where there are few.
+    NormMatMul {
+        name: "norm_matmul",
+        summary: "out = rmsnorm(x) · weightᵀ",
+        operands: &[part("x"), read("norm"), read("weight"), made("out")],
+        parameters: &["eps", "f32_out"],
+        after: PdlAfter::BeforeItsOwnWait,
+        rule: |c| rule_around(c, true, false),
+        host: Some(|call| fused::around(call, true, false)),
+        workspace: |given| around_workspace(given, true, false),
+        flops: |given| around_flops(given, 2),
+    }
+    /// A product with both halves of a weight and the gate, in one kernel where there are few rows.
+    MatMulSiluAndMul {
+        name: "matmul_silu_and_mul",
+        summary: "out = silu(x · weight[..d]ᵀ) · (x · weight[d..]ᵀ)",
+        operands: &[part("x"), read("weight"), made("out")],
+        after: PdlAfter::BeforeItsOwnWait,
+        rule: |c| rule_around(c, false, true),
+        host: Some(|call| fused::around(call, false, true)),
+        workspace: |given| around_workspace(given, false, true),
+        flops: |given| around_flops(given, 1),
+    }
+    /// The same of normed rows.
+    NormMatMulSiluAndMul {
+        name: "norm_matmul_silu_and_mul",
+        summary: "out = silu(rmsnorm(x) · weight[..d]ᵀ) · (rmsnorm(x) · weight[d..]ᵀ)",
+        operands: &[part("x"), read("norm"), read("weight"), made("out")],
+        parameters: &["eps"],
+        after: PdlAfter::BeforeItsOwnWait,
+        rule: |c| rule_around(c, true, true),
+        host: Some(|call| fused::around(call, true, true)),
+        workspace: |given| around_workspace(given, true, true),
+        flops: |given| around_flops(given, 2),
+    }
+    /// Rotary embeddings, the append and attention, in one.
+    RopeAppendAttention {
+        name: "rope_append_attention",
+        summary: "k_cache, v_cache ← k turned, v; out = softmax(scale · (q turned) kᵀ) v over the row's length",
+        operands: &[
+            part("q"), part("k"), part("v"), read("cos_sin"), read("positions"), read("lengths"), read("page_table"),
+            over_whole("k_cache"), over_whole("v_cache"), made("out"),
+        ],
+        parameters: &["scale", "interleave"],
+        rule: |c| rule_turned_attention(c, false),
+        host: Some(|call| fused::turned_attention(call, false)),
+        flops: |given| turned_attention_flops(given, 3),
+        touched: |given, operand| turned_attention_touched(given, operand, 3),
+    }
+    /// The norms of queries and keys, rotary embeddings, the append and attention, in one.
+    QkNormRopeAppendAttention {
+        name: "qk_norm_rope_append_attention",
+        summary: "k_cache, v_cache ← rmsnorm(k) turned, v; out = softmax(scale · (rmsnorm(q) turned) kᵀ) v over the row's length",
+        operands: &[
+            part("q"), part("k"), part("v"), read("q_weight"), read("k_weight"), read("cos_sin"), read("positions"),
+            read("lengths"), read("page_table"), over_whole("k_cache"), over_whole("v_cache"), made("out"),
+        ],
+        parameters: &["scale", "interleave", "eps"],
+        rule: |c| rule_turned_attention(c, true),
+        host: Some(|call| fused::turned_attention(call, true)),
+        flops: |given| turned_attention_flops(given, 5),
+        touched: |given, operand| turned_attention_touched(given, operand, 5),
     }
 }
 

@@ -35,8 +35,6 @@ const ADD: u32 = 1;
 const F32_OUT: u32 = 2;
 const GATED: u32 = 4;
 
-/// The most rows that there is a kernel for.
-pub(crate) const MOST_ROWS: u64 = 32;
 /// The kernels of each type: for how many rows at most, and how many tiles of the weight a block has.
 const ALL: [(u32, u32); 5] = [(8, 1), (8, 2), (16, 1), (32, 1), (32, 2)];
 /// Their names: those of BF16, and then those of F16.
@@ -188,14 +186,14 @@ mod tests {
         let name = |product: Product, capability| {
             FewRows::of(&product, PLAIN, capability).map(|kernel| NAMES[kernel.place].to_str().unwrap())
         };
-        for (rows, expected) in [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (MOST_ROWS, 32)] {
+        for (rows, expected) in [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32)] {
             for capability in [(9, 0), (12, 0)] {
                 let of = |dtype| name(Product { dtype, out: dtype, ..product(rows, 100, 64) }, capability).unwrap();
                 assert_eq!(of(DType::BF16), format!("few_rows_bf16_{expected}_1"));
                 assert_eq!(of(DType::F16), format!("few_rows_f16_{expected}_1"));
             }
         }
-        assert_eq!(name(product(MOST_ROWS + 1, 100, 64), (9, 0)), None);
+        assert_eq!(name(product(33, 100, 64), (9, 0)), None);
         assert_eq!(name(product(1, 100, 64), (8, 9)), None);
         assert_eq!(name(product(1, 100, 68), (9, 0)), None);
         assert_eq!(name(Product { dtype: DType::F32, ..product(1, 100, 64) }, (9, 0)), None);

@@ -174,13 +174,7 @@ impl PlannedMatMul {
                 // SAFETY: it is one for this product on this device, as `candidates` and `ready` see to; the rest is the caller's
                 // promise.
                 let code = unsafe { kernel.launch(runtime, &self.product, at, NOTHING, stream.as_raw(), pdl) }?;
-                if code == 0 {
-                    return Ok(());
-                }
-                let cudart = runtime.cudart()?;
-                let error = cudart.error("cudaLaunchKernel", code);
-                cudart.forget_stale_error();
-                Err(runtime.diagnosed(error, id, code, stream))
+                runtime.launched(code, id, stream)
             }
         }
     }
@@ -214,6 +208,49 @@ impl PlannedMatMul {
         // borrowed mutably, so that it overlaps nothing. Whoever made the tensors vouched for their memory.
         // What is ahead is the caller's promise.
         ordered_like(row, operands, || unsafe { self.launch(&at, stream, pdl && self.waits()) })
+    }
+}
+
+/// A product of few rows with what is ahead of it and behind it, in one kernel of this crate's own.
+#[cfg(feature = "compute")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FusedMatMul {
+    product: Product,
+    device: i32,
+    kernel: FewRows,
+}
+
+#[cfg(feature = "compute")]
+impl FusedMatMul {
+    /// Where there is a kernel for it on the stream's device: for up to 32 rows, of numbers
+    /// that lie as it needs them. The specification's columns are the result's.
+    pub(crate) fn new(spec: &MatMulSpec, around: Around, stream: &CudaStream) -> Result<Option<Self>> {
+        let runtime = FlashInferRuntime::global()?;
+        let device = runtime.checked_device(device(stream.context()))?;
+        let _current = CurrentContext::bind(stream.context())?;
+        let product = product(spec);
+        let Some(kernel) = FewRows::of(&product, around, runtime.compute_capability(device)?) else { return Ok(None) };
+        kernel.prepare(runtime)?;
+        Ok(Some(Self { product, device, kernel }))
+    }
+
+    /// Queues it. With `pdl` it is launched programmatically dependent, and reads the weight and the norm's ahead of its wait.
+    ///
+    /// # Safety
+    /// As for [`PlannedMatMul::launch`]; a gated product's weight has twice as many rows as the product columns, and `norm` is as many
+    /// numbers as a row of `x` has, aligned to 16 bytes.
+    pub(crate) unsafe fn launch(
+        &self,
+        at: &Addresses,
+        norm: *const c_void,
+        stream: Stream<'_>,
+        pdl: bool,
+    ) -> Result<()> {
+        let runtime = FlashInferRuntime::global()?;
+        let _current = if runtime.has_one_device() { None } else { Some(runtime.cudart()?.set_current(self.device)?) };
+        // SAFETY: it is the one for this product on this device; the rest is the caller's promise.
+        let code = unsafe { self.kernel.launch(runtime, &self.product, at, norm, stream.as_raw(), pdl) }?;
+        runtime.launched(code, self.device, stream)
     }
 }
 

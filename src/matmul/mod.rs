@@ -26,6 +26,8 @@ mod selections;
 mod timing;
 
 #[cfg(feature = "cudarc")]
+#[cfg(feature = "compute")]
+pub(crate) use gpu::FusedMatMul;
 pub(crate) use gpu::PlannedMatMul;
 #[cfg(feature = "cudarc")]
 pub use selections::Selections;

@@ -36,6 +36,13 @@ fn indices(graph: &Graph, node: &Node) -> Vec<Index> {
         let end = angles.map_or(i64::MAX, |angles| size(angles, 0)).min(capacity(table, cache));
         vec![index(positions, end), index(table, size(cache, 0))]
     };
+    // Positions, and behind them lengths, the page table and the caches.
+    let attended = |positions: usize, angles: usize| {
+        let (lengths, table, cache) = (positions + 1, positions + 2, positions + 3);
+        let lengths = Index { operand: lengths, from: 1, end: capacity(table, cache).saturating_add(1) };
+        let end = size(angles, 0).min(capacity(table, cache));
+        vec![index(positions, end), lengths, index(table, size(cache, 0))]
+    };
     // Without a wildcard, so that whoever adds an operation says what it goes by.
     match node.operation.kind {
         OpKind::Embedding => vec![index(0, size(1, 0))],
@@ -47,12 +54,17 @@ fn indices(graph: &Graph, node: &Node) -> Vec<Index> {
             let lengths = Index { operand: 4, from: 1, end: capacity(3, 1).saturating_add(1) };
             vec![index(3, size(1, 0)), lengths]
         }
+        OpKind::RopeAppendAttention => attended(4, 3),
+        OpKind::QkNormRopeAppendAttention => attended(6, 5),
         OpKind::RmsNorm
         | OpKind::FusedAddRmsNorm
         | OpKind::HeadRmsNorm
         | OpKind::MatMul
         | OpKind::MatMulBias
         | OpKind::MatMulAdd
+        | OpKind::NormMatMul
+        | OpKind::MatMulSiluAndMul
+        | OpKind::NormMatMulSiluAndMul
         | OpKind::SiluAndMul
         | OpKind::GeluAndMul
         | OpKind::GeluTanhAndMul

@@ -26,11 +26,14 @@ use crate::tensor::{DType, Element};
 
 mod inputs;
 mod model;
+mod own;
+mod pages;
 mod replan;
 mod ring;
 
 use inputs::Inputs;
 use model::{ARENA, BEHIND, BLOCKS, INPUTS, Model, OWN, STATES, WEIGHTS};
+use pages::Pages;
 pub use replan::{AttentionKernel, AttentionKernels};
 use ring::{Ring, Staging};
 
@@ -96,6 +99,7 @@ pub struct DeviceRun {
     model: Model,
     set: GraphSet<[CudaSlice<u8>; BLOCKS]>,
     inputs: Inputs,
+    pages: Pages,
     staging: Staging,
     followed: Option<Followed>,
     parts: Vec<Part>,
@@ -248,6 +252,7 @@ impl DeviceRun {
             model,
             set,
             inputs,
+            pages: Pages::new(graph),
             staging,
             followed: None,
             parts,
@@ -403,7 +408,7 @@ impl DeviceRun {
     }
 
     /// Looks at whether all is there for so many steps, and no index grows too large on the way.
-    fn ready(&self, steps: u64) -> Result<()> {
+    fn ready(&mut self, steps: u64) -> Result<()> {
         if let Some(part) = self.parts.iter().find(|part| !part.given) {
             let tensor = &self.model.graph.tensors[part.tensor];
             let expected = match tensor.packed.is_empty() {
@@ -412,7 +417,8 @@ impl DeviceRun {
             };
             return Err(GraphError::Missing { kind: "weight", name: part.name.clone(), expected }.into());
         }
-        self.inputs.check(&self.model.graph, self.rows, steps)
+        self.inputs.check(&self.model.graph, self.rows, steps)?;
+        self.pages.check(&self.inputs, self.rows, steps)
     }
 
     /// Copies what the device has not yet of the inputs.

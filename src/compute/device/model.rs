@@ -13,15 +13,17 @@ use super::super::plan::{Plan, Span, aligned};
 use super::super::shape::{Columns, Dim, Spec};
 use super::super::step::Buckets;
 use super::inputs::Inputs;
+use super::own::{Multiply, around, is_own_attention, weight_of};
 use super::replan::{Attention, AttentionKernels, is_attention};
 use crate::attention::{AttentionOptions, DecodeFacts, XqaKernel};
 use crate::contract::Operand;
 use crate::engine::Entry;
 use crate::error::{FlashInferError, Result};
+use crate::glue::attend::Attend;
 use crate::matmul::{MatMul, MatMulSpec, Selections};
 use crate::owner::Owner;
 use crate::stream::Stream;
-use crate::tensor::{DType, Device, Layout, TensorMut, TensorRef};
+use crate::tensor::{DType, Device, Layout};
 
 /// The blocks of memory that a run has.
 pub(super) const WEIGHTS: usize = 0;
@@ -45,6 +47,8 @@ enum Way {
     Attention(usize),
     /// By a product for each plan.
     Product,
+    /// By this crate's own kernel that appends and attends.
+    Own,
 }
 
 /// Numbers that never change: 0, then each larger by a step.
@@ -70,8 +74,11 @@ pub(super) struct Model {
     pub(super) kernels: AttentionKernels,
     pub(super) attention: Vec<Attention>,
     /// Products of each size, and for each plan which one a node's is.
-    products: Vec<MatMul>,
+    products: Vec<Multiply>,
     chosen: Vec<Vec<usize>>,
+    /// For each plan, the kernels of this crate's own that append and attend, and whether what they read is written by none ahead.
+    own: Vec<Vec<Option<Attend>>>,
+    pub(super) reads_early: Vec<Vec<bool>>,
     steady: Vec<Steady>,
     /// XQA's counters, and queries that lie one after the other, in the run's own block.
     counters: Span,
@@ -91,8 +98,8 @@ pub(super) fn unserved(graph: &Graph, node: usize, reason: String, remedy: &'sta
     GraphError::UnsupportedKernel { op: graph.node_name(node), reason, remedy }.into()
 }
 
-fn is_product(kind: OpKind) -> bool {
-    matches!(kind, OpKind::MatMul | OpKind::MatMulBias | OpKind::MatMulAdd)
+fn is_product(operation: &Operation) -> bool {
+    matches!(operation.kind, OpKind::MatMul | OpKind::MatMulBias | OpKind::MatMulAdd) || around(operation).is_some()
 }
 
 impl Model {
@@ -134,6 +141,8 @@ impl Model {
             attention: Vec::new(),
             products: Vec::new(),
             chosen: Vec::new(),
+            own: Vec::new(),
+            reads_early: Vec::new(),
             steady: Vec::new(),
             counters: nothing,
             queries: nothing,
@@ -154,11 +163,24 @@ impl Model {
         selections: &mut Selections,
     ) -> Result<()> {
         self.choose_products(stream, selections)?;
+        for plan in 0..self.plans.len() {
+            let is_own = |node: &Node| is_own_attention(node.operation.kind);
+            let own: Vec<usize> = (0..self.graph.nodes.len()).filter(|&node| is_own(&self.graph.nodes[node])).collect();
+            let (mut kernels, mut early) = (vec![None; self.graph.nodes.len()], vec![false; self.graph.nodes.len()]);
+            for node in own {
+                kernels[node] = Some(self.choose_attention(plan, node, stream)?);
+                early[node] = self.reads_early(plan, node);
+            }
+            self.own.push(kernels);
+            self.reads_early.push(early);
+        }
         let (mut counters, mut queries) = (0u64, 0u64);
         for node in 0..self.graph.nodes.len() {
             let kind = self.graph.nodes[node].operation.kind;
-            let way = if is_product(kind) {
+            let way = if is_product(&self.graph.nodes[node].operation) {
                 Way::Product
+            } else if is_own_attention(kind) {
+                Way::Own
             } else if is_attention(kind) {
                 let attention = self.load_attention(node, inputs, stream)?;
                 let xqa = self.attention[attention].xqa.as_ref();
@@ -191,10 +213,10 @@ impl Model {
     /// they are, is known here alone. XQA is never launched so, and lets others start whatever is ahead of it.
     fn early_nodes(&self, plan: usize) -> Vec<bool> {
         let (graph, order) = (&self.graph, &self.plans[plan].order);
-        let product_waits = |node: usize| self.products[self.chosen[plan][node]].waits();
+        let product_waits = |node: usize| self.product(plan, node).waits();
         let lets = |node: usize| match self.ways[node] {
             Way::Row => graph.nodes[node].operation.facts().after != PdlAfter::AtEnd,
-            Way::Attention(_) => true,
+            Way::Attention(_) | Way::Own => true,
             Way::Product => product_waits(node),
         };
         let waits = |node: usize| match self.ways[node] {
@@ -207,10 +229,12 @@ impl Model {
             Way::Attention(attention) if self.is_planned(plan, attention) => true,
             // Not XQA's kernel, but the one that copies its queries.
             Way::Attention(_) => self.copies_queries(plan, node),
-            // Ahead of its wait it reads what no node writes.
+            // Ahead of its wait it reads what no node ahead of it writes, or nothing.
+            Way::Own => true,
+            // Ahead of its wait it reads what no node writes: the norm's weight and the product's.
             Way::Product => {
                 let Node { operation, accesses, .. } = &graph.nodes[node];
-                let read = if operation.kind == OpKind::MatMulBias { 1..3 } else { 1..2 };
+                let read = 1..around(operation).map_or(1, weight_of) + 1;
                 let steady = |access: &Access| graph.tensors[access.tensor].origin == Origin::Weight;
                 product_waits(node) && accesses[read].iter().all(steady)
             }
@@ -221,11 +245,12 @@ impl Model {
     }
 
     fn choose_products(&mut self, stream: &Arc<CudaStream>, selections: &mut Selections) -> Result<()> {
-        let mut known: HashMap<MatMulSpec, usize> = HashMap::new();
+        let mut known: HashMap<(MatMulSpec, Option<(u32, bool)>), usize> = HashMap::new();
         for plan in 0..self.plans.len() {
             let mut chosen = vec![usize::MAX; self.graph.nodes.len()];
             for (node, chosen) in chosen.iter_mut().enumerate() {
-                if !is_product(self.graph.nodes[node].operation.kind) {
+                let operation = &self.graph.nodes[node].operation;
+                if !is_product(operation) {
                     continue;
                 }
                 let refused = |error: FlashInferError| match error {
@@ -238,11 +263,17 @@ impl Model {
                     other => other,
                 };
                 let spec = self.product_spec(plan, node).map_err(refused)?;
-                *chosen = match known.get(&spec) {
+                let around = around(operation);
+                let key = (spec, around.map(|around| (around.eps.unwrap_or(0.0).to_bits(), around.gated)));
+                *chosen = match known.get(&key) {
                     Some(&product) => product,
                     None => {
-                        self.products.push(MatMul::new(spec, stream, selections).map_err(refused)?);
-                        known.insert(spec, self.products.len() - 1);
+                        let product = match around {
+                            None => MatMul::new(spec, stream, selections).map(Multiply::Plain),
+                            Some(around) => self.choose_fused(plan, node, (spec, around), stream, selections),
+                        };
+                        self.products.push(product.map_err(refused)?);
+                        known.insert(key, self.products.len() - 1);
                         self.products.len() - 1
                     }
                 };
@@ -258,7 +289,7 @@ impl Model {
         let Node { operation, accesses, .. } = &graph.nodes[node];
         let specs = graph.given(&graph.nodes[node]);
         let size = |dim: Dim| i64::try_from(dim.at(batch)).unwrap_or(i64::MAX);
-        let (x, weight) = (&specs[0].shape, &specs[1].shape);
+        let (x, weight) = (&specs[0].shape, &specs[around(operation).map_or(1, weight_of)].shape);
         let whole = &graph.tensors[accesses[0].tensor].spec.shape;
         let stride = whole.last().copied().map_or(0, size);
         let mut spec =
@@ -314,7 +345,7 @@ impl Model {
     }
 
     /// That a kernel runs on this GPU and is there.
-    fn ready(&self, node: usize, entry: Entry) -> Result<()> {
+    pub(super) fn ready(&self, node: usize, entry: Entry) -> Result<()> {
         if !entry.is_supported(self.device)? {
             let reason = format!("{} does not run on {}", entry.row.kernel, self.device);
             return Err(unserved(&self.graph, node, reason, "run it on another GPU"));
@@ -323,7 +354,7 @@ impl Model {
     }
 
     /// That a node's workspace in the arena has so many bytes.
-    fn enough(&self, plan: usize, node: usize, needed: u64) -> Result<()> {
+    pub(super) fn enough(&self, plan: usize, node: usize, needed: u64) -> Result<()> {
         let planned = self.plans[plan].workspace(node).map_or(0, |span| span.bytes);
         if planned >= needed {
             return Ok(());
@@ -395,7 +426,7 @@ impl Model {
         (block, self.places[tensor])
     }
 
-    fn data(&self, plan: usize, tensor: usize) -> *mut u8 {
+    pub(super) fn data(&self, plan: usize, tensor: usize) -> *mut u8 {
         std::ptr::with_exposed_provenance_mut(self.address(plan, tensor) as usize)
     }
 
@@ -436,8 +467,29 @@ impl Model {
         pdl && self.early[plan][node]
     }
 
+    /// A node's product.
+    pub(super) fn product(&self, plan: usize, node: usize) -> &Multiply {
+        &self.products[self.chosen[plan][node]]
+    }
+
+    /// An address in the arena.
+    pub(super) fn scratch(&self, offset: u64) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut((self.blocks[ARENA] + offset) as usize)
+    }
+
+    /// Scratch memory of products.
+    pub(super) fn product_workspace(&self) -> Layout {
+        self.vector(OWN, self.workspace.offset, DType::U8, self.workspace.bytes)
+    }
+
     /// How many kernels a node launches.
     pub(super) fn kernels(&self, plan: usize, node: usize) -> u32 {
+        if let (Way::Product, Some(around)) = (self.ways[node], around(&self.graph.nodes[node].operation)) {
+            return match self.product(plan, node) {
+                Multiply::Several(_) => 1 + u32::from(around.eps.is_some()) + u32::from(around.gated),
+                Multiply::Plain(_) | Multiply::Fused(_) => 1,
+            };
+        }
         let attention = match self.ways[node] {
             Way::Attention(attention) => Some(attention),
             _ => None,
@@ -460,7 +512,7 @@ impl Model {
     /// Whether what a node launches is for a library to choose: cuBLASLt may divide a product, and sum its parts by another
     /// kernel behind a fill, of which one may start early as it sees fit.
     pub(super) fn is_free(&self, plan: usize, node: usize) -> bool {
-        matches!(self.ways[node], Way::Product) && !self.products[self.chosen[plan][node]].waits()
+        matches!(self.ways[node], Way::Product) && !self.product(plan, node).waits()
     }
 
     /// Queues a node of a plan.
@@ -480,8 +532,17 @@ impl Model {
                 // while it is needed. Columns lie within their tensors, which the builder saw to.
                 unsafe { self.call(&call, |argument| self.argument(plan, node, &specs, argument), stream, early) }
             }
-            // SAFETY: the caller's promise.
-            Way::Product => unsafe { self.multiply(plan, node, stream, early) },
+            Way::Product => match around(&self.graph.nodes[node].operation) {
+                // SAFETY: the caller's promise.
+                None => unsafe { self.multiply(plan, node, stream, early) },
+                // SAFETY: as above.
+                Some(around) => unsafe { self.multiply_around(plan, node, around, stream, early) },
+            },
+            Way::Own => {
+                let Some(attend) = self.own[plan][node] else { unreachable!("it was there when the run was made") };
+                // SAFETY: as above.
+                unsafe { self.append_and_attend(plan, node, attend, stream, early) }
+            }
             Way::Attention(attention) => match &self.attention[attention].xqa {
                 // SAFETY: the caller's promise.
                 Some(kernel) if !self.is_planned(plan, attention) => unsafe {
@@ -495,7 +556,7 @@ impl Model {
 
     /// # Safety
     /// As for [`launch`](Self::launch).
-    unsafe fn call(
+    pub(super) unsafe fn call(
         &self,
         call: &RowCall,
         layout: impl Fn(RowArgument) -> Option<Layout>,
@@ -591,7 +652,7 @@ impl Model {
     /// As for [`launch`](Self::launch).
     unsafe fn multiply(&self, plan: usize, node: usize, stream: Stream<'_>, early: bool) -> Result<()> {
         let Node { operation, accesses, .. } = &self.graph.nodes[node];
-        let product = &self.products[self.chosen[plan][node]];
+        let Multiply::Plain(product) = self.product(plan, node) else { unreachable!("nothing is around it") };
         let spec = product.spec();
         let (rows, columns, inner) = (spec.rows(), spec.columns(), spec.inner());
         // Of one row nothing lies apart.
@@ -603,17 +664,8 @@ impl Model {
         let Some(out) = accesses.last() else { unreachable!("every product has operands") };
         let data = self.layout(plan, out).data();
         let out = Layout::build(data, self.device, spec.out(), &[rows, columns], None, None);
-        let workspace = self.vector(OWN, self.workspace.offset, DType::U8, self.workspace.bytes);
-        // SAFETY: the caller's promise, and the plan's proof: what is written is nothing else that is needed, and no node writes a
-        // weight. The workspace is for products alone; those that have one start behind the end of the node ahead.
-        unsafe {
-            let read = |layout| TensorRef::from_layout(layout, Owner::NONE);
-            let (x, weight, bias) = (read(x), read(weight), bias.map(read));
-            let mut out = TensorMut::from_layout(out, Owner::NONE);
-            let mut workspace = TensorMut::from_layout(workspace, Owner::NONE);
-            let workspace = (product.workspace_bytes() > 0).then_some(&mut workspace);
-            product.run_early(&mut out, &x, &weight, bias.as_ref(), workspace, stream, early)
-        }
+        // SAFETY: the caller's promise; the tensors are of the specification's sizes.
+        unsafe { self.run_product(product, x, weight, bias, out, stream, early) }
     }
 
     /// The node's tensors that it wrote and that hold numbers which may be infinite.

@@ -47,9 +47,15 @@ static ARMS: [Arm; 28] = [
     arm("ours-unfused", Program::Rust, "no fusion, a CUDA graph with PDL"),
     arm("ours-no-pack", Program::Rust, "without packed products"),
     arm("ours-no-gated", Program::Rust, "without the gated activation in one kernel"),
-    arm("ours-no-add", Program::Rust, "without sum and norm in one kernel"),
-    arm("ours-no-qk", Program::Rust, "without q/k norm, rope and append in one kernel"),
+    arm("ours-no-qk", Program::Rust, "without q/k norm, rope and append in one kernel, nor attention"),
     arm("ours-no-residual", Program::Rust, "without sums in products"),
+    arm("ours-no-gate", Program::Rust, "without the gated activation in the product ahead of it"),
+    arm("ours-no-norm", Program::Rust, "without norms in the products behind them"),
+    arm(
+        "ours-no-attention",
+        Program::Rust,
+        "XQA behind q/k norm, rope and append, in place of attention in one kernel with them",
+    ),
     arm("hf-compile-1x1024", Program::Python, "`torch.compile(mode=\"reduce-overhead\", fullgraph=True)`, StaticCache"),
     arm("hf-compile-32x1024", Program::Python, "likewise"),
     arm("hf-compile-1x8192", Program::Python, "likewise"),
@@ -91,8 +97,16 @@ const KINDS: [(&str, &str); 5] = [
 ];
 
 /// What is left out of the fused graph, one rule at a time.
-const ABLATIONS: &[&str] =
-    &["ours-unfused", "ours-no-pack", "ours-no-gated", "ours-no-add", "ours-no-qk", "ours-no-residual"];
+const ABLATIONS: &[&str] = &[
+    "ours-unfused",
+    "ours-no-pack",
+    "ours-no-gated",
+    "ours-no-qk",
+    "ours-no-residual",
+    "ours-no-gate",
+    "ours-no-norm",
+    "ours-no-attention",
+];
 
 const QWEN: &str = "qwen3-0.6b";
 const LLAMA: &str = "llama-3.2-1b";
