@@ -253,6 +253,13 @@ impl Driver {
         Self::set(&self.driver, "ordering_multiprocessors", count);
     }
 
+    /// Nothing of these fails any more.
+    pub fn fail_nothing(&self) {
+        self.fail_copies(0);
+        self.fail_records(0);
+        self.fail_waits(0);
+    }
+
     /// From now on every context is lost.
     pub fn lose(&self) {
         Self::set(&self.driver, "ordering_lost", 1);

@@ -668,12 +668,12 @@ impl DeviceRun {
         // for before the values are looked at or dropped; else they never are.
         let copied = unsafe { cuda::memcpy_dtoh_async(&mut values, from, stream.cu_stream()) };
         let copied = copied.map_err(driver_in(stream.context(), "reading a tensor"));
-        if let Err(error) = self.synchronize().and(copied) {
+        if let Err(error) = self.synchronize() {
             // Nobody knows whether something is written there still.
             std::mem::forget(values);
             return Err(error);
         }
-        Ok(values)
+        copied.map(|()| values)
     }
 
     /// An output's or a state's rows on the GPU, for kernels of the caller's between steps. cudarc orders what is done through the
