@@ -43,6 +43,8 @@ pub(super) struct Ring {
     slots: Vec<Slot>,
     /// As many as there are slots, of which one that no slot is ahead of is always left.
     events: Vec<CudaEvent>,
+    /// The event that was recorded last.
+    newest: Option<usize>,
     next: usize,
     stream: Arc<CudaStream>,
 }
@@ -59,7 +61,7 @@ impl Ring {
         let slots = (0..count).map(slot).collect::<Result<_>>()?;
         let event = |_| context.new_event(None).map_err(driver("cuEventCreate"));
         let events = (0..count).map(event).collect::<Result<_>>()?;
-        Ok(Self { slots, events, next: 0, stream: Arc::clone(stream) })
+        Ok(Self { slots, events, newest: None, next: 0, stream: Arc::clone(stream) })
     }
 
     /// The next slot, once its copies are made, with tables of so many numbers.
@@ -124,7 +126,10 @@ impl Ring {
             unreachable!("each slot is ahead of one event at most, and one is ahead of none")
         };
         let (copies, result) = match record(&self.events[event], &self.stream) {
-            Ok(()) => (Copies::Ahead(event), Ok(())),
+            Ok(()) => {
+                self.newest = Some(event);
+                (Copies::Ahead(event), Ok(()))
+            }
             Err(error) => {
                 let context = self.stream.context();
                 // SAFETY: the stream is live. In a context that is lost nothing is copied any more.
@@ -146,23 +151,24 @@ impl Slot {
 
 impl Drop for Ring {
     fn drop(&mut self) {
+        let left = |copies: Copies| self.slots.iter().any(|slot| slot.copies == copies);
         let context = self.stream.context();
         let _current = CurrentContext::bind(context);
-        for Slot { lists, tables, copies } in &mut self.slots {
-            let waited = match *copies {
-                Copies::Made => continue,
-                // SAFETY: the event is live.
-                Copies::Ahead(event) => unsafe { cuda::event::synchronize(self.events[event].cu_event()) },
-                // SAFETY: the stream is live.
-                Copies::Queued => unsafe { cuda::stream::synchronize(self.stream.cu_stream()) },
-            };
-            match waited.map_err(driver_in(context, "waiting for a plan's copies")) {
-                // In a context that is lost nothing is copied any more. Else some may be on their way for good.
-                Err(error) if !error.is_fatal() => {
-                    lists.leak();
-                    tables.leak();
-                }
-                _ => {}
+        let waited = match self.newest {
+            // SAFETY: the stream is live.
+            _ if left(Copies::Queued) => unsafe { cuda::stream::synchronize(self.stream.cu_stream()) },
+            // What is ahead of an earlier event is ahead of this one too.
+            // SAFETY: the event is live.
+            Some(event) if left(Copies::Ahead(event)) => unsafe {
+                cuda::event::synchronize(self.events[event].cu_event())
+            },
+            _ => Ok(()),
+        };
+        // In a context that is lost nothing is copied any more. Else some may be on their way for good.
+        if waited.map_err(driver_in(context, "waiting for a plan's copies")).is_err_and(|error| !error.is_fatal()) {
+            for slot in self.slots.iter_mut().filter(|slot| slot.copies != Copies::Made) {
+                slot.lists.leak();
+                slot.tables.leak();
             }
         }
     }
