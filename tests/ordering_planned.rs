@@ -247,6 +247,48 @@ fn a_plan_that_would_be_launched_otherwise_is_refused_and_leaves_all_as_it_was()
     });
 }
 
+/// Their lengths stay as they are on the device, where the host counts one for each step.
+#[test]
+fn rows_that_steps_left_out_are_given_anew_before_they_are_planned() {
+    with_driver("rows_that_steps_left_out_are_given_anew_before_they_are_planned", |driver| {
+        let [a, _b] = streams();
+        let mut run = made(&decoder(1, false), &[1, 2, 4], &a, by(AttentionKernel::BatchDecode)).unwrap();
+        run.capture().unwrap();
+        type Step = fn(&mut DeviceRun) -> flashinfer_rs::Result<()>;
+        let steps: [Step; 2] = [DeviceRun::step, |run| run.run(1)];
+        for step in steps {
+            give(&mut run, &[12, 3, 30]);
+            step(&mut run).unwrap();
+            run.set_rows(2).unwrap();
+            step(&mut run).unwrap();
+            run.set_rows(3).unwrap();
+            let queued = driver.queued();
+            match refused(step(&mut run)) {
+                GraphError::Missing { kind: "step input", name, expected } => {
+                    assert_eq!(name, "lengths");
+                    assert!(expected.contains("3 rows") && expected.contains("had 2"), "{expected}");
+                }
+                other => panic!("{other}"),
+            }
+            assert!(matches!(refused(run.replan()), GraphError::Missing { .. }));
+            assert_eq!(driver.queued(), queued);
+            // Of those that all steps had, nothing is asked.
+            run.set_rows(1).unwrap();
+            step(&mut run).unwrap();
+            give(&mut run, &[15, 5, 31]);
+            step(&mut run).unwrap();
+        }
+        // XQA reads the lengths that there are.
+        let mut run = made(&decoder(1, false), &[1, 2, 4], &a, by(AttentionKernel::Xqa)).unwrap();
+        give(&mut run, &[12, 3, 30]);
+        run.step().unwrap();
+        run.set_rows(1).unwrap();
+        run.step().unwrap();
+        run.set_rows(3).unwrap();
+        run.step().unwrap();
+    });
+}
+
 #[test]
 fn steps_that_the_caller_did_not_plan_are_stale() {
     with_driver("steps_that_the_caller_did_not_plan_are_stale", |driver| {

@@ -100,8 +100,17 @@ struct Input {
     version: u64,
     /// The most that a step makes of it by adding one.
     most: i64,
+    /// To how many rows at least one was added as often as to the first.
+    grown: u64,
     /// Whether the device has not what was given yet.
     changed: bool,
+}
+
+impl Input {
+    fn add(&mut self, count: i64, bucket: u64) {
+        self.added = self.added.saturating_add(count);
+        self.grown = self.grown.min(bucket);
+    }
 }
 
 /// The inputs of a graph's steps.
@@ -148,6 +157,7 @@ impl Inputs {
                     rows: 0,
                     version: 0,
                     most: i64::MAX,
+                    grown: u64::MAX,
                     changed: false,
                 });
             }
@@ -300,7 +310,7 @@ impl Inputs {
             input.largest = if pad > largest.1 { (rows, pad) } else { largest };
         }
         self.block.fill(graph, name, &mut self.host, bytes)?;
-        (input.added, input.rows, input.changed) = (0, rows, true);
+        (input.added, input.rows, input.changed, input.grown) = (0, rows, true, u64::MAX);
         input.version += 1;
         Ok(())
     }
@@ -341,17 +351,23 @@ impl Inputs {
         Ok(())
     }
 
-    /// Counts what a node adds, once it was launched; and what was added within its step.
-    pub(super) fn launched(&mut self, node: usize, added: &mut [i64]) {
+    /// Counts what a node adds, once it was launched for a bucket; and what was added within its step.
+    pub(super) fn launched(&mut self, node: usize, added: &mut [i64], bucket: u64) {
         for &at in &self.used[node].added {
-            self.all[at].added = self.all[at].added.saturating_add(1);
+            self.all[at].add(1, bucket);
             added[at] += 1;
         }
     }
 
-    /// Counts what a whole step adds.
-    pub(super) fn stepped(&mut self) {
-        self.all.iter_mut().for_each(|input| input.added = input.added.saturating_add(input.steps));
+    /// Counts what a whole step adds, of a bucket.
+    pub(super) fn stepped(&mut self, bucket: u64) {
+        self.all.iter_mut().filter(|input| input.steps > 0).for_each(|input| input.add(input.steps, bucket));
+    }
+
+    /// To how many rows of an input at least steps added as often as to the first: rows that a smaller bucket left out stayed as they
+    /// were.
+    pub(super) fn grown_rows(&self, tensor: usize) -> u64 {
+        self.input(tensor).grown
     }
 
     pub(super) fn count(&self) -> usize {
@@ -573,12 +589,12 @@ mod tests {
             for _ in 0..2 {
                 for _ in 0..steps - 1 {
                     inputs.check(&graph, 3, 1).unwrap();
-                    inputs.stepped();
+                    inputs.stepped(4);
                 }
                 let mut added = vec![0; inputs.count()];
                 for node in 0..graph.nodes.len() {
                     inputs.check_node(node, &added).unwrap();
-                    inputs.launched(node, &mut added);
+                    inputs.launched(node, &mut added, 4);
                 }
                 assert!(matches!(refused(inputs.check(&graph, 3, 1)), GraphError::ContextTooLong { .. }));
                 let added = vec![0; inputs.count()];

@@ -584,7 +584,7 @@ impl DeviceRun {
         for _ in 0..steps {
             self.plan_attention(self.by_hand)?;
             self.set.launch(batch)?;
-            self.inputs.stepped();
+            self.inputs.stepped(batch);
             self.end_step()?;
         }
         Ok(())
@@ -850,7 +850,8 @@ impl Backend for EagerRun<'_> {
         // SAFETY: the set owns the blocks, and orders what is launched on its stream with all other uses; what the node finds its
         // way by was checked when it was given and above, and is what the nodes ahead of it made of it in this step.
         let launched = unsafe { self.run.model.launch(self.run.at, node, stream, false) };
-        self.run.inputs.launched(node, &mut self.added);
+        let bucket = self.run.model.plans[self.run.at].batch;
+        self.run.inputs.launched(node, &mut self.added, bucket);
         launched.map_err(|error| self.run.model.failed(node, error))?;
         self.record(at + 1)?;
         if self.run.checks {

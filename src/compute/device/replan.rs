@@ -427,6 +427,14 @@ impl DeviceRun {
         let pad = model.pad_page(model.attention[attention].table);
         let bucket = model.plans[*at].batch;
         let all = &mut model.attention[attention];
+        let grown = inputs.grown_rows(all.lengths);
+        if *rows > grown {
+            // The device's lengths are not what the host counts, which a plan would be for.
+            let (tensor, kind) = (&model.graph.tensors[all.lengths], "step input");
+            let expected =
+                format!("{} for {rows} rows, of which the steps since it was given had {grown}", tensor.spec);
+            return Err(GraphError::Missing { kind, name: tensor.name.clone(), expected }.into());
+        }
         let [rows, filled] = [*rows, bucket].map(|batch| all.rows.at(batch));
         let (table, lengths) = (inputs.version(all.table), inputs.version(all.lengths));
         let longest = inputs.words(all.lengths, rows as usize).into_iter().max().unwrap_or(0);
@@ -550,7 +558,7 @@ mod tests {
         let table: Vec<i32> = rows.iter().flat_map(|row| row.1).collect();
         inputs.give(&graph, "lengths", count, DType::I32, &words(&lengths)).unwrap();
         inputs.give(&graph, "page_table", count, DType::I32, &words(&table)).unwrap();
-        (0..steps).for_each(|_| inputs.stepped());
+        (0..steps).for_each(|_| inputs.stepped(8));
         let node = graph.nodes.iter().position(|node| is_attention(node.operation.kind)).unwrap();
         let spec = decode_spec(&graph, node).unwrap();
         let batch = Batch::paged(PAGE_SIZE as i64, PAGES).unwrap();
