@@ -56,6 +56,9 @@ const TESTS: &[Test] = &[
     ("what_does_not_fit_is_refused_and_the_run_goes_on", refused_and_goes_on),
     ("other_operations_compute_what_the_host_does", other_operations),
     ("every_node_has_a_time", profiled),
+    ("a_row_has_the_same_bits_in_every_bucket", every_bucket),
+    ("of_more_rows_than_own_kernels_take_norm_product_and_gate_are_several", many_rows),
+    ("pages_that_a_row_appends_to_and_another_reads_are_refused", shared_pages),
 ];
 
 /// Of attention that the host plans ahead of each step.
@@ -122,6 +125,13 @@ fn unfused() -> Graph {
 fn fused() -> Graph {
     let (graph, applied) = fuse(&unfused(), &Rule::ALL).unwrap();
     assert!(applied.iter().any(|applied| applied.rule == Rule::QkNormRopeAppend));
+    graph
+}
+
+/// For rows that are sequences of their own: attention appends, too.
+fn of_steps() -> Graph {
+    let (graph, applied) = fuse(&unfused(), &Rule::STEP).unwrap();
+    assert_eq!(applied.iter().filter(|applied| applied.rule == Rule::AppendAttention).count(), SMALL.layers as usize);
     graph
 }
 
@@ -226,7 +236,9 @@ fn batch_decode_however_launched(gpu: &Gpu) {
 }
 
 fn however_launched(gpu: &Gpu, kernel: AttentionKernel) {
-    for (name, graph) in [("unfused", unfused()), ("fused", fused())] {
+    // Its attention is none that is planned.
+    let of_steps = (kernel == AttentionKernel::Xqa).then(|| ("of steps", of_steps()));
+    for (name, graph) in [("unfused", unfused()), ("fused", fused())].into_iter().chain(of_steps) {
         let mut run = new_run_by(gpu, &graph, &[1, 2, 4, 8], AttentionKernels::new(kernel));
         give(&mut run);
         for rows in [1, 2, 3, 8] {
@@ -315,7 +327,11 @@ fn fused_as_the_host(gpu: &Gpu) {
         vec![Rule::AddNorm],
         vec![Rule::PackProducts, Rule::QkNormRopeAppend],
         vec![Rule::ResidualProduct],
+        vec![Rule::PackProducts, Rule::GatedActivation, Rule::GatedProduct],
+        vec![Rule::PackProducts, Rule::NormProduct],
+        vec![Rule::PackProducts, Rule::QkNormRopeAppend, Rule::AppendAttention],
         Rule::ALL.to_vec(),
+        Rule::STEP.to_vec(),
     ];
     for rules in sets {
         let (graph, _) = fuse(&graph, &rules).unwrap();
@@ -325,8 +341,95 @@ fn fused_as_the_host(gpu: &Gpu) {
     }
 }
 
+/// Every sum is made in one order by this crate's own kernels, whatever the bucket; XQA's is another for other batches.
+fn every_bucket(gpu: &Gpu) {
+    let graph = of_steps();
+    let mut run = decoder(gpu, &graph, &[1, 2, 4, 8]);
+    run.set_pdl(true);
+    let vocab = SMALL.vocab as usize;
+    let mut alone: Option<Vec<Vec<u64>>> = None;
+    for rows in [1, 2, 3, 8] {
+        run.set_rows(rows as u64).unwrap();
+        run.capture().unwrap();
+        let found = outcome(&mut run, rows, |run| run.run(1).unwrap());
+        let first: Vec<Vec<u64>> = found.logits.iter().map(|logits| logits[..vocab].to_vec()).collect();
+        match &alone {
+            None => alone = Some(first),
+            Some(alone) => assert!(*alone == first, "{rows} rows"),
+        }
+    }
+}
+
+fn many_rows(gpu: &Gpu) {
+    const ROWS: usize = 40;
+    let config = Config { pages: 1 + 64 * SMALL.per_row, ..SMALL };
+    let graph = fuse(&config.graph(64).unwrap(), &Rule::ALL).unwrap().0;
+    let mut run = new_run(gpu, &graph, &[64]);
+    give(&mut run);
+    let mut pages = PageAllocator::new(config.pages as u32, config.page_size, 64, config.per_row);
+    (0..ROWS).for_each(|row| pages.grow(row, 1).unwrap());
+    let (ids, table) =
+        (first_ids(ROWS).iter().map(|id| id % SMALL.vocab as i32).collect::<Vec<_>>(), pages.table(ROWS));
+    let plan = Plan::new(&graph, ROWS as u64).unwrap();
+    let mut host = HostRun::new(&graph, &plan).unwrap();
+    config.give(&mut host, SEED).unwrap();
+    let wide = |values: &[i32]| values.iter().map(|value| f64::from(*value)).collect::<Vec<_>>();
+    host.input("page_table", &wide(&table)).unwrap();
+    host.input("positions", &[0.0; ROWS]).unwrap();
+    host.input("lengths", &[1.0; ROWS]).unwrap();
+    host.input("ids", &wide(&ids)).unwrap();
+    host.run().unwrap();
+    begin(&mut run, &ids, &table);
+    // Two norms and a gate of each layer more than nodes, and the norm ahead of the head.
+    assert_eq!(run.kernels(64).unwrap() as usize, graph.nodes().len() + 3 * SMALL.layers as usize + 1);
+    run.step().unwrap();
+    let eager = run.read("logits").unwrap();
+    let error = distance(&eager, &host.read("logits").unwrap());
+    println!("{ROWS} rows: relative error {error:.2e}");
+    assert!(error < 2e-2, "{error}");
+    run.capture().unwrap();
+    begin(&mut run, &ids, &table);
+    run.run(1).unwrap();
+    assert_eq!(bits(&run.read("logits").unwrap()), bits(&eager));
+}
+
+fn shared_pages(gpu: &Gpu) {
+    let graph = of_steps();
+    let mut run = decoder(gpu, &graph, &[4]);
+    run.capture().unwrap();
+    let table = pages(3).table(3);
+    let width = SMALL.per_row as usize;
+    let with = |row: usize, at: usize, page: i32| {
+        let mut table = table.clone();
+        table[row * width + at] = page;
+        table
+    };
+    let ids = first_ids(3);
+    begin(&mut run, &ids, &table);
+    run.run(1).unwrap();
+    let expected = bits(&run.read("logits").unwrap());
+    // The second row's first page, to which the third would append.
+    begin(&mut run, &ids, &with(2, 0, table[width]));
+    for refusal in [refused(run.run(1)), refused(run.step())] {
+        let GraphError::SharedPage { row, other, page, .. } = refusal else { panic!("{refusal}") };
+        assert_eq!(([row, other], page), ([2, 1], table[width].into()));
+    }
+    // One that is only reached in later steps is refused then.
+    begin(&mut run, &ids, &with(2, 1, table[width]));
+    let page_size = SMALL.page_size;
+    assert!(matches!(refused(run.run(page_size + 1)), GraphError::SharedPage { row: 2, other: 1, .. }));
+    run.run(1).unwrap();
+    assert_eq!(bits(&run.read("logits").unwrap()), expected);
+    // A prefix of full pages may be shared.
+    begin(&mut run, &ids, &with(2, 0, table[width]));
+    run.input("positions", &[page_size as i32; 3]).unwrap();
+    run.input("lengths", &[page_size as i32 + 1; 3]).unwrap();
+    run.run(1).unwrap();
+    run.read("logits").unwrap();
+}
+
 fn padded(gpu: &Gpu) {
-    for graph in [unfused(), fused()] {
+    for graph in [unfused(), fused(), of_steps()] {
         let mut run = decoder(gpu, &graph, &[4]);
         run.capture().unwrap();
         let mut results = Vec::new();
