@@ -349,6 +349,16 @@ fn rules_are_chosen_by_their_names() {
     assert_eq!(graph::rules("all"), Some(Rule::ALL.to_vec()));
     assert_eq!(graph::rules("none"), Some(Vec::new()));
     assert_eq!(graph::rules("add,pack"), Some(vec![Rule::PackProducts, Rule::AddNorm]));
-    assert_eq!(graph::rules("-qk").map(|rules| rules.len()), Some(4));
+    assert_eq!(graph::rules("-qk").map(|rules| rules.len()), Some(6));
     assert_eq!((graph::rules("packs"), graph::rules("-qk,add")), (None, None));
+    assert_eq!(
+        (graph::rules("step"), graph::rules("step,all")),
+        (Some(Rule::STEP.to_vec()), Some(Rule::STEP.to_vec()))
+    );
+    assert_eq!(graph::rules("step,-attention"), Some(Rule::ALL.to_vec()));
+    assert_eq!(
+        (graph::rules("attention"), graph::rules("step,attention")),
+        (Some(Vec::new()), Some(vec![Rule::AppendAttention]))
+    );
+    assert_eq!((graph::rules("step,"), graph::rules("steps")), (None, None));
 }
