@@ -270,7 +270,8 @@ impl Wheel {
     pub fn variable(&self) -> String {
         let shouted = |text: &str| text.to_ascii_uppercase().replace(|c: char| !c.is_ascii_alphanumeric(), "_");
         let known = env::wheel_override(&self.distribution).map(str::to_owned);
-        let plain = known.unwrap_or_else(|| format!("FLASHINFER_RS_{}_WHEEL", shouted(&self.distribution)));
+        let short = self.distribution.strip_prefix("flashinfer_").unwrap_or(&self.distribution);
+        let plain = known.unwrap_or_else(|| format!("FLASHINFER_RS_{}_WHEEL", shouted(short)));
         match &self.variant {
             Some(variant) => format!("{}_{}_WHEEL", plain.trim_end_matches("_WHEEL"), shouted(variant)),
             None => plain,

@@ -32,8 +32,28 @@ const CHANGES: &[Change] = &[
     change([0, 6, 14], &["gdn_prefill_sm90.so"], "it is in no wheel any more"),
     change([0, 6, 14], &["batch_mla_attention"], "its `run` takes other arguments"),
     change([0, 6, 16], &["batch_prefill"], "its `plan` takes other arguments"),
-    change([0, 7, 0], ALL, "the wheels are one for each GPU architecture, and need TVM-FFI 0.1.11 or newer"),
+    change(
+        SPLIT,
+        ALL,
+        "they are in one wheel for each GPU architecture, such as flashinfer_jit_cache_sm90a, while flashinfer_jit_cache \
+         itself has none, and need TVM-FFI 0.1.11 or newer",
+    ),
 ];
+
+/// Since this release each GPU architecture has a wheel of its own, of a distribution of its own: what was one wheel names them
+/// as its requirements, and has no library. Names and places are those of upstream's own checks of what it publishes; the wheels
+/// of no such release were at hand here.
+const SPLIT: Release = [0, 7, 0];
+
+/// Whether a release's libraries are in one wheel for each GPU architecture.
+pub fn is_split(version: &str) -> bool {
+    release(version).is_some_and(|release| release >= SPLIT)
+}
+
+/// Where a library lies in the wheel for one architecture, by its place in the wheel for all.
+pub fn path_in_split(path: &str, variant: &str) -> String {
+    path.replacen("flashinfer_jit_cache/jit_cache/", &format!("flashinfer_jit_cache/providers/{variant}/jit_cache/"), 1)
+}
 
 const fn change(since: Release, libraries: &'static [&'static str], what: &'static str) -> Change {
     Change { since, libraries, what }

@@ -59,7 +59,7 @@ fn propose(text: &str, name: &str, wanted: &Wanted<'_>, env: &Env) -> Result<(St
         };
         notes.push(format!("{}: {note}", chosen.file));
         notes.extend(chosen.link.yanked.as_ref().map(|reason| format!("{} was withdrawn: {reason}", chosen.file)));
-        write(table, wheel, &chosen)?;
+        write(table, &chosen)?;
     }
     let proposal = document.to_string();
     // What was written must be what this crate reads.
@@ -75,6 +75,8 @@ struct Candidate {
     variant: Option<String>,
     file: String,
     link: Link,
+    /// The page that lists it.
+    page: String,
 }
 
 impl Candidate {
@@ -96,7 +98,7 @@ impl Candidate {
         let variant: Vec<&str> = variant.chain(build.iter().copied()).filter(|part| !part.is_empty()).collect();
         let variant = Some(variant.join("-")).filter(|variant| !variant.is_empty());
         let (distribution, version) = ((*distribution).to_owned(), (*version).to_owned());
-        Some(Self { distribution, version, variant, file, link })
+        Some(Self { distribution, version, variant, file, link, page: String::new() })
     }
 
     fn release(&self) -> &str {
@@ -118,6 +120,16 @@ fn choose(client: &Client, wheel: &Wheel, wanted: &Wanted<'_>) -> Result<Candida
             wheel.target
         )
     };
+    let page = match wanted.variant {
+        Some(variant) if releases::is_split(wanted.release) => page_of(page, variant),
+        None if releases::is_split(wanted.release) => refuse!(
+            "{} has no wheel with all libraries: from 0.7.0 on there is one for each GPU architecture; say which by --variant, \
+             sm90a for example",
+            wanted.release
+        ),
+        _ => (*page).clone(),
+    };
+    let page = &page;
     let shown = redacted(page);
     let listed = index::list(client, page)?.into_iter();
     let all: Vec<Candidate> = listed.filter_map(|(file, link)| Candidate::of(wheel, file, link)).collect();
@@ -130,7 +142,7 @@ fn choose(client: &Client, wheel: &Wheel, wanted: &Wanted<'_>) -> Result<Candida
         found.retain(|candidate| candidate.variant.as_deref() == Some(variant));
     }
     match (found.pop(), found.is_empty()) {
-        (Some(candidate), true) => Ok(candidate),
+        (Some(candidate), true) => Ok(Candidate { page: page.clone(), ..candidate }),
         (None, _) if count == 0 => {
             refuse!("{shown} has no wheel of {} for {}; it has {}", wanted.release, wheel.target, releases.join(", "))
         }
@@ -142,8 +154,13 @@ fn choose(client: &Client, wheel: &Wheel, wanted: &Wanted<'_>) -> Result<Candida
     }
 }
 
+/// The index page of the distribution for one architecture, beside that of the distribution that was for all.
+fn page_of(page: &str, variant: &str) -> String {
+    format!("{}-{variant}/", page.trim_end_matches('/'))
+}
+
 /// Puts the chosen wheel into the pinned one's place.
-fn write(table: &mut Table, wheel: &Wheel, chosen: &Candidate) -> Result<()> {
+fn write(table: &mut Table, chosen: &Candidate) -> Result<()> {
     let Some(sha256) = &chosen.link.sha256 else {
         refuse!("the page has no SHA-256 of {}; get the wheel, and write its digest into the lock by hand", chosen.file)
     };
@@ -151,7 +168,8 @@ fn write(table: &mut Table, wheel: &Wheel, chosen: &Candidate) -> Result<()> {
     table["version"] = value(&chosen.version);
     table["file"] = value(&chosen.file);
     table["sha256"] = value(sha256);
-    match &chosen.variant {
+    // A distribution of its own needs nothing else to be told from others.
+    match chosen.variant.as_ref().filter(|_| chosen.distribution == DISTRIBUTION) {
         Some(variant) => table["variant"] = value(variant),
         None => drop(table.remove("variant")),
     }
@@ -161,18 +179,16 @@ fn write(table: &mut Table, wheel: &Wheel, chosen: &Candidate) -> Result<()> {
         source.insert(key, address.into());
         Value::InlineTable(source)
     };
-    let mut sources: Array = [source("url", &chosen.link.url)].into_iter().collect();
-    let pages = wheel.sources.iter().filter(|other| matches!(other, Source::Index(_)));
-    pages.for_each(|page| {
-        if let Source::Index(page) = page {
-            sources.push(source("index", page))
-        }
-    });
+    let sources: Array = [source("url", &chosen.link.url), source("index", &chosen.page)].into_iter().collect();
     table["sources"] = value(sources);
     let members = table["member"].as_array_of_tables_mut().into_iter().flat_map(|members| members.iter_mut());
     for member in members {
         for key in OF_ONE_WHEEL {
             member.remove(key);
+        }
+        let path = member.get("path").and_then(|path| path.as_str()).map(str::to_owned);
+        if let (Some(path), Some(variant), true) = (path, &chosen.variant, releases::is_split(&chosen.version)) {
+            member["path"] = value(releases::path_in_split(&path, variant));
         }
     }
     Ok(())

@@ -9,12 +9,17 @@ const DIGEST: &str = "ababababababababababababababababababababababababababababab
 
 /// This crate's own lock, whose index page is on a server that lists these files.
 fn proposed(files: &[&str], wanted: &Wanted<'_>) -> Result<(String, Vec<String>)> {
+    proposed_from(PAGE, files, wanted)
+}
+
+/// As [`proposed`], with these files on another page of that server.
+fn proposed_from(page: &str, files: &[&str], wanted: &Wanted<'_>) -> Result<(String, Vec<String>)> {
     let server = Server::start();
     let links: String = files
         .iter()
         .map(|file| format!("<a href=\"/release/{}#sha256={DIGEST}\">{file}</a>\n", file.replace('+', "%2B")))
         .collect();
-    server.on(PAGE, [Reply::ok(format!("<!DOCTYPE html><html><body>{links}</body></html>"))]);
+    server.on(page, [Reply::ok(format!("<!DOCTYPE html><html><body>{links}</body></html>"))]);
     let text = fs::read_to_string(shell::root().join("artifacts.lock")).expect("the lock");
     let page = Lock::parse(&text, "artifacts.lock").expect("the lock").wheels.into_iter().find_map(|wheel| {
         wheel.sources.into_iter().find_map(|source| if let Source::Index(page) = source { Some(page) } else { None })
@@ -53,18 +58,27 @@ fn another_release_takes_the_pinned_ones_place_and_what_differs_is_said() {
     }
 }
 
+/// As upstream publishes them: a page for each architecture, and on the page of old a wheel that has no library.
 #[test]
-fn wheels_by_architecture_need_a_variant() {
-    let all: Vec<String> = ["sm80", "sm90a"].iter().flat_map(|sm| files(&format!("0.7.2+cu130.{sm}"))).collect();
-    let ask = |variant| proposed(&refs(&all), &Wanted { release: "0.7.2", variant });
-    let fault = ask(None).expect_err("two wheels").to_string();
-    assert!(fault.contains("2 wheels") && fault.contains("--variant") && fault.contains("sm80, sm90a"), "{fault}");
-    assert!(ask(Some("sm100a")).is_err());
-    let (text, notes) = ask(Some("sm90a")).expect("a proposal");
+fn wheels_by_architecture_need_a_variant_and_are_on_pages_of_their_own() {
+    let shim = files("0.7.2+cu130");
+    let fault =
+        proposed(&refs(&shim), &Wanted { release: "0.7.2", variant: None }).expect_err("no libraries").to_string();
+    assert!(fault.contains("0.7.2 has no wheel with all libraries") && fault.contains("--variant"), "{fault}");
+    let all = [shim, files("0.7.2+cu130").map(|file| file.replace("jit_cache-", "jit_cache_sm90a-"))].concat();
+    let page = "/whl/cu130/flashinfer-jit-cache-sm90a/";
+    let ask = |page, variant| proposed_from(page, &refs(&all), &Wanted { release: "0.7.2", variant });
+    assert!(ask(page, Some("sm100a")).is_err());
+    assert!(ask(PAGE, Some("sm90a")).is_err());
+    let (text, notes) = ask(page, Some("sm90a")).expect("a proposal");
     let lock = Lock::parse(&text, "proposal").expect("a lock");
-    let wheel = lock.wheels.iter().find(|wheel| wheel.distribution == DISTRIBUTION).expect("the wheel");
-    assert_eq!(wheel.variant.as_deref(), Some("sm90a"));
-    assert_eq!(wheel.variable(), "FLASHINFER_RS_JIT_CACHE_SM90A_WHEEL");
+    for wheel in lock.wheels.iter().filter(|wheel| wheel.distribution.starts_with(DISTRIBUTION)) {
+        assert_eq!((wheel.distribution.as_str(), wheel.variant.as_deref()), ("flashinfer_jit_cache_sm90a", None));
+        assert_eq!(wheel.variable(), "FLASHINFER_RS_JIT_CACHE_SM90A_WHEEL");
+        assert!(matches!(&wheel.sources[1], Source::Index(at) if at.ends_with(page)), "{:?}", wheel.sources);
+        let norm = wheel.members.iter().find(|member| member.soname == "norm.so").expect("the library");
+        assert_eq!(norm.path, "flashinfer_jit_cache/providers/sm90a/jit_cache/norm/norm.so");
+    }
     assert!(notes[0].contains("TVM-FFI 0.1.11"), "{notes:?}");
 }
 
@@ -82,6 +96,6 @@ fn a_file_without_a_digest_is_not_proposed() {
     let lock = Lock::parse(&text, "artifacts.lock").expect("the lock");
     let link = Link { url: "https://example.invalid/x.whl".to_owned(), sha256: None, yanked: None };
     let chosen = Candidate::of(&lock.wheels[0], wheel[0].clone(), link).expect("a wheel of this kind");
-    let fault = write(&mut Table::new(), &lock.wheels[0], &chosen).expect_err("no digest").to_string();
+    let fault = write(&mut Table::new(), &chosen).expect_err("no digest").to_string();
     assert!(fault.contains("no SHA-256") && fault.contains(&wheel[0]), "{fault}");
 }
