@@ -54,6 +54,54 @@ fn nowhere() -> (Server, Pin) {
     (server, pin)
 }
 
+mod a_digest {
+    use super::*;
+    use std::io::Read;
+    use vendoring::digest::{Digest, hash, hash_reader};
+
+    /// Gives a byte more at each reading, and breaks off before each.
+    struct Halting<'a> {
+        rest: &'a [u8],
+        given: usize,
+        breaks: Option<io::ErrorKind>,
+    }
+
+    impl Read for Halting<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            if let Some(kind) = self.breaks.take() {
+                return Err(kind.into());
+            }
+            self.given += 1;
+            self.breaks = Some(io::ErrorKind::Interrupted);
+            let n = self.given.min(self.rest.len()).min(buffer.len());
+            buffer[..n].copy_from_slice(&self.rest[..n]);
+            self.rest = &self.rest[n..];
+            Ok(n)
+        }
+    }
+
+    #[test]
+    fn is_shown_as_the_digits_that_it_is_read_from_to_people_and_in_debugging() {
+        let text = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        let digest: Digest = text.parse().expect("a digest");
+        assert_eq!((format!("{digest}"), format!("{digest:?}")), (text.to_owned(), text.to_owned()));
+        assert_eq!(hash(b"abc"), digest);
+    }
+
+    #[test]
+    fn of_a_reader_is_that_of_its_bytes_in_whatever_pieces_they_come() {
+        let bytes: Vec<u8> = (0..1000u32).map(|i| (i * 7) as u8).collect();
+        let reader = Halting { rest: &bytes, given: 0, breaks: None };
+        assert_eq!(hash_reader(reader).expect("its bytes"), (hash(&bytes), 1000));
+    }
+
+    #[test]
+    fn of_a_reader_that_fails_is_its_error() {
+        let reader = Halting { rest: b"abc", given: 0, breaks: Some(io::ErrorKind::ConnectionReset) };
+        assert_eq!(hash_reader(reader).expect_err("no bytes").kind(), io::ErrorKind::ConnectionReset);
+    }
+}
+
 mod the_lock {
     use std::collections::{BTreeMap, BTreeSet};
 
