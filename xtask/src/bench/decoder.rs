@@ -39,7 +39,7 @@ pub static SUITE: Suite = Suite {
 const OURS: &str = "ours-pdl";
 
 /// In the order of every table.
-static ARMS: [Arm; 28] = [
+static ARMS: [Arm; 30] = [
     arm("limits", Program::C, "copies on the device"),
     arm(OURS, Program::Rust, "every fusion, a CUDA graph, kernels that start early where they may (PDL)"),
     arm("ours-graph", Program::Rust, "every fusion, a CUDA graph without PDL"),
