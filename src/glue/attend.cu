@@ -239,8 +239,9 @@ __device__ __forceinline__ void attend(const Attend& call) {
         }
     }
 
-    // A warp's tiles of a range, of which each is so many further on.
-    const auto start_of = [&](u32 range) { return range * per_range + warp; };
+    // A warp's tiles of a range, of which each is so many further on. Where a range begins it is another warp's turn, so that none has
+    // a tile more of each.
+    const auto start_of = [&](u32 range) { return range * per_range + (warp + range) % WARPS; };
     const auto end_of = [&](u32 range) { return min((range + 1) * per_range, tiles); };
     // A tile's tokens are looked after by the first lanes, one by each. Pages are asked for a tile ahead of keys and values.
     u32 ahead_range = first_range, ahead_tile = start_of(first_range), ahead_page = NONE;
