@@ -25,9 +25,9 @@ mod selections;
 #[cfg(feature = "cudarc")]
 mod timing;
 
-#[cfg(feature = "cudarc")]
 #[cfg(feature = "compute")]
 pub(crate) use gpu::FusedMatMul;
+#[cfg(feature = "cudarc")]
 pub(crate) use gpu::PlannedMatMul;
 #[cfg(feature = "cudarc")]
 pub use selections::Selections;
@@ -242,8 +242,9 @@ impl MatMul {
     /// memory of the weight's size or 128 MiB, and the fastest one is added to them; this takes some ten milliseconds and waits for
     /// them. One that they have is run once likewise, so that its kernels are loaded before a graph captures them.
     ///
-    /// Products of up to 8 rows in BF16 and F16 may be computed by kernels of this crate's own; all others are cuBLASLt's, whose
-    /// library is loaded with the first of them.
+    /// On Hopper and newer, products of up to 32 rows in BF16 and F16, where `inner` is a multiple of 8, are computed by kernels of this
+    /// crate's own, whatever time cuBLASLt would take: a row's result then has the same bits for any number of rows up to 32. All others
+    /// are cuBLASLt's, whose library is loaded with the first of them.
     ///
     /// # Errors
     /// [`CublasLtMissing`](FlashInferError::CublasLtMissing) where only cuBLASLt computes it; [`InvalidArgument`](FlashInferError::InvalidArgument) for selections that were
