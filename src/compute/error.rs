@@ -256,15 +256,16 @@ pub enum GraphError {
         wanted: Vec<i64>,
     },
 
-    /// Two rows share a page that one of them appends to, in a graph in which a row does not see what others append in the same step.
+    /// Two rows share a page that one of them appends to, or a row has it twice, in a graph in which a row does not see what others append in
+    /// the same step.
     #[error(
-        "rows {row} and {other} share page {page}, to which row {row} appends within {steps} steps; give each row a page of its own to \
-         append to, or leave the rule `append and attention` out: Rule::ALL in the place of Rule::STEP"
+        "row {row} appends to page {page} within {steps} steps, and row {other} has that page at another place; give each row a page of \
+         its own to append to, or leave the rule `append and attention` out: Rule::ALL in the place of Rule::STEP"
     )]
     SharedPage {
         /// The row that appends to it.
         row: u64,
-        /// The row that has it too.
+        /// The row that has it too: another one, or the same where it has it twice.
         other: u64,
         /// The page.
         page: i64,
