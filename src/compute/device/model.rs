@@ -20,6 +20,7 @@ use crate::contract::Operand;
 use crate::engine::Entry;
 use crate::error::{FlashInferError, Result};
 use crate::glue::attend::Attend;
+use crate::glue::gemv::Around;
 use crate::matmul::{MatMul, MatMulSpec, Selections};
 use crate::owner::Owner;
 use crate::stream::Stream;
@@ -245,7 +246,7 @@ impl Model {
     }
 
     fn choose_products(&mut self, stream: &Arc<CudaStream>, selections: &mut Selections) -> Result<()> {
-        let mut known: HashMap<(MatMulSpec, Option<(u32, bool)>), usize> = HashMap::new();
+        let mut known: HashMap<(MatMulSpec, Option<(u32, bool, bool)>), usize> = HashMap::new();
         for plan in 0..self.plans.len() {
             let mut chosen = vec![usize::MAX; self.graph.nodes.len()];
             for (node, chosen) in chosen.iter_mut().enumerate() {
@@ -264,7 +265,9 @@ impl Model {
                 };
                 let spec = self.product_spec(plan, node).map_err(refused)?;
                 let around = around(operation);
-                let key = (spec, around.map(|around| (around.eps.unwrap_or(0.0).to_bits(), around.gated)));
+                let own =
+                    |around: Around| (around.eps.unwrap_or(0.0).to_bits(), around.gated, self.begins_aligned(node));
+                let key = (spec, around.map(own));
                 *chosen = match known.get(&key) {
                     Some(&product) => product,
                     None => {

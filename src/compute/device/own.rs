@@ -90,7 +90,9 @@ impl Model {
         if spec.out() != spec.dtype() {
             own = own.with_f32_out()?;
         }
-        if let Some(fused) = FusedMatMul::new(&own, around, stream)? {
+        if self.begins_aligned(node)
+            && let Some(fused) = FusedMatMul::new(&own, around, stream)?
+        {
             return Ok(Multiply::Fused(fused));
         }
         for call in self.around_calls(plan, node, around).into_iter().flatten() {
@@ -99,6 +101,14 @@ impl Model {
         // Normed rows lie one after the other.
         let spec = if around.eps.is_some() { spec.with_row_stride(spec.inner())? } else { spec };
         Ok(Multiply::Several(MatMul::new(spec, stream, selections)?))
+    }
+
+    /// Whether the rows of a product begin where the kernels of this crate's own can read them: what is columns of something larger may
+    /// begin anywhere. A product by itself is asked when it is launched, and what is around one is not.
+    pub(super) fn begins_aligned(&self, node: usize) -> bool {
+        let Access { tensor, columns } = self.graph.nodes[node].accesses[0];
+        let start = columns.map_or(0, |columns| columns.start);
+        start.saturating_mul(self.graph.tensors[tensor].spec.dtype.size() as u64).is_multiple_of(16)
     }
 
     /// The calls of the norm ahead of a product and of the gate behind it.
@@ -128,7 +138,7 @@ impl Model {
         stream: Stream<'_>,
         early: bool,
     ) -> Result<()> {
-        let (accesses, batch) = (&self.graph.nodes[node].accesses, self.plans[plan].batch);
+        let accesses = &self.graph.nodes[node].accesses;
         let weight = weight_of(around);
         let layouts: Vec<Layout> = accesses.iter().map(|access| self.layout(plan, access)).collect();
         let (x, out) = (&layouts[0], &layouts[weight + 1]);
@@ -158,7 +168,8 @@ impl Model {
             Layout::build(start.cast(), self.device, dtype, &[rows, columns], None, None)
         };
         let normed = scratch(0, inner);
-        let behind = if around.eps.is_some() { aligned(batch * inner as u64 * dtype.size() as u64) } else { 0 };
+        // As the operation's workspace is divided: by rows, of which a batch may have several of each, or a constant number.
+        let behind = if around.eps.is_some() { aligned((rows * inner) as u64 * dtype.size() as u64) } else { 0 };
         let x = match &norm {
             Some(call) => {
                 let layout = |argument| match argument {
@@ -314,7 +325,8 @@ impl Model {
             angles: size(&cos_sin, 0),
             pages: size(&k_cache, 0),
             page_size: size(&k_cache, 1),
-            width: size(&table, 1),
+            // So that no number of tokens passes what the kernel counts by: positions and lengths end far ahead of it.
+            width: size(&table, 1).min((1 << 31) / size(&k_cache, 1).max(1) + 1),
             eps: operation.parameter("eps") as f32,
             factor: (operation.parameter("scale") * std::f64::consts::LOG2_E) as f32,
             interleave: u32::from(operation.is_on("interleave")),
