@@ -758,7 +758,8 @@ mod a_host {
             assert_eq!(fault.matches(&url(name)).count(), 1, "{fault}");
         }
         assert_eq!(fault.matches("not asked again").count(), 2, "{fault}");
-        assert!(started.elapsed() < 2 * PAUSE, "{:?}", started.elapsed());
+        // One pause, where each file's own would make three.
+        assert!(started.elapsed() < 3 * PAUSE, "{:?}", started.elapsed());
     }
 
     /// Side by side, since each of them takes most of a minute.
