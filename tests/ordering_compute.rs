@@ -598,10 +598,12 @@ fn what_cannot_run_here_is_refused_before_anything_is_allocated() {
 fn a_decoders_steps_are_ordered_and_stay_within_its_pages() {
     with_driver("a_decoders_steps_are_ordered_and_stay_within_its_pages", |driver| {
         let [a, b] = streams();
-        let (graph, applied) = fuse(&decoder(), &[Rule::QkNormRopeAppend]).unwrap();
-        assert_eq!(applied.len(), 1);
-        // Embedding, two norms, rope, append, attention, norm, activation, token, advance; the four in the middle as one.
-        for (graph, kernels) in [(decoder(), 10), (graph, 7)] {
+        let turned = [Rule::QkNormRopeAppend, Rule::AppendAttention];
+        let [appended, attended] = [1, 2].map(|rules| fuse(&decoder(), &turned[..rules]).unwrap());
+        assert_eq!((appended.1.len(), attended.1.len()), (1, 2));
+        // Embedding, two norms, rope, append, attention, norm, activation, token, advance; the four in the middle as one, and those with
+        // attention.
+        for (graph, kernels, own) in [(decoder(), 10, false), (appended.0, 7, false), (attended.0, 6, true)] {
             let mut run = DeviceRun::new(&graph, &buckets(&[1, 2, 4]), &a).unwrap();
             for (name, elements) in [("embedding", 128 * 512), ("q_norm", 128), ("k_norm", 128), ("norm", 256)] {
                 run.weight(name, &vec![bf16::ONE; elements]).unwrap();
@@ -609,8 +611,8 @@ fn a_decoders_steps_are_ordered_and_stay_within_its_pages() {
             run.weight("cos_sin", &[0f32; 40 * 128]).unwrap();
             run.capture().unwrap();
             for bucket in [1, 2, 4] {
-                // Queries that are columns of something larger lie apart where there are several rows, and are copied.
-                let expected = kernels + u32::from(bucket > 1);
+                // Queries that are columns of something larger lie apart where there are several rows, and are copied for XQA.
+                let expected = kernels + u32::from(bucket > 1 && !own);
                 assert_eq!(run.kernels(bucket).unwrap(), expected);
                 let step = run.captured(bucket).unwrap();
                 assert_eq!((step.nodes, step.kernels), (expected as usize, expected as usize));
@@ -627,6 +629,15 @@ fn a_decoders_steps_are_ordered_and_stay_within_its_pages() {
                         GraphError::ContextTooLong { row: 0, length: 33, capacity: 32 } => {}
                         other => panic!("{other}"),
                     }
+                    if own {
+                        let queued = driver.queued();
+                        match refused(run.run(20)) {
+                            GraphError::SharedPage { row: 0, page: 8, steps: 20, .. } => {}
+                            other => panic!("{other}"),
+                        }
+                        assert_eq!(driver.queued(), queued);
+                    }
+                    run.input("page_table", &(1..=2 * rows as i32).collect::<Vec<_>>()).unwrap();
                     run.run(20).unwrap();
                     b.clone_dtoh(&run.view::<bf16>("k_cache").unwrap()).unwrap();
                     (0..9).for_each(|_| run.step().unwrap());
@@ -705,13 +716,14 @@ fn a_models_steps_are_ordered_with_products_of_either_kind() {
             target: Target::Gpu,
         };
         let unfused = config.graph(16).unwrap();
-        let sets: [(&str, &[Rule]); 6] = [
+        let sets: [(&str, &[Rule]); 7] = [
             ("as it is", &[]),
             ("packed", &[Rule::PackProducts]),
             ("packed and gated", &[Rule::PackProducts, Rule::GatedActivation]),
             ("packed and turned", &[Rule::PackProducts, Rule::QkNormRopeAppend]),
             ("with sums in products", &[Rule::ResidualProduct]),
             ("fused", &Rule::ALL),
+            ("fused for steps", &Rule::STEP),
         ];
         let mut selections = Selections::new();
         for (name, rules) in sets {
@@ -761,6 +773,98 @@ fn a_models_steps_are_ordered_with_products_of_either_kind() {
             }
             other => panic!("{other:?}"),
         }
+    });
+}
+
+/// `silu_and_mul(rmsnorm(columns of x) · weightᵀ)` of so many rows, with the norm or without, by these rules.
+fn gated(rows: Dim, columns: std::ops::Range<u64>, normed: bool, rules: &[Rule]) -> Graph {
+    let mut g = GraphBuilder::new("gated", 1024);
+    let x = g.input("x", DType::BF16, [rows, fixed(136)], Pad::Value(1)).unwrap();
+    let norm = g.weight("norm", DType::BF16, [fixed(columns.end - columns.start)]).unwrap();
+    let both = g.weight("both", DType::BF16, [fixed(256), fixed(columns.end - columns.start)]).unwrap();
+    let x = g.copy(&x, DType::BF16).unwrap();
+    let part = x.columns(Columns::new(columns));
+    let product = if normed {
+        let normed = g.rmsnorm(part, &norm, 1e-6).unwrap();
+        g.matmul(&normed, &both).unwrap()
+    } else {
+        g.matmul(part, &both).unwrap()
+    };
+    let gated = g.silu_and_mul(&product).unwrap();
+    g.output("gated", gated).unwrap();
+    let (graph, applied) = fuse(&g.finish().unwrap(), rules).unwrap();
+    assert!(applied.len() >= rules.len().min(1 + usize::from(normed)), "{applied:?}");
+    graph
+}
+
+fn gated_run(graph: &Graph, bucket: u64, stream: &Arc<CudaStream>) -> DeviceRun {
+    let mut run = DeviceRun::new(graph, &buckets(&[bucket]), stream).unwrap();
+    for tensor in graph.tensors() {
+        run.weight_bytes(&tensor.name, tensor.spec.dtype, &vec![0; tensor.spec.bytes(1) as usize]).ok();
+    }
+    run.set_rows(bucket).unwrap();
+    let x = graph.tensors().iter().find(|tensor| tensor.name == "x").unwrap();
+    run.input("x", &vec![bf16::ONE; x.spec.elements(bucket) as usize]).unwrap();
+    run
+}
+
+/// Where there are too many rows for one kernel, three compute it, over scratch memory.
+#[test]
+fn norms_and_gates_around_products_stay_within_their_memory_for_any_number_of_rows() {
+    let name = "norms_and_gates_around_products_stay_within_their_memory_for_any_number_of_rows";
+    with_driver(name, |driver| {
+        let [a, _b] = streams();
+        let rules = [Rule::GatedProduct, Rule::NormProduct];
+        for (rows, bucket, kernels) in [
+            (Dim::BATCH, 8, 2),
+            (Dim::BATCH, 64, 4),
+            (Dim::per_row(2), 8, 2),
+            (Dim::per_row(2), 40, 4),
+            (fixed(40), 1, 4),
+            (fixed(40), 1024, 4),
+            (fixed(3), 1024, 2),
+        ] {
+            let graph = gated(rows, 8..72, true, &rules);
+            let case = format!("{rows} rows at {bucket}");
+            driver.ordered(&case, || {
+                let mut run = gated_run(&graph, bucket, &a);
+                assert_eq!(run.kernels(bucket).unwrap(), kernels, "{case}");
+                run.step().unwrap();
+                run.capture().unwrap();
+                run.run(2).unwrap();
+            });
+        }
+    });
+}
+
+/// Kernels of this crate's own read 16 bytes at once.
+#[test]
+fn rows_of_products_that_begin_off_16_bytes_are_refused_by_name() {
+    with_driver("rows_of_products_that_begin_off_16_bytes_are_refused_by_name", |driver| {
+        let [a, _b] = streams();
+        let mut g = GraphBuilder::new("twice", 4);
+        let x = g.input("x", DType::BF16, [Dim::BATCH, fixed(136)], Pad::Value(1)).unwrap();
+        let both = g.weight("both", DType::BF16, [fixed(256), fixed(64)]).unwrap();
+        let x = g.copy(&x, DType::BF16).unwrap();
+        // Of the same sizes.
+        for (name, columns) in [("aligned", 8..72), ("off", 4..68)] {
+            let product = g.matmul(x.columns(Columns::new(columns)), &both).unwrap();
+            let gated = g.silu_and_mul(&product).unwrap();
+            g.output(name, gated).unwrap();
+        }
+        let plain = g.finish().unwrap();
+        for (rules, node) in [(&[][..], "node 3, matmul"), (&[Rule::GatedProduct], "node 2, matmul_silu_and_mul")] {
+            let mut run = gated_run(&fuse(&plain, rules).unwrap().0, 2, &a);
+            match refused(run.step()) {
+                GraphError::Run { node: found, reason } => {
+                    assert!(found == node && reason.contains("16 bytes"), "{found}: {reason}");
+                }
+                other => panic!("{other}"),
+            }
+        }
+        driver.ordered("where all begin as they should", || {
+            gated_run(&gated(Dim::BATCH, 8..72, false, &[Rule::GatedProduct]), 2, &a).step().unwrap();
+        });
     });
 }
 
@@ -834,17 +938,20 @@ fn a_graph_of_other_numbers_is_refused_or_stays_within_its_memory() {
     with_driver("a_graph_of_other_numbers_is_refused_or_stays_within_its_memory", |driver| {
         let [a, b] = streams();
         let mut random = random(1);
-        let (plain, fused) = (decoder(), fuse(&decoder(), &Rule::ALL).unwrap().0);
-        let mut ran = 0;
-        for turn in 0..400 {
-            let json = [&plain, &fused][turn % 2].json();
+        let graphs = [decoder(), fuse(&decoder(), &Rule::ALL).unwrap().0, fuse(&decoder(), &Rule::STEP).unwrap().0];
+        let (mut ran, mut ran_of_steps) = (0, 0);
+        for turn in 0..600 {
+            let json = graphs[turn % 3].json();
             let digits: Vec<usize> = json.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(i, _)| i).collect();
             let place = digits[random() as usize % digits.len()];
             let number = if turn % 5 == 0 { random() >> (random() % 64) } else { random() % 40 };
             let changed = format!("{}{number}{}", &json[..place], &json[place + 1..]);
             let Ok(graph) = Graph::from_json(&changed) else { continue };
             let sizes = [1, graph.largest_batch().min(3)];
-            let case = format!("{number} at {place} of {}", ["the plain graph", "the fused one"][turn % 2]);
+            let case = format!(
+                "{number} at {place} of {}",
+                ["the plain graph", "the fused one", "the one of steps"][turn % 3]
+            );
             driver.ordered(&case, || {
                 let Ok(mut run) = DeviceRun::new(&graph, &buckets(&sizes), &a) else { return };
                 if graph.tensors().iter().any(|tensor| tensor.spec.bytes(4) > 1 << 22) {
@@ -864,6 +971,7 @@ fn a_graph_of_other_numbers_is_refused_or_stays_within_its_memory() {
                     let stepped = run.step().is_ok();
                     if captured && stepped {
                         ran += 1;
+                        ran_of_steps += i32::from(turn % 3 == 2);
                         run.run(2).ok();
                     }
                     for tensor in graph.tensors() {
@@ -874,7 +982,7 @@ fn a_graph_of_other_numbers_is_refused_or_stays_within_its_memory() {
                 }
             });
         }
-        assert!(ran > 40, "{ran} ran");
+        assert!(ran > 60 && ran_of_steps > 20, "{ran} ran, {ran_of_steps} of those of steps");
     });
 }
 

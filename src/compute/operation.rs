@@ -297,6 +297,11 @@ impl Given<'_> {
         (self.operation.facts().workspace)(self)
     }
 
+    /// Of the workspace of a product with something around it: what normed rows take, at its beginning.
+    pub(super) fn normed_bytes(&self, normed: bool) -> u64 {
+        if normed { aligned(self.specs[0].bytes(self.batch)) } else { 0 }
+    }
+
     pub(super) fn flops(&self) -> u64 {
         (self.operation.facts().flops)(self)
     }
@@ -498,8 +503,8 @@ fn around_flops(given: &Given<'_>, weight: usize) -> u64 {
 /// What a product needs where its norm and its gate are kernels of their own: normed rows, and behind them both halves.
 fn around_workspace(given: &Given<'_>, normed: bool, gated: bool) -> u64 {
     let (bytes, columns) = (given.specs[0].dtype.size() as u64, given.size(if normed { 2 } else { 1 }, 0));
-    let of = |is: bool, elements: u64| if is { aligned(elements.saturating_mul(bytes)) } else { 0 };
-    of(normed, given.elements(0)).saturating_add(of(gated, given.size(0, 0).saturating_mul(columns)))
+    let both = if gated { given.size(0, 0).saturating_mul(columns).saturating_mul(bytes) } else { 0 };
+    given.normed_bytes(normed).saturating_add(aligned(both))
 }
 
 /// q, k, v, [q and k weights], cos and sin, positions, lengths, table, caches: turned, appended and attended to.

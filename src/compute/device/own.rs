@@ -7,7 +7,6 @@ use cudarc::driver::CudaStream;
 
 use super::super::graph::{Access, Node, Origin};
 use super::super::operation::{Given, OpKind, Operation, RowArgument, RowCall};
-use super::super::plan::aligned;
 use super::super::shape::{Dim, Spec};
 use super::model::{Model, unserved};
 use crate::cublaslt::Addresses;
@@ -168,8 +167,9 @@ impl Model {
             Layout::build(start.cast(), self.device, dtype, &[rows, columns], None, None)
         };
         let normed = scratch(0, inner);
-        // As the operation's workspace is divided: by rows, of which a batch may have several of each, or a constant number.
-        let behind = if around.eps.is_some() { aligned((rows * inner) as u64 * dtype.size() as u64) } else { 0 };
+        let Node { operation, .. } = &self.graph.nodes[node];
+        let (specs, batch) = (self.graph.given(&self.graph.nodes[node]), self.plans[plan].batch);
+        let behind = Given { operation, specs: &specs, batch }.normed_bytes(around.eps.is_some());
         let x = match &norm {
             Some(call) => {
                 let layout = |argument| match argument {
