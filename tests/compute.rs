@@ -606,6 +606,219 @@ fn a_sum_that_is_used_in_between_keeps_its_norm_apart() {
     assert!(fuse(&graph, &[Rule::AddNorm]).unwrap().1.is_empty());
 }
 
+/// A graph of products, norms, gates and sums that use one another's results as they come, which rules fit here and there.
+fn random_products(seed: u64, operations: usize) -> Graph {
+    let mut random = Random(seed);
+    let mut g = GraphBuilder::for_target("random", 8, Target::Host);
+    let x = g.input("x", DType::F32, [Dim::BATCH, fixed(8)], Pad::Value(0)).unwrap();
+    let norm = g.weight("norm", DType::F32, [fixed(8)]).unwrap();
+    let shared = g.weight("shared", DType::F32, [fixed(8), fixed(8)]).unwrap();
+    let mut weights = 0;
+    let mut weight = |g: &mut GraphBuilder, rows, columns| {
+        weights += 1;
+        g.weight(&format!("w{weights}"), DType::F32, [fixed(rows), fixed(columns)]).unwrap()
+    };
+    let mut live = vec![g.copy(&x, DType::F32).unwrap(), g.copy(&x, DType::F32).unwrap()];
+    for _ in 0..operations {
+        let a = random.below(live.len());
+        let square = weight(&mut g, 8, 8);
+        match random.below(9) {
+            0 => live.push(g.copy(&live[a], DType::F32).unwrap()),
+            1 => live.push(g.rmsnorm(&live[a], &norm, 1e-2).unwrap()),
+            // A norm and its product, with something in between.
+            2 => {
+                let normed = g.rmsnorm(&live[a], &norm, 1e-2).unwrap();
+                if random.below(3) == 0 {
+                    let target = live.swap_remove(a);
+                    live.push(g.silu(target).unwrap());
+                }
+                live.push(g.matmul(&normed, if random.below(3) == 0 { &shared } else { &square }).unwrap());
+                if random.below(3) == 0 {
+                    live.push(normed);
+                }
+            }
+            // A product and its sum, either way round, with something in between.
+            3 | 4 if live.len() > 1 => {
+                let product = g.matmul(&live[a], &square).unwrap();
+                if random.below(3) == 0 {
+                    let target = live.swap_remove(a);
+                    live.push(g.silu(target).unwrap());
+                }
+                let residual = live.swap_remove(random.below(live.len()));
+                if random.below(2) == 0 {
+                    live.push(g.add(residual, &product).unwrap());
+                    if random.below(3) == 0 {
+                        live.push(product);
+                    }
+                } else {
+                    live.push(g.add(product, &residual).unwrap());
+                    if random.below(3) == 0 {
+                        live.push(residual);
+                    }
+                }
+            }
+            // A gate of one product's halves, or of two products'.
+            5 | 6 => {
+                let normed = if random.below(2) == 0 { Some(g.rmsnorm(&live[a], &norm, 1e-2).unwrap()) } else { None };
+                let x = normed.as_ref().unwrap_or(&live[a]);
+                let back = weight(&mut g, 8, 12);
+                let gated = if random.below(2) == 0 {
+                    let both = weight(&mut g, 24, 8);
+                    let both = g.matmul(x, &both).unwrap();
+                    if random.below(3) == 0 {
+                        let target = live.swap_remove(a);
+                        live.push(g.silu(target).unwrap());
+                    }
+                    g.silu_and_mul(&both).unwrap()
+                } else {
+                    let [gate, up] = [(); 2].map(|()| weight(&mut g, 12, 8));
+                    let (gate, up) = (g.matmul(x, &gate).unwrap(), g.matmul(x, &up).unwrap());
+                    let gate = g.silu(gate).unwrap();
+                    g.mul(gate, &up).unwrap()
+                };
+                live.push(g.matmul(&gated, &back).unwrap());
+            }
+            // Columns of something larger, with a norm.
+            7 => {
+                let wide = weight(&mut g, 24, 8);
+                let wide = g.matmul(&live[a], &wide).unwrap();
+                let normed = g.rmsnorm(wide.columns(Columns::new(8..16)), &norm, 1e-2).unwrap();
+                live.push(g.matmul(&normed, &square).unwrap());
+                live.push(g.matmul(wide.columns(Columns::new(16..24)), &shared).unwrap());
+            }
+            _ if live.len() > 2 => drop(live.swap_remove(a)),
+            _ => {}
+        }
+    }
+    for (i, value) in live.into_iter().enumerate().take(4) {
+        g.output(&format!("out{i}"), value).unwrap();
+    }
+    g.finish().unwrap()
+}
+
+/// A step's append and attention with something ahead of them, between them or behind, of two rows.
+fn random_step(seed: u64) -> Graph {
+    let mut random = Random(seed);
+    let mut g = GraphBuilder::for_target("step", 2, Target::Host);
+    let [mut ids, mut positions, mut lengths] = [("ids", 0), ("positions", 0), ("lengths", 1)]
+        .map(|(name, pad)| g.input(name, DType::I32, [Dim::BATCH], Pad::Value(pad)).unwrap());
+    let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(2)], Pad::Reserved(0)).unwrap();
+    let embedding = g.weight("embedding", DType::F32, [fixed(32), fixed(32)]).unwrap();
+    let cos_sin = g.weight("cos_sin", DType::F32, [fixed(8), fixed(4)]).unwrap();
+    let norm = g.weight("norm", DType::F32, [fixed(4)]).unwrap();
+    let cache = [fixed(6), fixed(4), fixed(2), fixed(4)];
+    let [mut k, mut v] = ["k", "v"].map(|name| g.state(name, DType::F32, cache).unwrap());
+    let parts = [Columns::new(0..16).heads(4), Columns::new(16..24).heads(2), Columns::new(24..32).heads(2)];
+    let (x, other) = (g.embedding(&ids, &embedding, 1.0).unwrap(), g.embedding(&ids, &embedding, 0.5).unwrap());
+    let mut x = match random.below(3) {
+        0 => {
+            let x = g.head_rmsnorm(x, parts[0], &norm, 1e-2).unwrap();
+            let x = g.head_rmsnorm(x, parts[1], &norm, 1e-2).unwrap();
+            let x = g.rope(x, [parts[0], parts[1]], &cos_sin, &positions, false).unwrap();
+            let written = (x.columns(parts[1]), x.columns(parts[2]));
+            g.append(written, &positions, &table, (&mut k, &mut v)).unwrap();
+            x
+        }
+        1 => {
+            let (lists, caches) = ((&positions, &table), (&mut k, &mut v));
+            g.rope_append(x, parts, &cos_sin, lists, caches, true).unwrap()
+        }
+        _ => {
+            let (norms, caches) = ((&norm, &norm, 1e-2), (&mut k, &mut v));
+            g.qk_norm_rope_append(x, parts, norms, &cos_sin, &positions, &table, caches, false).unwrap()
+        }
+    };
+    let mut outputs = Vec::new();
+    match random.below(8) {
+        0 => x = g.head_rmsnorm(x, parts[0], &norm, 1e-2).unwrap(),
+        1 => x = g.head_rmsnorm(x, parts[2], &norm, 1e-2).unwrap(),
+        2 => {
+            let written = (other.columns(parts[1]), other.columns(parts[2]));
+            g.append(written, &positions, &table, (&mut k, &mut v)).unwrap();
+        }
+        3 => {
+            let q = other.columns(parts[0]);
+            outputs.push(g.decode_attention(q, (&k, &v), &table, &lengths, 0.3).unwrap());
+        }
+        4 => {
+            let token = g.argmax(&other).unwrap();
+            g.advance(&token, &mut ids, &mut positions, &mut lengths, 8).unwrap();
+        }
+        5 => outputs.push(g.copy(x.columns(Columns::new(0..16)), DType::F32).unwrap()),
+        _ => {}
+    }
+    let query = if random.below(6) == 0 { &other } else { &x };
+    let caches = if random.below(6) == 0 { (&v, &k) } else { (&k, &v) };
+    outputs.push(g.decode_attention(query.columns(parts[0]), caches, &table, &lengths, 0.3).unwrap());
+    match random.below(5) {
+        0 => outputs.push(g.copy(x.columns(Columns::new(8..20)), DType::F32).unwrap()),
+        1 => outputs.push(g.copy(x.columns(Columns::new(16..32)), DType::F32).unwrap()),
+        2 => outputs.push(x),
+        _ => {}
+    }
+    for (i, value) in outputs.into_iter().enumerate() {
+        g.output(&format!("out{i}"), value).unwrap();
+    }
+    g.finish().unwrap()
+}
+
+/// What two steps leave in a graph's outputs and states, in their order.
+fn left(plain: &Graph, graph: &Graph) -> Vec<f64> {
+    let plan = Plan::new(graph, 2).unwrap();
+    plan.verify(graph).unwrap();
+    let mut run = HostRun::new(graph, &plan).unwrap();
+    let mut random = Random(5);
+    for tensor in plain.tensors() {
+        match tensor.origin.name() {
+            "weight" => {
+                let values = random.numbers(tensor.spec.elements(2) as usize, 0.1, 0.6);
+                run.weight(&tensor.name, &values).unwrap();
+            }
+            "step input" => {
+                let values = match &tensor.name[..] {
+                    "x" => random.numbers(16, 0.0, 1.0),
+                    "ids" => vec![3.0, 11.0],
+                    "positions" => vec![2.0, 5.0],
+                    "lengths" => vec![3.0, 6.0],
+                    _ => vec![1.0, 2.0, 3.0, 4.0],
+                };
+                run.input(&tensor.name, &values).unwrap();
+            }
+            _ => {}
+        }
+    }
+    let mut all = Vec::new();
+    for _ in 0..2 {
+        run.run().unwrap();
+        for (i, tensor) in plain.tensors().iter().enumerate() {
+            if plain.outputs().contains(&i) || tensor.origin.name() == "state" {
+                all.extend(run.read(&tensor.name).unwrap());
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn graphs_that_rules_fit_here_and_there_compute_the_same_with_them() {
+    runtime();
+    let mut applications = std::collections::HashMap::new();
+    for seed in 0..400 {
+        let plain = if seed % 2 == 0 { random_products(seed, 4 + seed as usize % 12) } else { random_step(seed) };
+        let expected = left(&plain, &plain);
+        let mut sets: Vec<Vec<Rule>> = Rule::STEP.iter().map(|rule| vec![*rule]).collect();
+        sets.extend([Rule::ALL.to_vec(), Rule::STEP.to_vec(), Rule::STEP.iter().rev().copied().collect()]);
+        for rules in sets {
+            let (graph, applied) = fuse(&plain, &rules).unwrap();
+            let error = distance(&left(&plain, &graph), &expected);
+            assert!(error < 1e-3, "graph {seed} with {applied:?}: {error:e}");
+            applied.iter().for_each(|applied| *applications.entry(applied.rule).or_insert(0) += 1);
+        }
+    }
+    println!("{applications:?}");
+    assert!(Rule::STEP.iter().all(|rule| applications.get(rule).is_some_and(|count| *count > 20)), "{applications:?}");
+}
+
 #[test]
 fn rows_that_nobody_asked_for_change_no_bit_of_the_others_nor_of_their_pages() {
     runtime();

@@ -187,6 +187,13 @@ impl Work {
         nodes.flat_map(of).collect()
     }
 
+    /// Whether all that a node reads is behind it, ahead of another, what it was: that other may read it in its place.
+    fn reads_later(&self, node: usize, before: usize) -> bool {
+        let operands = self.node(node).operation.facts().operands;
+        let mut read = self.node(node).accesses.iter().zip(operands).filter(|(_, operand)| operand.role.reads());
+        read.all(|(access, _)| self.untouched(access.tensor, node, before))
+    }
+
     /// Whether nothing writes a tensor behind one node and ahead of another.
     fn untouched(&self, tensor: usize, after: usize, before: usize) -> bool {
         !self.uses(tensor).into_iter().any(|used| used.0 > after && used.0 < before && self.role(used).writes())
@@ -382,7 +389,7 @@ impl Work {
                 continue;
             }
             let (x, weight) = (self.access((made, 0)), self.access((made, 1)));
-            if self.node(made).operation.is_on("f32_out") || !self.untouched(x.tensor, made, add) {
+            if self.node(made).operation.is_on("f32_out") || !self.reads_later(made, add) {
                 continue;
             }
             let operation = Operation::new(OpKind::MatMulAdd, &[]);
@@ -420,7 +427,7 @@ impl Work {
             return None;
         }
         let (x, weight, out) = (self.access((made, 0)), self.access((made, 1)), self.access((gate, 1)));
-        if self.only_use(both.tensor, made)? != (gate, 0) || !self.untouched(x.tensor, made, gate) {
+        if self.only_use(both.tensor, made)? != (gate, 0) || !self.reads_later(made, gate) {
             return None;
         }
         let operation = Operation::new(OpKind::MatMulSiluAndMul, &[]);
@@ -445,7 +452,7 @@ impl Work {
             OpKind::MatMulSiluAndMul => (OpKind::NormMatMulSiluAndMul, vec![eps]),
             _ => return None,
         };
-        if operand != 0 || !self.untouched(x.tensor, norm, product) {
+        if operand != 0 || !self.reads_later(norm, product) {
             return None;
         }
         let (of, out) = (self.access((product, 1)), self.access((product, 2)));
