@@ -49,7 +49,7 @@ usage: decoder [OPTION VALUE]...
   --tokens N          to decode; default: 16
   --context N         tokens that a sequence has room for; default: prompt and tokens
   --page-size N       tokens of a page; default: 16
-  --rows N            tokens of a prompt at once: a power of two up to 512; default: 32 on a GPU, where more than 8 take cuBLASLt,
+  --rows N            tokens of a prompt at once: a power of two up to 512; default: 32 on a GPU, where more than 32 take cuBLASLt,
                       and 8 on the host
   --fuse RULES        all, none, some of pack,gated,residual,gate,norm,add,qk, or all but some: -pack,-qk; step: attention in the kernel
                       that appends too, and prompts a token at a time; default: all
