@@ -31,6 +31,8 @@ const NAMES: [&CStr; 2 * SIZES.len()] = [c"attend_bf16_64", c"attend_bf16_128", 
 pub(crate) const MOST_ROWS: u64 = 65_535;
 /// The most shared memory that a block may ask for, of the 227 KiB that Hopper has, beside what the kernels declare.
 const MOST_SHARED: u32 = 200 << 10;
+/// What they declare: of the warps' heads the largest scores and the sums, in all and for each range.
+const DECLARED: u32 = 2 * 4 * WARPS * HEADS * (1 + RANGES);
 /// Clusters are as large as leaves so many blocks, of which one at least is on each half of a Hopper GPU's multiprocessors.
 const BLOCKS: u64 = 64;
 
@@ -104,12 +106,14 @@ pub(crate) struct Attend {
     place: usize,
     blocks: Blocks,
     of_sizes: OfSizes,
+    /// The most shared memory that a block asks for there.
+    most_shared: u32,
 }
 
 impl Attend {
-    /// The one for these sizes on a GPU of this compute capability, where there is one. In which order a row is summed up is the same for
-    /// any number of rows.
-    pub(crate) fn of(sizes: Sizes, capability: (c_int, c_int)) -> Option<Self> {
+    /// The one for these sizes on a GPU of this compute capability, whose blocks may have so many bytes of shared memory, where there is
+    /// one. In which order a row is summed up is the same for any number of rows.
+    pub(crate) fn of(sizes: Sizes, capability: (c_int, c_int), shared_memory: i64) -> Option<Self> {
         let Sizes { dtype, rows, q_heads, kv_heads, size } = sizes;
         let at = SIZES.iter().position(|known| u64::from(*known) == size)?;
         let of_type = match dtype {
@@ -132,14 +136,19 @@ impl Attend {
             let (tiles, made) = (WARPS * 2 * TILE * SIZES[at] * 2, (heads + 2) * SIZES[at] * 2);
             tiles + made + if cluster == 1 { 1 } else { RANGES } * WARPS * elements / cluster * 4
         };
-        let small = |cluster: &u32| rows * kv_heads * u64::from(*cluster) <= BLOCKS && shared(*cluster) <= MOST_SHARED;
+        // Blocks of newer GPUs may have less than Hopper's.
+        let most_shared = u32::try_from(shared_memory).ok()?.saturating_sub(DECLARED).min(MOST_SHARED);
+        let small = |cluster: &u32| rows * kv_heads * u64::from(*cluster) <= BLOCKS && shared(*cluster) <= most_shared;
         let cluster = [8, 4, 2].into_iter().find(small).unwrap_or(1);
+        if shared(cluster) > most_shared {
+            return None;
+        }
         let share = elements / cluster;
         let of_sizes =
             OfSizes { ranges: RANGES / cluster, page_log2: 32, heads, share, by_share: (1u32 << 22).div_ceil(share) };
         let blocks = Blocks::new([cluster * kv_heads as u32, rows as u32], WARPS * LANES);
         let blocks = Blocks { cluster, shared: shared(cluster), ..blocks };
-        Some(Self { place: of_type + at, blocks, of_sizes })
+        Some(Self { place: of_type + at, blocks, of_sizes, most_shared })
     }
 
     fn kernel(self, runtime: &'static FlashInferRuntime) -> Result<Kernel> {
@@ -150,7 +159,8 @@ impl Attend {
     /// Makes it ready on the current device, so that no launch has to, in a capture perhaps.
     pub(crate) fn prepare(self, runtime: &'static FlashInferRuntime) -> Result<()> {
         let (cudart, kernel) = (runtime.cudart()?, self.kernel(runtime)?);
-        cudart.allow_shared(kernel, MOST_SHARED)?;
+        // The same for all sizes that the kernel is for.
+        cudart.allow_shared(kernel, self.most_shared)?;
         cudart.prepare(kernel)
     }
 
@@ -184,13 +194,20 @@ impl Attend {
 mod tests {
     use super::*;
 
+    /// Hopper's.
+    const SHARED_MEMORY: i64 = 227 << 10;
+
+    fn of(sizes: Sizes, capability: (c_int, c_int)) -> Option<Attend> {
+        Attend::of(sizes, capability, SHARED_MEMORY)
+    }
+
     fn sizes(rows: u64, q_heads: u64, kv_heads: u64, size: u64) -> Sizes {
         Sizes { dtype: DType::BF16, rows, q_heads, kv_heads, size }
     }
 
     #[test]
     fn kernels_are_for_groups_of_up_to_8_heads_of_64_or_128_on_hopper_and_later() {
-        let is = |sizes| Attend::of(sizes, (9, 0)).is_some();
+        let is = |sizes| of(sizes, (9, 0)).is_some();
         for (q_heads, kv_heads) in [(1, 1), (16, 8), (24, 8), (64, 8), (28, 4), (8, 8)] {
             for size in [64, 128] {
                 assert!(is(sizes(1, q_heads, kv_heads, size)) && is(sizes(MOST_ROWS, q_heads, kv_heads, size)));
@@ -209,7 +226,7 @@ mod tests {
         ] {
             assert!(!is(other), "{other:?}");
         }
-        assert!(Attend::of(sizes(1, 16, 8, 128), (8, 9)).is_none());
+        assert!(of(sizes(1, 16, 8, 128), (8, 9)).is_none());
     }
 
     #[test]
@@ -218,7 +235,7 @@ mod tests {
             [(1, 16, 8), (2, 16, 8), (4, 16, 8), (8, 16, 8), (1, 64, 8), (1, 3, 1), (2, 40, 8), (5, 7, 1), (1, 8, 1)]
         {
             for (at, size) in [64, 128].into_iter().enumerate() {
-                let attend = Attend::of(sizes(rows, q_heads, kv_heads, size), (9, 0)).unwrap();
+                let attend = of(sizes(rows, q_heads, kv_heads, size), (9, 0)).unwrap();
                 let OfSizes { ranges, heads, share, by_share, .. } = attend.of_sizes;
                 let Blocks { blocks, threads, cluster, shared } = attend.blocks;
                 assert_eq!((blocks, threads), ([cluster * kv_heads as u32, rows as u32], 256));
@@ -231,8 +248,25 @@ mod tests {
                 assert_eq!(NAMES[attend.place].to_str().unwrap(), format!("attend_bf16_{}", SIZES[at]));
             }
         }
-        let halves = Attend::of(Sizes { dtype: DType::F16, ..sizes(1, 16, 8, 128) }, (9, 0)).unwrap();
+        let halves = of(Sizes { dtype: DType::F16, ..sizes(1, 16, 8, 128) }, (9, 0)).unwrap();
         assert_eq!(NAMES[halves.place], c"attend_f16_128");
+    }
+
+    #[test]
+    fn blocks_ask_for_no_more_shared_memory_than_they_may_have() {
+        // Of GPUs that are newer than Hopper and have 99 KiB.
+        let of = |q_heads, shared_memory| Attend::of(sizes(1, q_heads, 8, 128), (12, 0), shared_memory);
+        let few = of(32, 99 << 10).unwrap();
+        assert!(few.blocks.shared <= few.most_shared && few.most_shared + DECLARED == 99 << 10);
+        assert_eq!(of(32, SHARED_MEMORY).unwrap().most_shared, MOST_SHARED);
+        for (q_heads, shared_memory) in [(64, 99 << 10), (8, 48 << 10), (8, 0), (8, -1)] {
+            assert_eq!(of(q_heads, shared_memory), None);
+        }
+        assert!(i64::from(MOST_SHARED + DECLARED) <= SHARED_MEMORY);
+        let declared = |line: &&str| line.trim_start().starts_with(".shared .align") && !line.contains("pool");
+        let bytes = |line: &str| line.rsplit_once('[')?.1.strip_suffix("];")?.parse::<u32>().ok();
+        let all: u32 = PTX.lines().filter(declared).map(|line| bytes(line).unwrap()).sum();
+        assert_eq!(all, DECLARED * NAMES.len() as u32);
     }
 
     #[test]

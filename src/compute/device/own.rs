@@ -249,10 +249,11 @@ impl Model {
             size: size(0, 2),
         };
         let device = runtime.checked_device(self.device)?;
-        let Some(attend) = Attend::of(sizes, runtime.compute_capability(device)?) else {
+        let shared_memory = runtime.limits(device as u32).map_or(0, |limits| limits.shared_memory);
+        let Some(attend) = Attend::of(sizes, runtime.compute_capability(device)?, shared_memory) else {
             let reason = format!(
-                "{} rows of {} heads of {}, {} of keys, and the kernel is for up to 65535 rows and 8 heads for each of keys, of 64 or \
-                 128, on Hopper or newer",
+                "{} rows of {} heads of {}, {} of keys, where a block may have {shared_memory} bytes of shared memory, and the kernel is \
+                 for up to 65535 rows and 8 heads for each of keys, of 64 or 128, on Hopper or newer",
                 sizes.rows, sizes.q_heads, sizes.size, sizes.kv_heads
             );
             let remedy = "leave the rule out that makes this operation, and attention is a kernel of its own";
