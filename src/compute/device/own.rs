@@ -341,3 +341,65 @@ impl Model {
         runtime.launched(code, id as i32, stream)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::builder::GraphBuilder;
+    use super::super::super::fuse::{Rule, fuse};
+    use super::super::super::shape::Columns;
+    use super::super::super::step::{Buckets, Pad};
+    use super::super::inputs::Inputs;
+    use super::super::replan::AttentionKernels;
+    use super::*;
+    use crate::tensor::DType;
+
+    /// What lies between two attentions that append.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Between {
+        Nothing,
+        TheSameCaches,
+        Advance,
+    }
+
+    /// Whether each attention of such a graph reads ahead of its wait.
+    fn early(between: Between) -> Vec<bool> {
+        let fixed = Dim::fixed;
+        let mut g = GraphBuilder::new("twice", 4);
+        let [mut ids, mut positions, mut lengths] = [("ids", 0), ("positions", 0), ("lengths", 1)]
+            .map(|(name, pad)| g.input(name, DType::I32, [Dim::BATCH], Pad::Value(pad)).unwrap());
+        let table = g.input("page_table", DType::I32, [Dim::BATCH, fixed(2)], Pad::Reserved(0)).unwrap();
+        let embedding = g.weight("embedding", DType::BF16, [fixed(256), fixed(256)]).unwrap();
+        let cos_sin = g.weight("cos_sin", DType::F32, [fixed(64), fixed(64)]).unwrap();
+        let cache = [fixed(9), fixed(16), fixed(1), fixed(64)];
+        let [mut k, mut v, mut other_k, mut other_v] =
+            ["k", "v", "other k", "other v"].map(|name| g.state(name, DType::BF16, cache).unwrap());
+        let parts = [Columns::new(0..128).heads(2), Columns::new(128..192).heads(1), Columns::new(192..256).heads(1)];
+        for layer in 0..2 {
+            let x = g.embedding(&ids, &embedding, 1.0).unwrap();
+            let (k, v) = match (layer, between) {
+                (1, Between::Nothing | Between::Advance) => (&mut other_k, &mut other_v),
+                _ => (&mut k, &mut v),
+            };
+            let x = g.rope_append(x, parts, &cos_sin, (&positions, &table), (&mut *k, &mut *v), false).unwrap();
+            let attended = g.decode_attention(x.columns(parts[0]), (k, v), &table, &lengths, 0.1).unwrap();
+            let token = g.argmax(&attended).unwrap();
+            if layer == 0 && between == Between::Advance {
+                g.advance(&token, &mut ids, &mut positions, &mut lengths, 32).unwrap();
+            }
+            g.output(&format!("token {layer}"), token).unwrap();
+        }
+        let (graph, applied) = fuse(&g.finish().unwrap(), &[Rule::AppendAttention]).unwrap();
+        assert_eq!(applied.len(), 2);
+        let (inputs, buckets) = (Inputs::new(&graph, 4).unwrap(), Buckets::new(&[1, 4]).unwrap());
+        let model = Model::new(&graph, &buckets, &inputs, Device::Cuda(0), AttentionKernels::default()).unwrap();
+        let attention = |node: &usize| is_own_attention(graph.nodes[*node].operation.kind);
+        (0..graph.nodes.len()).filter(attention).map(|node| model.reads_early(1, node)).collect()
+    }
+
+    #[test]
+    fn attention_reads_ahead_of_its_wait_only_what_no_node_ahead_of_it_writes() {
+        assert_eq!(early(Between::Nothing), [true, true]);
+        assert_eq!(early(Between::TheSameCaches), [true, false]);
+        assert_eq!(early(Between::Advance), [true, false]);
+    }
+}
