@@ -26,6 +26,8 @@ struct Lists {
     rows: Dim,
     page_size: i64,
     width: usize,
+    /// By how much positions and lengths have grown at the most within a step when they are looked at.
+    ahead: i64,
     known: Option<Known>,
 }
 
@@ -48,8 +50,13 @@ struct Known {
 impl Pages {
     pub(super) fn new(graph: &Graph) -> Self {
         let mut all: Vec<Lists> = Vec::new();
+        let mut added = vec![0i64; graph.tensors.len()];
         for node in &graph.nodes {
             let first = match node.operation.kind {
+                OpKind::Advance => {
+                    node.accesses[2..4].iter().for_each(|access| added[access.tensor] += 1);
+                    continue;
+                }
                 OpKind::RopeAppendAttention => 3,
                 OpKind::QkNormRopeAppendAttention => 5,
                 _ => continue,
@@ -63,8 +70,10 @@ impl Pages {
             let same = |known: &Lists| {
                 (known.positions, known.lengths, known.table, known.page_size) == (positions, lengths, table, page_size)
             };
-            if !all.iter().any(same) {
-                all.push(Lists { positions, lengths, table, rows, page_size, width, known: None });
+            let ahead = added[positions].max(added[lengths]);
+            match all.iter_mut().find(|known| same(known)) {
+                Some(known) => known.ahead = known.ahead.max(ahead),
+                None => all.push(Lists { positions, lengths, table, rows, page_size, width, ahead, known: None }),
             }
         }
         Self { all }
@@ -104,7 +113,7 @@ impl Lists {
             let last = |tensor: usize, given: i32| {
                 let more =
                     inputs.steps(tensor).saturating_mul(i64::try_from(steps).unwrap_or(i64::MAX).saturating_sub(1));
-                inputs.grown(tensor, given).saturating_add(more)
+                inputs.grown(tensor, given).saturating_add(more).saturating_add(self.ahead)
             };
             let given = known.positions[row];
             // Steps of a smaller bucket left rows where they were.
@@ -272,6 +281,18 @@ mod tests {
         let (positions, lengths) = ([0, 1, 0, 1], [1, 2, 1, 2]);
         let inputs = inputs(&graph, 2, &positions, &lengths, &[1, 9, 9, 2, 9, 9, 3, 9, 9, 3, 9, 9]);
         assert_eq!(refusal(Pages::new(&graph).check(&inputs, 2, 1)), Some((2, 3, 3)));
+    }
+
+    #[test]
+    fn attention_behind_the_end_of_a_step_is_looked_at_a_token_further_on() {
+        for (nodes, expected) in [(1, None), (2, Some((0, 1, 3)))] {
+            let mut graph = step(Dim::BATCH, &[Rule::AppendAttention]);
+            let own = graph.nodes.iter().position(|node| node.operation.kind == OpKind::RopeAppendAttention).unwrap();
+            let again = graph.nodes[own].clone();
+            graph.nodes.extend(vec![again; nodes - 1]);
+            let inputs = inputs(&graph, 2, &[3, 0], &[4, 8], &[1, 3, 4, 2, 3, 5]);
+            assert_eq!(refusal(Pages::new(&graph).check(&inputs, 2, 1)), expected, "{nodes} of them");
+        }
     }
 
     /// As what is said of it, by looking at each step and each pair of places.
