@@ -243,7 +243,7 @@ mod tests {
                 assert!(shared <= MOST_SHARED && (cluster == 1 || rows * kv_heads * u64::from(cluster) <= BLOCKS));
                 // As the kernel divides.
                 for item in 0..heads * size as u32 {
-                    assert_eq!(item * by_share >> 22, item / share);
+                    assert_eq!((item * by_share) >> 22, item / share);
                 }
                 assert_eq!(NAMES[attend.place].to_str().unwrap(), format!("attend_bf16_{}", SIZES[at]));
             }

@@ -246,7 +246,9 @@ impl Model {
     }
 
     fn choose_products(&mut self, stream: &Arc<CudaStream>, selections: &mut Selections) -> Result<()> {
-        let mut known: HashMap<(MatMulSpec, Option<(u32, bool, bool)>), usize> = HashMap::new();
+        /// A product, and what is around it: the norm's bits, the gate, and whether rows begin where one kernel can read them.
+        type Key = (MatMulSpec, Option<(u32, bool, bool)>);
+        let mut known: HashMap<Key, usize> = HashMap::new();
         for plan in 0..self.plans.len() {
             let mut chosen = vec![usize::MAX; self.graph.nodes.len()];
             for (node, chosen) in chosen.iter_mut().enumerate() {
