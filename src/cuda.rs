@@ -92,6 +92,7 @@ struct Kernels {
     get: unsafe extern "C" fn(*mut Kernel, *mut c_void, *const c_char) -> c_int,
     attributes: unsafe extern "C" fn(*mut [u64; ATTRIBUTES], Kernel) -> c_int,
     /// Only kernels with much shared memory need it.
+    #[cfg(feature = "compute")]
     set_attribute: Option<unsafe extern "C" fn(Kernel, c_int, c_int) -> c_int>,
     launch: unsafe extern "C" fn(Kernel, Dim3, Dim3, *mut *mut c_void, usize, *mut c_void) -> c_int,
     /// Only programmatic dependent launch and clusters need it.
@@ -243,6 +244,7 @@ impl Kernels {
                 load: library.symbol(c"cudaLibraryLoadData")?,
                 get: library.symbol(c"cudaLibraryGetKernel")?,
                 attributes: library.symbol(c"cudaFuncGetAttributes")?,
+                #[cfg(feature = "compute")]
                 set_attribute: library.symbol(c"cudaFuncSetAttribute").ok(),
                 launch: library.symbol(c"cudaLaunchKernel")?,
                 launch_with: library.symbol(c"cudaLaunchKernelExC").ok(),

@@ -1165,6 +1165,7 @@ table! {
             over_whole("k_cache"), over_whole("v_cache"), made("out"),
         ],
         parameters: &["scale", "interleave"],
+        // Ahead of its wait it reads caches, lengths and lists where no node ahead of it in the step writes them, and nothing elsewhere.
         rule: |c| rule_turned_attention(c, false),
         host: Some(|call| fused::turned_attention(call, false)),
         flops: |given| turned_attention_flops(given, 3),

@@ -1,7 +1,7 @@
 //! Products with a weight: `out = x · weightᵀ`, with a bias, and added to what `out` holds.
 //!
-//! FlashInfer has none for Hopper in BF16 and F16. These are cuBLASLt's, and for few rows kernels of this crate's own. Which of
-//! them, and which of cuBLASLt's algorithms, is chosen once for each size by measuring; the [`Selections`] can be stored, so that
+//! FlashInfer has none for Hopper in BF16 and F16. These are cuBLASLt's, and for up to 32 rows kernels of this crate's own. Which of
+//! cuBLASLt's algorithms computes one is chosen once for each size by measuring; the [`Selections`] can be stored, so that
 //! another run computes the same bits. Launching one chooses nothing and allocates nothing, so that a CUDA graph can capture it.
 //!
 //! On the host the [reference](mod@crate::reference) computes them in f64.
@@ -25,7 +25,7 @@ mod selections;
 #[cfg(feature = "cudarc")]
 mod timing;
 
-#[cfg(feature = "compute")]
+#[cfg(all(feature = "compute", feature = "cudarc"))]
 pub(crate) use gpu::FusedMatMul;
 #[cfg(feature = "cudarc")]
 pub(crate) use gpu::PlannedMatMul;
