@@ -92,7 +92,7 @@ struct Kernels {
     get: unsafe extern "C" fn(*mut Kernel, *mut c_void, *const c_char) -> c_int,
     attributes: unsafe extern "C" fn(*mut [u64; ATTRIBUTES], Kernel) -> c_int,
     /// Only kernels with much shared memory need it.
-    #[cfg(feature = "compute")]
+    #[cfg(all(feature = "cudarc", feature = "compute"))]
     set_attribute: Option<unsafe extern "C" fn(Kernel, c_int, c_int) -> c_int>,
     launch: unsafe extern "C" fn(Kernel, Dim3, Dim3, *mut *mut c_void, usize, *mut c_void) -> c_int,
     /// Only programmatic dependent launch and clusters need it.
@@ -244,7 +244,7 @@ impl Kernels {
                 load: library.symbol(c"cudaLibraryLoadData")?,
                 get: library.symbol(c"cudaLibraryGetKernel")?,
                 attributes: library.symbol(c"cudaFuncGetAttributes")?,
-                #[cfg(feature = "compute")]
+                #[cfg(all(feature = "cudarc", feature = "compute"))]
                 set_attribute: library.symbol(c"cudaFuncSetAttribute").ok(),
                 launch: library.symbol(c"cudaLaunchKernel")?,
                 launch_with: library.symbol(c"cudaLaunchKernelExC").ok(),
@@ -511,7 +511,7 @@ impl Cudart {
 
     /// Lets a kernel's blocks have so many bytes of shared memory on the current device beside what it declares, since without being
     /// asked CUDA gives 48 KiB in all.
-    #[cfg(feature = "compute")]
+    #[cfg(all(feature = "cudarc", feature = "compute"))]
     pub(crate) fn allow_shared(&self, kernel: Kernel, bytes: u32) -> Result<()> {
         /// `cudaFuncAttributeMaxDynamicSharedMemorySize`.
         const MOST_SHARED: c_int = 8;
