@@ -91,7 +91,9 @@ struct Followed {
 ///
 /// # Attention
 /// XQA computes it unless [other kernels](AttentionKernels) are asked for. Those are planned ahead of each step, by the run itself: the
-/// same steps do, and [`run`](Self::run) then plans between the steps that it queues.
+/// same steps do, and [`run`](Self::run) then plans between the steps that it queues. Of a graph that
+/// [`AppendAttention`](super::Rule::AppendAttention) was applied to it is this crate's own in every bucket, and steps are refused in which a
+/// row would append to a page that stands at another place of the page table too.
 ///
 /// # Padding
 /// A batch runs at the smallest bucket that holds it. What stands in the rows behind it is declared with each input.
@@ -453,7 +455,8 @@ impl DeviceRun {
     ///
     /// # Errors
     /// [`Missing`](GraphError::Missing) for a weight or an input that was not given; [`ContextTooLong`](GraphError::ContextTooLong)
-    /// where an index would be past its end; [`Run`](GraphError::Run) with what a kernel's launcher raised;
+    /// where an index would be past its end; [`SharedPage`](GraphError::SharedPage) where a row would append to a page that is not its own
+    /// alone, in a graph that was fused for steps; [`Run`](GraphError::Run) with what a kernel's launcher raised;
     /// [`NotFinite`](GraphError::NotFinite) where that is [looked at](Self::check_finite);
     /// where attention is planned, [`PlanChanged`](GraphError::PlanChanged), and [`Stale`](GraphError::Stale) where
     /// [the caller plans](Self::replan_by_hand) and did not;
