@@ -15,8 +15,9 @@ use crate::vendoring::store::publish_bytes;
 
 /// What no feature makes a difference to: tests of the build script, of the wheels, of what does not compile, and of TVM-FFI's
 /// objects, which take their time: a million of each.
-const WHATEVER_FEATURES: [&str; 14] = [
+const WHATEVER_FEATURES: [&str; 15] = [
     "addresses",
+    "attend",
     "build_script",
     "cache",
     "compile_fail",
