@@ -431,9 +431,17 @@ fn gate(arguments: &Arguments, config: &Config, source: &Source, gpu: bool, path
         for (name, wrong, slip) in CONTROLS {
             print!("{name}: ");
             source.give(&graph, config, Some(wrong), &mut |name, tensor| engine.weight(name, tensor))?;
-            if short.judge(&found(engine, short, slip)?, false) {
-                println!("this slip was not seen");
-                passed = false;
+            match found(engine, short, slip) {
+                // A run may see by itself that a row appends where it must not.
+                Err(fault) if slip != Slip::None && fault.to_string().contains("appends to page") => {
+                    println!("refused: {fault}")
+                }
+                errors => {
+                    if short.judge(&errors?, false) {
+                        println!("this slip was not seen");
+                        passed = false;
+                    }
+                }
             }
         }
         // And right again.
