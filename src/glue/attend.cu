@@ -371,7 +371,9 @@ __device__ __forceinline__ void attend(const Attend& call) {
             // The keys are there; the values may be on their way.
             wait_for_groups<1>();
             __syncwarp();
-            const u32 at = fresh - tile * TILE, counted = counts;
+            const u32 counted = counts;
+            // The new token's place in the tile, where it counts: a row may have a length that ends ahead of its position.
+            const u32 ahead = fresh - tile * TILE, at = ahead < TILE && (counted >> ahead & 1) != 0 ? ahead : NONE;
             if (at < TILE) {
                 if (lane < UNITS) keys[at * UNITS + (lane ^ at % 8)] = reinterpret_cast<const uint4*>(made + heads * SIZE)[lane];
                 __syncwarp();

@@ -298,8 +298,17 @@ fn candidates(runtime: &'static FlashInferRuntime, id: i32, product: &Product) -
 
 /// What was chosen before, where this machine has it.
 fn ready(by: By, runtime: &'static FlashInferRuntime, id: i32, product: &Product, spec: &MatMulSpec) -> Result<Kernel> {
+    let own = FewRows::of(product, Around::default(), runtime.compute_capability(id)?);
     match by {
         By::CublasLt { version, candidate } => {
+            if let Some(own) = own {
+                let found = format!("an algorithm of cuBLASLt for {spec}");
+                let expected = format!(
+                    "{}, whose sums are the same for any number of rows: select again, with Selections::new",
+                    own.name()
+                );
+                return refuse(NEW, "selections", found, expected);
+            }
             let lt = Lt::on(runtime, id)?;
             if lt.library.version() != version {
                 let found = format!("made with release {version} of cuBLASLt");
@@ -314,7 +323,6 @@ fn ready(by: By, runtime: &'static FlashInferRuntime, id: i32, product: &Product
             refuse(NEW, "selections", found, "one of those that it offers: select again, with Selections::new")
         }
         By::FewRows(name) => {
-            let own = FewRows::of(product, Around::default(), runtime.compute_capability(id)?);
             if let Some(kernel) = own.filter(|own| own.name() == name) {
                 kernel.prepare(runtime)?;
                 return Ok(Kernel::FewRows(kernel));
