@@ -247,12 +247,14 @@ fn measure(suite: &'static Suite, options: &Options) -> Result<()> {
     let until = options.seconds.map(|seconds| started + Duration::from_secs(seconds));
     let (running, failures) = (BTreeMap::new(), Vec::new());
     let mut arms = Arms { suite, place: &place, c: &c, running, missing, failures, earlier, started, until, first };
-    let machine = Machine::look(&place.libraries, blocks, place.command.clone())?;
+    let mut machine = Machine::look(&place.libraries, blocks, place.command.clone())?;
     // Also now: with it the values of a run that was ended from outside can be written up.
     arms.describe(&machine, &out)?;
     for block in 0..blocks {
         if arms.is_late() {
             say(format!("{block} of {blocks} blocks were asked; the time is over"));
+            // What is written up says how many there are, and not how many there were to be.
+            machine.blocks = block;
             break;
         }
         arms.renew(block, blocks)?;
