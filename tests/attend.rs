@@ -9,14 +9,18 @@ use std::process::Command;
 fn every_kernel_attends_to_what_there_is_and_follows_nothing_that_is_out_of_range() {
     let read = |path: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect(path);
     let source = read("src/glue/attend.cu");
-    // What a GPU alone can do, in whose place the fixture has the same by other means.
-    let (before, rest) = source.split_once("__device__ __forceinline__ void wait_for_those_ahead()").expect("a wait");
+    // What a GPU alone can do, in whose place the fixture has the same by other means; of what the kernels' sources have in common,
+    // the types are left.
+    let common = read("src/glue/hopper.cuh");
+    let (types, _) =
+        common.split_once("__device__ __forceinline__ f32 to_f32(").expect("types ahead of what takes them");
+    let (before, rest) = source.split_once("// Two numbers, rounded, the first in the lower half.").expect("pairs");
     let (_, after) = rest.split_once("// Two to the power of a difference").expect("what any machine can do");
     let (declared, pool) = ("extern __shared__ uint4 pool[];", "uint4* const pool = pool_of_block;");
     assert_eq!(after.matches(declared).count(), 1);
-    let of_the_host = |line: &&str| !line.starts_with("#include");
+    let of_the_host = |line: &&str| !line.starts_with("#include") && !line.starts_with("#pragma");
     let lines = |text: &str| text.lines().filter(of_the_host).collect::<Vec<_>>().join("\n");
-    let kernels = format!("{}\n//{}", lines(before), lines(after).replace(declared, pool));
+    let kernels = format!("{}\n{}\n//{}", lines(types), lines(before), lines(after).replace(declared, pool));
     let fixture = read("tests/fixtures/attend.cc");
     assert_eq!(fixture.matches("    KERNEL(").count(), source.matches("\nATTEND(").count(), "each kernel is run");
     let (before, after) = fixture.split_once("@HELPERS@").expect("a place for the types");

@@ -417,6 +417,16 @@ impl Work {
         }
     }
 
+    /// Puts a node in the place of two, that of the later one, where the builder takes it.
+    fn merge(&mut self, gone: usize, at: usize, fused: Node) -> Option<Vec<usize>> {
+        if !self.takes(&fused) {
+            return None;
+        }
+        self.graph.nodes[at] = fused;
+        self.removed[gone] = true;
+        Some(vec![gone, at])
+    }
+
     fn gated_product(&mut self, gate: usize) -> Option<Vec<usize>> {
         if !self.is(gate, OpKind::SiluAndMul) {
             return None;
@@ -432,12 +442,7 @@ impl Work {
         }
         let operation = Operation::new(OpKind::MatMulSiluAndMul, &[]);
         let fused = Node { operation, accesses: vec![x, weight, out], layer: self.node(made).layer };
-        if !self.takes(&fused) {
-            return None;
-        }
-        self.graph.nodes[gate] = fused;
-        self.removed[made] = true;
-        Some(vec![made, gate])
+        self.merge(made, gate, fused)
     }
 
     fn norm_product(&mut self, norm: usize) -> Option<Vec<usize>> {
@@ -458,12 +463,7 @@ impl Work {
         let (of, out) = (self.access((product, 1)), self.access((product, 2)));
         let operation = Operation::new(kind, &parameters);
         let fused = Node { operation, accesses: vec![x, weight, of, out], layer: self.node(product).layer };
-        if !self.takes(&fused) {
-            return None;
-        }
-        self.graph.nodes[product] = fused;
-        self.removed[norm] = true;
-        Some(vec![norm, product])
+        self.merge(norm, product, fused)
     }
 
     fn append_attention(&mut self, append: usize) -> Option<Vec<usize>> {
@@ -514,12 +514,7 @@ impl Work {
         accesses.push(self.access((attention, 5)));
         let operation = Operation::new(kind, &parameters);
         let fused = Node { operation, accesses, layer: self.node(attention).layer };
-        if !self.takes(&fused) {
-            return None;
-        }
-        self.graph.nodes[attention] = fused;
-        self.removed[append] = true;
-        Some(vec![append, attention])
+        self.merge(append, attention, fused)
     }
 
     fn turned_append(&mut self, append: usize) -> Option<Vec<usize>> {

@@ -509,24 +509,7 @@ fn around_workspace(given: &Given<'_>, normed: bool, gated: bool) -> u64 {
 
 /// q, k, v, [q and k weights], cos and sin, positions, lengths, table, caches: turned, appended and attended to.
 fn rule_turned_attention(c: &Check<'_>, normed: bool) -> Result<Vec<Spec>, GraphError> {
-    let [rows, _, size] = c.rank(0, "[rows, heads, head size]")?;
-    c.half(0)?;
-    let [_, heads, _] = c.rank(1, "[rows, heads, head size]")?;
-    for part in [1, 2] {
-        c.shape(part, &[rows, heads, size])?;
-        c.same_dtype(part, 0)?;
-    }
-    let next = if normed {
-        for weight in [3, 4] {
-            c.shape(weight, &[size])?;
-            c.same_dtype(weight, 0)?;
-        }
-        c.positive("eps")?;
-        5
-    } else {
-        3
-    };
-    rule_angles(c, next, next + 1, rows, size)?;
+    let ([rows, heads, size], next) = rule_turned(c, normed)?;
     let caches = [next + 4, next + 5];
     c.paged(next + 3, next + 1, caches, rows, [heads, size])?;
     c.paged(next + 3, next + 2, caches, rows, [heads, size])?;
@@ -613,8 +596,8 @@ fn rule_append(c: &Check<'_>) -> Result<Vec<Spec>, GraphError> {
     Ok(Vec::new())
 }
 
-/// q, k, v, [q and k weights], cos and sin, positions, table, caches.
-fn rule_turned_append(c: &Check<'_>, normed: bool) -> Result<Vec<Spec>, GraphError> {
+/// q, k, v, [q and k weights], cos and sin, positions: the rows, the heads of keys and their size, and where the angles are.
+fn rule_turned(c: &Check<'_>, normed: bool) -> Result<([Dim; 3], usize), GraphError> {
     let [rows, _, size] = c.rank(0, "[rows, heads, head size]")?;
     c.half(0)?;
     let [_, heads, _] = c.rank(1, "[rows, heads, head size]")?;
@@ -633,6 +616,12 @@ fn rule_turned_append(c: &Check<'_>, normed: bool) -> Result<Vec<Spec>, GraphErr
         3
     };
     rule_angles(c, next, next + 1, rows, size)?;
+    Ok(([rows, heads, size], next))
+}
+
+/// These, the table and the caches.
+fn rule_turned_append(c: &Check<'_>, normed: bool) -> Result<Vec<Spec>, GraphError> {
+    let ([rows, heads, size], next) = rule_turned(c, normed)?;
     c.paged(next + 2, next + 1, [next + 3, next + 4], rows, [heads, size])?;
     c.same_dtype(next + 3, 0)?;
     Ok(Vec::new())

@@ -271,7 +271,7 @@ mod tests {
 
     #[test]
     fn the_ptx_has_the_kernels_and_the_sizes_that_are_counted_on() {
-        let source = include_str!("attend.cu");
+        let source = concat!(include_str!("hopper.cuh"), include_str!("attend.cu"));
         for name in NAMES {
             assert!(PTX.contains(&format!(".visible .entry {}(", name.to_str().unwrap())), "{name:?}");
         }

@@ -8,15 +8,8 @@
 // the kernel ahead may write while this one is started already. Indices come from device memory and are looked at here: one
 // that is out of range is never followed.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "hopper.cuh"
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-typedef __nv_bfloat16 bf16;
-typedef __half f16;
-typedef float f32;
 typedef double f64;
 
 // Threads of a block of those that do the same for every element.
@@ -26,17 +19,7 @@ constexpr u32 LONG_THREADS = 1024;
 constexpr u32 BLOCKS = 8;
 // Warps of a block that have a head each.
 constexpr u32 HEADS = 4;
-constexpr u32 LANES = 32;
 constexpr u32 ALL = 0xffffffffu;
-
-__device__ __forceinline__ void wait_for_those_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_those_behind_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
 
 // All threads of all blocks of the cluster come here, those of a warp not at once, and see what any of them wrote before.
 __device__ __forceinline__ void cluster_sync() {
@@ -52,12 +35,8 @@ __device__ __forceinline__ T* of_block(T* place, u32 rank) {
     return reinterpret_cast<T*>(there);
 }
 
-__device__ __forceinline__ f32 to_f32(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ f32 to_f32(f16 x) { return __half2float(x); }
 __device__ __forceinline__ f32 to_f32(f32 x) { return x; }
 
-__device__ __forceinline__ void put(bf16* to, f32 x) { *to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void put(f16* to, f32 x) { *to = __float2half_rn(x); }
 __device__ __forceinline__ void put(f32* to, f32 x) { *to = x; }
 
 // The elements of 16 bytes: as many numbers as they are.

@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn the_ptx_has_the_kernels_and_the_sizes_that_are_counted_on() {
-        let (ptx, source) = (PTX, include_str!("gemv.cu"));
+        let (ptx, source) = (PTX, concat!(include_str!("hopper.cuh"), include_str!("gemv.cu")));
         for (i, name) in NAMES.iter().enumerate() {
             let name = name.to_str().unwrap();
             assert!(ptx.contains(&format!(".visible .entry {name}(")), "{name}");

@@ -65,12 +65,17 @@ pub(super) fn weight_of(around: Around) -> usize {
 }
 
 pub(super) fn is_own_attention(kind: OpKind) -> bool {
-    matches!(kind, OpKind::RopeAppendAttention | OpKind::QkNormRopeAppendAttention)
+    angles_of(kind).is_some()
 }
 
 /// Where the angles of such an attention are among its operands; behind them positions, lengths, the page table, caches and the result.
-fn angles_of(kind: OpKind) -> usize {
-    if kind == OpKind::QkNormRopeAppendAttention { 5 } else { 3 }
+/// Nothing of another operation.
+pub(super) fn angles_of(kind: OpKind) -> Option<usize> {
+    match kind {
+        OpKind::RopeAppendAttention => Some(3),
+        OpKind::QkNormRopeAppendAttention => Some(5),
+        _ => None,
+    }
 }
 
 impl Model {
@@ -296,7 +301,7 @@ impl Model {
         let runtime = FlashInferRuntime::global()?;
         let layout = |access: &Access| self.layout(plan, access);
         let [q, k, v] = [0, 1, 2].map(|operand| layout(&accesses[operand]));
-        let angles = angles_of(operation.kind);
+        let Some(angles) = angles_of(operation.kind) else { unreachable!("it is such an attention") };
         let of = |behind: usize| layout(&accesses[angles + behind]);
         let (cos_sin, positions, lengths, table, k_cache, v_cache) = (of(0), of(1), of(2), of(3), of(4), of(5));
         let normed = operation.kind == OpKind::QkNormRopeAppendAttention;

@@ -8,6 +8,7 @@ use super::super::graph::Graph;
 use super::super::operation::OpKind;
 use super::super::shape::Dim;
 use super::inputs::Inputs;
+use super::own::angles_of;
 use crate::error::Result;
 
 /// The inputs by which a graph's nodes append and attend in one kernel, each once.
@@ -52,15 +53,10 @@ impl Pages {
         let mut all: Vec<Lists> = Vec::new();
         let mut added = vec![0i64; graph.tensors.len()];
         for node in &graph.nodes {
-            let first = match node.operation.kind {
-                OpKind::Advance => {
-                    node.accesses[2..4].iter().for_each(|access| added[access.tensor] += 1);
-                    continue;
-                }
-                OpKind::RopeAppendAttention => 3,
-                OpKind::QkNormRopeAppendAttention => 5,
-                _ => continue,
-            };
+            if node.operation.kind == OpKind::Advance {
+                node.accesses[2..4].iter().for_each(|access| added[access.tensor] += 1);
+            }
+            let Some(first) = angles_of(node.operation.kind) else { continue };
             let specs = graph.given(node);
             let size =
                 |operand: usize, at: usize| specs[operand].shape.get(at).and_then(|dim| dim.constant()).unwrap_or(1);
